@@ -1,0 +1,1 @@
+"""What a stored matrix is: formats, packing, reference decode and kernel templates."""

@@ -1,0 +1,1 @@
+"""The optimisation: which format each matrix gets, free of torch."""

@@ -1,0 +1,143 @@
+"""What the stages hand each other on disk: the measured table (input of the planner) and its parts.
+
+`measure` writes `<work>/table.json`; `plan` reads nothing else. Pydantic at the file boundary: an unknown field, a
+missing one or a number out of range is refused with the file's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+TABLE_FILE = "table.json"
+Kind = Literal["linear", "embedding", "head", "expert"]
+
+
+class RecordError(ValueError):
+    """A file of ours that cannot be read: names the file, what was found and the way out."""
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MatrixRecord(Record):
+    """One weight matrix W[rows, cols] of the model; `name` is the module (for experts with `[index]` appended)."""
+
+    name: str
+    rows: int = Field(gt=0)
+    cols: int = Field(gt=0)
+    kind: Kind
+    block: int | None = None
+    input: str = ""
+    """Name of the distinct input it shares with others (q, k and v; gate and up)."""
+    family: str = ""
+    """Its role across blocks (the name with block and expert numbers removed): what shared codebooks are shared over."""
+    source_bytes: int = Field(gt=0)
+    """Bytes it takes uncompressed, in the model's own dtype."""
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+
+class MeasurementRecord(Record):
+    """What storing one matrix in one format costs, measured on the encoder's actual error E = W - W_hat."""
+
+    matrix: str
+    format: str
+    nbytes: int = Field(gt=0)
+    guided: float = Field(ge=0, allow_inf_nan=False)
+    """1/2 tr(E H_guided E^T), in nats per token: the cost the planner minimises."""
+    fisher: float = Field(ge=0, allow_inf_nan=False)
+    """1/2 sum(F * E^2) with F the diagonal Fisher, in nats per token."""
+    relative: float = Field(ge=0, allow_inf_nan=False)
+    """|E|_F^2 / |W|_F^2."""
+    seconds: float = Field(ge=0)
+    codes_sha256: str
+    """Digest of the packed fields, in order: what `compile` must reproduce."""
+
+
+class SharedRecord(Record):
+    """A codebook that several matrices share: its key is `<format name without modifiers>@<family>`."""
+
+    key: str
+    nbytes: int = Field(gt=0)
+    sha256: str
+
+
+class MeasuredTable(Record):
+    """Everything `measure` found out, and from what."""
+
+    version: Literal[1] = 1
+    model: str
+    """Path or name the model was loaded from."""
+    model_sha256: str
+    text: str
+    text_sha256: str
+    settings: Mapping[str, int | float | str | bool | None]
+    dtype: Literal["f16", "bf16", "f32"]
+    """The model's own dtype, in which whatever is not compressed is stored."""
+    other_tensors: Mapping[str, tuple[int, ...]]
+    """Name -> shape of every stored tensor that is not a matrix (norms, biases, positions)."""
+    matrices: tuple[MatrixRecord, ...]
+    measurements: tuple[MeasurementRecord, ...]
+    shared: tuple[SharedRecord, ...] = ()
+    base: Mapping[str, float] = {}
+    """Measured facts worth keeping: calibration perplexity, peak RSS in bytes, seconds of each stage."""
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no platform-dependent bytes: the same value gives the same text everywhere."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def sha256_text(text: str) -> str:
+    """Hex digest of `text` in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the whole new one, also under kill -9."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write `record` as canonical JSON, atomically."""
+    write_text_atomic(path, canonical_json(record.model_dump(mode="json")))
+
+
+def read_record(path: Path, kind: type[R], made_by: str) -> R:
+    """Read a record of `kind`; RecordError says which file is wrong and which command makes it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecordError(f"{path} does not exist; `reallm {made_by}` makes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} cannot be read: {error}") from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise RecordError(f"{path} is not what `reallm {made_by}` writes: {where}: {first['msg']}") from None
