@@ -75,7 +75,7 @@ class DenseCodec:
         return {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}[self.dtype]
 
     def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
-        return (Field("weight", self.dtype, rows * cols),)
+        return (Field("values", self.dtype, rows * cols),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ def decode_reference(fmt: Format, packed: Packed, rows: int, cols: int) -> Array
     values = {field.name: read_field(field, packed) for field in fields}
     codec = fmt.codec
     if isinstance(codec, DenseCodec):
-        return values["weight"].reshape(rows, cols)
+        return values["values"].reshape(rows, cols)
     if isinstance(codec, ScalarCodec):
         weights = _scalar(codec, values, rows, cols)
     else:
