@@ -1,0 +1,197 @@
+"""Packed fields to a torch weight, vectorised, on any device. Formulas: see `reallm.kernels.formats`.
+
+Arithmetic is float32 and rounded once to the dtype asked for, so that a weight does not depend on when it is decoded.
+Written apart from `kernels/reference.py`, which it is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..kernels.formats import FLOAT_NBYTES, AdditiveCodec, DenseCodec, Field, Format, LowRank, ScalarCodec
+from ..kernels.packing import plane_widths, plane_words
+from ..kernels.tables import table
+
+Fields = Mapping[str, Tensor]
+
+_FLOAT_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "i8": torch.int8}
+
+
+def unpack(packed: Tensor, bits: int, count: int, index: Tensor | None = None) -> Tensor:
+    """The first `count` codes of `packed` (uint8), or those at `index` (int64, any shape): uint8, or int32 over 8 bits.
+
+    A plane of width w <= 8 holds code i in byte i w / 8, so bytes serve as well as the words of `kernels.packing`.
+    """
+    kind = torch.uint8 if bits <= 8 else torch.int32
+    shape = (count,) if index is None else tuple(index.shape)
+    result = torch.zeros(shape, dtype=kind, device=packed.device)
+    start = shift = 0
+    for width in plane_widths(bits):
+        nbytes = 4 * plane_words(count, width)
+        plane = packed[start : start + nbytes]
+        part = _whole_plane(plane, width, count) if index is None else _gathered(plane, width, index)
+        result |= part.to(kind) << shift
+        start, shift = start + nbytes, shift + width
+    return result
+
+
+def _whole_plane(plane: Tensor, width: int, count: int) -> Tensor:
+    if width >= 8:
+        return _bytes_as_codes(plane, width)[:count]
+    lanes = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
+    return ((plane[:, None] >> lanes) & ((1 << width) - 1)).reshape(-1)[:count]
+
+
+def _gathered(plane: Tensor, width: int, index: Tensor) -> Tensor:
+    if width >= 8:
+        return _bytes_as_codes(plane, width)[index]
+    bit = index * width
+    return (plane[bit >> 3] >> (bit & 7).to(torch.uint8)) & ((1 << width) - 1)
+
+
+def _bytes_as_codes(plane: Tensor, width: int) -> Tensor:
+    return plane if width == 8 else plane.view(torch.int16).to(torch.int32) & 0xFFFF
+
+
+def read_floats(packed: Tensor, dtype: str, count: int) -> Tensor:
+    """The first `count` values of a field of float (or int8) `dtype`, as float32 [count]."""
+    body = packed[: count * FLOAT_NBYTES[dtype]]
+    if body.storage_offset() % 4:
+        body = body.clone()
+    return body.view(_FLOAT_TYPES[dtype]).to(torch.float32)
+
+
+class _Reader:
+    """The fields of one matrix, read by rows: all of them, or those named in `select` (int64 [n])."""
+
+    def __init__(self, stored: tuple[Field, ...], fields: Fields, rows: int, select: Tensor | None) -> None:
+        self.stored = {field.name: field for field in stored}
+        self.fields, self.rows, self.select = fields, rows, select
+
+    def codes(self, name: str) -> Tensor:
+        """Codes [n, count / rows]."""
+        field = self.stored[name]
+        bits, width = int(field.dtype[1:]), field.count // self.rows
+        if self.select is None:
+            return unpack(self.fields[name], bits, field.count).view(self.rows, width)
+        return unpack(self.fields[name], bits, field.count, self.index(width))
+
+    def floats(self, name: str) -> Tensor:
+        """Floats [n, count / rows]."""
+        values = self.flat(name).view(self.rows, -1)
+        return values if self.select is None else values[self.select]
+
+    def flat(self, name: str) -> Tensor:
+        """All values of a field that has no rows, float32 [count]."""
+        field = self.stored[name]
+        return read_floats(self.fields[name], field.dtype, field.count)
+
+    def index(self, width: int) -> Tensor:
+        """Flat positions [n, width] of the rows read, in a field of `width` values a row."""
+        device = self.fields[next(iter(self.stored))].device
+        rows = torch.arange(self.rows, device=device) if self.select is None else self.select
+        return rows[:, None] * width + torch.arange(width, device=device)
+
+
+def _scales(codec: ScalarCodec, read: _Reader, groups: int) -> Tensor:
+    """Scales [n, groups]."""
+    double = codec.double_quant
+    if double is None:
+        return read.floats("scales")
+    ranges = read.flat("scale_ranges")[read.index(groups) // double.block]
+    return read.flat("scale_min") + read.codes("scale_codes").to(torch.float32) / (2**double.bits - 1) * ranges
+
+
+def _spread(values: Tensor, width: int, cols: int) -> Tensor:
+    """One value a group [n, groups] to one a weight [n, cols]."""
+    return values.repeat_interleave(width, dim=1)[:, :cols]
+
+
+def _scalar(codec: ScalarCodec, read: _Reader, cols: int) -> Tensor:
+    groups, width = codec.group_count(cols), codec.group_width(cols)
+    scales = _spread(_scales(codec, read, groups), width, cols)
+    codes = read.codes("codes")
+    if codec.table == "uint":
+        return (codes.to(torch.float32) - _spread(read.codes("zeros"), width, cols)) * scales
+    levels = torch.tensor(table(codec.table, codec.bits), device=codes.device)
+    return levels[codes.to(torch.int32)] * scales
+
+
+def _additive(codec: AdditiveCodec, read: _Reader, cols: int) -> Tensor:
+    codes = read.codes("codes").to(torch.int32)
+    codes = codes.view(codes.shape[0], codec.group_count(cols), codec.num_codebooks)
+    books = read.flat("codebooks").view(codec.num_codebooks, 1 << codec.codebook_bits, codec.dim)
+    words = books[0][codes[:, :, 0]]
+    for m in range(1, codec.num_codebooks):
+        words += books[m][codes[:, :, m]]
+    return words.reshape(codes.shape[0], -1)[:, :cols] * read.floats("scales")
+
+
+def _factors(term: LowRank, read: _Reader) -> tuple[Tensor, Tensor]:
+    left, right = read.floats("left"), read.flat("right").view(term.rank, -1)
+    if term.dtype == "i8":
+        return left * read.flat("left_scales"), right * read.flat("right_scales")[:, None]
+    return left, right
+
+
+def check_fields(stored: tuple[Field, ...], fields: Fields) -> None:
+    """Raise ValueError unless every stored field is there as uint8 with its exact size."""
+    for field in stored:
+        raw = fields.get(field.name)
+        if raw is None:
+            raise ValueError(f"field {field.name!r} is missing")
+        if raw.dtype != torch.uint8 or tuple(raw.shape) != (field.nbytes,):
+            raise ValueError(f"field {field.name!r} takes {field.nbytes} bytes, not {raw.dtype} {tuple(raw.shape)}")
+
+
+def _with_shared(fmt: Format, fields: Fields, rows: int, cols: int, shared: Tensor | None) -> tuple[Field, ...]:
+    stored = fmt.fields(rows, cols)
+    if field := fmt.shared_field:
+        if shared is None:
+            raise ValueError(f"format {fmt.name} needs its shared codebooks")
+        check_fields((field,), {field.name: shared})
+        stored = (*stored, field)
+    check_fields(fmt.fields(rows, cols), fields)
+    return stored
+
+
+def decode(
+    fmt: Format,
+    fields: Fields,
+    rows: int,
+    cols: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shared: Tensor | None = None,
+    select: Tensor | None = None,
+    low_rank: bool = True,
+) -> Tensor:
+    """W_hat [rows, cols], or its rows `select` (int64 [n]) as [n, cols], on the device of the fields.
+
+    `shared` holds the shared codebooks (uint8) where the format has them. `low_rank=False` leaves out L R.
+    Raises ValueError on a missing field or one of a wrong size.
+    """
+    stored = _with_shared(fmt, fields, rows, cols, shared)
+    if fmt.shared_field and shared is not None:
+        fields = {**fields, fmt.shared_field.name: shared}
+    read = _Reader(stored, fields, rows, select)
+    codec = fmt.codec
+    if isinstance(codec, DenseCodec):
+        return read.floats("values").to(dtype)
+    weight = _scalar(codec, read, cols) if isinstance(codec, ScalarCodec) else _additive(codec, read, cols)
+    if fmt.low_rank and low_rank:
+        left, right = _factors(fmt.low_rank, read)
+        weight = torch.addmm(weight, left, right)
+    return weight.to(dtype)
+
+
+def decode_factors(fmt: Format, fields: Fields, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """L [rows, rank] and R [rank, cols] in float32; both have rank 0 where the format has no low-rank term."""
+    if fmt.low_rank is None:
+        device = next(iter(fields.values())).device
+        return torch.zeros(rows, 0, device=device), torch.zeros(0, cols, device=device)
+    check_fields(fmt.fields(rows, cols), fields)
+    return _factors(fmt.low_rank, _Reader(fmt.fields(rows, cols), fields, rows, None))
