@@ -1,0 +1,59 @@
+# make demo | test | check | bench NAME=quality     each sets up .venv by itself, once
+#
+#   PYTHON=python3.12      another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:
+#                          TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   TEXT=FILE TEST=FILE    calibration and held-out text of demo and bench, instead of their defaults
+#   BUDGET=3.0bpw          what demo plans for
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) -c "print('$(name)')" 2>/dev/null)))
+TORCH_INDEX ?=
+NAME ?= quality
+TEXT ?=
+TEST ?=
+BUDGET ?= 3.0bpw
+JOBS ?= 2
+export TEXT TEST
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BENCH_VENV := .venv-bench
+BENCH_READY := $(BENCH_VENV)/.ready
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+SOURCES := reallm kernels planner codegen tests benchmarks
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check format bench clean
+
+demo: $(READY)
+	$(BIN)/reallm demo --budget $(BUDGET) $(if $(TEXT),--text "$(TEXT)") $(if $(TEST),--test "$(TEST)")
+
+test: $(READY)
+	$(BIN)/pytest -n $(JOBS)
+
+check: $(READY)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/pytest -n $(JOBS)
+
+format: $(READY)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(READY) $(BENCH_READY)
+	$(BIN)/python -m benchmarks.$(NAME)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(INDEX) -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(BENCH_READY): benchmarks/peers.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install --quiet $(INDEX) -r benchmarks/peers.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(BENCH_VENV) build dist demo

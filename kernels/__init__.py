@@ -1,1 +1,0 @@
-"""What a stored matrix is: formats, packing, reference decode and kernel templates."""

@@ -1,1 +1,0 @@
-"""The optimisation: which format each matrix gets, free of torch."""
