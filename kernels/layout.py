@@ -8,15 +8,17 @@ the tensors; a planner needs sizes that add up. Therefore each tensor reserves a
     file_overhead   = aligned(8 + len of braces and metadata)
     file_bytes      = sum over files of file_overhead + sum over tensors of header_bytes(t) + nbytes(t)
 
-with aligned() to 64 bytes, and the header is padded with spaces to that reserve. Data starts at a multiple of 64. A
-shard is closed when the next tensor would bring its data over `max_shard_bytes`. In a shard, tensors whose size is a
-multiple of 64 come first, in the given order, so all of them are 64-byte aligned; the others follow, wider dtypes
-first, so each is aligned to its dtype. The index of a sharded model (a small JSON file) is no weights file.
+with aligned() to 64 bytes, and the header is padded with spaces to that reserve. Data starts at a multiple of 64. Tensors
+are taken in natural order of their names (block 2 before block 10), so nothing depends on the order they come in; a
+shard is closed when the next one would bring its data over `max_shard_bytes`. In a shard, tensors whose size is a
+multiple of 64 come first, so all of them are 64-byte aligned; the others follow, wider dtypes first, so each is aligned
+to its dtype. The index of a sharded model (a small JSON file) is no weights file.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +81,11 @@ class Shard:
     nbytes: int
 
 
+def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
+    """Sorts names with their numbers read as numbers."""
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))), name
+
+
 def _entry(spec: TensorSpec, start: int, stop: int) -> str:
     value = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, stop]}
     return f"{json.dumps(spec.name)}:{json.dumps(value, separators=(',', ':'))}"
@@ -103,12 +110,12 @@ def plan_shards(
     metadata: Mapping[str, str] = METADATA,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> tuple[Shard, ...]:
-    """The files for `tensors`, in order. Raises LayoutError on a repeated name or a file too large for the format."""
+    """The files for `tensors`, whatever their order. Raises LayoutError on a repeated name or a file too large for the format."""
     if twice := [name for name, count in Counter(t.name for t in tensors).items() if count > 1]:
         raise LayoutError(f"tensor {twice[0]!r} stands twice in the list")
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
-    for spec in tensors:
+    for spec in sorted(tensors, key=lambda t: natural_key(t.name)):
         if groups[-1] and filled + spec.nbytes > max_shard_bytes:
             groups.append([])
             filled = 0
