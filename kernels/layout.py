@@ -8,11 +8,11 @@ the tensors; a planner needs sizes that add up. Therefore each tensor reserves a
     file_overhead   = aligned(8 + len of braces and metadata)
     file_bytes      = sum over files of file_overhead + sum over tensors of header_bytes(t) + nbytes(t)
 
-with aligned() to 64 bytes, and the header is padded with spaces to that reserve. Data starts at a multiple of 64. Tensors
-are taken in natural order of their names (block 2 before block 10), so nothing depends on the order they come in; a
-shard is closed when the next one would bring its data over `max_shard_bytes`. In a shard, tensors whose size is a
-multiple of 64 come first, so all of them are 64-byte aligned; the others follow, wider dtypes first, so each is aligned
-to its dtype. The index of a sharded model (a small JSON file) is no weights file.
+with aligned() to 64 bytes, and the header is padded with spaces to that reserve. Data starts at a multiple of 64.
+Tensors are taken in natural order of their names (block 2 before block 10), so nothing depends on the order they come
+in; a shard is closed when the next one would bring its data over `max_shard_bytes`. In a shard, tensors whose size is
+a multiple of 64 come first, so all of them are 64-byte aligned; the others follow, wider dtypes first, so each is
+aligned to its dtype. The index of a sharded model (a small JSON file) is no weights file.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def plan_shards(
     metadata: Mapping[str, str] = METADATA,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> tuple[Shard, ...]:
-    """The files for `tensors`, whatever their order. Raises LayoutError on a repeated name or a file too large for the format."""
+    """The files for `tensors`, whatever their order. Raises LayoutError on a repeated name or too large a file."""
     if twice := [name for name, count in Counter(t.name for t in tensors).items() if count > 1]:
         raise LayoutError(f"tensor {twice[0]!r} stands twice in the list")
     groups: list[list[TensorSpec]] = [[]]
