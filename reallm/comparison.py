@@ -1,0 +1,163 @@
+"""How far one language model's predictions lie from another's, window by window.
+
+At every scored position, with p the base model's distribution over the vocabulary and q the compressed one's,
+
+    KL(p || q) = sum_v p_v (log p_v - log q_v)      in nats per token (Kullback & Leibler 1951)
+
+beside the perplexity exp(mean -log q[target]) of both and the share of positions where both put the same token first;
+llama.cpp's --kl-divergence reports the same figures. A causal model is scored on every token after the first of a
+window. A masked model is scored on a seeded 15% of the tokens, replaced by the mask token: a pseudo-perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .errors import UserError
+
+MASK_SHARE = 0.15  # BERT, arXiv 1810.04805
+ROWS_AT_ONCE = 128
+"""Positions whose distributions are held at once: 128 x 49152 floats are 25 MB."""
+MAX_NATS = 700.0
+"""Mean losses beyond this have no perplexity in float64."""
+PERCENTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Distribution of KL(base || model) over the scored positions, nats per token, and agreement on the first token."""
+
+    mean: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    p999: float
+    max: float
+    same_top1: float
+    """Share of positions, 0 to 1, where both models put the same token first."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_models` measured; the base's figures are None when there was no base."""
+
+    windows: int
+    seqlen: int
+    tokens: int
+    """Scored positions."""
+    perplexity: float
+    base_perplexity: float | None
+    divergence: Divergence | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One window as a model sees it, and where it is scored."""
+
+    inputs: Tensor
+    """Int64 [1, seqlen]."""
+    positions: Tensor
+    """Int64 [P]: rows of the logits."""
+    targets: Tensor
+    """Int64 [P]: the token to be predicted there."""
+
+
+def compare_models(
+    base: PreTrainedModel | None,
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    mask_token: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Score `model`, against `base` where given, on windows int64 [n, seqlen]; one window's logits in memory at a time.
+
+    `mask_token` makes it a masked evaluation (encoders). Both models run in the dtype and on the device they are in;
+    distributions are taken in float32. Raises UserError when logits are not finite or the vocabularies differ.
+    """
+    nll, base_nll, kl, same = [], [], [], []
+    for index, window in enumerate(tqdm(windows, desc="evaluate", unit="window", disable=not progress)):
+        scored = mask_window(window, mask_token, seed + index) if mask_token is not None else causal_window(window)
+        logits = _logits(model, scored, f"window {index + 1} of the evaluated model")
+        nll.append(_each_row(lambda q, target: -q.gather(1, target[:, None])[:, 0], logits, scored.targets))
+        if base is None:
+            continue
+        base_logits = _logits(base, scored, f"window {index + 1} of the base model")
+        if base_logits.shape != logits.shape:
+            raise UserError(f"the base has a vocabulary of {base_logits.shape[1]}, the model {logits.shape[1]}")
+        base_nll.append(_each_row(lambda p, target: -p.gather(1, target[:, None])[:, 0], base_logits, scored.targets))
+        kl.append(_each_row(lambda p, q: (p.exp() * (p - q.log_softmax(1))).sum(1), base_logits, logits.float()))
+        same.append(base_logits.argmax(1) == logits.argmax(1))
+    return Comparison(
+        windows=len(windows),
+        seqlen=windows.shape[1],
+        tokens=sum(part.numel() for part in nll),
+        perplexity=_perplexity(nll),
+        base_perplexity=_perplexity(base_nll) if base is not None else None,
+        divergence=_divergence(torch.cat(kl), torch.cat(same)) if base is not None else None,
+    )
+
+
+def causal_window(window: Tensor) -> Scored:
+    """Every token after the first, predicted from those before it."""
+    length = window.numel()
+    return Scored(window[None], torch.arange(length - 1), window[1:])
+
+
+def mask_window(window: Tensor, mask_token: int, seed: int) -> Scored:
+    """A seeded MASK_SHARE of the tokens (at least one), each replaced by `mask_token` and predicted from all others."""
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, round(MASK_SHARE * window.numel()))
+    positions = torch.randperm(window.numel(), generator=generator)[:count].sort().values
+    inputs = window.clone()
+    inputs[positions] = mask_token
+    return Scored(inputs[None], positions, window[positions])
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, scored: Scored, what: str) -> Tensor:
+    """Logits [P, vocabulary] at the scored positions, on the CPU, in the model's dtype."""
+    model.eval()
+    rows = scored.positions.to(model.device)
+    logits: Tensor = model(input_ids=scored.inputs.to(model.device)).logits[0].index_select(0, rows).cpu()
+    if not bool(logits.isfinite().all()):
+        raise UserError(f"{what}: the logits hold NaN or infinity; check the weights, or evaluate with --dtype float32")
+    return logits
+
+
+def _each_row(score: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: Tensor) -> Tensor:
+    """score(log_softmax(logits), other) for ROWS_AT_ONCE rows at a time: float64 [P]."""
+    parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(logits), ROWS_AT_ONCE)]
+    return torch.cat([score(logits[part].float().log_softmax(1), other[part]).double() for part in parts])
+
+
+def _perplexity(nll: list[Tensor]) -> float:
+    mean = float(torch.cat(nll).mean())
+    if mean > MAX_NATS:
+        raise UserError(f"the mean loss is {mean:.0f} nats per token; expected under {MAX_NATS:.0f}: check the weights")
+    return math.exp(mean)
+
+
+def _divergence(kl: Tensor, same: Tensor) -> Divergence:
+    values = kl.numpy()
+    tails = {name: float(np.quantile(values, share)) for name, share in PERCENTILES.items()}
+    return Divergence(
+        mean=float(values.mean()),
+        median=tails["median"],
+        p90=tails["p90"],
+        p95=tails["p95"],
+        p99=tails["p99"],
+        p999=tails["p999"],
+        max=float(values.max()),
+        same_top1=float(same.double().mean()),
+    )
