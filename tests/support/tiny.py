@@ -82,7 +82,7 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "mixtral": lambda: MixtralConfig(**_LLAMA, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=None),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_LLAMA, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[]
+        **_LLAMA, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=40, mlp_only_layers=[]
     ),
     "roberta": lambda: RobertaConfig(
         **_TOKENS,
