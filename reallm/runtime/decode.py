@@ -93,7 +93,8 @@ class _Reader:
         """Flat positions [n, width] of the rows read, in a field of `width` values a row."""
         device = self.fields[next(iter(self.stored))].device
         rows = torch.arange(self.rows, device=device) if self.select is None else self.select
-        return rows[:, None] * width + torch.arange(width, device=device)
+        positions: Tensor = rows[:, None] * width + torch.arange(width, device=device)
+        return positions
 
 
 def _scales(codec: ScalarCodec, read: _Reader, groups: int) -> Tensor:

@@ -1,0 +1,151 @@
+"""The packed matrix as a torch module: its fields are uint8 buffers, its weight is decoded when asked for.
+
+Two ways to decode, with the same result to the bit: "load" keeps the decoded weight from its first use on (a buffer
+that is never saved), "call" decodes at every call and keeps nothing. Casts and moves of the module cannot touch the
+fields' bytes; they drop the kept weight, which is decoded anew in the new dtype and on the new device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.formats import Field, Format
+from .decode import decode
+from .weight import REFUSAL, FrozenWeightError, frozen
+
+DecodeMode = Literal["load", "call"]
+
+
+class Decoding(nn.Module):
+    """A module that can produce a decoded weight, and keeps it if `mode` is "load"."""
+
+    mode: DecodeMode
+    decoded: Tensor
+
+    def start_decoding(self, mode: DecodeMode, dtype: torch.dtype) -> None:
+        """Set the mode and the compute dtype; call once, after the module's own set-up."""
+        self.mode = mode
+        self.register_buffer("decoded", torch.empty(0, dtype=dtype), persistent=False)
+        self._is_hf_initialized = True  # transformers must never draw this weight at random
+
+    def decode_now(self, dtype: torch.dtype) -> Tensor:
+        """The weight, decoded from the fields."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in the module's compute dtype, then in `dtype`; not to be written."""
+        kept = self.decoded
+        if self.mode == "call":
+            kept = self.decode_now(kept.dtype)
+        elif not kept.numel():
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self.decoded = self.decode_now(kept.dtype)
+        return kept if dtype is None else kept.to(dtype)
+
+    def forget(self) -> None:
+        """Drop the kept weight; the next use decodes it again."""
+        if self.decoded.numel():
+            self.decoded = torch.empty(0, dtype=self.decoded.dtype, device=self.decoded.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+class SharedCodebooks(nn.Module):
+    """The codebooks that several matrices share: child `key` with one buffer, `codebooks`. Sits at `reallm_shared`."""
+
+    NAME = "reallm_shared"
+
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        super().__init__()
+        for key, field in fields.items():
+            holder = nn.Module()
+            holder.register_buffer(field.name, torch.empty(field.nbytes, dtype=torch.uint8))
+            self.add_module(shared_name(key), holder)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Codebooks of `key`, uint8 [nbytes]."""
+        codebooks = self.get_submodule(shared_name(key)).codebooks
+        assert isinstance(codebooks, Tensor)
+        return codebooks
+
+
+def shared_name(key: str) -> str:
+    """The module name of a shared codebook's key."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", key)
+
+
+Shared = tuple[SharedCodebooks, str] | None
+"""The container of shared codebooks and a matrix's key in it; a tuple, so that it is no child of the matrix."""
+
+
+class Packed(Decoding):
+    """One matrix W[rows, cols] as the fields of `format`, each a uint8 buffer of the field's name."""
+
+    format: Format
+    rows: int
+    cols: int
+    _shared: Shared
+
+    def hold(
+        self,
+        fmt: Format,
+        rows: int,
+        cols: int,
+        *,
+        mode: DecodeMode,
+        dtype: torch.dtype,
+        shared: Shared = None,
+    ) -> None:
+        """Make the (still empty) buffers of a matrix [rows, cols]."""
+        self.format, self.rows, self.cols, self._shared = fmt, rows, cols, shared
+        for field in fmt.fields(rows, cols):
+            self.register_buffer(field.name, torch.empty(field.nbytes, dtype=torch.uint8))
+        self.start_decoding(mode, dtype)
+
+    @property
+    def fields(self) -> dict[str, Tensor]:
+        """Field name -> uint8 [nbytes], in file order."""
+        return {field.name: getattr(self, field.name) for field in self.format.fields(self.rows, self.cols)}
+
+    @property
+    def codebooks(self) -> Tensor | None:
+        """The shared codebooks, uint8, where the format has them."""
+        return None if self._shared is None else self._shared[0][self._shared[1]]
+
+    def decode_now(self, dtype: torch.dtype) -> Tensor:
+        """W_hat [rows, cols]."""
+        return decode(self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.codebooks)
+
+    @property
+    def weight(self) -> Tensor:
+        """W_hat [rows, cols] in the compute dtype; read-only."""
+        return frozen(self.dense())
+
+    def write(self, fields: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace fields by uint8 tensors of their exact sizes."""
+        sizes = {field.name: field.nbytes for field in self.format.fields(self.rows, self.cols)}
+        for name, raw in fields:
+            if name not in sizes or raw.dtype != torch.uint8 or tuple(raw.shape) != (sizes[name],):
+                raise ValueError(f"field {name!r} takes {sizes.get(name)} bytes, not {raw.dtype} {tuple(raw.shape)}")
+            setattr(self, name, raw)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise FrozenWeightError(REFUSAL)
+        super().__setattr__(name, value)
+        if name in self._buffers and name != "decoded" and "decoded" in self._buffers:
+            self.forget()
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # torch's own seven arguments
+        super()._load_from_state_dict(*args)
+        self.forget()
+
+    def extra_repr(self) -> str:
+        return f"rows={self.rows}, cols={self.cols}, format={self.format.name}, decode={self.mode}"

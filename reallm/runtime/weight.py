@@ -1,0 +1,55 @@
+"""The weight of a packed module as others see it: a tensor that can be read and refuses to be written.
+
+Whoever writes into it (PEFT's merge, an initialiser, an optimiser) would change a decoded copy that the next save
+loses, so every in-place write raises and says what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REFUSAL = (
+    "a reallm weight is decoded from packed codes and cannot be written: the change would be lost on saving; "
+    "keep adapters unmerged, or use train_low_rank() and fold(), or load the uncompressed model"
+)
+
+
+class FrozenWeightError(RuntimeError):
+    """Somebody tried to write into a decoded weight."""
+
+
+def _writes(function: Callable[..., object]) -> bool:
+    name = getattr(function, "__name__", "")
+    if name == "__set__":
+        return True
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+    return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+
+
+class DecodedWeight(Tensor):
+    """A read-only view of a decoded weight; every result of an operation on it is a plain tensor."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if _writes(func) and args and isinstance(args[0], DecodedWeight):
+            raise FrozenWeightError(REFUSAL)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        data = getattr(func, "__self__", None) is Tensor.data and getattr(func, "__name__", "") == "__get__"
+        return result.clone() if data else result
+
+
+def frozen(weight: Tensor) -> Tensor:
+    """`weight` (any shape) as a DecodedWeight that shares its memory."""
+    return weight.as_subclass(DecodedWeight)
