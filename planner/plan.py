@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from math import isclose
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ..kernels.formats import Format
 from .records import Kind, Record
+from .stored import stored_nbytes
+
+PLAN_FILE = "plan.json"
+Scope = Literal["matrices", "file"]
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made as asked: names the option, what was found, what was expected, and the way out."""
 
 
 class Choice(Record):
@@ -23,8 +33,16 @@ class Choice(Record):
     cost: float = Field(ge=0)
     """Predicted loss of this choice, nats per token."""
     codes_sha256: str
+    """Digest of the packed fields; empty where the matrix stays in the model's own dtype (it was not measured)."""
     runner_up: str | None = None
     """The format that the next-best value of cost + price * bytes would pick."""
+
+    @model_validator(mode="after")
+    def _check_nbytes(self) -> Self:
+        expected = stored_nbytes(Format.parse(self.format), self.rows, self.cols, self.kind)
+        if self.nbytes not in expected:
+            raise ValueError(f"{self.matrix} in {self.format} takes {expected[0]} bytes, not {self.nbytes}")
+        return self
 
 
 class Bound(Record):
@@ -33,6 +51,7 @@ class Bound(Record):
     solver: str
     solver_version: str
     status: Literal["optimal", "feasible"]
+    """"optimal": mip_gap is at most OPTIMAL_GAP and the Lagrangian bound does not contradict it."""
     objective: float
     best_bound: float
     mip_gap: float = Field(ge=0)
@@ -47,6 +66,7 @@ class Uniform(Record):
 
     format: str
     nbytes: int
+    """Bytes of what the budget counts."""
     cost: float
 
 
@@ -62,23 +82,36 @@ class Plan(Record):
     budget: str
     """As the user wrote it."""
     budget_bytes: int = Field(gt=0)
-    scope: Literal["matrices", "file"]
-    """What the budget counts: the bytes of the compressed matrices (bpw), or the whole weights file (MiB, GiB)."""
+    scope: Scope
+    """What the budget counts: the bytes of the matrices that take part (bpw), or the whole weights file (MiB, GiB)."""
     counted_bytes: int
     """Bytes of what the budget counts, exact."""
     matrices_bytes: int
-    """Bytes of the compressed matrices and their shared codebooks, exact."""
+    """Bytes of the choices and their shared codebooks, headers left out, exact."""
     file_bytes: int
     """Bytes of the whole weights file(s), headers included, exact."""
     bits_per_weight: float
-    """8 * matrices_bytes over the weights of the compressed matrices."""
+    """8 * matrices_bytes over the weights of the choices."""
     predicted_loss: float
     """Sum of the costs, nats per token."""
     bound: Bound
     choices: tuple[Choice, ...]
+    """Every matrix that took part, in natural order of names; one in a dense format stays the model's own tensor."""
     shared: Mapping[str, int] = {}
     """Key -> bytes of every shared codebook in use."""
     dense: tuple[str, ...] = ()
-    """Matrices left as they are."""
+    """Matrices that took no part and are left as they are."""
     uniform: Uniform | None = None
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_sums(self) -> Self:
+        nbytes = sum(choice.nbytes for choice in self.choices) + sum(self.shared.values())
+        names = [choice.matrix for choice in self.choices] + list(self.dense)
+        if len(set(names)) != len(names):
+            raise ValueError("a matrix stands in it twice")
+        if self.matrices_bytes != nbytes or not 0 < self.counted_bytes <= self.budget_bytes:
+            raise ValueError(f"its bytes do not add up: {nbytes} chosen, {self.matrices_bytes} planned")
+        if not isclose(self.predicted_loss, sum(choice.cost for choice in self.choices), rel_tol=1e-9, abs_tol=1e-300):
+            raise ValueError("its costs do not add up to the predicted loss")
+        return self

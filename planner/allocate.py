@@ -1,0 +1,59 @@
+"""The planner: from a measured table and a budget to a plan with its proof.
+
+The same table, budget and wishes give the same plan to the byte, unless the time limit cuts the search short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .assembly import assemble
+from .budget import Budget, parse_budget
+from .candidates import Cost, Ties, Wishes
+from .lagrangian import runners_up
+from .optimise import optimise, smallest_bytes
+from .plan import Plan, PlanError
+from .records import MeasuredTable
+from .selection import select
+from .uniform import best_uniform
+
+
+def solve(
+    table: MeasuredTable,
+    budget: Budget | str,
+    *,
+    pins: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    formats: Sequence[str] | None = None,
+    ties: Ties = "none",
+    cost: Cost = "guided",
+    time_limit_s: float = 60.0,
+    work: str = "",
+) -> Plan:
+    """The plan of least predicted loss within `budget` ("3.0bpw", "48MiB", ...).
+
+    `pins` ("regex=format") and `exclude` (regexes) are searched for in matrix names; `formats` restricts the candidates
+    to names and patterns. Raises PlanError for a budget or wish that cannot be met, with the smallest feasible budget.
+    """
+    budget = parse_budget(budget) if isinstance(budget, str) else budget
+    wishes = Wishes(tuple(pins), tuple(exclude), None if formats is None else tuple(formats), ties, cost)
+    selection = select(table, budget.scope, wishes)
+    budget_bytes = budget.nbytes(selection.numel)
+    problem = selection.problem(budget_bytes)
+    solution = optimise(problem, time_limit_s)
+    if solution is None:
+        least = selection.smallest_budget(smallest_bytes(problem, time_limit_s))
+        raise PlanError(
+            f"--budget {budget.text} is {budget_bytes} bytes, the smallest plan takes {least}: "
+            f"ask for {budget.smallest(least, selection.numel)} or more, or measure smaller formats"
+        )
+    runners = runners_up(problem, solution.chosen, solution.price)
+    return assemble(
+        selection,
+        chosen=problem.by_name(solution.chosen),
+        runners_up={item.name: runner for item, runner in zip(problem.items, runners, strict=True)},
+        bound=solution.bound(problem),
+        budget=(budget.text, budget_bytes),
+        uniform=best_uniform(selection, problem, budget_bytes),
+        work=work,
+    )

@@ -1,0 +1,76 @@
+"""Solving one allocation problem, with a proof.
+
+prune dominated candidates -> Lagrangian bound and a first solution -> drop what cannot be in a better one
+-> HiGHS on the rest -> add everything up again in integers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .ilp import SOLVER, solve_ilp, solver_version
+from .lagrangian import incumbent, reduced, relax, shadow_price
+from .plan import Bound, PlanError
+from .problem import Candidate, Problem
+
+OPTIMAL_GAP = 1e-9
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A choice, what is known of the optimum, and the price of a byte."""
+
+    chosen: list[Candidate]
+    best_bound: float
+    lagrangian_bound: float
+    price: float
+    finished: bool
+
+    def bound(self, problem: Problem) -> Bound:
+        """The proof: "optimal" only when the bounds agree with the cost."""
+        objective = problem.cost(self.chosen)
+        if self.lagrangian_bound > objective:
+            raise ArithmeticError(f"cost {objective} lies under its own lower bound {self.lagrangian_bound}")
+        best_bound = min(objective, max(self.best_bound, self.lagrangian_bound))
+        gap = (objective - best_bound) / objective if objective else 0.0
+        status: Literal["optimal", "feasible"] = "optimal" if self.finished and gap <= OPTIMAL_GAP else "feasible"
+        return Bound(
+            solver=SOLVER,
+            solver_version=solver_version(),
+            status=status,
+            objective=objective,
+            best_bound=best_bound,
+            mip_gap=gap,
+            lagrangian_bound=self.lagrangian_bound,
+            shadow_price=self.price * MIB,
+        )
+
+
+def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
+    """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
+    problem = problem.pruned()
+    relaxation = relax(problem)
+    price = shadow_price(relaxation)
+    lower = max(relaxation.exact_bound(price), 0.0)
+    first = incumbent(relaxation, price)
+    rest = problem if first is None else reduced(relaxation, price, problem.cost(first))
+    result = solve_ilp(rest, time_limit_s)
+    if result.status == "infeasible" and first is None:
+        return None
+    found = [list(choice) for choice in (result.chosen, first) if choice is not None]
+    if not found:
+        raise PlanError(f"no plan was found within {time_limit_s:g} s; give --time-limit more seconds")
+    best = min(found, key=lambda choice: (problem.cost(choice), problem.nbytes(choice)))
+    if problem.nbytes(best) > problem.capacity:
+        raise ArithmeticError(f"a plan of {problem.nbytes(best)} bytes for a capacity of {problem.capacity}")
+    return Solution(best, result.best_bound, lower, price, result.status == "optimal")
+
+
+def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:
+    """The fewest bytes any choice takes."""
+    lightest = [min(item.candidates, key=lambda c: c.nbytes) for item in problem.items]
+    result = solve_ilp(problem, time_limit_s, objective="bytes") if problem.shared else None
+    chosen = list(result.chosen) if result and result.chosen else lightest
+    return min(problem.nbytes(chosen), problem.nbytes(lightest))

@@ -1,0 +1,86 @@
+"""One format everywhere: what a plan is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import fsum
+
+from .assembly import assemble
+from .candidates import Cost, Wishes
+from .lagrangian import relax, shadow_price
+from .optimise import Solution
+from .plan import Plan, PlanError, Scope, Uniform
+from .problem import Candidate, Problem
+from .records import MeasuredTable
+from .selection import Selection, select
+
+
+def best_uniform(selection: Selection, problem: Problem, budget_bytes: int) -> Uniform | None:
+    """The cheapest choice with one format everywhere that fits; None when none does."""
+    fitting = []
+    for name in sorted({c.format for item in problem.items for c in item.candidates}):
+        chosen = one_format(problem, name, selection.optional)
+        if chosen is None or problem.nbytes(chosen) > problem.capacity:
+            continue
+        counted = selection.counted(problem.by_name(chosen))
+        if counted <= budget_bytes:
+            fitting.append((problem.cost(chosen), counted, name))
+    if not fitting:
+        return None
+    cost, counted, name = min(fitting)
+    return Uniform(format=name, nbytes=counted, cost=cost)
+
+
+def one_format(problem: Problem, name: str, optional: frozenset[str]) -> list[Candidate] | None:
+    """Every item in format `name`; items with one candidate keep it, `optional` ones without it take cost 0.
+
+    None when another item lacks it.
+    """
+    chosen = []
+    for item in problem.items:
+        same = [c for c in item.candidates if c.format == name]
+        if not same and (len(item.candidates) == 1 or item.name in optional):
+            same = [min(item.candidates, key=lambda c: (c.cost, c.nbytes))]
+        if not same:
+            return None
+        chosen.append(same[0])
+    return chosen if any(c.format == name for c in chosen) else None
+
+
+def uniform_plan(
+    table: MeasuredTable,
+    fmt: str,
+    *,
+    scope: Scope = "matrices",
+    pins: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    cost: Cost = "guided",
+    work: str = "",
+) -> Plan:
+    """The plan with `fmt` for every matrix that takes part; its budget is what it takes.
+
+    Embedding and head stay dense where they were not measured in `fmt`. Raises PlanError when another matrix was not.
+    """
+    selection = select(table, scope, Wishes(tuple(pins), tuple(exclude), None, "none", cost))
+    unlimited = selection.problem(None)
+    name = selection.canonical(fmt)
+    chosen = one_format(unlimited, name, selection.optional)
+    if chosen is None:
+        lacking = next(i for i in unlimited.items if all(c.format != name for c in i.candidates))
+        known = ", ".join(c.format for c in lacking.candidates)
+        raise PlanError(f"format {name}: {lacking.name} was not measured in it; there are {known}")
+    problem = Problem(unlimited.items, unlimited.shared, unlimited.nbytes(chosen))
+    relaxation = relax(problem)
+    price = shadow_price(relaxation)
+    lower = min(max(relaxation.exact_bound(price), 0.0), fsum(c.cost for c in chosen))
+    solution = Solution(chosen, lower, lower, price, finished=False)
+    counted = selection.counted(problem.by_name(chosen))
+    return assemble(
+        selection,
+        chosen=problem.by_name(chosen),
+        runners_up={item.name: None for item in problem.items},
+        bound=solution.bound(problem).model_copy(update={"solver": "none", "solver_version": ""}),
+        budget=(f"uniform {name}", counted),
+        uniform=Uniform(format=name, nbytes=counted, cost=problem.cost(chosen)),
+        work=work,
+    )
