@@ -1,0 +1,168 @@
+"""The writer of a GEMV: each operation becomes lines before, inside or after the loop over K.
+
+Names in the text: `row` [BLOCK_N], `place` [CHUNKS] and `k` [CHUNKS, WIDTH] are indices; `code` and `value`
+[BLOCK_N, CHUNKS, WIDTH]; `total_m` their running products with row m of x; `sum_m` [BLOCK_N].
+"""
+
+from __future__ import annotations
+
+from reallm.kernels.formats import DoubleQuant
+from reallm.kernels.tables import TableName
+
+from .operations import (
+    AddBias,
+    AddLowRank,
+    Codebooks,
+    CodegenError,
+    Dot,
+    GroupScale,
+    Levels,
+    Offset,
+    Operation,
+    RowScale,
+    Store,
+    Unpack,
+)
+from .program import KernelSpec
+from .snippets import chunk_lines, code_lines, divide, plane_lines, planes, scale_lines, scale_setup
+
+RANK_BLOCK = 64
+"""Columns of L in registers at once."""
+CUBE = "[:, :, None]"
+
+
+class GemvWriter:
+    """Lines of one GEMV, filled by `write`; `width` is the columns of a chunk."""
+
+    def __init__(self, spec: KernelSpec, width: int) -> None:
+        self.spec, self.width = spec, width
+        self.setup: list[str] = []
+        self.body: list[str] = []
+        self.tail: list[str] = []
+        if spec.aligned:
+            self.setup.append(f"cols = cols // {width} * {width}  # as it is: says that rows are whole chunks")
+        if not spec.even:
+            self.body += ["inside = k < cols", f"begun = (place * {width} < cols)[None, :]"]
+
+    def write(self, operation: Operation) -> None:
+        """Append one operation's lines. Raises CodegenError for one that a GEMV cannot hold."""
+        match operation:
+            case Unpack():
+                self._unpack(operation)
+            case Levels(table, bits):
+                self.body.append(_level_line(table, bits))
+            case Offset(bits, group_size):
+                self._offset(bits, group_size)
+            case Codebooks():
+                self._codebooks(operation)
+            case GroupScale(group_size, double_quant):
+                self._group_scale(group_size, double_quant)
+            case Dot():
+                self._dot()
+            case RowScale(double_quant):
+                self._row_scale(double_quant)
+            case AddLowRank(rank):
+                self._low_rank(rank)
+            case AddBias():
+                self.tail.append("shift = tl.load(bias + row).to(tl.float32)")
+                self.tail += [f"sum_{m} += shift" for m in range(self.spec.batch)]
+            case Store():
+                self._store()
+            case _:
+                raise CodegenError(f"{operation} is no part of a GEMV")
+
+    def _mask(self, cube: bool) -> str:
+        """Mask of a load inside the loop: by weight, or by chunk."""
+        if self.spec.even:
+            return ""
+        return ", mask=inside[None, :, :], other=0" if cube else ", mask=begun, other=0"
+
+    def _unpack(self, operation: Unpack) -> None:
+        parts = planes("codes", operation.bits)
+        if operation.dim > 1:
+            self.setup.append(f"groups = (cols + {operation.dim - 1}) // {operation.dim}")
+            self.setup += plane_lines("codes", operation.bits, f"groups * {operation.count}")
+            for index in range(operation.count):
+                at = f"code_{index}_at"
+                self.body.append(f"{at} = (row[:, None] * groups + place[None, :]) * {operation.count} + {index}")
+                self.body += code_lines(parts, at, self._mask(False), f"code_{index}")
+            return
+        self.setup += plane_lines("codes", operation.bits, "cols")
+        if self.spec.aligned:
+            self.body.append(f"at = row[:, None] * (cols // {self.width}) + place[None, :]  # chunk of the matrix")
+            self.body += chunk_lines(parts, "at", self.width, self._mask(False), "code")
+        else:
+            self.body.append("at = row[:, None, None].to(tl.int64) * cols + k[None, :, :]  # weight of the matrix")
+            self.body += code_lines(parts, "at", self._mask(True), "code")
+
+    def _group(self, group_size: int, target: str) -> bool:
+        """Write the flat index of each chunk's group, or of each weight's where a chunk may span two (then True)."""
+        if group_size == 0:
+            self.body.append(f"{target} = row[:, None] + tl.zeros_like(place)[None, :]")
+            return False
+        self.setup.append(f"{target}_count = (cols + {group_size - 1}) // {group_size}")
+        if cube := group_size % self.width != 0:
+            own = divide("k", group_size)
+            self.body.append(f"{target} = row[:, None, None] * {target}_count + {own}[None, :, :]")
+        else:
+            own = divide("place", group_size // self.width)
+            self.body.append(f"{target} = row[:, None] * {target}_count + {own}[None, :]")
+        return cube
+
+    def _offset(self, bits: int, group_size: int) -> None:
+        cube = self._group(group_size, "zero_at")
+        self.setup += plane_lines("zeros", bits, "zero_at_count" if group_size else "1")
+        self.body += code_lines(planes("zeros", bits), "zero_at", self._mask(cube), "zero")
+        self.body.append(f"value = (code - zero{'' if cube else CUBE}).to(tl.float32)")
+
+    def _group_scale(self, group_size: int, double: DoubleQuant | None) -> None:
+        cube = self._group(group_size, "scale_at")
+        self.setup += scale_setup(double, "scale_at_count" if group_size else "1")
+        self.body += scale_lines(double, "scale_at", self._mask(cube))
+        self.body.append(f"value = value * scale{'' if cube else CUBE}")
+
+    def _codebooks(self, operation: Codebooks) -> None:
+        for index in range(operation.count):
+            word = f"(code_{index} + {index << operation.bits}){CUBE} * {operation.dim} + lane[None, None, :]"
+            self.body.append(f"value {'+=' if index else '='} tl.load(codebooks + {word}).to(tl.float32)")
+
+    def _dot(self) -> None:
+        tile, mask = self.spec.tile, "" if self.spec.even else ", mask=inside, other=0"
+        shape = f"({tile.block_n}, {tile.block_k // self.width}, {self.width})"
+        for m in range(self.spec.batch):
+            self.setup.append(
+                f"row_{m} = tl.minimum(first + {m}, batch - 1)" if self.spec.batch > 1 else "row_0 = first"
+            )
+            self.setup.append(f"total_{m} = tl.zeros({shape}, tl.float32)")
+            self.body.append(f"x_{m} = tl.load(x + row_{m} * cols + k{mask}).to(tl.float32)")
+            self.body.append(f"total_{m} += value * x_{m}[None, :, :]")
+            self.tail.append(f"sum_{m} = tl.sum(tl.sum(total_{m}, 2), 1)")
+
+    def _row_scale(self, double: DoubleQuant | None) -> None:
+        self.setup += scale_setup(double, "1")
+        self.tail += scale_lines(double, "row", "")
+        self.tail += [f"sum_{m} *= scale" for m in range(self.spec.batch)]
+
+    def _low_rank(self, rank: int) -> None:
+        block = min(RANK_BLOCK, 1 << (rank - 1).bit_length())
+        self.tail += [
+            f"for start in range(0, {rank}, {block}):",
+            f"    r = start + tl.arange(0, {block})",
+            f"    factor = tl.load(left + row[:, None] * {rank} + r[None, :], mask=(r < {rank})[None, :], other=0)",
+            "    factor = factor.to(tl.float32)",
+        ]
+        for m in range(self.spec.batch):
+            self.tail.append(f"    t_{m} = tl.load(t + row_{m} * {rank} + r, mask=r < {rank}, other=0)")
+            self.tail.append(f"    sum_{m} += tl.sum(factor * t_{m}[None, :], 1)")
+
+    def _store(self) -> None:
+        for m in range(self.spec.batch):
+            limit = "rows" if self.spec.batch == 1 else f"tl.where(first + {m} < batch, rows, 0)"
+            self.tail.append(f"tl.store(y + row_{m} * rows + n, sum_{m}.to(y.dtype.element_ty), mask=n < {limit})")
+
+
+def _level_line(table: TableName, bits: int) -> str:
+    if table == "int":
+        half = 1 << (bits - 1)
+        return f"value = (code - {half}).to(tl.float32) * {1 / half!r}"
+    return "value = tl.load(levels + code)"

@@ -1,0 +1,211 @@
+"""The program of a plan: for each compressed matrix the typed operations that compute y = W_hat x, printable.
+
+    plan --lower--> operations --passes--> operations, tiles and shared kernels --emit--> Triton
+
+`lower` reads nothing but the format; `verify_program` runs before and after every pass (`passes.run_passes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from reallm.kernels.formats import AdditiveCodec, DenseCodec, Format, ScalarCodec
+from reallm.kernels.packing import WORD_BITS, plane_widths
+from reallm.planner.plan import Plan
+
+from .operations import (
+    AddBias,
+    AddLowRank,
+    Codebooks,
+    CodegenError,
+    Dot,
+    GroupScale,
+    Levels,
+    Offset,
+    Operation,
+    Project,
+    RowScale,
+    Store,
+    Unpack,
+)
+
+MAX_CODES = 2**31
+"""Codes of one matrix, so that every index of a chunk fits 32 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program instance works on: block_n rows, block_k columns at a time, num_warps * 32 threads."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+    def __str__(self) -> str:
+        return f"n{self.block_n}-k{self.block_k}-w{self.num_warps}"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """Everything a generated kernel is specialised on; equal specs give byte-equal sources.
+
+    `label` is the format without what no kernel can see (feedback, sharing of codebooks). `aligned` says that a row
+    is whole chunks (see `chunk_width`), `even` that it is whole tiles, `batch` how many rows of x one instance takes.
+    """
+
+    label: str
+    operations: tuple[Operation, ...]
+    tile: Tile
+    aligned: bool
+    even: bool
+    batch: int = 1
+
+    @property
+    def function(self) -> str:
+        """The kernel's name in its source."""
+        return "project" if isinstance(self.operations[0], Project) else "gemv"
+
+    @property
+    def name(self) -> str:
+        """Unique in a program; also the stem of its files."""
+        facts = ("" if self.aligned else "-unaligned") + ("" if self.even else "-tail")
+        batch = f"-m{self.batch}" if self.batch > 1 else ""
+        return f"{self.function}-{self.label.replace('+', '-')}-{self.tile}{facts}{batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixProgram:
+    """The operations of one matrix W[rows, cols], and the kernels that run them in order."""
+
+    name: str
+    rows: int
+    cols: int
+    format: Format
+    operations: tuple[Operation, ...]
+    tile: Tile | None = None
+    kernels: tuple[KernelSpec, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"matrix {self.name} [{self.rows}, {self.cols}] {self.format.name}"]
+        lines += [f"  {op.gives:<7}= {op}" for op in self.operations]
+        lines += [f"  tile {self.tile}"] if self.tile else []
+        lines += [f"  kernel {kernel.name}" for kernel in self.kernels]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The compressed matrices of a plan, in the plan's order; `str` prints all of it."""
+
+    matrices: tuple[MatrixProgram, ...]
+
+    @property
+    def kernels(self) -> tuple[KernelSpec, ...]:
+        """The distinct kernels, by name."""
+        return tuple(sorted({kernel for matrix in self.matrices for kernel in matrix.kernels}, key=lambda k: k.name))
+
+    def __str__(self) -> str:
+        return "\n".join(str(matrix) for matrix in self.matrices) + "\n"
+
+
+def chunk_width(unpack: Unpack) -> int:
+    """Columns a tile handles as one: those of a word of the widest plane, or those of one additive group."""
+    return unpack.dim if unpack.dim > 1 else WORD_BITS // plane_widths(unpack.bits)[0]
+
+
+def lower(fmt: Format, bias: bool = False) -> tuple[Operation, ...]:
+    """The operations of a compressed format, unoptimised. Raises CodegenError for a dense one."""
+    codec = fmt.codec
+    decode: tuple[Operation, ...]
+    if isinstance(codec, DenseCodec):
+        raise CodegenError(f"format {fmt.name!r} is dense: there is nothing to decode; call torch")
+    if isinstance(codec, AdditiveCodec):
+        count, bits, dim = codec.num_codebooks, codec.codebook_bits, codec.dim
+        decode = (Unpack(bits, count, dim), Codebooks(count, bits, dim), GroupScale(0))
+    else:
+        uint = codec.table == "uint"
+        level = Offset(codec.bits, codec.group_size) if uint else Levels(codec.table, codec.bits)
+        decode = (Unpack(codec.bits), level, GroupScale(codec.group_size, codec.double_quant))
+    low = fmt.low_rank
+    project = (Project(low.dtype),) if low else ()
+    added = (AddLowRank(low.rank, low.dtype),) if low else ()
+    return (*project, *decode, Dot(), *added, *((AddBias(),) if bias else ()), Store())
+
+
+def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:
+    """The program of a plan before any pass; `biased` names the matrices whose module has a bias. Dense ones have none."""
+    matrices = []
+    for choice in plan.choices:
+        fmt = Format.parse(choice.format)
+        if not isinstance(fmt.codec, DenseCodec):
+            operations = lower(fmt, choice.matrix in biased)
+            matrices.append(MatrixProgram(choice.matrix, choice.rows, choice.cols, fmt, operations))
+    return Program(tuple(matrices))
+
+
+def verify_program(program: Program) -> None:
+    """Raise CodegenError, naming the matrix, unless every matrix's operations compute W_hat x from its stored fields."""
+    for matrix in program.matrices:
+        for fault in _faults(matrix):
+            raise CodegenError(f"program of {matrix.name!r} ({matrix.format.name}): {fault}")
+    names = [kernel.name for kernel in program.kernels]
+    if len(set(names)) != len(names):
+        raise CodegenError(f"two different kernels share a name among {', '.join(names)}")
+
+
+def _faults(matrix: MatrixProgram) -> list[str]:
+    """What is wrong with one matrix, in words."""
+    return [
+        *_kind_faults(matrix.operations),
+        *_order_faults(matrix.operations),
+        *_field_faults(matrix),
+        *_kernel_faults(matrix),
+    ]
+
+
+def _kind_faults(operations: tuple[Operation, ...]) -> list[str]:
+    kind, faults = "words", []
+    for operation in operations:
+        if operation.takes != kind:
+            faults.append(f"{operation} takes {operation.takes}, not {kind}")
+        kind = operation.gives
+    return faults if kind == "stored" else [*faults, f"ends in {kind}, not in a store"]
+
+
+def _order_faults(operations: tuple[Operation, ...]) -> list[str]:
+    faults = []
+    scales = [index for index, op in enumerate(operations) if isinstance(op, GroupScale | RowScale)]
+    if len(scales) != 1:
+        faults.append(f"has {len(scales)} scales, not one")
+    elif isinstance(operations[scales[0]], RowScale) and not isinstance(operations[scales[0] - 1], Dot):
+        faults.append("scales a row after something was added to it")
+    projected = [op.dtype for op in operations if isinstance(op, Project)]
+    if projected != [op.dtype for op in operations if isinstance(op, AddLowRank)]:
+        faults.append("has a projection without its low-rank term, or the reverse")
+    return faults
+
+
+def _field_faults(matrix: MatrixProgram) -> list[str]:
+    fields = matrix.format.fields(matrix.rows, matrix.cols)
+    if shared := matrix.format.shared_field:
+        fields = (*fields, shared)
+    stored = {(field.name, field.dtype) for field in fields}
+    read = {pair for operation in matrix.operations for pair in operation.reads}
+    faults = [f"reads {sorted(read)}, but {sorted(stored)} are stored"] if read != stored else []
+    codec = matrix.format.codec
+    indexed = 0 if isinstance(codec, DenseCodec | ScalarCodec) else codec.group_count(matrix.cols) * codec.num_codebooks
+    if matrix.rows * max(indexed, -(-matrix.cols // 4)) >= MAX_CODES:
+        faults.append(f"[{matrix.rows}, {matrix.cols}] has more codes than 32-bit indices reach")
+    return faults
+
+
+def _kernel_faults(matrix: MatrixProgram) -> list[str]:
+    tile = matrix.tile
+    faults = []
+    if tile and any(size < 1 or size & (size - 1) for size in (tile.block_n, tile.block_k, tile.num_warps)):
+        faults.append(f"tile {tile} is not made of powers of two")
+    run = tuple(operation for kernel in matrix.kernels for operation in kernel.operations)
+    if matrix.kernels and run != matrix.operations:
+        faults.append("its kernels do not run its operations in order")
+    return faults
