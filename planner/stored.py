@@ -4,7 +4,7 @@
 - A matrix in a dense format (bf16, fp16, fp32) keeps the model's own tensor `<name>.weight` [rows, cols], unpadded.
 - One slice of an expert stack is named `<stack>.<index>`. When all slices of a stack are in the same dense format the
   model's own parameter `<stack>` [experts, rows, cols] stays; otherwise every slice is packed, dense ones as the field
-  `<name>.weight`.
+  `<name>.values`.
 - A shared codebook: `reallm_shared.<key>.codebooks`, once.
 
 Every other tensor of the model keeps its name, its shape and the model's dtype.

@@ -1,0 +1,170 @@
+"""Hypothesis strategies: formats, shapes, packed fields, allocation problems and measured tables."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from reallm.kernels.formats import (
+    SCALAR_BITS,
+    AdditiveCodec,
+    DenseCodec,
+    DoubleQuant,
+    Field,
+    Format,
+    LowRank,
+    ScalarCodec,
+)
+from reallm.kernels.packing import pack_codes, pad
+from reallm.planner.problem import Candidate, Item, Problem
+from reallm.planner.records import MatrixRecord, MeasuredTable, MeasurementRecord, SharedRecord
+from reallm.planner.stored import shared_key
+
+shapes = st.tuples(st.integers(1, 41), st.integers(1, 83))
+seeds = st.integers(0, 2**32 - 1)
+costs = st.one_of(st.just(0.0), st.floats(1e-9, 10.0))
+
+double_quants = st.builds(DoubleQuant, st.sampled_from((4, 6, 8)), st.integers(8, 4096))
+scalar_codecs = st.builds(
+    ScalarCodec,
+    st.sampled_from(("int", "uint", "nf", "lm")),
+    st.sampled_from(SCALAR_BITS),
+    st.one_of(st.just(0), st.integers(8, 65536)),
+    st.one_of(st.none(), double_quants),
+)
+additive_codecs = st.builds(
+    AdditiveCodec, st.integers(1, 4), st.integers(1, 12), st.sampled_from((2, 4, 8)), st.booleans()
+)
+low_ranks = st.builds(LowRank, st.integers(1, 1024), st.sampled_from(("f16", "i8")))
+dense_formats = st.builds(Format, st.builds(DenseCodec, st.sampled_from(("f16", "bf16", "f32"))))
+formats = st.one_of(
+    dense_formats,
+    st.builds(Format, st.one_of(scalar_codecs, additive_codecs), st.one_of(st.none(), low_ranks), st.booleans()),
+)
+
+
+def random_field(field: Field, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The packed bytes of random values of one field, small enough that products stay finite."""
+    if field.dtype[0] == "u":
+        bits = int(field.dtype[1:])
+        return pack_codes(rng.integers(0, 1 << bits, field.count), bits)
+    if field.dtype == "i8":
+        return pad(rng.integers(-128, 128, field.count).astype(np.int8).tobytes())
+    values = rng.standard_normal(field.count)
+    if field.dtype == "bf16":
+        return pad((values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes())
+    return pad(values.astype({"f16": "<f2", "f32": "<f4"}[field.dtype]).tobytes())
+
+
+def random_packed(fmt: Format, rows: int, cols: int, seed: int) -> dict[str, NDArray[np.uint8]]:
+    """Random fields of a matrix [rows, cols], with the shared codebook where the format has one."""
+    rng = np.random.default_rng(seed)
+    fields = fmt.fields(rows, cols) + ((fmt.shared_field,) if fmt.shared_field else ())
+    return {field.name: random_field(field, rng) for field in fields}
+
+
+@st.composite
+def problems(draw: st.DrawFn, max_items: int = 4, max_candidates: int = 4) -> Problem:
+    """Small problems, feasible or not, with up to two shared codebooks."""
+    keys = draw(st.lists(st.sampled_from(("book", "other")), unique=True))
+    items = []
+    for i in range(draw(st.integers(1, max_items))):
+        count = draw(st.integers(1, max_candidates))
+        options = [
+            Candidate(
+                draw(st.integers(1, 60)) * draw(st.sampled_from((1, 64))),
+                draw(costs),
+                f"f{c}",
+                tuple(sorted(draw(st.lists(st.sampled_from(keys), unique=True)))) if keys else (),
+            )
+            for c in range(count)
+        ]
+        items.append(Item(f"m{i}", tuple(options)))
+    sizes = {key: draw(st.integers(1, 40)) * 64 for key in keys}
+    most = sum(max(c.nbytes for c in item.candidates) for item in items) + sum(sizes.values())
+    return Problem(tuple(items), sizes, draw(st.integers(0, most + 64)))
+
+
+MEASURED = ("int2-g8", "nf3-g16", "int4-g8", "int8-g0+r1", "aq1x4-d4-shared", "aq1x4-d4-shared+r1")
+KINDS = ("linear", "linear", "linear", "embedding", "head")
+
+
+@st.composite
+def tables(draw: st.DrawFn, max_matrices: int = 4, experts: bool = False) -> MeasuredTable:
+    """Small measured tables; every linear matrix has a candidate, embedding and head perhaps none."""
+    matrices = []
+    for i in range(draw(st.integers(1, max_matrices))):
+        rows, cols = draw(st.integers(1, 24)), draw(st.integers(1, 48))
+        kind = "linear" if i == 0 else draw(st.sampled_from(KINDS))
+        family = draw(st.sampled_from(("q", "k")))
+        matrices.append(_matrix(f"blocks.{i}.{family}", rows, cols, kind, family, draw(st.sampled_from(("a", "b")))))
+    if experts:
+        rows, cols = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+        count = draw(st.integers(1, 3))
+        matrices += [_matrix(f"moe.up.{e}", rows, cols, "expert", "up", f"moe{e}") for e in range(count)]
+    measurements = []
+    for m in matrices:
+        least = 1 if m.kind in ("linear", "expert") else 0
+        names = draw(st.lists(st.sampled_from(MEASURED), unique=True, min_size=least, max_size=4))
+        measurements += [_measurement(m, name, draw(costs)) for name in names]
+    return _table(matrices, draw(st.permutations(measurements)))
+
+
+def _matrix(name: str, rows: int, cols: int, kind: str, family: str, source: str) -> MatrixRecord:
+    return MatrixRecord.model_validate(
+        {
+            **{"name": name, "rows": rows, "cols": cols, "kind": kind, "block": 0},
+            **{"input": source, "family": family, "source_bytes": 2 * rows * cols},
+        }
+    )
+
+
+def _measurement(matrix: MatrixRecord, name: str, cost: float) -> MeasurementRecord:
+    nbytes = Format.parse(name).nbytes(matrix.rows, matrix.cols)
+    return MeasurementRecord(
+        matrix=matrix.name,
+        format=name,
+        nbytes=nbytes,
+        guided=cost,
+        fisher=2 * cost,
+        relative=cost / 2,
+        seconds=0.5,
+        codes_sha256="0" * 64,
+    )
+
+
+def _table(matrices: list[MatrixRecord], measurements: list[MeasurementRecord]) -> MeasuredTable:
+    families = {m.name: m.family for m in matrices}
+    books = {}
+    for record in measurements:
+        fmt = Format.parse(record.format)
+        key = shared_key(fmt, families[record.matrix])
+        if key and fmt.shared_field:
+            books[key] = fmt.shared_field.nbytes
+    return MeasuredTable(
+        model="tiny",
+        model_sha256="1" * 64,
+        text="text",
+        text_sha256="2" * 64,
+        settings={"seed": 0},
+        dtype="bf16",
+        other_tensors={"norm.weight": (17,), "blocks.0.norm.weight": (3, 5)},
+        matrices=tuple(matrices),
+        measurements=tuple(measurements),
+        shared=tuple(SharedRecord(key=key, nbytes=size, sha256="3" * 64) for key, size in sorted(books.items())),
+    )
+
+
+def make_table(*rows: tuple[str, int, int, str, dict[str, float]]) -> MeasuredTable:
+    """A table written by hand: (name, rows, cols, kind, format -> cost) per matrix; family: its last part."""
+    matrices = [
+        _matrix(name, n, k, kind, name.rsplit(".", 1)[-1], f"{name.rsplit('.', 1)[0]}.input")
+        for name, n, k, kind, _ in rows
+    ]
+    measurements = [
+        _measurement(matrix, fmt, cost)
+        for matrix, (*_, by_format) in zip(matrices, rows, strict=True)
+        for fmt, cost in by_format.items()
+    ]
+    return _table(matrices, measurements)
