@@ -36,7 +36,7 @@ class Matrix:
     block: int | None
     """Index into the model's blocks, or None outside them."""
     input: str
-    """Name of the distinct input: the first matrix that reads it; a tied embedding's is its head, an untied one's is empty."""
+    """Name of the distinct input: the first matrix that reads it; a tied embedding's is its head, else it is empty."""
     family: str
     """Its role across blocks: the name without block and expert numbers, e.g. `self_attn.q_proj`."""
     expert: int | None

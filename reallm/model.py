@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .discovery import Matrix, discover
@@ -42,6 +42,20 @@ class LoadedModel:
     matrices: tuple[Matrix, ...]
     notes: tuple[str, ...] = ()
     """What the user should hear about the source, one line each."""
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it predicts masked tokens instead of the next one."""
+        return not self.model.can_generate()
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest context in tokens; None where the configuration sets no limit."""
+        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
+                return limit - module.padding_idx - 1  # learned positions counted from after the padding's (RoBERTa)
+        return limit
 
     def weight(self, matrix: Matrix) -> Tensor:
         """W of `matrix`, a float32 copy [rows, cols]."""

@@ -1,0 +1,74 @@
+"""English prose that every Python installation carries: the language reference and the library's docstrings.
+
+Technical English, good enough to try reallm without a network; text like what the model will read is better.
+"""
+
+from __future__ import annotations
+
+import ast
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+TEST_EVERY = 5  # one document in five is kept for evaluation
+MIN_WORDS = 8  # shorter paragraphs are headings and signatures
+MIN_PROSE = 0.88  # share of letters and plain punctuation under which a paragraph is code or a table
+LOCAL_MODULES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ from machine to machine
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_RULE = re.compile(r"[-=*~^#+|_ ]+")
+_MARKUP = (
+    (re.compile(r":\w+:`([^`]*)`"), r"\1"),
+    (re.compile(r"``?([^`]*)`?`"), r"\1"),
+    (re.compile(r"\*\*?([\w.-]+)\*\*?"), r"\1"),
+    (re.compile(r"\s+"), " "),
+)
+
+
+def offline_documents(split: str) -> tuple[tuple[str, ...], str]:
+    """The documents of `split`, "train" or "test", which share no paragraph; and their description.
+
+    The same for the same Python version, in the same order.
+    """
+    seen: set[str] = set()
+    documents = []
+    for raw in (*_topics(), *_docstrings()):
+        fresh = [paragraph for paragraph in prose(raw) if paragraph not in seen]
+        seen.update(fresh)
+        if fresh:
+            documents.append("\n\n".join(dict.fromkeys(fresh)))
+    test = documents[TEST_EVERY - 1 :: TEST_EVERY]
+    chosen = test if split == "test" else [text for i, text in enumerate(documents, 1) if i % TEST_EVERY]
+    what = f"offline default: documentation of Python {platform.python_version()}"
+    return tuple(chosen), f"{what}, {split} part, {len(chosen)} documents"
+
+
+def prose(raw: str) -> Iterator[str]:
+    """The paragraphs of `raw` that are prose, unwrapped, without reStructuredText markup, code and tables."""
+    for block in re.split(r"\n\s*\n", raw):
+        lines = [line.strip() for line in block.splitlines()]
+        if any(line.startswith((">>>", "...", "$ ", "| ")) for line in lines):
+            continue
+        text = " ".join(line for line in lines if not _RULE.fullmatch(line))
+        for pattern, replacement in _MARKUP:
+            text = pattern.sub(replacement, text)
+        text = text.strip()
+        letters = sum(character.isalpha() or character in " ,.'" for character in text)
+        if len(text.split()) >= MIN_WORDS and letters >= MIN_PROSE * len(text):
+            yield text
+
+
+def _topics() -> Iterator[str]:
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _docstrings() -> Iterator[str]:
+    """All docstrings of each module at the top of the standard library; read, not imported."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: path.name):
+        if path.name.startswith(LOCAL_MODULES):
+            continue
+        nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, _DOCUMENTED))
+        yield "\n\n".join(ast.get_docstring(node) or "" for node in nodes)
