@@ -216,9 +216,10 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         raise LayoutError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
     where = _read_index(index)
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(where.values())):
-        if not (folder / file).is_file():
-            raise LayoutError(f"{index} names {file}, which is missing; copy or download it again")
+    files = sorted(set(where.values()))
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise LayoutError(f"{index} names {missing[0]}, which is missing; copy or download it again")
+    for file in files:
         found = read_header(folder / file)
         if wrong := [name for name in found if where.get(name) != file]:
             raise LayoutError(f"{index}: tensor {wrong[0]!r} lies in {file}, the index says {where.get(wrong[0])}")
