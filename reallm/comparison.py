@@ -12,7 +12,6 @@ window. A masked model is scored on a seeded 15% of the tokens, replaced by the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,26 +84,22 @@ def compare_models(
     `mask_token` makes it a masked evaluation (encoders). Both models run in the dtype and on the device they are in;
     distributions are taken in float32. Raises UserError when logits are not finite or the vocabularies differ.
     """
-    nll, base_nll, kl, same = [], [], [], []
+    rows = []
     for index, window in enumerate(tqdm(windows, desc="evaluate", unit="window", disable=not progress)):
         scored = mask_window(window, mask_token, seed + index) if mask_token is not None else causal_window(window)
         logits = _logits(model, scored, f"window {index + 1} of the evaluated model")
-        nll.append(_each_row(lambda q, target: -q.gather(1, target[:, None])[:, 0], logits, scored.targets))
-        if base is None:
-            continue
-        base_logits = _logits(base, scored, f"window {index + 1} of the base model")
-        if base_logits.shape != logits.shape:
+        base_logits = None if base is None else _logits(base, scored, f"window {index + 1} of the base model")
+        if base_logits is not None and base_logits.shape != logits.shape:
             raise UserError(f"the base has a vocabulary of {base_logits.shape[1]}, the model {logits.shape[1]}")
-        base_nll.append(_each_row(lambda p, target: -p.gather(1, target[:, None])[:, 0], base_logits, scored.targets))
-        kl.append(_each_row(lambda p, q: (p.exp() * (p - q.log_softmax(1))).sum(1), base_logits, logits.float()))
-        same.append(base_logits.argmax(1) == logits.argmax(1))
+        rows.append(_score(logits, base_logits, scored.targets))
+    nll, base_nll, kl, same = torch.cat(rows).T
     return Comparison(
         windows=len(windows),
         seqlen=windows.shape[1],
-        tokens=sum(part.numel() for part in nll),
+        tokens=nll.numel(),
         perplexity=_perplexity(nll),
-        base_perplexity=_perplexity(base_nll) if base is not None else None,
-        divergence=_divergence(torch.cat(kl), torch.cat(same)) if base is not None else None,
+        base_perplexity=None if base is None else _perplexity(base_nll),
+        divergence=None if base is None else _divergence(kl, same),
     )
 
 
@@ -135,14 +130,27 @@ def _logits(model: PreTrainedModel, scored: Scored, what: str) -> Tensor:
     return logits
 
 
-def _each_row(score: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: Tensor) -> Tensor:
-    """score(log_softmax(logits), other) for ROWS_AT_ONCE rows at a time: float64 [P]."""
-    parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(logits), ROWS_AT_ONCE)]
-    return torch.cat([score(logits[part].float().log_softmax(1), other[part]).double() for part in parts])
+def _score(logits: Tensor, base_logits: Tensor | None, targets: Tensor) -> Tensor:
+    """Float64 [P, 4]: -log q[target], -log p[target], KL(p || q), and 1 where both agree on the first token.
+
+    Logits [P, vocabulary] are taken ROWS_AT_ONCE rows at a time; without a base the last three columns are zero.
+    """
+    result = torch.zeros(len(logits), 4, dtype=torch.float64)
+    for start in range(0, len(logits), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        target = targets[part, None]
+        log_q = logits[part].float().log_softmax(1)
+        result[part, 0] = -log_q.gather(1, target)[:, 0].double()
+        if base_logits is not None:
+            log_p = base_logits[part].float().log_softmax(1)
+            result[part, 1] = -log_p.gather(1, target)[:, 0].double()
+            result[part, 3] = (log_p.argmax(1) == log_q.argmax(1)).double()
+            result[part, 2] = log_p.exp().mul_(log_p.sub_(log_q)).sum(1).double()
+    return result
 
 
-def _perplexity(nll: list[Tensor]) -> float:
-    mean = float(torch.cat(nll).mean())
+def _perplexity(nll: Tensor) -> float:
+    mean = float(nll.mean())
     if mean > MAX_NATS:
         raise UserError(f"the mean loss is {mean:.0f} nats per token; expected under {MAX_NATS:.0f}: check the weights")
     return math.exp(mean)
@@ -159,5 +167,5 @@ def _divergence(kl: Tensor, same: Tensor) -> Divergence:
         p99=tails["p99"],
         p999=tails["p999"],
         max=float(values.max()),
-        same_top1=float(same.double().mean()),
+        same_top1=float(same.mean()),
     )

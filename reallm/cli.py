@@ -1,0 +1,287 @@
+"""The command line: one command a stage. Each is a thin shell around the Python function of the same name.
+
+A user's mistake is one line on stderr and exit code 2; Ctrl-C is one line and 130; anything unforeseen keeps its
+traceback. torch and transformers are imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from safetensors import SafetensorError
+
+from reallm.kernels.formats import FormatError
+from reallm.kernels.layout import LayoutError
+from reallm.planner.candidates import Cost, Ties
+from reallm.planner.plan import PlanError
+from reallm.planner.records import RecordError, canonical_json, write_record, write_text_atomic
+
+from .errors import UserError
+
+USER_ERRORS = (UserError, PlanError, FormatError, LayoutError, RecordError)
+NO_SPACE = "No space left on device"
+CONSOLE = Console()
+
+
+class Commands(typer.core.TyperGroup):
+    """The group of commands, with the house's way of ending."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what the user can mend becomes one line and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _stop("interrupted; the same command goes on where it stopped", 130) from None
+        except USER_ERRORS as error:
+            raise _stop(" ".join(str(error).split()), 2) from None
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) != errno.ENOSPC and NO_SPACE not in str(error):
+                raise
+            where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+            raise _stop(f"the disk is full{where}; free some space and run the same command again", 2) from None
+
+
+def _stop(line: str, code: int) -> typer.Exit:
+    typer.echo(f"reallm: {line}", err=True)
+    return typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A folder with a transformers model, a .gguf file, or a name on the hub.")]
+Artifact = Annotated[Path, typer.Argument(help="A folder that `reallm compile` made.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="A .txt, .jsonl or .parquet file, or a datasets name such as Salesforce/wikitext:wikitext-2-raw-v1:train. "
+        "Without it, English text that every Python carries: enough to try things, too little for the best result."
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        typer.echo(f"reallm {version('reallm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
+) -> None:
+    """Fits a language model into a memory budget with the least possible loss.
+
+    [bold]reallm measure[/bold] MODEL --text wiki.txt -o work/
+    [bold]reallm plan[/bold] work/ --budget 3.0bpw -o plan.json
+    [bold]reallm compile[/bold] plan.json -o out/
+    [bold]reallm eval[/bold] out/ --against MODEL --text test.txt
+    [bold]reallm generate[/bold] out/ "The capital of France is"
+
+    Or all of it on a small model: [bold]reallm demo[/bold]
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("reallm").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+@app.command(epilog="Example: reallm measure HuggingFaceTB/SmolLM2-135M --text wiki.txt -o work/")
+def measure(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, statistics and cache.")],
+    text: Text = None,
+    space: Annotated[str, typer.Option(help="Candidate formats: a preset, or a YAML file.")] = "default",
+    nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 16,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 1024,
+    seed: Seed = 0,
+    jobs: Annotated[int, typer.Option(help="Matrices encoded at once; -1 for every core.")] = -1,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Wrap .jsonl messages as the model does.")
+    ] = False,
+) -> None:
+    """Measure what storing every matrix in every candidate format would cost.
+
+    Resumable: what is done is cached in the output folder, and the same command goes on where it stopped.
+    """
+    from .measurement import measure as run
+
+    _quiet_transformers()
+    run(
+        model,
+        text=text,
+        output=output,
+        space=space,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        jobs=jobs,
+        chat_template=chat_template,
+    )
+    typer.echo(f"measured; next: reallm plan {output} --budget 3.0bpw -o plan.json", err=True)
+
+
+@app.command(epilog="Example: reallm plan work/ --budget 48MiB --pin 'lm_head=int8-g64' -o plan.json")
+def plan(
+    work: Annotated[Path, typer.Argument(help="The folder that `reallm measure` filled.")],
+    budget: Annotated[str, typer.Option("--budget", "-b", help="3.0bpw of the matrices, or 48MiB, 4GiB of the file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
+    pin: Annotated[list[str] | None, typer.Option(help="REGEX=FORMAT for the matrices it finds; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="REGEX of matrices to leave as they are.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="Candidates allowed, such as 'int4-*'.")] = None,
+    ties: Annotated[Ties, typer.Option(help="Matrices that must get one format.")] = "none",
+    cost: Annotated[Cost, typer.Option(help="The measured cost to minimise.")] = "guided",
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds for the solver.")] = 60.0,
+) -> None:
+    """Choose every matrix's format: the least predicted loss within a budget. Seconds; needs no model."""
+    from .planning import plan as run
+    from .report import print_plan
+
+    result = run(
+        work,
+        budget=budget,
+        output=output,
+        pins=pin or (),
+        exclude=exclude or (),
+        formats=formats,
+        ties=ties,
+        cost=cost,
+        time_limit_s=time_limit,
+    )
+    print_plan(result, CONSOLE)
+    typer.echo(f"wrote {output}; next: reallm compile {output} -o out/", err=True)
+
+
+@app.command(name="compile", epilog="Example: reallm compile plan.json -o out/")
+def compile_(
+    plan: Annotated[Path, typer.Argument(help="The plan that `reallm plan` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    model: Annotated[str | None, typer.Option(help="The model, if it has moved since it was measured.")] = None,
+    work: Annotated[Path | None, typer.Option(help="The measured folder, if it has moved.")] = None,
+    force: Force = False,
+) -> None:
+    """Pack the plan into a model directory that transformers loads (after `import reallm`)."""
+    from .compiler import compile_plan
+
+    _quiet_transformers()
+    compile_plan(plan, output, model=model, work=work, force=force)
+    typer.echo(f"wrote {output}; next: reallm eval {output} --against MODEL --text test.txt", err=True)
+
+
+@app.command(
+    name="eval", epilog="Example: reallm eval out/ --against MODEL --text test.txt --windows 8 --json eval.json"
+)
+def eval_(
+    model: Annotated[str, typer.Argument(help="An artifact, or any model a folder, .gguf file or hub name holds.")],
+    against: Annotated[str | None, typer.Option(help="The model it was made from, for the divergence.")] = None,
+    text: Text = None,
+    seqlen: Annotated[
+        int, typer.Option(help="Context in tokens; figures at different contexts do not compare.")
+    ] = 1024,
+    windows: Annotated[int | None, typer.Option(help="Score this many windows only.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for both models.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Perplexity, divergence from the original with its tail, agreement on the first token, and sizes in three ways."""
+    from .evaluation import evaluate
+    from .report import print_evaluation
+
+    _quiet_transformers()
+    result = evaluate(
+        model, against=against, text=text, seqlen=seqlen, windows=windows, dtype=dtype, device=device, seed=seed
+    )
+    if json is not None:
+        write_text_atomic(json, result.to_json())
+    print_evaluation(result, CONSOLE)
+
+
+@app.command(epilog='Example: reallm generate out/ "The capital of France is" --max-new-tokens 20')
+def generate(
+    model: Annotated[str, typer.Argument(help="An artifact, or any model.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Continue a text."""
+    from .generation import generate as run
+
+    _quiet_transformers()
+    typer.echo(
+        run(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            chat=chat,
+            device=device,
+            seed=seed,
+        )
+    )
+
+
+@app.command(epilog="Example: reallm inspect out/ --matrices")
+def inspect(
+    artifact: Artifact,
+    matrices: Annotated[bool, typer.Option("--matrices", help="List every matrix.")] = False,
+    json: Json = None,
+) -> None:
+    """Show what an artifact or a plan.json holds: formats, bits, bytes."""
+    from .planning import read_plan
+    from .report import families_table, matrices_table, print_plan
+
+    result = read_plan(artifact)
+    if json is not None:
+        write_record(json, result)
+    print_plan(result, CONSOLE)
+    CONSOLE.print(families_table(result.choices))
+    if matrices:
+        CONSOLE.print(matrices_table(result.choices))
+
+
+@app.command(epilog="Example: reallm verify out/")
+def verify(artifact: Artifact, json: Json = None) -> None:
+    """Check every hash, size, offset and code of an artifact; one changed bit is found."""
+    from dataclasses import asdict
+
+    from .artifact import verify as run
+
+    report = run(artifact)
+    if json is not None:
+        write_text_atomic(json, canonical_json(asdict(report)))
+    typer.echo(f"{artifact} is whole")
+
+
+def main() -> None:
+    """Entry point of the `reallm` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Opening whatever the user names for running it: an artifact of ours, or any transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .artifact import is_artifact
+from .errors import UserError
+from .loading import load
+from .model import load_model
+from .sizes import Sizes, artifact_sizes, model_sizes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to run, its tokenizer and what it weighs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sizes: Sizes
+
+
+def open_model(path: str | Path, dtype: str = "float32", device: str = "cpu") -> Opened:
+    """The model at `path` in `dtype` ("float32", ...) on `device`. Raises UserError when it cannot be had, or without
+    a tokenizer, which everything that runs a model needs.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    if is_artifact(path):
+        model, tokenizer = load(path, device=device, dtype=DTYPES[dtype])
+        sizes = artifact_sizes(Path(path))
+    else:
+        loaded = load_model(path)
+        tokenizer, sizes = loaded.tokenizer, model_sizes(loaded)
+        model = loaded.model.to(device=_device(device), dtype=DTYPES[dtype])
+    if tokenizer is None:
+        raise UserError(f"{path} has no tokenizer; put its tokenizer files into the folder")
+    return Opened(model.eval(), tokenizer, sizes)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); leave it out for the CPU") from None
+    return device
