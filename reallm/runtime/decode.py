@@ -103,7 +103,8 @@ def _scales(codec: ScalarCodec, read: _Reader, groups: int) -> Tensor:
     if double is None:
         return read.floats("scales")
     ranges = read.flat("scale_ranges")[read.index(groups) // double.block]
-    return read.flat("scale_min") + read.codes("scale_codes").to(torch.float32) / (2**double.bits - 1) * ranges
+    scales: Tensor = read.codes("scale_codes").to(torch.float32) / (2**double.bits - 1) * ranges
+    return read.flat("scale_min") + scales
 
 
 def _spread(values: Tensor, width: int, cols: int) -> Tensor:

@@ -74,7 +74,7 @@ class LowRankTraining(Packed):
         """W_hat [rows, cols], without the low-rank term while that is being trained."""
         if not self.in_training:
             return super().decode_now(dtype)
-        fields, shared = self.fields, self.codebooks
+        fields, shared = self.fields, self.shared_codebooks
         return decode(self.format, fields, self.rows, self.cols, dtype=dtype, shared=shared, low_rank=False)
 
     def low_rank_output(self, inputs: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class CompressedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # we
         if self.mode == "load":
             return embedding(input, self.dense(), self.padding_idx)
         dtype, select = self.decoded.dtype, input.reshape(-1)
-        rows = decode(self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.codebooks, select=select)
+        rows = decode(self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.shared_codebooks, select=select)
         return rows.view(*input.shape, self.cols)
 
 

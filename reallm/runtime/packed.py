@@ -115,13 +115,13 @@ class Packed(Decoding):
         return {field.name: getattr(self, field.name) for field in self.format.fields(self.rows, self.cols)}
 
     @property
-    def codebooks(self) -> Tensor | None:
+    def shared_codebooks(self) -> Tensor | None:
         """The shared codebooks, uint8, where the format has them."""
         return None if self._shared is None else self._shared[0][self._shared[1]]
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
         """W_hat [rows, cols]."""
-        return decode(self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.codebooks)
+        return decode(self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.shared_codebooks)
 
     @property
     def weight(self) -> Tensor:

@@ -169,3 +169,10 @@ def set_decode_mode(model: nn.Module, mode: DecodeMode) -> None:
         if isinstance(module, Decoding) and not isinstance(module, PackedExpert):
             module.mode = mode
             module.forget()
+
+
+def decode_all(model: nn.Module) -> None:
+    """Decode what is to be kept now, not at its first use."""
+    for module in model.modules():
+        if isinstance(module, Decoding) and module.mode == "load":
+            module.dense()

@@ -1,0 +1,57 @@
+"""Load an artifact: verified first, then through transformers, ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .folder import is_artifact, read_config
+from .errors import UserError
+from .runtime.packed import DecodeMode
+from .runtime.replace import decode_all, set_decode_mode
+from .source import load_tokenizer, locate
+from .verification import verify as verify_artifact
+
+__all__ = ["is_artifact", "load"]
+
+
+def load(
+    path: Path | str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    decode: DecodeMode = "load",
+    verify: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model in evaluation mode, and its tokenizer if the artifact has one.
+
+    `dtype` is what it computes in (default: the dtype it was compiled from). `decode` "load" keeps the decoded weights,
+    as large as the original model; "call" keeps only the packed ones and decodes at every call. `verify` hashes every
+    byte first; without it only headers and sizes are checked. Nothing in the folder is executed. Raises UserError.
+    """
+    folder = Path(path)
+    if not is_artifact(folder):
+        raise UserError(f"{folder} is no artifact of reallm; `reallm compile` writes one")
+    if verify:
+        verify_artifact(folder)
+    model: PreTrainedModel = _model_class(folder).from_pretrained(
+        folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
+    )
+    set_decode_mode(model, decode)
+    model.to(torch.device(device)).eval()
+    if decode == "load":
+        decode_all(model)
+    return model, load_tokenizer(locate(folder))
+
+
+def _model_class(folder: Path) -> type[PreTrainedModel]:
+    """The transformers class that config.json names. Raises UserError for none, or one from elsewhere."""
+    names = read_config(folder).get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise UserError(f"{folder}/config.json names the architecture {name!r}, which this transformers does not have")
+    return found
