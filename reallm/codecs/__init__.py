@@ -1,0 +1,73 @@
+"""Codecs: how the codes of a matrix are chosen for a format, given what errors cost.
+
+`encode` is the one entry. A new codec is a module like `scalar` and a branch in `_encode_codes`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reallm.kernels.formats import AdditiveCodec, DenseCodec, Format, ScalarCodec
+
+from .additive import encode_additive
+from .lowrank import Factors, factorise
+from .metric import Metric, Workspace
+from .scalar import encode_scalar
+from .stored import PackedFields, store, store_all
+
+CODEC_VERSION = 1  # part of every cache key: raise it whenever an encoder's output may change
+MAX_ALTERNATIONS = 4
+
+__all__ = ["CODEC_VERSION", "Metric", "PackedFields", "Workspace", "encode"]
+
+
+def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = None, seed: int = 0) -> PackedFields:
+    """The packed fields of W[N, K] float32 in `fmt`: the same bytes for the same inputs, seed and thread count.
+
+    `shared` [M, 2^B, d] holds the codebooks of a format that shares them. With a low-rank term the two parts are
+    fitted in turn, low rank first (LQ-LoRA, arXiv 2311.12023), until the cost stops falling; the best pair is kept.
+    """
+    if not bool(torch.isfinite(W).all()):
+        raise ValueError("a weight is not finite")
+    fields = fmt.fields(*W.shape)
+    if isinstance(fmt.codec, DenseCodec):
+        return {fields[0].name: store(fields[0], W)}
+    if fmt.low_rank is None:
+        values, _ = _encode_codes(W, fmt, work, shared, seed)
+        return store_all(fields, values)
+    values, factors = _alternate(W, fmt, work, shared, seed)
+    return store_all(fields, {**values, **factors.stored})
+
+
+def _alternate(
+    W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
+) -> tuple[dict[str, Tensor], Factors]:
+    assert fmt.low_rank is not None
+    best: tuple[dict[str, Tensor], Factors] | None = None
+    best_cost, quantised = float("inf"), torch.zeros_like(W)
+    for _ in range(MAX_ALTERNATIONS):
+        factors = factorise(W - quantised, fmt.low_rank, work, fmt.feedback, seed)
+        values, quantised = _encode_codes(W - factors.product, fmt, work, shared, seed)
+        cost = work.metric.guided(W - quantised - factors.product)
+        if cost >= best_cost:
+            break
+        best, best_cost = (values, factors), cost
+    assert best is not None
+    return best
+
+
+def _encode_codes(
+    W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(stored values by field name, what they decode to)."""
+    codec = fmt.codec
+    if isinstance(codec, ScalarCodec):
+        scalar = encode_scalar(W, codec, fmt.feedback, work)
+        return {"codes": scalar.codes, **scalar.stored}, scalar.values(codec)
+    assert isinstance(codec, AdditiveCodec)
+    additive = encode_additive(W, codec, work, shared, seed)
+    values = {"codes": additive.codes, "scales": additive.scales}
+    if not codec.shared:
+        values["codebooks"] = additive.codebooks
+    return values, additive.values(W.shape[1])

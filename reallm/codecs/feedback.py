@@ -1,0 +1,34 @@
+"""Error feedback: every column is rounded after the errors of the columns before it were spread onto it.
+
+Minimises tr(E H E^T) greedily (GPTQ, arXiv 2210.17323; block LDL in QuIP#, arXiv 2402.04396). With H^-1 = U^T U, U
+upper triangular, the target of column j is w_j - sum_{i<j} U_ij err_i, err_j = (target_j - value_j) / U_jj.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK_COLUMNS = 128
+
+
+def feed_back(columns: Tensor, factor: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> None:
+    """Visit the columns of W in order; `columns` [K, N] is W transposed and is overwritten.
+
+    `quantise(position, target [N])` returns the values [N] that the column will decode to.
+    """
+    count = columns.shape[0]
+    diagonal = factor.diagonal().tolist()
+    for start in range(0, count, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, count)
+        local = factor[start:stop, start:stop].T.contiguous()
+        errors = torch.empty(stop - start, columns.shape[1])
+        for i in range(stop - start):
+            target = columns[start + i]
+            if i:
+                target = torch.addmv(target, errors[:i].T, local[i, :i], alpha=-1)
+            errors[i] = (target - quantise(start + i, target)) / diagonal[start + i]
+        if stop < count:
+            columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

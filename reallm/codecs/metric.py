@@ -1,0 +1,128 @@
+"""What an error costs: the guided Hessian, the diagonal Fisher, and the factorisations that encoders share.
+
+With E = W - W_hat, the cost of storing W as W_hat is, in nats per token,
+
+    1/2 sum_n r_n e_n H e_n^T + 1/2 sum F_extra * E^2,
+
+H the guided Hessian (GuidedQuant, arXiv 2505.07004), r a weight per row (only an output head, whose rows are tokens of
+very different frequency, has one) and F_extra the diagonal Fisher of an embedding's look-ups.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+LOG = logging.getLogger(__name__)
+DAMPING = 0.01  # share of the mean diagonal added to H (GPTQ, arXiv 2210.17323)
+MAX_DAMPING = 1e4
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The cost of an error of one matrix W[N, K]; float32 tensors on the CPU."""
+
+    hessian: Tensor
+    """Guided Hessian [K, K]."""
+    fisher: Tensor
+    """Diagonal Fisher [N, K], for the record and for LQ-LoRA's weighting."""
+    row_weight: Tensor | None = None
+    """[N], mean one."""
+    extra_fisher: Tensor | None = None
+    """[N, K]."""
+
+    def guided(self, error: Tensor) -> float:
+        """Cost of `error` [N, K] in nats per token."""
+        product = (error @ self.hessian).mul_(error).sum(1)
+        if self.row_weight is not None:
+            product = product * self.row_weight
+        total = product.double().sum()
+        if self.extra_fisher is not None:
+            total = total + (self.extra_fisher * error.square()).sum(dtype=torch.float64)
+        return 0.5 * max(float(total), 0.0)
+
+    def diagonal(self, error: Tensor) -> float:
+        """Diagonal-Fisher cost of `error` [N, K] in nats per token (LQ-LoRA, arXiv 2311.12023)."""
+        return 0.5 * float((self.fisher * error.square()).sum(dtype=torch.float64))
+
+
+class Workspace:
+    """Factorisations of one matrix's metric, made once and used by every candidate format.
+
+    `order` is the order in which error feedback visits the columns: falling diagonal of H (GPTQ's act-order). Groups
+    and scales stay in storage order, so the order costs no byte.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.notes: list[str] = []
+
+    @cached_property
+    def column_weight(self) -> Tensor:
+        """Diagonal of the encoder's Hessian, [K], positive."""
+        return self.hessian.diagonal().float().clamp_min(1e-30)
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """The damped Hessian that encoders minimise in, float64 [K, K].
+
+        Dead columns (never active in the calibration text) get the smallest live diagonal, so that their weights are
+        still rounded to something sensible.
+        """
+        H = self.metric.hessian.double()
+        H = (H + H.T) / 2
+        if self.metric.extra_fisher is not None:
+            H = H + torch.diag(self.metric.extra_fisher.double().mean(0))
+        diagonal = H.diagonal().clone()
+        if not bool(torch.isfinite(H).all()) or not bool((diagonal > 0).any()):
+            self.notes.append("Hessian is zero or not finite: plain squared error is used")
+            return torch.eye(H.shape[0], dtype=torch.float64)
+        dead = diagonal <= 0
+        if bool(dead.any()):
+            self.notes.append(f"{int(dead.sum())} dead columns")
+            H = H.clone()
+            H.diagonal()[dead] = diagonal[~dead].min()
+        return H + DAMPING * diagonal.mean() * torch.eye(H.shape[0], dtype=torch.float64)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Columns by falling diagonal of H, int64 [K]; ties keep their place."""
+        return torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
+
+    def inverse_factor(self, order: Tensor) -> Tensor:
+        """U upper triangular with (H[order, order])^-1 = U^T U, float32 [K, K]; more damping while it fails."""
+        H = self.hessian[order][:, order]
+        eye, mean = torch.eye(H.shape[0], dtype=torch.float64), float(H.diagonal().mean())
+        extra = 0.0
+        while extra <= MAX_DAMPING:
+            lower, failed = torch.linalg.cholesky_ex(H + extra * mean * eye)
+            if not int(failed):
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not int(failed):
+                    if extra:
+                        self.notes.append(f"Hessian needed {extra:g} of its mean diagonal as damping")
+                    result: Tensor = upper.float()
+                    return result
+            extra = max(10 * extra, DAMPING)
+        self.notes.append("Hessian has no Cholesky factor: its diagonal is used")
+        return torch.diag(H.diagonal().rsqrt()).float()
+
+    @cached_property
+    def ordered_factor(self) -> Tensor:
+        """`inverse_factor` in the order of feedback."""
+        return self.inverse_factor(self.order)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """C lower triangular with C C^T = H, float32 [K, K]."""
+        lower, failed = torch.linalg.cholesky_ex(self.hessian)
+        return (torch.diag(self.hessian.diagonal().sqrt()) if int(failed) else lower).float()
+
+    @cached_property
+    def hessian32(self) -> Tensor:
+        """`hessian` in float32."""
+        return self.hessian.float()

@@ -1,0 +1,225 @@
+"""Scalar codes: choosing the scales, the codes, and the scales again.
+
+1. Scales of every group, chosen on W itself by least weighted squared error over a grid of clipping ratios (learned
+   clipping in the spirit of OmniQuant, arXiv 2308.13137), then by least squares given the codes.
+2. Codes: the nearest level, or error feedback in the metric of H (GPTQ), columns visited by falling diagonal of H while
+   groups stay in storage order (static groups), so the order is free.
+3. Scales refitted jointly for each row: with the codes fixed, 1/2 e H e^T is quadratic in the row's scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reallm.kernels.formats import DoubleQuant, ScalarCodec
+from reallm.kernels.tables import table
+
+from .feedback import feed_back
+from .metric import Workspace
+from .stored import to_half
+
+CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+LEAST_SQUARES_STEPS = 2
+REFIT_RIDGE = 1e-4  # towards the scale there was, in units of the mean curvature
+
+
+@dataclass
+class ScalarCodes:
+    """Codes and scales of W[N, K]; `scales` are what the stored ones decode to."""
+
+    codes: Tensor
+    """int64 [N, K]"""
+    scales: Tensor
+    """float32 [N, G]"""
+    zeros: Tensor | None
+    """float32 [N, G], for `uint` only."""
+    stored: dict[str, Tensor]
+    """The scale fields by name."""
+
+    def values(self, codec: ScalarCodec) -> Tensor:
+        """W_hat [N, K]."""
+        owner = torch.arange(self.codes.shape[1]) // codec.group_width(self.codes.shape[1])
+        zero = None if self.zeros is None else self.zeros[:, owner]
+        return _Grid(codec).value(self.codes, zero) * self.scales[:, owner]
+
+
+class _Grid:
+    """Levels of one codec: nearest code and value, for weights already divided by their scale."""
+
+    def __init__(self, codec: ScalarCodec) -> None:
+        self.uniform = codec.table in ("int", "uint")
+        self.top = 2**codec.bits - 1
+        self.half = 2 ** (codec.bits - 1)
+        self.unsigned = codec.table == "uint"
+        self.levels = torch.from_numpy(table(codec.table, codec.bits).copy())
+        self.edges = (self.levels[1:] + self.levels[:-1]) / 2
+
+    def code(self, x: Tensor, zero: Tensor | None) -> Tensor:
+        """Nearest code of x = w / scale, int64."""
+        if not self.uniform:
+            return torch.bucketize(x, self.edges)
+        if zero is not None:
+            return (x + zero).round_().clamp_(0, self.top).long()
+        return (x * self.half + self.half).round_().clamp_(0, self.top).long()
+
+    def value(self, code: Tensor, zero: Tensor | None) -> Tensor:
+        """Level of a code, before the scale."""
+        if zero is not None:
+            return code.float() - zero
+        levels: Tensor = self.levels[code]
+        return levels
+
+
+def _grouped(values: Tensor, width: int) -> Tensor:
+    """[..., K] -> [..., G, width], the last group padded with zeros."""
+    missing = -values.shape[-1] % width
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return padded.reshape(*values.shape[:-1], -1, width)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+
+
+class _Searcher:
+    """Weighted least-squares scales of the groups of W."""
+
+    def __init__(self, codec: ScalarCodec, W: Tensor, weight: Tensor) -> None:
+        self.codec, self.grid, self.cols = codec, _Grid(codec), W.shape[1]
+        self.width = codec.group_width(self.cols)
+        self.W, self.h = _grouped(W, self.width), _grouped(weight, self.width)
+
+    def candidates(self, ratio: float) -> tuple[Tensor, Tensor | None]:
+        """Scales [N, G] (and zero points) that clip at `ratio` of the group's range."""
+        if self.codec.table == "uint":
+            low = self.W.amin(-1).clamp_max(0) * ratio
+            high = self.W.amax(-1).clamp_min(0) * ratio
+            scale = to_half((high - low) / self.grid.top)
+            return scale, (-low * _inverse(scale)).round().clamp(0, self.grid.top)
+        peak = self.W.gather(-1, self.W.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        if self.codec.table == "lm" or self.codec.double_quant is not None:
+            peak = peak.abs()  # a symmetric table, or scales that are stored shifted by their minimum
+        elif self.codec.table == "int":
+            peak = -peak  # the extra level of two's complement goes to the side of the peak
+        return to_half(peak * ratio), None
+
+    def quantise(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(levels, weighted squared error [N, G]) of the nearest codes."""
+        shift = None if zero is None else zero.unsqueeze(-1)
+        code = self.grid.code(self.W * _inverse(scale).unsqueeze(-1), shift)
+        level = self.grid.value(code, shift)
+        error = (level * scale.unsqueeze(-1)).sub_(self.W).square_().mul_(self.h).sum(-1)
+        return level, error
+
+    def search(self) -> tuple[Tensor, Tensor | None]:
+        """The best scales and zero points of the grid, then of least squares."""
+        best_scale, best_zero = self.candidates(1.0)
+        best_level, best_error = self.quantise(best_scale, best_zero)
+        for ratio in CLIP_RATIOS[1:]:
+            scale, zero = self.candidates(ratio)
+            level, error = self.quantise(scale, zero)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_level = torch.where(better.unsqueeze(-1), level, best_level)
+            if zero is not None and best_zero is not None:
+                best_zero = torch.where(better, zero, best_zero)
+        for _ in range(LEAST_SQUARES_STEPS):
+            weighted = best_level * self.h
+            norm = (weighted * best_level).sum(-1)
+            scale = to_half(torch.where(norm > 0, (weighted * self.W).sum(-1) / norm.clamp_min(1e-30), best_scale))
+            level, error = self.quantise(scale, best_zero)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_level = torch.where(better.unsqueeze(-1), level, best_level)
+        return best_scale, best_zero
+
+
+def store_scales(scales: Tensor, double: DoubleQuant | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what the stored scales decode to [N, G], the fields) for fp16 or double-quantised scales."""
+    if double is None:
+        rounded = to_half(scales)
+        return rounded, {"scales": rounded}
+    flat = scales.reshape(-1)
+    low = flat.min()
+    padded = torch.nn.functional.pad(flat - low, (0, -flat.numel() % double.block)).reshape(-1, double.block)
+    ranges, steps = to_half(padded.amax(1)), 2**double.bits - 1
+    codes = (padded * _inverse(ranges).unsqueeze(1) * steps).round().clamp(0, steps)
+    decoded = (low + codes / steps * ranges.unsqueeze(1)).reshape(-1)[: flat.numel()].reshape(scales.shape)
+    fields = {"scale_codes": codes.reshape(-1)[: flat.numel()], "scale_ranges": ranges, "scale_min": low.reshape(1)}
+    return decoded, fields
+
+
+def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian: Tensor) -> Tensor:
+    """Scales [N, G] minimising e H e^T row by row, e = w - sum_g s_g levels_g, with a small ridge towards `scales`."""
+    cols = W.shape[1]
+    starts = range(0, cols, width)
+    rhs = _grouped(levels * (W @ hessian), width).sum(-1).double()
+    gram = torch.empty(W.shape[0], len(starts), len(starts), dtype=torch.float64)
+    for g, start in enumerate(starts):
+        part = slice(start, min(start + width, cols))
+        gram[:, g] = _grouped((levels[:, part] @ hessian[part]).mul_(levels), width).sum(-1)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    ridge = REFIT_RIDGE * diagonal.mean(1, keepdim=True).clamp_min(1e-30).expand_as(diagonal)
+    system = gram + torch.diag_embed(ridge)
+    solved, failed = torch.linalg.solve_ex(system, (rhs + ridge * scales).unsqueeze(-1))
+    usable = (failed == 0).reshape(-1, 1) & torch.isfinite(solved.squeeze(-1))
+    return torch.where(usable, solved.squeeze(-1).float(), scales)
+
+
+def encode_scalar(W: Tensor, codec: ScalarCodec, feedback: bool, work: Workspace) -> ScalarCodes:
+    """Codes and scales of W[N, K] float32."""
+    weight = work.column_weight
+    if feedback:
+        conditional = torch.empty_like(weight)
+        conditional[work.order] = work.ordered_factor.diagonal().square().reciprocal()
+        weight = conditional
+    searcher = _Searcher(codec, W, weight)
+    scales, zeros = searcher.search()
+    scales, fields = store_scales(scales, codec.double_quant)
+    width, owner = searcher.width, torch.arange(W.shape[1]) // searcher.width
+    if not feedback:
+        codes = searcher.grid.code(W * _inverse(scales)[:, owner], None if zeros is None else zeros[:, owner])
+        return ScalarCodes(codes, scales, zeros, _with_zeros(fields, zeros))
+    codes = _feedback_codes(W, searcher.grid, scales, zeros, owner, work)
+    levels = searcher.grid.value(codes, None if zeros is None else zeros[:, owner])
+    refitted, refitted_fields = store_scales(refit_scales(W, levels, scales, width, work.hessian32), codec.double_quant)
+
+    def cost(s: Tensor) -> float:
+        error = W - levels * s[:, owner]
+        return float(((error @ work.hessian32) * error).sum(dtype=torch.float64))
+
+    if cost(refitted) < cost(scales):
+        scales, fields = refitted, refitted_fields
+    return ScalarCodes(codes, scales, zeros, _with_zeros(fields, zeros))
+
+
+def _with_zeros(fields: dict[str, Tensor], zeros: Tensor | None) -> dict[str, Tensor]:
+    return fields if zeros is None else {**fields, "zeros": zeros}
+
+
+def _feedback_codes(
+    W: Tensor, grid: _Grid, scales: Tensor, zeros: Tensor | None, owner: Tensor, work: Workspace
+) -> Tensor:
+    order = work.order
+    scale_rows = scales.T.contiguous()
+    inverse_rows = _inverse(scale_rows)
+    zero_rows = None if zeros is None else zeros.T.contiguous()
+    groups = owner[order].tolist()
+    codes = torch.empty(W.shape[1], W.shape[0], dtype=torch.uint8)
+
+    def quantise(position: int, target: Tensor) -> Tensor:
+        group = groups[position]
+        zero = None if zero_rows is None else zero_rows[group]
+        code = grid.code(target * inverse_rows[group], zero)
+        codes[position] = code
+        return grid.value(code, zero).mul_(scale_rows[group])
+
+    feed_back(W.T[order].contiguous(), work.ordered_factor, quantise)
+    stored = torch.empty_like(codes)
+    stored[order] = codes
+    return stored.T.long().contiguous()

@@ -1,0 +1,38 @@
+"""Between torch values and the bytes of a field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reallm.kernels.formats import Field
+from reallm.kernels.packing import pack_codes, pad
+
+PackedFields = dict[str, NDArray[np.uint8]]
+
+
+def store(field: Field, values: Tensor) -> NDArray[np.uint8]:
+    """The bytes of `field` holding `values` (any shape with field.count entries)."""
+    if values.numel() != field.count:
+        raise ValueError(f"field {field.name!r} holds {field.count} values, not {values.numel()}")
+    flat = values.detach().reshape(-1).contiguous().cpu()
+    if field.dtype[0] == "u":
+        return pack_codes(flat.numpy().astype(np.uint16), int(field.dtype[1:]))
+    if field.dtype == "bf16":
+        return pad(flat.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint8))
+    names = {"f16": "<f2", "f32": "<f4", "i8": "i1"}
+    return pad(flat.numpy().astype(np.dtype(names[field.dtype])).view(np.uint8))
+
+
+def store_all(fields: Iterable[Field], values: Mapping[str, Tensor]) -> PackedFields:
+    """The bytes of every field, in order."""
+    return {field.name: store(field, values[field.name]) for field in fields}
+
+
+def to_half(values: Tensor) -> Tensor:
+    """Round to fp16 and back, clamped to its finite range: what a stored fp16 value will be."""
+    return values.clamp(-65504.0, 65504.0).half().float()

@@ -1,0 +1,230 @@
+"""Measuring: every matrix is encoded in every candidate format and its actual error weighted.
+
+One task a matrix, so that the factorisations of its metric are made once for all formats; tasks run in parallel, each
+on one thread, which also makes their bytes independent of the number of workers. Every result goes to a content-
+addressed cache at once: an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import joblib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from .cache import content_key, fields_sha256
+from .calibration import CalibrationReport, calibrate
+from .codecs import CODEC_VERSION, Workspace, encode
+from .codecs.shared import fit_shared_codebooks
+from .encoding import Job, codebook_bytes, codebook_values
+from .errors import UserError
+from .kernels.formats import Format
+from .memory import peak_rss_bytes
+from .model import LoadedModel, Matrix, load_model
+from .planner.records import TABLE_FILE, MeasuredTable, MeasurementRecord, SharedRecord, write_record
+from .planner.stored import shared_key
+from .runtime.decode import decode
+from .space import Space, load_space
+from .text import Text, load_text, shortage, windows
+
+LOG = logging.getLogger(__name__)
+STATISTICS_VERSION = 1  # part of every key: raise it whenever the statistics may change
+DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+def _measure_one(
+    W: Tensor, matrix: Matrix, fmt: Format, work: Workspace, job: Job, shared: Tensor | None
+) -> MeasurementRecord:
+    began = time.thread_time()
+    fields = encode(W, fmt, work, shared=shared, seed=job.seed)
+    seconds = time.thread_time() - began
+    stored = {name: torch.from_numpy(value) for name, value in fields.items()}
+    error = W - decode(fmt, stored, matrix.rows, matrix.cols, shared=codebook_bytes(fmt, shared))
+    power = float(W.square().sum(dtype=torch.float64))
+    record = MeasurementRecord(
+        matrix=matrix.name,
+        format=fmt.name,
+        nbytes=sum(value.nbytes for value in fields.values()),
+        guided=work.metric.guided(error),
+        fisher=work.metric.diagonal(error),
+        relative=float(error.square().sum(dtype=torch.float64)) / power if power > 0 else 0.0,
+        seconds=round(seconds, 3),
+        codes_sha256=fields_sha256(fields),
+    )
+    key = job.key(matrix.name, fmt)
+    if job.keep_codes:
+        job.cache.put_fields(key, fields)
+    job.cache.put_measurement(key, record)
+    return record
+
+
+def _measure_matrix(
+    weight: NDArray[np.float32], matrix: Matrix, formats: Sequence[Format], job: Job, books: dict[str, Tensor]
+) -> tuple[list[MeasurementRecord], list[str]]:
+    """One task: all missing formats of one matrix, on one thread. Returns the records, and notes for the user."""
+    torch.set_num_threads(1)
+    W = torch.from_numpy(np.array(weight))
+    work = Workspace(job.metric(matrix))
+    records = [
+        _measure_one(W, matrix, fmt, work, job, books.get(shared_key(fmt, matrix.family) or "")) for fmt in formats
+    ]
+    return records, [f"{matrix.name}: {note}" for note in work.notes]
+
+
+def _tasks(
+    loaded: LoadedModel, space: Space, job: Job
+) -> tuple[list[MeasurementRecord], list[tuple[Matrix, list[Format]]]]:
+    """(what the cache has, what is missing), the largest matrices first."""
+    known, missing = [], []
+    for matrix in sorted(loaded.matrices, key=lambda m: -m.numel):
+        absent = []
+        for fmt in space.formats[matrix.kind]:
+            record = job.cache.measurement(job.key(matrix.name, fmt))
+            if record is None:
+                absent.append(fmt)
+            else:
+                known.append(record)
+        if absent:
+            missing.append((matrix, absent))
+    return known, missing
+
+
+def _codebooks(loaded: LoadedModel, space: Space, job: Job) -> tuple[dict[str, Tensor], list[SharedRecord]]:
+    """Codebooks of every shared format and family, from the cache or fitted now."""
+    books, records = {}, []
+    wanted = {
+        key: fmt
+        for matrix in loaded.matrices
+        for fmt in space.formats[matrix.kind]
+        if (key := shared_key(fmt, matrix.family)) is not None
+    }
+    for key, fmt in tqdm(sorted(wanted.items()), desc="shared codebooks", disable=not wanted):
+        fields = job.cache.fields(job.codebook_key(key))
+        if fields is None:
+            members = [m for m in loaded.matrices if shared_key(fmt, m.family) == key]
+            fields = fit_shared_codebooks(fmt, ((loaded.weight(m), job.metric(m)) for m in members), job.seed)
+            job.cache.put_fields(job.codebook_key(key), fields)
+        books[key] = codebook_values(fmt, fields)
+        nbytes = sum(value.nbytes for value in fields.values())
+        records.append(SharedRecord(key=key, nbytes=nbytes, sha256=fields_sha256(fields)))
+    return books, records
+
+
+def _run(
+    loaded: LoadedModel, missing: list[tuple[Matrix, list[Format]]], job: Job, books: dict[str, Tensor], jobs: int
+) -> Iterator[MeasurementRecord]:
+    sizes = {m.name: m.numel for m, _ in missing}
+    total = sum(sizes[m.name] * len(formats) for m, formats in missing)
+    calls: Iterable[object] = (
+        joblib.delayed(_measure_matrix)(loaded.weight(m).numpy(), m, formats, job, books) for m, formats in missing
+    )
+    with tqdm(total=total, desc="measure", unit="w", unit_scale=True, disable=not missing, smoothing=0.05) as bar:
+        runner = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs")
+        for records, notes in runner(calls):
+            for note in notes:
+                LOG.warning("%s", note)
+            for record in records:
+                bar.update(sizes[record.matrix])
+                yield record
+
+
+def _identity(loaded: LoadedModel, ids: Tensor, seed: int) -> str:
+    """Hash of all that the statistics depend on."""
+    tokens = fields_sha256({"ids": ids.numpy().astype("<i8").reshape(-1).view(np.uint8)})
+    parts = {"model": loaded.digest, "tokens": tokens, "shape": list(ids.shape), "seed": seed}
+    return content_key({**parts, "version": STATISTICS_VERSION})
+
+
+def draw(loaded: LoadedModel, text: Text, nsamples: int, seqlen: int, seed: int, chat_template: bool) -> Tensor:
+    """Calibration windows [n, seqlen] of `text`; says so when there are fewer than asked."""
+    if loaded.tokenizer is None:
+        raise UserError(f"{loaded.source} has no tokenizer; add its tokenizer files to the folder")
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    ids = windows(text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, longest)
+    if text.is_fallback:
+        LOG.warning("no --text: calibrating on %s; text like the model's own gives a better plan", text.description)
+    if note := shortage(ids, nsamples):
+        LOG.warning("%s", note)
+    return ids
+
+
+def measure(
+    model: str | Path,
+    *,
+    text: str | Path | None = None,
+    output: str | Path,
+    space: str | Path | None = None,
+    nsamples: int = 16,
+    seqlen: int = 1024,
+    seed: int = 0,
+    jobs: int = -1,
+    chat_template: bool = False,
+    keep_codes: bool = True,
+) -> MeasuredTable:
+    """Measure every (matrix, format) of `space` for `model` and write the table to the folder `output`.
+
+    `nsamples` windows of `seqlen` tokens of `text` calibrate; None is English text that Python itself carries. `jobs`
+    worker processes, -1 for one a core. `keep_codes=False` saves the disk of the packed candidates (about their bytes
+    together) and makes `compile` encode the chosen ones again. Costs are in nats per token. Raises UserError.
+    """
+    began = time.monotonic()
+    chosen, output, source = load_space(space), Path(output), load_text(text)
+    loaded = load_model(model)
+    ids = draw(loaded, source, nsamples, seqlen, seed, chat_template)
+    job = Job.at(output, _identity(loaded, ids, seed), seed, keep_codes)
+    report = calibrate(loaded, ids, job.statistics, seed=seed)
+    for note in (*loaded.notes, *report.notes):
+        LOG.warning("%s", note)
+    calibrated = time.monotonic()
+    books, shared = _codebooks(loaded, chosen, job)
+    known, missing = _tasks(loaded, chosen, job)
+    workers = joblib.cpu_count() if jobs < 0 else max(jobs, 1)
+    records = known + list(_run(loaded, missing, job, books, workers))
+    seconds = {"calibration_seconds": calibrated - began, "measurement_seconds": time.monotonic() - calibrated}
+    settings: dict[str, int | float | str | bool | None] = {
+        "nsamples": len(ids),
+        "seqlen": seqlen,
+        "seed": seed,
+        "space": chosen.name,
+        "identity": job.identity,
+    }
+    table = _table(loaded, source, records, shared, settings, report, seconds)
+    write_record(output / TABLE_FILE, table)
+    return table
+
+
+def _table(
+    loaded: LoadedModel,
+    text: Text,
+    records: list[MeasurementRecord],
+    shared: list[SharedRecord],
+    settings: dict[str, int | float | str | bool | None],
+    report: CalibrationReport,
+    seconds: dict[str, float],
+) -> MeasuredTable:
+    if loaded.dtype not in DTYPE_NAMES:
+        raise UserError(f"{loaded.source}: its weights are {loaded.dtype}; expected float16, bfloat16 or float32")
+    order = {m.name: i for i, m in enumerate(loaded.matrices)}
+    base = {"calibration_perplexity": report.perplexity, "peak_rss_bytes": float(peak_rss_bytes())}
+    return MeasuredTable.model_validate(
+        {
+            "model": loaded.source,
+            "model_sha256": loaded.digest,
+            "text": text.description,
+            "text_sha256": text.sha256,
+            "settings": {**settings, "codec": CODEC_VERSION, "tokens": report.tokens},
+            "dtype": DTYPE_NAMES[loaded.dtype],
+            "other_tensors": loaded.other_tensors(),
+            "matrices": tuple(m.record() for m in loaded.matrices),
+            "measurements": tuple(sorted(records, key=lambda r: (order[r.matrix], r.format))),
+            "shared": tuple(shared),
+            "base": {**base, **{name: round(value, 1) for name, value in seconds.items()}},
+        }
+    )

@@ -1,0 +1,109 @@
+"""Candidate spaces: which formats are measured for which kind of matrix.
+
+A space is a preset's name or a YAML file:
+
+    linear: [aq1x8-d4, lm3-g32-dq6x64+ldl, lm4-g32-dq6x64+ldl]   # experts too, unless they have a list of their own
+    embedding: [int4-g64+ldl, int8-g64]                          # the head too, unless it has a list of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .errors import UserError
+from .kernels.formats import Format, FormatError
+from .planner.records import Kind
+
+_VOCABULARY = ("lm3-g64-dq6x64+ldl", "lm4-g64-dq6x64+ldl", "lm6-g64-dq6x64+ldl", "int8-g64")
+
+_QUICK = (
+    "aq1x6-d4",
+    "aq1x8-d4",
+    "lm3-g32-dq6x64+ldl",
+    "lm3-g128-dq6x64+ldl",
+    "lm4-g32-dq6x64+ldl",
+    "lm5-g32-dq6x64+ldl",
+    "lm6-g64-dq6x64+ldl",
+)
+
+_DEFAULT = (
+    *_QUICK,
+    "aq1x8-d8",
+    "aq1x10-d4",
+    "aq2x8-d8",
+    "aq2x6-d4",
+    "aq1x10-d4-shared",
+    "lm2-g32-dq6x64+ldl",
+    "lm2-g32-dq6x64+ldl+r16i8",
+    "lm3-g64-dq6x64+ldl",
+    "lm3-g64-dq6x64+ldl+r16i8",
+    "lm4-g64-dq6x64+ldl",
+    "lm4-g128-dq6x64+ldl",
+    "int4-g64+ldl",
+    "int8-g64",
+)
+
+PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": (_DEFAULT, _VOCABULARY),
+    "quick": (_QUICK, _VOCABULARY[1:]),
+    "scalar": (tuple(f for f in _DEFAULT if not f.startswith("aq")), _VOCABULARY),
+    "qlora": (("nf4-g64-dq8x256",), ("nf4-g64-dq8x256",)),
+    "gptq": (("uint2-g64+ldl", "uint3-g64+ldl", "uint4-g64+ldl", "uint8-g64+ldl"), ("uint8-g64",)),
+    "lq-lora": (tuple(f"nf{b}-g{g}-dq8x256+r32" for b in (2, 3, 4, 8) for g in (16, 32, 64)), ("nf8-g64-dq8x256",)),
+    "aqlm": (("aq1x8-d8", "aq2x8-d8", "aq3x8-d8", "aq4x8-d8"), ("int8-g64",)),
+}
+"""Name -> (formats of linear layers, formats of embedding and head)."""
+
+DEFAULT_SPACE = "default"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The candidate formats of every kind of matrix, in the order given."""
+
+    name: str
+    formats: Mapping[Kind, tuple[Format, ...]]
+
+
+def _formats(names: object, where: str) -> tuple[Format, ...]:
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+        raise UserError(f"{where} is {names!r}; expected a list of format names such as [int4-g64, lm3-g32-dq6x64+ldl]")
+    try:
+        return tuple(dict.fromkeys(Format.parse(name) for name in names))
+    except FormatError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _build(name: str, lists: Mapping[str, object]) -> Space:
+    unknown = set(lists) - {"linear", "embedding", "expert", "head"}
+    if unknown or "linear" not in lists:
+        raise UserError(f"space {name}: found the keys {sorted(lists)}; expected linear (and embedding, expert, head)")
+    linear = _formats(lists["linear"], f"space {name}: linear")
+    if not linear:
+        raise UserError(f"space {name}: linear is empty; expected at least one format")
+    embedding = _formats(lists.get("embedding", []), f"space {name}: embedding")
+    expert = _formats(lists["expert"], f"space {name}: expert") if "expert" in lists else linear
+    head = _formats(lists["head"], f"space {name}: head") if "head" in lists else embedding
+    return Space(name, {"linear": linear, "expert": expert, "embedding": embedding, "head": head})
+
+
+def load_space(space: str | Path | None = None) -> Space:
+    """The space called `space`, or read from that YAML file; None is the default one. Raises UserError."""
+    name = str(space or DEFAULT_SPACE)
+    if name in PRESETS:
+        linear, vocabulary = PRESETS[name]
+        return _build(name, {"linear": list(linear), "embedding": list(vocabulary)})
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"--space {name}: no such preset or file; the presets are {', '.join(PRESETS)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping with the key `linear`, found {type(content).__name__}")
+    return _build(name, content)
