@@ -65,7 +65,9 @@ def _read(source: str | Path, split: str) -> tuple[tuple[Document, ...], str]:
         if reader is None:
             raise UserError(f"{source} ends in {path.suffix or 'nothing'}; expected {', '.join(READERS)}: convert it")
         return reader(path), str(source)
-    if reader is not None or path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2:
+    folder = Path(str(source).partition(":")[0])
+    looks_local = reader is not None or path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
+    if looks_local and not folder.is_dir():
         raise UserError(f"{source} does not exist; give another --text, or none for the offline default")
     return read_dataset(str(source), split)
 
