@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .folder import CARD_FILE, KERNELS_FOLDER, PLAN_FILE, WriteKernels, check_output, new_artifact
 from .card import model_card
 from .codecs.stored import store
+from .codegen.build import Activation, emit_kernels
+from .encoding import Encoded
 from .errors import UserError
+from .folder import CARD_FILE, PLAN_FILE, check_output, new_artifact
 from .kernels.formats import DenseCodec, Format
 from .kernels.layout import TensorSpec
 from .kernels.weights import write_weights
@@ -39,12 +42,21 @@ from .planner.stored import (
 from .runtime.record import QuantizationRecord
 
 Bytes = NDArray[np.uint8]
-FieldSource = Callable[[Choice], Mapping[str, Bytes]]
-"""The packed fields of a choice whose format is not dense."""
-SharedSource = Callable[[str], Bytes]
-"""The packed codebooks of a shared key."""
 
-_DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+
+class CodeSource(Protocol):
+    """Where the codes of a plan come from; `encoding.Encoded` is the usual one."""
+
+    def fields(self, choice: Choice) -> Mapping[str, Bytes]:
+        """The packed fields of a choice whose format is not dense."""
+        ...
+
+    def shared(self, key: str) -> Bytes:
+        """The packed codebooks of a shared key."""
+        ...
+
+
+_DTYPE_NAMES: Mapping[torch.dtype, Activation] = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 _TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -62,8 +74,7 @@ class Compilation:
 
     plan: Plan
     loaded: LoadedModel
-    source: FieldSource
-    shared: SharedSource
+    codes: CodeSource
     digests: dict[str, str] = field(default_factory=dict)
     """Tensor name -> sha256, filled while writing."""
 
@@ -106,7 +117,7 @@ class Compilation:
         if self.is_dense(name):
             fields: Mapping[str, Bytes] = {stored[0].name: store(stored[0], self.loaded.weight(matrix))}
         else:
-            fields = self.source(self.choices[name])
+            fields = self.codes.fields(self.choices[name])
             if wrong := [f.name for f in stored if f.name not in fields or fields[f.name].shape != (f.nbytes,)]:
                 raise UserError(
                     f"{name} in {fmt.name}: field {wrong[0]!r} has a wrong size; run `reallm measure` again"
@@ -120,7 +131,7 @@ class Compilation:
         """The bytes of one tensor; its digest is noted."""
         if spec.name in owner:
             matrix, field_name = owner[spec.name]
-            data = self.fields(matrix)[field_name] if field_name else self.shared(matrix)
+            data = self.fields(matrix)[field_name] if field_name else self.codes.shared(matrix)
         else:
             data = _float_bytes(self.loaded, spec)
         self.digests[spec.name] = hashlib.sha256(data.tobytes()).hexdigest()
@@ -222,17 +233,22 @@ def write_config(folder: Path, loaded: LoadedModel, record: QuantizationRecord) 
         loaded.tokenizer.save_pretrained(folder)
 
 
-def write_artifact(compilation: Compilation, output: Path, force: bool, kernels: WriteKernels | None) -> Path:
+def biased_matrices(loaded: LoadedModel) -> frozenset[str]:
+    """Names of the matrices whose module adds a bias."""
+    modules = dict(loaded.model.named_modules())
+    return frozenset(m.name for m in loaded.matrices if getattr(modules.get(m.name), "bias", None) is not None)
+
+
+def write_artifact(compilation: Compilation, output: Path, *, force: bool = False, kernels: bool = True) -> Path:
     """Write everything of an artifact to `output`. Raises UserError; leaves nothing half-written."""
-    plan = compilation.plan
+    plan, loaded = compilation.plan, compilation.loaded
     with new_artifact(output, force) as folder:
-        write_config(folder, compilation.loaded, compilation.record())
+        write_config(folder, loaded, compilation.record())
         compilation.write_weights(folder)
         write_record(folder / PLAN_FILE, plan)
         (folder / CARD_FILE).write_text(model_card(plan), encoding="utf-8")
-        if kernels is not None:
-            (folder / KERNELS_FOLDER).mkdir()
-            kernels(folder / KERNELS_FOLDER)
+        if kernels:
+            emit_kernels(plan, folder, activation=_DTYPE_NAMES[loaded.dtype], biased=biased_matrices(loaded))
         write_manifest(folder, compilation.digests, plan.model_sha256, sha256_file(folder / PLAN_FILE))
     return output
 
@@ -241,16 +257,16 @@ def compile_plan(
     plan_path: Path | str,
     output: Path | str,
     *,
-    source: FieldSource,
-    shared: SharedSource,
     model: Path | str | LoadedModel | None = None,
-    kernels: WriteKernels | None = None,
+    work: Path | str | None = None,
+    codes: CodeSource | None = None,
+    kernels: bool = True,
     force: bool = False,
 ) -> Path:
     """Compile the plan in `plan_path` into the folder `output`.
 
-    `model` is the plan's own unless given; it must be the very model the plan was made for. `source` gives the packed
-    fields of a choice, `shared` those of a shared key, `kernels` writes compiled kernels. Raises UserError.
+    `model` and the measured folder `work` are the plan's own unless given; the model must be the very one the plan was
+    made for. `codes` replaces the measured folder. `kernels` generates kernels for GPUs too. Raises UserError.
     """
     output = Path(output)
     check_output(output, force)
@@ -263,4 +279,5 @@ def compile_plan(
         raise UserError(
             f"{plan_path} is a plan for another model than {loaded.source}; plan again, or give its --model"
         )
-    return write_artifact(Compilation(plan, loaded, source, shared), output, force, kernels)
+    codes = codes or Encoded(Path(work or plan.work), loaded)
+    return write_artifact(Compilation(plan, loaded, codes), output, force=force, kernels=kernels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,7 @@ from .runtime.record import METHOD, QuantizationRecord, read_quantization
 CONFIG_FILE = "config.json"
 PLAN_FILE = "plan.json"
 CARD_FILE = "README.md"
-KERNELS_FOLDER = "kernels"
 MAX_CONFIG_BYTES = 1 << 28
-
-WriteKernels = Callable[[Path], None]
-"""Writes the compiled kernels of a plan into the folder it is given (which exists and is empty)."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding, linear
 
 from ..kernels.formats import Format
 from .decode import decode
+from .generated import packed_linear, takes_kernel
 from .low_rank import LowRankTraining
 from .packed import DecodeMode, Decoding, Packed, Shared
 from .weight import REFUSAL, FrozenWeightError, frozen
@@ -27,6 +28,8 @@ class CompressedLinear(LowRankTraining, nn.Linear):  # type: ignore[override]  #
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """x [..., in_features] to y [..., out_features]."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
+        if not self.in_training and takes_kernel(self, input):
+            return packed_linear(self, input, bias)
         result = linear(input, self.dense(input.dtype), bias)
         return result + self.low_rank_output(input) if self.in_training else result
 
@@ -39,7 +42,9 @@ class CompressedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # we
         if self.mode == "load":
             return embedding(input, self.dense(), self.padding_idx)
         dtype, select = self.decoded.dtype, input.reshape(-1)
-        rows = decode(self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.shared_codebooks, select=select)
+        rows = decode(
+            self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.shared_codebooks, select=select
+        )
         return rows.view(*input.shape, self.cols)
 
 

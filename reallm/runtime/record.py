@@ -44,8 +44,8 @@ class QuantizationRecord(Record):
             if canonical != name:
                 raise ValueError(f"format {name!r} is not written canonically, as {canonical!r}")
         names = [matrix for matrices in formats.values() for matrix in matrices]
-        if not 0 < len(names) <= MAX_MATRICES or len(set(names)) != len(names):
-            raise ValueError("no matrix, too many matrices, or one that stands twice")
+        if len(names) > MAX_MATRICES or len(set(names)) != len(names):
+            raise ValueError("too many matrices, or one that stands twice")
         return formats
 
     def matrices(self) -> Iterator[tuple[str, Format]]:

@@ -133,10 +133,17 @@ class PackedModel:
         write_record(path, self.plan())
         return path
 
-    def source(self, choice: Choice) -> Mapping[str, Bytes]:
-        """Fields of a choice, as `compile_plan` asks for them."""
-        return self.fields[choice.matrix]
 
-    def codebooks(self, key: str) -> Bytes:
-        """Codebooks of a shared key, as `compile_plan` asks for them."""
-        return self.shared[key]
+class Codes:
+    """The fields of a PackedModel, as `compile_plan` asks for them."""
+
+    def __init__(self, packed: PackedModel) -> None:
+        self.packed = packed
+
+    def fields(self, choice: Choice) -> Mapping[str, Bytes]:
+        """Fields of a choice."""
+        return self.packed.fields[choice.matrix]
+
+    def shared(self, key: str) -> Bytes:
+        """Codebooks of a shared key."""
+        return self.packed.shared[key]

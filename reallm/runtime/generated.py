@@ -1,0 +1,75 @@
+"""Generated kernels for few rows of x: the codes are read as they lie, and no weight is ever decoded to memory.
+
+Used on CUDA without autograd, for at most MAX_BATCH rows (generation); anything else takes the decoded weight. Before
+the first use on a device a small matrix is multiplied both ways; if that fails or differs, one warning says so and the
+portable path is taken from then on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..codegen.launch import MAX_BATCH, gemv
+from ..kernels.formats import DenseCodec, Format
+from .decode import decode
+from .packed import Packed
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_PROBE, _PROBE_ROWS, _PROBE_COLS = Format.parse("int4-g16"), 32, 64
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes_kernel(packed: Packed, inputs: Tensor) -> bool:
+    """Whether `packed_linear` may be used for these inputs [..., cols]."""
+    if not (inputs.is_cuda or _interpreted()) or torch.is_grad_enabled() or inputs.dtype not in _DTYPES:
+        return False
+    few = 0 < inputs.numel() <= MAX_BATCH * packed.cols
+    return few and not isinstance(packed.format.codec, DenseCodec) and kernels_work(inputs.device)
+
+
+def packed_linear(packed: Packed, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """x W_hat^T (+ bias) for x [..., cols]: [..., rows], by the kernel generated for the matrix's format."""
+    fields = packed.fields
+    if packed.format.shared_field and packed.shared_codebooks is not None:
+        fields[packed.format.shared_field.name] = packed.shared_codebooks
+    return gemv(packed.format, fields, inputs, packed.rows, packed.cols, bias)
+
+
+@cache
+def kernels_work(device: torch.device) -> bool:
+    """Whether a generated kernel runs on `device` and agrees with `decode`; says why if not, once."""
+    if importlib.util.find_spec("triton") is None:
+        return _unusable(device, "Triton is not installed")
+    fields = {
+        field.name: torch.full((field.nbytes,), 0x3C, dtype=torch.uint8, device=device)  # every float about 1.06
+        for field in _PROBE.fields(_PROBE_ROWS, _PROBE_COLS)
+    }
+    inputs = torch.linspace(-1, 1, _PROBE_COLS, device=device)[None]
+    try:
+        found = gemv(_PROBE, fields, inputs, _PROBE_ROWS, _PROBE_COLS)
+    except (ImportError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        return _unusable(device, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    expected = linear(inputs, decode(_PROBE, fields, _PROBE_ROWS, _PROBE_COLS))
+    if not torch.allclose(found, expected, rtol=0, atol=1e-3):  # 64 terms of size 1 or less, in float32 or tf32
+        return _unusable(device, "their results differ from the decoded weight's")
+    return True
+
+
+def _unusable(device: torch.device, reason: str) -> bool:
+    warnings.warn(
+        f"generated kernels cannot be used on {device} ({reason}); using decoded weights instead, which takes "
+        "several times the memory traffic",
+        stacklevel=2,
+    )
+    return False
