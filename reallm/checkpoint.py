@@ -95,7 +95,7 @@ def _read_entry(path: Path, name: str, entry: object) -> tuple[StoredTensor, tup
     if not isinstance(entry, dict):
         raise _damaged(path, f"the header entry of {name!r} is no object")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise _damaged(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
         raise _damaged(path, f"tensor {name!r} has no usable shape and data_offsets")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,8 +33,8 @@ from .errors import UserError
 CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-DAMAGE = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError)
-"""What transformers and the tokenizers raise on a file they cannot use."""
+DAMAGE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error, SafetensorError)
+"""What transformers raises on a file it cannot use."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,6 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True, **options)
-    except DAMAGE as error:
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"the tokenizer of {source.label} cannot be loaded: {reason}") from error
