@@ -64,7 +64,7 @@ def emit_kernels(
     for spec in program.kernels:
         write_text_atomic(place / f"{spec.name}.py", emit(spec))
     has_triton = importlib.util.find_spec("triton") is not None
-    facts = _compile(program.kernels, place, targets, activation) if has_triton else {}
+    facts = compile_kernels(program.kernels, place, targets, activation) if has_triton else {}
     manifest = _manifest(program, place, activation, facts)
     write_text_atomic(place / MANIFEST_FILE, canonical_json(manifest))
     return manifest
@@ -129,10 +129,13 @@ def _pointer(dtype: str) -> str:
     return "*i32" if dtype[0] == "u" else _POINTERS[dtype]
 
 
-def _compile(
+def compile_kernels(
     kernels: Sequence[KernelSpec], place: Path, targets: Sequence[str], activation: str
 ) -> dict[str, dict[str, Any]]:
-    """Compile every kernel for every target, shared out among processes: facts and files by "<kernel>.<target>"."""
+    """Compile every kernel, whose source is in `place`, for every target: facts and files by "<kernel>.<target>".
+
+    Shared out among processes. Raises CodegenError when a kernel does not compile.
+    """
     wanted = [(spec, target) for spec in kernels for target in targets]
     jobs = [_job(spec, place, target, activation) for spec, target in wanted]
     workers = max(1, min(MAX_WORKERS, os.cpu_count() or 1, len(jobs)))

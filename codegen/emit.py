@@ -19,7 +19,7 @@ from .snippets import indent
 
 
 def pointers(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
-    """The kernel's tensors in the order of its arguments, with the dtype each points to ("x": that of the activations)."""
+    """The kernel's tensors in the order of its arguments, and the dtype each points to ("x": that of x)."""
     reads = [pair for operation in spec.operations for pair in operation.reads]
     if spec.function == "project":
         return (("x", "x"), ("t", "f32"), *reads)

@@ -98,7 +98,7 @@ def gemv(
     if bias is not None:
         tensors["bias"] = bias.to(x.dtype).contiguous()
     if flat.shape[0]:
-        with torch.cuda.device_of(x):
+        with torch.cuda.device(x.device.index if x.is_cuda else -1):
             for spec in kernels_for(fmt, rows, cols, bias is not None, tile):
                 _run(spec, tensors, fmt, rows, cols)
     return y
@@ -113,15 +113,16 @@ def _run(spec: KernelSpec, tensors: dict[str, torch.Tensor], fmt: Format, rows: 
     if spec.function == "project":
         rank = fmt.low_rank.rank if fmt.low_rank else 0
         tensors["t"] = torch.empty((count, rank), dtype=torch.float32, device=x.device)
-        grid, whole = (rank, count), (rank, cols)
+        grid: tuple[int, int] = (rank, count)
+        sizes: tuple[int, ...] = (rank, cols)
     else:
         spec = replace(spec, batch=min(count, MAX_BATCH))
-        grid, whole = (-(-rows // spec.tile.block_n), -(-count // spec.batch)), (count, rows, cols)
+        grid, sizes = (-(-rows // spec.tile.block_n), -(-count // spec.batch)), (count, rows, cols)
         for operation in spec.operations:
             if isinstance(operation, Levels):
                 tensors["levels"] = _levels(operation.table, operation.bits, x.device)
     arguments = [tensors[name] for name, _ in pointers(spec)]
-    load_kernel(spec)[grid](*arguments, *whole, num_warps=spec.tile.num_warps, enable_fp_fusion=True)
+    load_kernel(spec)[grid](*arguments, *sizes, num_warps=spec.tile.num_warps, enable_fp_fusion=True)
 
 
 @cache

@@ -18,12 +18,13 @@ from itertools import chain
 from .operations import AddBias, Dot, GroupScale, Operation, Project, RowScale, Unpack
 from .program import KernelSpec, MatrixProgram, Program, Tile, chunk_width, verify_program
 
-BLOCKS_N = (32, 16, 8, 4, 2, 1)
+BLOCKS_N = (8, 4, 2, 1)
+"""With more rows and MAX_BATCH rows of x the sums of a thread would not fit its registers."""
 BLOCKS_K = (64, 128, 256, 512)
 WANTED_INSTANCES = 256
 """Two for each of the 108 (A100) to 132 (H100) multiprocessors, about."""
 THREAD_WEIGHTS = 16
-"""Of a tile, in each thread, before another warp is taken."""
+"""Of a tile, in each thread: with fewer, threads repeat each other's work; with more, another warp is taken."""
 MAX_WARPS = 8
 TURN_INSTRUCTIONS, WEIGHT_INSTRUCTIONS = 40, 9
 """Of one turn of the loop over K: for each warp, and for each weight of a thread (4-bit INT g64 in sm_80 code)."""
@@ -60,7 +61,7 @@ def _warps(block_n: int, block_k: int) -> int:
 def _instructions(block_n: int, block_k: int, cols: int) -> int:
     """Instructions of one instance over all its warps: what BLOCK_K trades, long turns against padded columns."""
     warps = _warps(block_n, block_k)
-    weights = -(-block_n * block_k // (32 * warps))
+    weights = max(THREAD_WEIGHTS, block_n * block_k // (32 * warps))
     return -(-cols // block_k) * warps * (TURN_INSTRUCTIONS + WEIGHT_INSTRUCTIONS * weights)
 
 

@@ -134,7 +134,7 @@ def lower(fmt: Format, bias: bool = False) -> tuple[Operation, ...]:
 
 
 def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:
-    """The program of a plan before any pass; `biased` names the matrices whose module has a bias. Dense ones have none."""
+    """The program of a plan, before any pass, of all but its dense matrices; `biased` names those that have a bias."""
     matrices = []
     for choice in plan.choices:
         fmt = Format.parse(choice.format)
@@ -145,7 +145,7 @@ def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:
 
 
 def verify_program(program: Program) -> None:
-    """Raise CodegenError, naming the matrix, unless every matrix's operations compute W_hat x from its stored fields."""
+    """Raise CodegenError, naming the matrix, unless each matrix's operations compute W_hat x from its stored fields."""
     for matrix in program.matrices:
         for fault in _faults(matrix):
             raise CodegenError(f"program of {matrix.name!r} ({matrix.format.name}): {fault}")

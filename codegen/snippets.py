@@ -7,6 +7,7 @@ Triton's `//` on signed numbers pays for a sign that no index of ours has.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 from reallm.kernels.formats import DoubleQuant
@@ -40,7 +41,7 @@ def planes(name: str, bits: int) -> Planes:
 def plane_lines(name: str, bits: int, per_row: str) -> list[str]:
     """Lines that set the pointers of the second and later planes of a field of rows * `per_row` codes."""
     parts, lines = planes(name, bits), []
-    for (before, width), (pointer, _) in zip(parts, parts[1:], strict=False):
+    for (before, width), (pointer, _) in pairwise(parts):
         per_word = WORD_BITS // width
         words = divide(f"(tl.cast(rows, tl.int64) * {per_row} + {per_word - 1})", per_word)
         lines.append(f"{pointer} = {before} + {words}")

@@ -1,0 +1,90 @@
+"""Calling the kernels: what is refused, and what runs. Values are tested in test_gemv."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packed_fields import random_fields, sum_bound
+
+from reallm.codegen.launch import gemv, kernels_for, load_kernel
+from reallm.codegen.operations import CodegenError
+from reallm.kernels.formats import Format
+from reallm.kernels.reference import decode_reference
+
+pytest.importorskip("triton", reason="Triton is an extra")
+
+FORMAT = Format.parse("int4-g32")
+
+
+def fields(rows: int = 4, cols: int = 64) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(raw) for name, raw in random_fields(FORMAT, rows, cols, 0).items()}
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(1, 63), "expected fp16, bf16 or fp32"),
+        (torch.zeros(1, 64, dtype=torch.float64), "expected fp16, bf16 or fp32"),
+        (torch.tensor(1.0), "expected fp16, bf16 or fp32"),
+    ],
+)
+def test_wrong_activations_are_refused(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(CodegenError, match=message):
+        gemv(FORMAT, fields(), x, 4, 64)
+
+
+def test_wrong_fields_are_refused_before_any_kernel_reads_them() -> None:
+    x = torch.zeros(1, 64)
+    with pytest.raises(CodegenError, match="'codes': found nothing"):
+        gemv(FORMAT, {"scales": fields()["scales"]}, x, 4, 64)
+    with pytest.raises(CodegenError, match=r"'codes': found torch\.uint8"):
+        gemv(FORMAT, fields() | {"codes": torch.zeros(64, dtype=torch.uint8)}, x, 4, 64)
+    with pytest.raises(CodegenError, match=r"'scales': found torch\.float16"):
+        gemv(FORMAT, fields() | {"scales": torch.zeros(32, dtype=torch.float16)}, x, 4, 64)
+
+
+def test_wrong_bias_and_output_are_refused() -> None:
+    x = torch.zeros(1, 64)
+    with pytest.raises(CodegenError, match=r"bias: found \(3,\)"):
+        gemv(FORMAT, fields(), x, 4, 64, torch.zeros(3))
+    with pytest.raises(CodegenError, match="out: found"):
+        gemv(FORMAT, fields(), x, 4, 64, out=torch.zeros(1, 5))
+
+
+def test_no_rows_of_x_give_no_rows_of_y() -> None:
+    assert gemv(FORMAT, fields(), torch.zeros(2, 0, 64), 4, 64).shape == (2, 0, 4)
+
+
+def test_a_dense_format_is_refused() -> None:
+    with pytest.raises(CodegenError, match="dense"):
+        kernels_for(Format.parse("fp16"), 4, 64)
+
+
+def test_a_source_changed_in_the_cache_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REALLM_CACHE", str(tmp_path))
+    (spec,) = kernels_for(FORMAT, 4, 64)
+    load_kernel.cache_clear()
+    load_kernel(spec)
+    (path,) = (tmp_path / "kernels").glob("*.py")
+    good = path.read_bytes()
+    path.write_bytes(b"raise SystemExit('not ours')\n")
+    load_kernel.cache_clear()
+    load_kernel(spec)
+    assert path.read_bytes() == good
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["int4-g64", "nf3-g64-dq8x256+r16", "uint5-g24+r8i8", "aq2x8-d8", "aq3x12-d4-shared"])
+@pytest.mark.parametrize(("rows", "cols", "batch"), [(576, 1536, 1), (192, 576, 3), (33, 77, 5)])
+def test_on_a_cuda_device(name: str, rows: int, cols: int, batch: int) -> None:
+    fmt = Format.parse(name)
+    packed = random_fields(fmt, rows, cols, 0)
+    x = np.random.default_rng(0).normal(size=(batch, cols)).astype(np.float32)
+    weights = decode_reference(fmt, packed, rows, cols)
+    out = torch.full((batch, rows), float("nan"), device="cuda")
+    on_device = {key: torch.from_numpy(raw).cuda() for key, raw in packed.items()}
+    y = gemv(fmt, on_device, torch.from_numpy(x).cuda(), rows, cols, out=out).cpu().double().numpy()
+    assert np.all(np.abs(y - x.astype(np.float64) @ weights.T) <= sum_bound(fmt, rows, cols, packed, x))
