@@ -67,7 +67,7 @@ def uniform_plan(
     chosen = one_format(unlimited, name, selection.optional)
     if chosen is None:
         lacking = next(i for i in unlimited.items if all(c.format != name for c in i.candidates))
-        known = ", ".join(c.format for c in lacking.candidates)
+        known = ", ".join(sorted(c.format for c in lacking.candidates))
         raise PlanError(f"format {name}: {lacking.name} was not measured in it; there are {known}")
     problem = Problem(unlimited.items, unlimited.shared, unlimited.nbytes(chosen))
     relaxation = relax(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from math import prod
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -43,9 +44,9 @@ def test_size_is_the_sum_that_the_planner_adds_up(tensors: list[TensorSpec], mos
 
 
 @given(spec_lists, shard_sizes, st.randoms(use_true_random=False))
-def test_layout_ignores_the_order_of_the_list(tensors: list[TensorSpec], most: int, random: object) -> None:
+def test_layout_ignores_the_order_of_the_list(tensors: list[TensorSpec], most: int, shuffle: Random) -> None:
     shuffled = list(tensors)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]  # hypothesis's Random
+    shuffle.shuffle(shuffled)
     assert plan_shards(shuffled, max_shard_bytes=most) == plan_shards(tensors, max_shard_bytes=most)
 
 

@@ -133,8 +133,8 @@ def test_wrong_payloads_and_strangers_are_refused(tmp_path: Path) -> None:
         write_weights(tmp_path, example_tensors())
 
 
-def test_any_changed_header_byte_is_noticed_or_changes_no_tensor_boundary(tmp_path: Path) -> None:
-    """Every bit of the header: one clear error, or tensors that lie where they lay.
+def test_a_changed_header_is_noticed_or_moves_no_tensor(tmp_path: Path) -> None:
+    """Every fifth bit of the header: one clear error, or tensors that lie where they lay.
 
     What a header alone cannot show (a letter in a name, U8 read as I8, a space for a tab) is for the manifest's hashes.
     """
@@ -143,7 +143,7 @@ def test_any_changed_header_byte_is_noticed_or_changes_no_tensor_boundary(tmp_pa
     noticed = 0
     data_start = min(start for start, _ in spans)
     damaged = tmp_path / "damaged.safetensors"
-    for bit in range(8 * data_start):
+    for bit in range(0, 8 * data_start, 5):
         content = bytearray(original)
         content[bit // 8] ^= 1 << bit % 8
         damaged.write_bytes(content)
@@ -154,7 +154,7 @@ def test_any_changed_header_byte_is_noticed_or_changes_no_tensor_boundary(tmp_pa
             noticed += 1
         else:
             assert sorted((t.start, t.stop) for t in found.values()) == spans
-    assert noticed > 8 * data_start // 2
+    assert noticed > 8 * data_start // 5 // 2
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 60, 300, -1])
