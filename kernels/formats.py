@@ -80,7 +80,7 @@ class DenseCodec:
 
 @dataclass(frozen=True, slots=True)
 class DoubleQuant:
-    """Scales stored as `bits`-bit codes: min + code / (2^bits - 1) * range, one fp16 range per `block` scales (LQ-LoRA)."""
+    """Scales in `bits`-bit codes: min + code / (2^bits - 1) * range, one fp16 range per `block` scales (LQ-LoRA)."""
 
     bits: int
     block: int
@@ -257,7 +257,7 @@ def _parse_additive(match: re.Match[str]) -> AdditiveCodec:
 
 _PARSERS: tuple[tuple[str, Callable[[re.Match[str]], DenseCodec | ScalarCodec | AdditiveCodec]], ...] = (
     (r"bf16|fp16|fp32", _parse_dense),
-    (r"(?P<table>uint|int|nf|lm)(?P<bits>\d{1,2})-g(?P<group>\d{1,5})(-dq(?P<dq>\d)x(?P<block>\d{1,4}))?", _parse_scalar),
+    (r"(?P<table>u?int|nf|lm)(?P<bits>\d{1,2})-g(?P<group>\d{1,5})(-dq(?P<dq>\d)x(?P<block>\d{1,4}))?", _parse_scalar),
     (r"aq(?P<m>\d)x(?P<b>\d{1,2})-d(?P<d>\d)(?P<shared>-shared)?", _parse_additive),
 )
 
@@ -270,7 +270,7 @@ def _parse(name: str) -> Format:
             codec = build(match)
             break
     else:
-        raise FormatError(f"no format is called {name!r}; expected a name such as int4-g64, nf3-g64+ldl or aq2x8-d8+r16")
+        raise FormatError(f"no format is called {name!r}; expected a name like int4-g64, nf3-g64+ldl or aq2x8-d8+r16")
     low_rank, feedback = None, False
     for modifier in modifiers:
         if modifier == "ldl" and not feedback:

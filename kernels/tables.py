@@ -12,6 +12,7 @@ on every machine.
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Literal
 
@@ -38,11 +39,11 @@ def _lloyd_max(bits: int) -> list[float]:
     count = 2**bits
     half = [_NORMAL.inv_cdf(0.5 + 0.5 * (i + 0.5) / (count // 2)) for i in range(count // 2)]
     for _ in range(LLOYD_ITERATIONS):
-        edges = [0.0, *((a + b) / 2 for a, b in zip(half, half[1:], strict=False)), float("inf")]
+        edges = [0.0, *((a + b) / 2 for a, b in pairwise(half)), float("inf")]
         moved = [
             (_NORMAL.pdf(a) - (0.0 if b == float("inf") else _NORMAL.pdf(b)))
             / ((1.0 if b == float("inf") else _NORMAL.cdf(b)) - _NORMAL.cdf(a))
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in pairwise(edges)
         ]
         change = max(abs(a - b) for a, b in zip(half, moved, strict=True))
         half = moved

@@ -40,7 +40,7 @@ class MatrixRecord(Record):
     input: str = ""
     """Name of the distinct input it shares with others (q, k and v; gate and up)."""
     family: str = ""
-    """Its role across blocks (the name with block and expert numbers removed): what shared codebooks are shared over."""
+    """Its role across blocks (the name without block and expert numbers): what shared codebooks are shared over."""
     source_bytes: int = Field(gt=0)
     """Bytes it takes uncompressed, in the model's own dtype."""
 

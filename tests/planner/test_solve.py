@@ -84,7 +84,7 @@ def plan_or_none(table: MeasuredTable, budget: str, ties: Ties = "none") -> Plan
         return None
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(tables(max_matrices=3), budgets, st.sampled_from(("none", "inputs", "family")))
 def test_plans_equal_brute_force_over_the_files(table: MeasuredTable, budget: str, ties: Ties) -> None:
     best, plan = brute_force(table, budget, ties), plan_or_none(table, budget, ties)
@@ -94,7 +94,7 @@ def test_plans_equal_brute_force_over_the_files(table: MeasuredTable, budget: st
         assert plan.bound.status == "optimal" and plan.bound.lagrangian_bound <= plan.predicted_loss * (1 + 1e-15)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(tables(experts=True), budgets)
 def test_plans_never_exceed_the_budget_and_their_bytes_are_the_files(table: MeasuredTable, budget: str) -> None:
     plan = plan_or_none(table, budget)
@@ -114,7 +114,7 @@ def test_plans_never_exceed_the_budget_and_their_bytes_are_the_files(table: Meas
     assert set(plan.shared) == {k for c in plan.choices if (k := shared_key(Format.parse(c.format), c.family))}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tables(), budgets)
 def test_an_infeasible_budget_names_the_smallest_feasible_one(table: MeasuredTable, budget: str) -> None:
     try:
@@ -131,7 +131,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible_one(table: MeasuredTab
                 solve(table, f"{least - 1}B")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tables(experts=True), st.integers(1000, 9000), st.integers(0, 3000))
 def test_more_budget_never_costs_more(table: MeasuredTable, nbytes: int, more: int) -> None:
     less = plan_or_none(table, f"{nbytes}B")
@@ -139,7 +139,7 @@ def test_more_budget_never_costs_more(table: MeasuredTable, nbytes: int, more: i
     assert solve(table, f"{nbytes + more}B").predicted_loss <= less.predicted_loss * (1 + OPTIMAL_GAP)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tables(experts=True), budgets, st.randoms(use_true_random=False))
 def test_the_same_inputs_in_any_order_give_the_same_plan(table: MeasuredTable, budget: str, shuffle: Random) -> None:
     plan = plan_or_none(table, budget)
@@ -225,7 +225,7 @@ def test_a_uniform_plan_is_one_format_everywhere() -> None:
         uniform_plan(table, "int8-g0+r1")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tables(experts=True), budgets)
 def test_the_plan_is_never_worse_than_the_best_uniform_one(table: MeasuredTable, budget: str) -> None:
     plan = plan_or_none(table, budget)
