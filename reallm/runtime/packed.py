@@ -28,10 +28,13 @@ class Decoding(nn.Module):
     decoded: Tensor
 
     def start_decoding(self, mode: DecodeMode, dtype: torch.dtype) -> None:
-        """Set the mode and the compute dtype; call once, after the module's own set-up."""
+        """Set the mode and the compute dtype; call once, before the module gets fields.
+
+        transformers must not initialise the weight; buffers of the class's own (Gemma's scale) it has to, still.
+        """
+        self._is_hf_initialized = not self._buffers
         self.mode = mode
         self.register_buffer("decoded", torch.empty(0, dtype=dtype), persistent=False)
-        self._is_hf_initialized = True  # transformers must never draw this weight at random
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
         """The weight, decoded from the fields."""
@@ -105,9 +108,9 @@ class Packed(Decoding):
     ) -> None:
         """Make the (still empty) buffers of a matrix [rows, cols]."""
         self.format, self.rows, self.cols, self._shared = fmt, rows, cols, shared
+        self.start_decoding(mode, dtype)
         for field in fmt.fields(rows, cols):
             self.register_buffer(field.name, torch.empty(field.nbytes, dtype=torch.uint8))
-        self.start_decoding(mode, dtype)
 
     @property
     def fields(self) -> dict[str, Tensor]:

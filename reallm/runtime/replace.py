@@ -101,7 +101,6 @@ class _Replacement:
         del module._parameters[parameter]
         packed = ExpertStack(experts, transposed=transposed, mode=self.mode, dtype=self.dtype)
         module.add_module(parameter, packed)
-        module._is_hf_initialized = True  # type: ignore[assignment]  # transformers must not draw it at random
 
     def tie(self, head: str, source: str) -> None:
         found, target = self.require(source), self.require(head)

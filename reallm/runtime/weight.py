@@ -34,6 +34,8 @@ def _writes(function: Callable[..., object]) -> bool:
 class DecodedWeight(Tensor):
     """A read-only view of a decoded weight; every result of an operation on it is a plain tensor."""
 
+    _is_hf_initialized: bool  # transformers' initialisers leave such a tensor alone
+
     @classmethod
     def __torch_function__(
         cls,
@@ -52,4 +54,6 @@ class DecodedWeight(Tensor):
 
 def frozen(weight: Tensor) -> Tensor:
     """`weight` (any shape) as a DecodedWeight that shares its memory."""
-    return weight.as_subclass(DecodedWeight)
+    result = weight.as_subclass(DecodedWeight)
+    result._is_hf_initialized = True
+    return result
