@@ -280,5 +280,3 @@ def _parse(name: str) -> Format:
         else:
             raise FormatError(f"format {name!r}: cannot read {modifier!r}; expected +ldl, +r<rank> or +r<rank>i8")
     return Format(codec, low_rank, feedback)
-
-

@@ -54,6 +54,6 @@ def solve(
         runners_up={item.name: runner for item, runner in zip(problem.items, runners, strict=True)},
         bound=solution.bound(problem),
         budget=(budget.text, budget_bytes),
-        uniform=best_uniform(selection, problem, budget_bytes),
+        uniform=best_uniform(selection, problem),
         work=work,
     )

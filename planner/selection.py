@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import fsum
 
 from ..kernels.formats import Format
-from ..kernels.layout import MAX_SHARD_BYTES, file_bytes, file_overhead, max_files, natural_key
+from ..kernels.layout import MAX_SHARD_BYTES, TensorSpec, file_bytes, file_overhead, max_files, natural_key
 from .candidates import (
     Options,
     Wishes,
@@ -53,7 +53,7 @@ class Selection:
     def problem(self, budget_bytes: int | None) -> Problem:
         """The problem for a budget; without one, everything fits."""
         items = tuple(Item(name, self._candidates(group)) for name, group in self.members.items())
-        shared = {key: self._weight(shared_tensor(key, size).header_bytes, size) for key, size in self.shared.items()}
+        shared = {key: self._weight(shared_tensor(key, size)) for key, size in self.shared.items()}
         if budget_bytes is None:
             capacity = sum(max(c.nbytes for c in item.candidates) for item in items) + sum(shared.values())
         else:
@@ -66,12 +66,12 @@ class Selection:
     def _candidate(self, group: tuple[MatrixRecord, ...], name: str) -> Candidate:
         options = [self.options[m.name][name] for m in group]
         specs = [spec for m, o in zip(group, options, strict=True) for spec in matrix_tensors(m, o.format)]
-        nbytes = sum(self._weight(spec.header_bytes, spec.nbytes) for spec in specs)
+        nbytes = sum(map(self._weight, specs))
         shared = sorted({o.shared for o in options if o.shared is not None})
         return Candidate(nbytes, fsum(o.cost for o in options), name, tuple(shared))
 
-    def _weight(self, header_bytes: int, nbytes: int) -> int:
-        return nbytes + header_bytes if self.scope == "file" else nbytes
+    def _weight(self, spec: TensorSpec) -> int:
+        return spec.nbytes + spec.header_bytes if self.scope == "file" else spec.nbytes
 
     def _constant_bytes(self) -> int:
         """What a budget of the whole file pays for besides the items, file overheads left out."""

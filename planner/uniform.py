@@ -15,20 +15,17 @@ from .records import MeasuredTable
 from .selection import Selection, select
 
 
-def best_uniform(selection: Selection, problem: Problem, budget_bytes: int) -> Uniform | None:
+def best_uniform(selection: Selection, problem: Problem) -> Uniform | None:
     """The cheapest choice with one format everywhere that fits; None when none does."""
-    fitting = []
+    choices = []
     for name in sorted({c.format for item in problem.items for c in item.candidates}):
         chosen = one_format(problem, name, selection.optional)
-        if chosen is None or problem.nbytes(chosen) > problem.capacity:
-            continue
-        counted = selection.counted(problem.by_name(chosen))
-        if counted <= budget_bytes:
-            fitting.append((problem.cost(chosen), counted, name))
-    if not fitting:
+        if chosen is not None and problem.nbytes(chosen) <= problem.capacity:
+            choices.append((problem.cost(chosen), problem.nbytes(chosen), name, chosen))
+    if not choices:
         return None
-    cost, counted, name = min(fitting)
-    return Uniform(format=name, nbytes=counted, cost=cost)
+    cost, _, name, chosen = min(choices)
+    return Uniform(format=name, nbytes=selection.counted(problem.by_name(chosen)), cost=cost)
 
 
 def one_format(problem: Problem, name: str, optional: frozenset[str]) -> list[Candidate] | None:
