@@ -16,14 +16,20 @@ from torch import Tensor, nn
 from ..kernels.formats import DenseCodec, Format, LowRank
 from ..kernels.packing import aligned
 from .decode import decode, decode_factors
-from .packed import Packed
+from .packed import DecodeMode, Packed
 
 
 class LowRankTraining(Packed):
     """A packed matrix whose low-rank term can be trained."""
 
-    left_factor: nn.Parameter | None = None
-    right_factor: nn.Parameter | None = None
+    left_factor: nn.Parameter | None
+    right_factor: nn.Parameter | None
+
+    def start_decoding(self, mode: DecodeMode, dtype: torch.dtype) -> None:
+        """As for every packed matrix; no factors are being trained yet."""
+        super().start_decoding(mode, dtype)
+        self.register_parameter("left_factor", None)
+        self.register_parameter("right_factor", None)
 
     def train_low_rank(self, rank: int | None = None, seed: int = 0) -> tuple[nn.Parameter, nn.Parameter]:
         """Make L [rows, rank] and R [rank, cols] trainable float32 parameters, from the stored term and on top of it.

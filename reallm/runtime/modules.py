@@ -92,8 +92,8 @@ class ExpertStack(Decoding):
         self.start_decoding(mode, dtype)
 
     def expert(self, index: int, dtype: torch.dtype) -> Tensor:
-        """One expert's matrix as the model keeps it."""
-        packed = self.get_submodule(str(index % self.count))
+        """One expert's matrix as the model keeps it. Raises IndexError."""
+        packed = self.get_submodule(str(range(self.count)[index]))
         assert isinstance(packed, Packed)
         weight = packed.decode_now(dtype)
         return weight.T if self.transposed else weight

@@ -44,10 +44,12 @@ class DecodedWeight(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if _writes(func) and args and isinstance(args[0], DecodedWeight):
+        named = dict(kwargs or {})
+        target = args[0] if args else named.get("tensor")  # torch.nn.init passes it by name
+        if (_writes(func) and isinstance(target, DecodedWeight)) or isinstance(named.get("out"), DecodedWeight):
             raise FrozenWeightError(REFUSAL)
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **named)
         data = getattr(func, "__self__", None) is Tensor.data and getattr(func, "__name__", "") == "__get__"
         return result.clone() if data else result
 
