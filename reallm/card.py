@@ -27,7 +27,7 @@ Packed with reallm. Load it with `import reallm` before transformers' `from_pret
 | format | matrices | bytes |
 |---|---|---|
 {formats}
-{uniform}"""
+{uniform}{notes}"""
 
 
 def model_card(plan: Plan) -> str:
@@ -56,4 +56,5 @@ def model_card(plan: Plan) -> str:
         uniform=f"\nThe best single format of that size, {uniform.format}, is predicted to cost {uniform.cost:.5f}.\n"
         if uniform
         else "",
+        notes="".join(f"\nNote: {note}.\n" for note in plan.notes),
     )

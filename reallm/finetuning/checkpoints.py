@@ -1,0 +1,126 @@
+"""Where an interrupted run goes on: the folder `<output>.partial`, and which checkpoints in it are whole.
+
+A checkpoint counts once `whole.json` in it, written last, names every file with its sha256; one that was cut off is
+removed. The Trainer reads its own checkpoints as safetensors and as tensors only (`weights_only`), never as pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments
+
+from ..errors import UserError
+from ..manifest import sha256_file
+from ..planner.records import canonical_json, write_text_atomic
+
+LOG = logging.getLogger(__name__)
+SETTINGS_FILE = "settings.json"
+WHOLE_FILE = "whole.json"
+
+Settings = Mapping[str, int | float | str]
+
+
+def progress_folder(output: Path) -> Path:
+    """The folder of the checkpoints on the way to `output`."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def open_progress(folder: Path, settings: Settings, resume: bool) -> Path | None:
+    """Prepare `folder` for a run with `settings`; the last whole checkpoint of the same run if there is one.
+
+    A run with other settings, or any run without `resume`, is discarded. Raises UserError for a folder that is no run.
+    """
+    found = _read_settings(folder)
+    if found is not None and (not resume or found != dict(settings)):
+        why = "with other settings" if resume else "as asked"
+        LOG.info("%s: a run %s was interrupted there; starting anew", folder, why)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / SETTINGS_FILE, canonical_json(dict(settings)))
+    return _last_whole(folder)
+
+
+def _read_settings(folder: Path) -> object:
+    """The settings of the run in `folder`; None for a new or empty folder."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        found: object = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} exists and holds no interrupted run; remove it yourself, or give another --output"
+        ) from None
+    return found
+
+
+def _last_whole(folder: Path) -> Path | None:
+    numbered = {
+        int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    last = None
+    for _, path in sorted(numbered.items()):
+        if is_whole(path):
+            last = path
+        else:
+            LOG.info("%s was cut off and is left out", path)
+            shutil.rmtree(path)
+    return last
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file of `checkpoint` is as it was when it was finished."""
+    try:
+        files = json.loads((checkpoint / WHOLE_FILE).read_text(encoding="utf-8"))
+        return bool(files == _digests(checkpoint))
+    except (OSError, ValueError):
+        return False
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Declare `checkpoint` finished."""
+    write_text_atomic(checkpoint / WHOLE_FILE, canonical_json(_digests(checkpoint)))
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted(checkpoint.iterdir()) if path.name != WHOLE_FILE}
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Marks checkpoints, shows a bar, and says how the held-out divergence develops."""
+
+    def __init__(self, folder: Path, show: bool) -> None:
+        self.folder, self.show = folder, show
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
+        if state.global_step:
+            LOG.info("going on after step %d", state.global_step)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="finetune", unit="step", disable=not self.show
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: Any, control: Any, metrics: Mapping[str, float], **unused: object
+    ) -> None:
+        line = f"step {state.global_step} of {state.max_steps}: held-out KL {metrics['eval_loss']:.4f} nats per token"
+        trained = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        LOG.info("%s%s", line, f", on the training text {trained[-1]:.4f}" if trained else "")
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
+        mark_whole(self.folder / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,117 @@
+"""Which factors are trained, and where they start: a weighted SVD of what the codes of a matrix miss.
+
+For a matrix without a low-rank term, L R is the best approximation of W - W_hat in the norm
+
+    sum_nk m_k E_nk^2,   m_k = mean square of input k over some windows of the training text
+
+the diagonal of H = X^T X / n (LQ-LoRA's weighted SVD, arXiv 2311.12023, with the input in place of the Fisher). A term
+that is stored already goes on from where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..codecs.lowrank import Factors, factorise
+from ..codecs.metric import Metric, Workspace
+from ..kernels.formats import DenseCodec, LowRank
+from ..model import LoadedModel
+from ..runtime.low_rank import LowRankTraining
+from ..runtime.replace import packed_modules
+
+Modules = Mapping[str, LowRankTraining]
+Snapshot = dict[str, tuple[Tensor, Tensor]]
+
+
+def trainable_modules(model: nn.Module) -> dict[str, LowRankTraining]:
+    """Every compressed linear of `model` by name; embeddings and experts have no factors to train."""
+    return {
+        name: module
+        for name, module in packed_modules(model)
+        if isinstance(module, LowRankTraining) and not isinstance(module.format.codec, DenseCodec)
+    }
+
+
+@torch.no_grad()
+def column_moments(model: PreTrainedModel, modules: Modules, inputs: Tensor) -> dict[str, Tensor]:
+    """Mean square of every input of each module over `inputs` (token ids [windows, seqlen]): float32 [cols]."""
+    sums = {name: torch.zeros(module.cols) for name, module in modules.items()}
+    hooks = [module.register_forward_pre_hook(_adder(sums[name])) for name, module in modules.items()]
+    try:
+        for window in inputs:
+            model(input_ids=window[None].to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / inputs.numel() for name, total in sums.items()}
+
+
+def _adder(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        total.add_(arguments[0].detach().float().flatten(0, -2).square().sum(0).cpu())
+
+    return add
+
+
+def start_factors(original: LoadedModel, modules: Modules, moments: Mapping[str, Tensor], term: LowRank) -> None:
+    """Make the factors of every module trainable; where there are none, those of `term`, rounded as they are stored.
+
+    A rank beyond the matrix's own is cut to it.
+    """
+    matrices = {matrix.name: matrix for matrix in original.matrices}
+    for name, module in modules.items():
+        if module.format.low_rank:
+            module.train_low_rank()
+            continue
+        own = LowRank(min(term.rank, module.rows, module.cols), term.dtype)
+        error = original.weight(matrices[name]).cpu() - module.decode_now(torch.float32).cpu()
+        metric = Metric(hessian=torch.diag(moments[name]), fisher=moments[name].expand(module.rows, -1))
+        found = factorise(error, own, Workspace(metric), in_hessian=False, seed=0)
+        module.train_low_rank(own.rank)
+        set_factors(module, *stored_values(found))
+
+
+def stored_values(found: Factors) -> tuple[Tensor, Tensor]:
+    """L [rows, rank] and R [rank, cols] as `found` decodes."""
+    left, right = found.stored["left"], found.stored["right"]
+    if "left_scales" in found.stored:
+        return left * found.stored["left_scales"], right * found.stored["right_scales"][:, None]
+    return left, right
+
+
+def factors_of(module: LowRankTraining) -> tuple[nn.Parameter, nn.Parameter]:
+    """L and R of a module whose factors are being trained. Raises ValueError if they are not."""
+    if module.left_factor is None or module.right_factor is None:
+        raise ValueError("no low-rank factors are being trained; call train_low_rank() first")
+    return module.left_factor, module.right_factor
+
+
+def set_factors(module: LowRankTraining, left: Tensor, right: Tensor) -> None:
+    """Overwrite the values of the factors being trained."""
+    own_left, own_right = factors_of(module)
+    with torch.no_grad():
+        own_left.copy_(left)
+        own_right.copy_(right)
+
+
+def snapshot(modules: Modules) -> Snapshot:
+    """Copies of all factors being trained."""
+    pairs = {name: factors_of(module) for name, module in modules.items()}
+    return {name: (left.detach().clone(), right.detach().clone()) for name, (left, right) in pairs.items()}
+
+
+def restore(modules: Modules, factors: Snapshot) -> None:
+    """Train on from `factors`, whether or not the modules were folded in the meantime."""
+    for name, (left, right) in factors.items():
+        modules[name].train_low_rank(left.shape[1])
+        set_factors(modules[name], left, right)
+
+
+def fold_all(modules: Modules, term: LowRank) -> None:
+    """Write all factors back into the fields; new ones in the dtype of `term`. ValueError if one is not finite."""
+    for module in modules.values():
+        module.fold(module.format.low_rank.dtype if module.format.low_rank else term.dtype)
