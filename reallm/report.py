@@ -11,8 +11,9 @@ from rich.table import Table
 
 from reallm.planner.plan import Choice, Plan
 
-if TYPE_CHECKING:  # both import torch
+if TYPE_CHECKING:  # they import torch
     from .evaluation import Evaluation
+    from .inspection import Inspection
     from .sizes import Sizes
 
 MIB = 1 << 20
@@ -54,7 +55,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         ("budget", f"{plan.budget} = {plan.budget_bytes} bytes for {counts}; {plan.counted_bytes} used"),
         ("size", f"{plan.bits_per_weight:.4f} bits per weight; weights file {bytes_text(plan.file_bytes)}"),
         ("predicted loss", f"{plan.predicted_loss:.5f} nats per token"),
-        ("proof", f"{bound.status}: bound {bound.best_bound:.6g}, gap {bound.mip_gap:.2g} (no gap is optimal)"),
+        ("proof", f"{bound.status}: bound {bound.best_bound:.6g}, gap {bound.mip_gap:.2g}"),
         ("checked bound", f"{bound.lagrangian_bound:.6g}, computed without {bound.solver} {bound.solver_version}"),
         ("shadow price", f"{bound.shadow_price:.4g} nats per token for a further MiB"),
         ("best uniform", _uniform_text(plan)),
@@ -63,6 +64,21 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(histogram(plan.choices))
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    """Where every byte of an artifact's weights files is, and how wide its weights are."""
+    total = sum(found.bits_histogram.values()) or 1
+    widths = ", ".join(f"up to {bits}: {count / total:.1%}" for bits, count in found.bits_histogram.items())
+    facts = [
+        ("architecture", found.architecture),
+        ("matrices", f"{found.plan.matrices_bytes} bytes, {found.shared_bytes} of them shared codebooks"),
+        ("everything else", f"{found.other_bytes} bytes in {found.other_tensors} tensors"),
+        ("headers", f"{found.header_bytes} bytes"),
+        ("weights files", f"{found.file_bytes} bytes ({bytes_text(found.file_bytes)})"),
+        ("bits per weight", widths),
+    ]
+    console.print(facts_table(found.path, facts))
 
 
 def _uniform_text(plan: Plan) -> str:
@@ -88,7 +104,7 @@ def histogram(choices: Sequence[Choice]) -> Table:
     rows = []
     for name in sorted(bits, key=lambda name: (bits[name], name)):
         share = numel[name] / total
-        bar = "█" * max(1, round(30 * share))
+        bar = "█" * max(1, round(20 * share))
         rows.append([name, f"{bits[name]:.3f}", str(len(by_format[name])), f"{share:.1%}", bar])
     table = columns_table("formats", ("format", "bits/weight", "matrices", "weights", ""), rows)
     table.columns[-1].justify = "left"

@@ -1,0 +1,237 @@
+"""The command line: help, the whole job on a tiny model, and one line with exit code 2 for what a user gets wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from strategies import make_table
+from tiny import save_tiny
+from typer.testing import CliRunner, Result
+
+from reallm.cli import app
+from reallm.planner.plan import Plan
+from reallm.planner.records import TABLE_FILE, read_record, write_record
+
+COMMANDS = ("measure", "plan", "compile", "eval", "generate", "finetune", "inspect", "verify", "demo")
+SPACE = "linear: [int4-g16, nf3-g16, lm2-g16, aq1x4-d4]\nembedding: [int8-g16]\n"
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refusal(*arguments: str | Path) -> str:
+    """The one line on stderr of a command that must end with exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, f"{result.exit_code}: {result.output} {result.exception!r}"
+    lines = [line for line in result.stderr.splitlines() if line.startswith("reallm: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, a text and a space, measured, planned and compiled once for this file."""
+    base = tmp_path_factory.mktemp("job")
+    save_tiny("llama", base / "model", dtype=torch.bfloat16)
+    (base / "text.txt").write_text("".join(random.Random(0).choices("abcdefgh ", k=2000)), encoding="utf-8")
+    (base / "space.yaml").write_text(SPACE)
+    assert run(*measuring(base)).exit_code == 0
+    assert run("plan", base / "work", "-b", "4.0bpw", "-o", base / "plan.json").exit_code == 0
+    assert run("compile", base / "plan.json", "-o", base / "out", "--no-kernels").exit_code == 0
+    return base
+
+
+def measuring(base: Path, model: str = "model", work: str = "work") -> list[str | Path]:
+    options: list[str | Path] = ["--text", base / "text.txt", "--space", base / "space.yaml", "-o", base / work]
+    return ["measure", base / model, *options, "--nsamples", "4", "--seqlen", "64", "--jobs", "1"]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A folder with a measured table written by hand: two matrices of 64 x 64."""
+    costs = {"int4-g64": 0.1, "int8-g64": 0.001}
+    write_record(tmp_path / TABLE_FILE, make_table(*((f"block.{i}.up", 64, 64, "linear", costs) for i in range(2))))
+    return tmp_path
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom reallm.cli import app\n"
+        "print(CliRunner().invoke(app, ['--help']).output)\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'datasets', 'pulp'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heavy: []" in result.stdout
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_teaches_by_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: reallm {command}" in result.output
+
+
+def test_the_whole_job_leaves_a_model_that_is_measured_and_speaks(folder: Path) -> None:
+    against = ("--against", folder / "model", "--text", folder / "text.txt", "--seqlen", "64")
+    result = run("eval", folder / "out", *against, "--windows", "2", "--json", folder / "eval.json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((folder / "eval.json").read_text())
+    plan = read_record(folder / "plan.json", Plan, "plan")
+    assert report["comparison"]["divergence"]["mean"] > 0
+    assert report["sizes"]["matrices_bytes"] == plan.matrices_bytes
+    assert report["sizes"]["file_bytes"] == plan.file_bytes
+    assert 8 * plan.matrices_bytes <= 4.0 * report["sizes"]["matrices_weights"]
+    spoken = run("generate", folder / "out", "abc", "--max-new-tokens", "3")
+    assert spoken.exit_code == 0
+    assert spoken.stdout.startswith("abc")
+    assert run("verify", folder / "out").exit_code == 0
+
+
+def test_eval_without_against_gives_perplexity_alone(folder: Path) -> None:
+    result = run("eval", folder / "model", "--text", folder / "text.txt", "--seqlen", "64", "--windows", "2")
+    assert result.exit_code == 0
+    assert "perplexity" in result.stdout
+    assert "KL to the base" not in result.stdout
+
+
+def test_inspect_shows_plan_and_bytes_of_an_artifact_and_of_a_plan(folder: Path) -> None:
+    whole = run("inspect", folder / "out", "--matrices", "--json", folder / "inspect.json")
+    assert whole.exit_code == 0, whole.stderr
+    assert "weights files" in whole.stdout
+    facts = json.loads((folder / "inspect.json").read_text())
+    assert facts["file_bytes"] == (folder / "out" / "model.safetensors").stat().st_size
+    assert len(facts["plan"]["choices"]) == 14
+    assert run("inspect", folder / "plan.json").exit_code == 0
+
+
+def test_a_plan_prints_its_proof_and_the_best_uniform_one(table: Path) -> None:
+    result = run("plan", table, "--budget", "7bpw", "-o", table / "plan.json")
+    assert result.exit_code == 0
+    for word in ("optimal", "gap", "shadow price", "best uniform", "int4-g64", "int8-g64"):
+        assert word in result.stdout, word
+    assert read_record(table / "plan.json", Plan, "plan").counted_bytes <= 7 * 2 * 64 * 64 // 8
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["-b", "0"], "--budget '0'"),
+        (["-b", "40bpw"], "--budget '40bpw'"),
+        (["-b", "3 bananas"], "--budget '3 bananas'"),
+        (["-b", "1bpw"], "smallest"),
+        (["-b", "8bpw", "--pin", "nothing=int4-g64"], "nothing"),
+        (["-b", "8bpw", "--pin", "up=int9-g64"], "int9-g64"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_and_nothing_written(table: Path, options: list[str], expected: str) -> None:
+    assert expected in refusal("plan", table, *options, "-o", table / "plan.json")
+    assert not (table / "plan.json").exists()
+
+
+def test_a_folder_that_was_not_measured_names_the_command_that_does_it(tmp_path: Path) -> None:
+    assert "`reallm measure` makes it" in refusal("plan", tmp_path, "-b", "3bpw")
+
+
+def test_models_and_texts_that_cannot_be_read_are_refused(folder: Path, tmp_path: Path) -> None:
+    assert "does not exist" in refusal("measure", tmp_path / "no" / "such" / "model", "-o", tmp_path / "work")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    assert "truncated" in refusal("measure", tmp_path / "model", "-o", tmp_path / "work")
+    (tmp_path / "ten.txt").write_text("one two three four five six seven eight nine ten\n")
+    few = ("--text", tmp_path / "ten.txt", "--seqlen", "200", "-o", tmp_path / "work")
+    assert "200 needed" in refusal("measure", folder / "model", *few)
+    assert not (tmp_path / "work" / TABLE_FILE).exists()
+
+
+def test_a_nan_in_a_weight_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    line = refusal("measure", tmp_path / "model", "-o", tmp_path / "work")
+    assert "model.layers.0.self_attn.q_proj.weight" in line
+
+
+def test_a_plan_for_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = save_tiny("llama", tmp_path / "other", seed=1, dtype=torch.bfloat16)
+    line = refusal("compile", folder / "plan.json", "--model", other, "-o", tmp_path / "out")
+    assert "another model" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_changed_byte_of_an_artifact_is_found(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "out", tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1000] ^= 1
+    weights.write_bytes(data)
+    assert "model.safetensors" in refusal("verify", tmp_path / "out")
+    assert "model.safetensors" in refusal("generate", tmp_path / "out", "abc")
+
+
+def test_an_output_that_is_taken_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    assert str(tmp_path) in refusal("compile", folder / "plan.json", "-o", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_full_disk_is_one_line_and_the_old_plan_survives(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("plan", table, "-b", "8bpw", "-o", table / "plan.json").exit_code == 0
+    before = (table / "plan.json").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "disk is full" in refusal("plan", table, "-b", "7bpw", "-o", table / "plan.json")
+    assert (table / "plan.json").read_bytes() == before
+    assert sorted(path.name for path in table.iterdir()) == ["plan.json", TABLE_FILE]
+
+
+def test_other_errors_keep_their_traceback(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    result = run("plan", table, "-b", "8bpw", "-o", table / "plan.json")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, OSError)
+
+
+def test_ctrl_c_during_measure_resumes_to_the_same_table(folder: Path) -> None:
+    """The process is interrupted once the first results lie in its cache; the second run must only add to them."""
+    command = [sys.executable, "-m", "reallm.cli", *map(str, measuring(folder, work="stopped"))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list((folder / "stopped").glob("cache/*/*.json")):
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "reallm: interrupted; the same command goes on where it stopped"
+    assert not (folder / "stopped" / TABLE_FILE).exists()
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "stopped").glob("cache/*/*.json")}
+    assert run(*measuring(folder, work="stopped")).exit_code == 0
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    once, twice = (json.loads((folder / work / TABLE_FILE).read_text()) for work in ("work", "stopped"))
+    for found in (once, twice):
+        found.pop("base")  # seconds and memory
+        for record in found["measurements"]:
+            record.pop("seconds")
+    assert once == twice
