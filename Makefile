@@ -5,6 +5,7 @@
 #                          TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   TEXT=FILE TEST=FILE    calibration and held-out text of demo and bench, instead of their defaults
 #   BUDGET=3.0bpw          what demo plans for
+#   MODEL=MODEL SPACE=SPACE  what bench compresses (default: the demo's model), and its candidate formats
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) -c "print('$(name)')" 2>/dev/null)))
 TORCH_INDEX ?=
@@ -13,7 +14,9 @@ TEXT ?=
 TEST ?=
 BUDGET ?= 3.0bpw
 JOBS ?= 2
-export TEXT TEST
+MODEL ?=
+SPACE ?=
+export TEXT TEST MODEL SPACE
 
 VENV := .venv
 BIN := $(VENV)/bin

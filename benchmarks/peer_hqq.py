@@ -2,8 +2,8 @@
 
     python peer_hqq.py MODEL BITS GROUP_SIZE OUTPUT
 
-Writes OUTPUT/weights.safetensors (dequantised, float32, by parameter name) and OUTPUT/report.json. Bits per weight count
-the codes at their nominal width and an fp16 scale and zero a group: HQQ's own file pads 3-bit codes to 3.2 bits.
+Writes OUTPUT/weights.safetensors (dequantised, float32, by parameter name) and OUTPUT/report.json. Bits per weight
+count the codes at their nominal width and an fp16 scale and zero a group: HQQ's own file pads 3-bit codes to 3.2 bits.
 """
 
 from __future__ import annotations

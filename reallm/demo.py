@@ -81,7 +81,7 @@ def demo(
             stages.append(earlier)
             continue
         fresh = False
-        console.print(f"\\n[bold]$ reallm {' '.join(arguments)}[/bold]", highlight=False)
+        console.print(f"\n[bold]$ reallm {' '.join(arguments)}[/bold]", highlight=False)
         stages.append(run_stage(name, arguments, keep_output=name == "generate"))
         write_text_atomic(folder / STAGES_FILE, canonical_json([asdict(stage) for stage in stages]))
     _print_summary(folder, stages, console)

@@ -1,0 +1,238 @@
+"""Quality at equal bytes: reallm beside HQQ and GPTQ, and beside its own best uniform format.
+
+    make bench NAME=quality [MODEL=...] [TEXT=calibration] [TEST=held-out] [JOBS=2]
+
+Every method compresses the decoder linears of the same model, in this one run; the calibration tokens are the same for
+GPTQ and for us. One evaluator measures all: KL to the float32 model in nats per token on 8 windows of 1024 tokens. Bits
+per weight count every byte of ours (padding too) and of the peers their codes, scales and zeros. Ours is planned at the
+peer's own bits. Finished parts are kept in .bench/quality and used again; delete the folder to start anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from reallm.cache import content_key
+from reallm.comparison import Comparison, compare_models
+from reallm.compiler import compile_plan
+from reallm.demo import fetch_model
+from reallm.errors import UserError
+from reallm.loading import load
+from reallm.measurement import draw, measure
+from reallm.model import load_model
+from reallm.planner.plan import Plan
+from reallm.planner.records import (
+    TABLE_FILE,
+    MeasuredTable,
+    canonical_json,
+    read_record,
+    write_record,
+    write_text_atomic,
+)
+from reallm.planner.uniform import uniform_plan
+from reallm.planning import plan
+from reallm.report import columns_table
+from reallm.text import load_text, windows
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".bench" / "quality"
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+DEFAULT_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:train"
+DEFAULT_TEST = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+NSAMPLES, SEQLEN, WINDOWS, SEED = 16, 1024, 8, 0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One setting of another method."""
+
+    method: str
+    bits: int
+    group_size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.bits} bits g{self.group_size}"
+
+
+PEERS = (
+    Peer("HQQ", 4, 64),
+    Peer("HQQ", 3, 32),
+    Peer("HQQ", 3, 64),
+    Peer("HQQ", 2, 32),
+    Peer("GPTQ", 4, 64),
+    Peer("GPTQ", 3, 64),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one method costs: bits per weight, and KL to the base in nats per token."""
+
+    name: str
+    bits_per_weight: float
+    kl: float
+    perplexity: float
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison, lower is better on both sides."""
+
+    figure: str
+    unit: str
+    ours: float
+    ours_bits_per_weight: float
+    ours_perplexity: float
+    peer_name: str
+    peer: float
+    peer_bits_per_weight: float
+    peer_perplexity: float
+    ratio: float
+    """Ours over the peer's."""
+    versions: dict[str, str]
+    machine: str
+
+
+class Bench:
+    """The base model, the tokens, and what is measured on them."""
+
+    def __init__(self, model: str, text: str, test: str) -> None:
+        source = load_model(model)
+        if source.tokenizer is None:
+            raise UserError(f"{model} has no tokenizer")
+        calibration, held_out = load_text(text), load_text(test, split="test")
+        key = content_key({"model": source.digest, "text": calibration.sha256, "test": held_out.sha256})
+        self.folder = FOLDER / key[:12]
+        self.base_folder = self.folder / "base"
+        if not (self.base_folder / "config.json").exists():
+            source.model.save_pretrained(self.base_folder)
+            source.tokenizer.save_pretrained(self.base_folder)
+        self.base = load_model(self.base_folder)
+        self.dense = load_model(self.base_folder, dtype=torch.float32).model
+        self.calibration = self.folder / "calibration.safetensors"
+        save_file({"windows": draw(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
+        self.windows = windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]
+
+    def kept(self, name: str, make: Callable[[], Measured]) -> Measured:
+        """The result called `name`, from an earlier run or made now."""
+        path = self.folder / "results" / f"{name.replace(' ', '-')}.json"
+        if path.exists():
+            return Measured(**json.loads(path.read_text(encoding="utf-8")))
+        result = make()
+        write_text_atomic(path, canonical_json(asdict(result)))
+        return result
+
+    def compare(self, model: PreTrainedModel) -> Comparison:
+        """Perplexity and KL of `model` to the float32 base."""
+        return compare_models(self.dense, model, self.windows)
+
+    def peer(self, peer: Peer) -> Measured:
+        """Quantise the base with `peer` in a process of its own virtual environment, and evaluate what it stored."""
+        output = self.folder / "peer"
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        script = ROOT / "benchmarks" / f"peer_{peer.method.lower()}.py"
+        calibration = [str(self.calibration)] if peer.method == "GPTQ" else []
+        settings = [str(self.base_folder), str(peer.bits), str(peer.group_size)]
+        command = [str(PEER_PYTHON), str(script), *settings, *calibration, str(output)]
+        subprocess.run(command, check=True, cwd=output, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+        model = load_model(self.base_folder, dtype=torch.float32).model
+        weights = load_file(output / "weights.safetensors")
+        found = model.load_state_dict(weights, strict=False)
+        assert not found.unexpected_keys and len(weights) == sum(m.kind == "linear" for m in self.base.matrices)
+        result = self.compare(model)
+        shutil.rmtree(output)
+        return _measured(peer.name, report["bits_per_weight"], result, report["versions"])
+
+    def ours(self, name: str, chosen: Plan) -> Measured:
+        """Compile `chosen` and evaluate the artifact, from the disk."""
+        plan_path, output = self.folder / "plan.json", self.folder / "out"
+        write_record(plan_path, chosen)
+        compile_plan(plan_path, output, model=self.base, kernels=False, force=True)
+        model, _ = load(output, dtype=torch.float32)
+        result = self.compare(model)
+        return _measured(name, chosen.bits_per_weight, result, {"reallm": version("reallm")})
+
+
+def _measured(name: str, bits: float, found: Comparison, versions: dict[str, str]) -> Measured:
+    assert found.divergence is not None
+    return Measured(name, bits, found.divergence.mean, found.perplexity, versions)
+
+
+def rows(bench: Bench, work: Path) -> Iterator[Row]:
+    """A row a peer, ours planned at the peer's bits; and one for the best uniform format of our own there."""
+    table = read_record(work / TABLE_FILE, MeasuredTable, "measure")
+    for peer in PEERS:
+        theirs = bench.kept(peer.name, partial(bench.peer, peer))
+        budget = f"{theirs.bits_per_weight}bpw"
+        chosen = plan(work, budget=budget)
+        ours = planned(bench, "reallm", chosen)
+        yield row(budget, ours, theirs)
+        if chosen.uniform is not None:
+            fmt = chosen.uniform.format
+            yield row(budget, ours, planned(bench, f"uniform {fmt}", uniform_plan(table, fmt, work=str(work))))
+
+
+def planned(bench: Bench, name: str, chosen: Plan) -> Measured:
+    """The result of a plan, kept under the hash of its choices."""
+    key = content_key({"choices": [choice.model_dump(mode="json") for choice in chosen.choices]})
+    return bench.kept(f"{name} {key[:12]}", partial(bench.ours, name, chosen))
+
+
+def row(budget: str, ours: Measured, other: Measured) -> Row:
+    """The two beside each other."""
+    return Row(
+        figure=f"KL to the float32 model at {budget}",
+        unit="nats per token",
+        ours=ours.kl,
+        ours_bits_per_weight=ours.bits_per_weight,
+        ours_perplexity=ours.perplexity,
+        peer_name=other.name,
+        peer=other.kl,
+        peer_bits_per_weight=other.bits_per_weight,
+        peer_perplexity=other.perplexity,
+        ratio=ours.kl / other.kl,
+        versions=other.versions | {"reallm": version("reallm"), "torch": torch.__version__},
+        machine=f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores, {platform.system()}",
+    )
+
+
+def main() -> None:
+    """Run what is missing, write the results and print them."""
+    console = Console()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    text, test = os.environ.get("TEXT") or DEFAULT_TEXT, os.environ.get("TEST") or DEFAULT_TEST
+    bench = Bench(os.environ.get("MODEL") or str(fetch_model(FOLDER, console)), text, test)
+    work = bench.folder / "work"
+    jobs = int(os.environ.get("JOBS") or -1)
+    space = os.environ.get("SPACE") or "default"
+    measure(bench.base_folder, text=text, output=work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs)
+    found = []
+    for result in rows(bench, work):
+        found.append(result)
+        write_text_atomic(RESULTS, canonical_json([asdict(each) for each in found]))
+    lines = [[r.figure, r.peer_name, f"{r.ours:.4f}", f"{r.peer:.4f}", f"{r.ratio:.3f}"] for r in found]
+    console.print(columns_table("quality", ("figure", "peer", "ours", "peer's", "ratio"), lines))
+
+
+if __name__ == "__main__":
+    main()
