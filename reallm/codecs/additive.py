@@ -20,6 +20,7 @@ from .metric import Workspace
 from .stored import to_half
 
 BEAM = 4
+BLOCK_COLUMNS = 128
 KMEANS_SAMPLES = 1 << 15
 KMEANS_ITERATIONS = 8
 CG_ITERATIONS = 8
@@ -106,9 +107,10 @@ def beam_codes(target: Tensor, books: Tensor, row_scales: Tensor) -> Tensor:
         width = 1 if m == len(books) - 1 else min(BEAM, scores.shape[1])
         best = scores.argmin(1, keepdim=True) if width == 1 else scores.topk(width, largest=False).indices
         parent, code = best // len(book), best % len(book)
-        distance = scores.gather(1, best)
-        residual = _rows(residual, parent) - book[code]
         paths = torch.cat([_rows(paths, parent), code[:, :, None]], 2)
+        if m < len(books) - 1:
+            distance = scores.gather(1, best)
+            residual = _rows(residual, parent) - book[code]
     return paths[:, 0]
 
 
@@ -204,23 +206,39 @@ class _Fitter:
         state.codebooks = to_half(books)
 
     def search_codes(self) -> None:
-        """One beam-search pass over the groups, each given all the others."""
-        state = self.state
-        error = self.W - state.values(self.cols)
+        """One beam-search pass over the groups, each given all the others; a code is only replaced by a better one.
+
+        With e the error and slope = e H, groups of one block of columns see each other's changes at once; the other
+        blocks see them when the block is done.
+        """
+        error = self.W - self.state.values(self.cols)
         slope = error @ self.H
-        for group in range(state.codes.shape[1]):
-            span = self._span(group)
-            width = span.stop - span.start
-            local = self.H[span, span]
-            root = torch.linalg.cholesky(local)
-            old = self._group_values(group)[:, :width]
-            others = slope[:, span] - error[:, span] @ local
-            wanted = self.W[:, span] + torch.cholesky_solve(others.T, root).T
-            books = state.codebooks[:, :, :width] @ root
-            state.codes[:, group] = beam_codes(wanted @ root, books, state.scales)
-            change = old - self._group_values(group)[:, :width]
-            error[:, span] += change
-            slope.addmm_(change, self.H[span])
+        per_block = max(1, BLOCK_COLUMNS // self.codec.dim)
+        for first in range(0, self.state.codes.shape[1], per_block):
+            groups = range(first, min(first + per_block, self.state.codes.shape[1]))
+            block = slice(self._span(groups[0]).start, self._span(groups[-1]).stop)
+            before, local = error[:, block].clone(), slope[:, block].contiguous()
+            for group in groups:
+                span = self._span(group)
+                inner = slice(span.start - block.start, span.stop - block.start)
+                change = self._improve(group, local[:, inner])
+                error[:, span] += change
+                local.addmm_(change, self.H[span, block])
+            slope.addmm_(error[:, block] - before, self.H[block])
+
+    def _improve(self, group: int, slope: Tensor) -> Tensor:
+        """Search the codes of one group; returns the change of its error [N, width]."""
+        span, state = self._span(group), self.state
+        width = span.stop - span.start
+        root = torch.linalg.cholesky(self.H[span, span])
+        old, old_codes = self._group_values(group)[:, :width], state.codes[:, group].clone()
+        wanted = old + torch.cholesky_solve(slope.T, root).T  # the minimiser, all else fixed
+        codes = beam_codes(wanted @ root, state.codebooks[:, :, :width] @ root, state.scales)
+        state.codes[:, group] = codes
+        new = self._group_values(group)[:, :width]
+        worse = ((wanted - new) @ root).square().sum(1) >= ((wanted - old) @ root).square().sum(1)
+        state.codes[:, group] = torch.where(worse[:, None], old_codes, codes)
+        return torch.where(worse[:, None], torch.zeros_like(old), old - new)
 
     def _group_values(self, group: int) -> Tensor:
         words = sum(self.state.codebooks[m][self.state.codes[:, group, m]] for m in range(self.codec.num_codebooks))
