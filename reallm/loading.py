@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .folder import is_artifact, read_config
 from .errors import UserError
+from .folder import is_artifact, read_config
 from .runtime.packed import DecodeMode
 from .runtime.replace import decode_all, set_decode_mode
 from .source import load_tokenizer, locate

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .folder import PLAN_FILE, read_record_of
 from .errors import UserError
+from .folder import PLAN_FILE, read_record_of
 from .kernels.formats import Field, Format
 from .kernels.layout import LayoutError
 from .kernels.reference import read_field

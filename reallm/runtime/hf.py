@@ -56,6 +56,11 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
     def is_trainable(self) -> bool:
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True: norms, biases and low-rank factors train without adapters (see `LowRankTraining`)."""
+        return True
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """None: an artifact's tensors carry the names of the modules that hold them."""
         return []

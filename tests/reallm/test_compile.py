@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from artifacts import Made, make, mixed
 from packing import Codes
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.trainer_utils import validate_quantization_for_training
 
 import reallm  # noqa: F401 - registers with transformers
 from reallm.compiler import biased_matrices, compile_plan
@@ -40,7 +42,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     yield make(architecture, tmp_path_factory.mktemp("made"), mixed(kinds))
 
 
-def from_pretrained(folder: Path, **options: object) -> PreTrainedModel:
+def from_pretrained(folder: Path, **options: object) -> Any:
     masked = '"RobertaForMaskedLM"' in (folder / "config.json").read_text()
     return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(folder, **options)
 
@@ -69,6 +71,12 @@ def test_logits_are_those_of_the_decoded_weights(made: Made) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=bound)
     original = logits(load_model(made.source).model)
     assert (found - original).abs().max() > 100 * bound  # the codes are random: the test sees them
+
+
+def test_nothing_is_missing_and_nothing_is_left_over(made: Made) -> None:
+    model, info = from_pretrained(made.folder, output_loading_info=True, device_map="cpu")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    validate_quantization_for_training(model)  # transformers' Trainer asks this
 
 
 def test_both_ways_to_decode_give_the_same_logits(made: Made) -> None:
@@ -187,7 +195,7 @@ def test_what_the_plan_did_not_measure_is_not_compiled(tmp_path: Path, damage: s
     else:
         wrong = plan.choices[0].model_copy(update={"matrix": "model.no_such"})
         write_record(made.plan, plan.model_copy(update={"choices": (wrong, *plan.choices[1:])}))
-    with pytest.raises(UserError, match="plan|measure"):
+    with pytest.raises(UserError, match=r"plan|measure"):
         made.again(tmp_path / "new")
     assert not list(tmp_path.glob("*new*")) and not list(tmp_path.glob(".*new*"))
 
