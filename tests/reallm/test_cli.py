@@ -20,6 +20,7 @@ from strategies import make_table
 from tiny import save_tiny
 from typer.testing import CliRunner, Result
 
+import reallm
 from reallm.cli import app
 from reallm.planner.plan import Plan
 from reallm.planner.records import TABLE_FILE, read_record, write_record
@@ -77,6 +78,13 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "heavy: []" in result.stdout
     assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_the_stages_are_functions_of_the_package() -> None:
+    assert all(callable(getattr(reallm, name)) for name in reallm.__all__)
+    assert set(reallm.__all__) == {"measure", "plan", "compile", "load", "evaluate", "finetune"}
+    with pytest.raises(AttributeError, match=r"'reallm' has no attribute 'measur'"):
+        _ = reallm.measur
 
 
 @pytest.mark.parametrize("command", COMMANDS)
