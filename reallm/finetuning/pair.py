@@ -87,21 +87,29 @@ class Pair:
 
 
 def open_pair(
-    artifact: Path, plan: Plan, teacher: Path | str | None, source: Text, training: Training, device: torch.device
+    artifact: Path, plan: Plan, teacher: Path | str | None, source: Text, training: Training, device: str
 ) -> Pair:
     """Load both models and cut the text into windows; the last ones are held out. Raises UserError."""
+    place = _device(device)
     original = load_model(teacher or plan.model)
     if original.digest != plan.model_sha256:
         raise UserError(f"{original.source} is not the model {artifact} was made from; give that one as --teacher")
     tokens = _windows(original, source, training)
-    dtype = _compute_dtype(original.dtype, device)
-    model, _ = load(artifact, device=device, dtype=dtype)
-    original.model.to(device=device, dtype=dtype)
+    dtype = _compute_dtype(original.dtype, place)
+    model, _ = load(artifact, device=place, dtype=dtype)
+    original.model.to(device=place, dtype=dtype)
     modules = trainable_modules(model)
     if not modules:
         raise UserError(f"{artifact} has no compressed linear, so there are no factors to train")
     held_out = min(HELD_OUT_WINDOWS, max(1, len(tokens) // HELD_OUT_SHARE))
     return Pair(original, model, modules, tokens[:-held_out], tokens[-held_out:], _mask_token(original))
+
+
+def _device(name: str) -> torch.device:
+    """The Trainer takes the first GPU or none."""
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {name}: expected cpu, or cuda where PyTorch finds a GPU")
+    return torch.device(name)
 
 
 def _tokenizer(original: LoadedModel) -> PreTrainedTokenizerBase:

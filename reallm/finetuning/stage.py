@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..compiler import Compilation, write_artifact
@@ -76,13 +75,13 @@ def finetune(
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
     plan = read_plan(Path(artifact))
     source = load_text(text)
-    pair = open_pair(Path(artifact), plan, teacher, source, training, torch.device(device))
+    pair = open_pair(Path(artifact), plan, teacher, source, training, device)
     folder = progress_folder(output)
     checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
-    gain = _train(pair, training, folder, checkpoint, gradient_checkpointing)
+    gain = train_pair(pair, training, folder, checkpoint, gradient_checkpointing)
     after = min(gain.started, gain.trained)
-    shutil.rmtree(folder)
     if not after < gain.before:
+        shutil.rmtree(folder)
         raise UserError(
             f"{artifact}: after {steps} steps the KL on held-out windows is {after:.4f}, it was {gain.before:.4f}; "
             "nothing is written: try a smaller --learning-rate, more --steps, a higher --rank or more --text"
@@ -91,6 +90,7 @@ def finetune(
     new = tuned_plan(plan, pair.original, codes, _notes(pair, training, source, gain))
     pair.original.model.to("cpu")
     write_artifact(Compilation(new, pair.original, codes), output, force=force, kernels=kernels)
+    shutil.rmtree(folder)
     _report(plan, new, gain, time.perf_counter() - began)
     return output
 
@@ -104,7 +104,7 @@ def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str
     }
 
 
-def _train(pair: Pair, training: Training, folder: Path, checkpoint: Path | None, checkpointing: bool) -> Gain:
+def train_pair(pair: Pair, training: Training, folder: Path, checkpoint: Path | None, checkpointing: bool) -> Gain:
     """Train, and leave the better of the trained and the fresh factors folded into the model."""
     _freeze(pair, checkpointing)
     before = pair.divergence(training.seed)
@@ -128,7 +128,8 @@ def _freeze(pair: Pair, checkpointing: bool) -> None:
     pair.original.model.requires_grad_(False)
     pair.model.requires_grad_(False)
     if checkpointing:
-        pair.model.gradient_checkpointing_enable({"use_reentrant": False})
+        renamed = getattr(pair.model, "activation_checkpointing_enable", None)  # by transformers on its way to 6
+        (renamed or pair.model.gradient_checkpointing_enable)({"use_reentrant": False})
         for module in pair.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # the layer's own flag only: its dropout stays off

@@ -1,0 +1,296 @@
+"""Fine-tuning of tiny models: nearer to the original, resumed to the byte, refused where it cannot or does not help."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifacts import mixed
+from packing import Codes, PackedModel
+from tiny import save_tiny
+
+from reallm.codecs import Metric, Workspace, encode
+from reallm.compiler import compile_plan
+from reallm.errors import UserError
+from reallm.evaluation import evaluate
+from reallm.finetuning import finetune, stage
+from reallm.finetuning.checkpoints import WHOLE_FILE
+from reallm.finetuning.distillation import Distillation, divergence, training_order
+from reallm.finetuning.pair import Training, open_pair
+from reallm.finetuning.stage import train_pair
+from reallm.kernels.formats import Format
+from reallm.model import Matrix, load_model
+from reallm.text import load_text
+from reallm.verification import read_bytes, read_plan, read_tensors, verify
+
+SEQLEN = 32
+RUN = {"steps": 12, "batch_size": 2, "seqlen": SEQLEN, "rank": 4, "learning_rate": 3e-3, "kernels": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 windows of letters."""
+    path = tmp_path_factory.mktemp("text") / "train.txt"
+    path.write_text("".join(random.Random(1).choices("abcdefgh .", k=40 * SEQLEN)), encoding="utf-8")
+    return str(path)
+
+
+def pack(architecture: str, folder: Path, choose: Callable[[Matrix], str | None], seed: int = 0) -> Path:
+    """A tiny model encoded with plain squared error, in the formats that `choose` gives: folder/out."""
+    loaded = load_model(save_tiny(architecture, folder / "model", seed=seed))
+    packed = PackedModel(loaded, choose)
+    for matrix in loaded.matrices:
+        if matrix.name in packed.fields:
+            metric = Metric(hessian=torch.eye(matrix.cols), fisher=torch.ones(matrix.rows, matrix.cols))
+            fmt = Format.parse(packed.names[matrix.name])
+            packed.fields[matrix.name] = encode(loaded.weight(matrix), fmt, Workspace(metric))
+    plan = packed.write_plan(folder / "plan.json")
+    return compile_plan(plan, folder / "out", model=loaded, codes=Codes(packed), kernels=False)
+
+
+def linears(*formats: str) -> Callable[[Matrix], str | None]:
+    """`formats` in turn for the linears."""
+    turn = iter(formats * 100)
+    return lambda matrix: next(turn) if matrix.kind == "linear" else None
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack("llama", tmp_path_factory.mktemp("llama"), linears("int2-g16", "nf2-g0+r2i8", "int2-g16+ldl"))
+
+
+@pytest.fixture(scope="module")
+def tuned(llama: Path, text: str) -> Path:
+    return finetune(llama, text=text, output=llama.parent / "tuned", **RUN)
+
+
+def kl(artifact: Path, source: Path, text: str) -> float:
+    found = evaluate(artifact, against=source, text=text, seqlen=SEQLEN, progress=False).comparison.divergence
+    assert found is not None
+    return found.mean
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class StopError(Exception):
+    """Stands for a killed process."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """Make the training stop in the middle of batch `batches` + 1."""
+    compute, left = Distillation.compute_loss, [batches]
+
+    def stopping(self: Distillation, model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        left[0] -= model.training
+        if left[0] < 0:
+            raise StopError
+        return compute(self, model, *arguments, **options)
+
+    monkeypatch.setattr(Distillation, "compute_loss", stopping)
+
+
+def test_the_artifact_comes_nearer_to_the_original(llama: Path, tuned: Path, text: str) -> None:
+    assert verify(tuned).deep
+    source = llama.parent / "model"
+    assert kl(tuned, source, text) < 0.8 * kl(llama, source, text)  # found: 0.44 of it; fresh factors alone give 0.66
+    assert not (tuned.parent / "tuned.partial").exists()
+
+
+def test_training_lowers_the_divergence_beyond_that_of_fresh_factors(llama: Path, text: str, tmp_path: Path) -> None:
+    training = Training(rank=4, steps=12, batch_size=2, seqlen=SEQLEN, learning_rate=3e-3)
+    pair = open_pair(llama, read_plan(llama), None, load_text(text), training, "cpu")
+    gain = train_pair(pair, training, tmp_path, None, False)
+    assert gain.trained < 0.95 * gain.started < 0.95 * gain.before
+    assert pair.divergence(training.seed) == gain.trained  # the trained factors are those in the model
+
+
+def test_formats_bytes_and_codes_of_the_new_plan(llama: Path, tuned: Path) -> None:
+    old, new, before, after = read_plan(llama), read_plan(tuned), read_tensors(llama), read_tensors(tuned)
+    assert new.file_bytes == sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
+    for was, now in zip(old.choices, new.choices, strict=True):
+        added = "" if "+r2i8" in was.format else "+r4i8"
+        assert (now.format, now.cost) == (was.format + added, was.cost)
+        stored = [t for name, t in after.items() if name.rpartition(".")[0] == now.matrix]
+        assert sum(t.stop - t.start for t in stored) == now.nbytes
+        codes = f"{now.matrix}.codes"
+        assert read_bytes(before[codes]).tobytes() == read_bytes(after[codes]).tobytes()
+    assert any("trained for 12 steps" in note for note in new.notes)
+    assert "held-out windows" in (tuned / "README.md").read_text()
+
+
+def test_tuned_again_it_keeps_its_size(tuned: Path, text: str, tmp_path: Path) -> None:
+    again = finetune(tuned, text=text, output=tmp_path / "again", **RUN | {"learning_rate": 1e-3})
+    assert [c.format for c in read_plan(again).choices] == [c.format for c in read_plan(tuned).choices]
+    assert read_plan(again).file_bytes == read_plan(tuned).file_bytes
+    assert kl(again, tuned.parent / "model", text) < kl(tuned, tuned.parent / "model", text)
+
+
+@pytest.mark.parametrize("batches", [1, 7])
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    output = tmp_path / "tuned"
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        stop_after(patch, batches)
+        finetune(llama, text=text, output=output, **RUN)
+    checkpoints = {path.name for path in (tmp_path / "tuned.partial").glob("checkpoint-*")}  # the best and the last
+    assert ("checkpoint-6" in checkpoints) == (batches == 7) and not output.exists()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 12 - 6 if checkpoints else 12)  # it would stop if it trained any batch again
+        finetune(llama, text=text, output=output, **RUN)
+    assert files(output) == files(tuned) and not (tmp_path / "tuned.partial").exists()
+
+
+def test_a_checkpoint_cut_off_is_not_read(
+    llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "tuned"
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        stop_after(patch, 7)
+        finetune(llama, text=text, output=output, **RUN)
+    last = tmp_path / "tuned.partial" / "checkpoint-6"
+    state = last / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    assert (last / WHOLE_FILE).exists()
+    finetune(llama, text=text, output=output, **RUN)
+    assert files(output) == files(tuned)
+
+
+def test_stopped_while_writing_it_does_not_train_again(
+    llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(stage, "write_artifact", full)
+        finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
+    stop_after(monkeypatch, 0)
+    assert files(finetune(llama, text=text, output=tmp_path / "tuned", **RUN)) == files(tuned)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"resume": False}])
+def test_another_run_starts_anew(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Mapping[str, Any]
+) -> None:
+    run = RUN | {"steps": 2}
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        stop_after(patch, 1)
+        finetune(llama, text=text, output=tmp_path / "tuned", **run)
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        stop_after(patch, 3)
+        finetune(llama, text=text, output=tmp_path / "tuned", **run | change | {"batch_size": 4, "steps": 9})
+    assert [path.name for path in (tmp_path / "tuned.partial").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_gradient_checkpointing_gives_the_same_factors(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
+    output = finetune(llama, text=text, output=tmp_path / "tuned", gradient_checkpointing=True, **RUN)
+    assert files(output) == files(tuned)  # the same operations, done twice
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "roberta", "gemma2", "qwen3_moe"])
+def test_other_architectures(architecture: str, text: str, tmp_path: Path) -> None:
+    """Transposed weights, masked tokens, a packed tied embedding and shared codebooks, experts that stay."""
+    kinds = ("linear", "embedding", "expert") if architecture in ("gemma2", "qwen3_moe") else ("linear",)
+    make = mixed(kinds) if architecture == "gemma2" else lambda m: "int2-g16" if m.kind in kinds else None
+    artifact = pack(architecture, tmp_path, make)
+    output = finetune(artifact, text=text, output=tmp_path / "tuned", **RUN | {"steps": 4})
+    verify(output)
+    assert kl(output, tmp_path / "model", text) < kl(artifact, tmp_path / "model", text)
+    assert {c.matrix for c in read_plan(output).choices if "+r" in c.format} >= {
+        c.matrix for c in read_plan(artifact).choices if c.kind == "linear"
+    }
+
+
+def test_training_that_does_not_help_leaves_the_fresh_factors(
+    llama: Path, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "reallm"):
+        output = finetune(llama, text=text, output=tmp_path / "tuned", **RUN | {"learning_rate": 0.9})
+    assert "training did not help" in caplog.text
+    assert any("training did not lower" in note for note in read_plan(output).notes)
+    verify(output)
+    assert kl(output, llama.parent / "model", text) < kl(llama, llama.parent / "model", text)
+
+
+def test_without_any_gain_nothing_is_written(tuned: Path, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing is written.*--learning-rate"):
+        finetune(tuned, text=text, output=tmp_path / "again", **RUN | {"learning_rate": 0.9})
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_told_before_anything_is_written(llama: Path, text: str, tmp_path: Path) -> None:
+    other = save_tiny("llama", tmp_path / "other", seed=5)
+    short = tmp_path / "short.txt"
+    short.write_text("a" * (2 * SEQLEN - 1))
+    output = tmp_path / "tuned"
+    cases: list[tuple[Mapping[str, Any], str]] = [
+        ({"teacher": tmp_path / "gone"}, "gone does not exist"),
+        ({"teacher": other}, "other is not the model .* was made from; give that one as --teacher"),
+        ({"text": str(short)}, "short.txt: one window of 32 tokens found, two needed"),
+        ({"text": str(tmp_path / "no.txt")}, "no.txt does not exist"),
+        ({"seqlen": 4096}, "--seqlen 4096: this model takes 1 to 256"),
+        ({"rank": 0}, "--rank 0: expected 1 to 1024"),
+        ({"factor_dtype": "f8"}, "--factor-dtype f8: expected f16 or i8"),
+        ({"steps": 0}, "--steps 0"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0"),
+        ({"device": "tpu"}, "--device tpu: expected cpu"),
+        ({"output": other}, "other exists and is no artifact of reallm"),
+        ({"output": llama}, "exists; give another name, or --force"),
+    ]
+    for change, message in cases:
+        with pytest.raises(UserError, match=message):
+            finetune(llama, **{"text": text, "output": output} | RUN | change)
+    with pytest.raises(UserError, match="is no artifact of reallm"):
+        finetune(other, text=text, output=output, **RUN)
+    assert not output.exists() and not (tmp_path / "tuned.partial").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(llama: Path, text: str, tmp_path: Path) -> None:
+    stranger = tmp_path / "tuned.partial" / "thesis.txt"
+    stranger.parent.mkdir()
+    stranger.write_text("mine")
+    with pytest.raises(UserError, match=r"tuned\.partial exists and holds no interrupted run"):
+        finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
+    assert stranger.read_text() == "mine"
+
+
+def test_an_artifact_without_compressed_linears_is_refused(text: str, tmp_path: Path) -> None:
+    artifact = pack("llama", tmp_path, lambda matrix: "int4-g16" if matrix.kind == "embedding" else None)
+    with pytest.raises(UserError, match="no compressed linear"):
+        finetune(artifact, text=text, output=tmp_path / "tuned", **RUN)
+
+
+def test_divergence_is_the_mean_over_tokens_of_kl_from_the_original() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model, original = (4 * torch.randn(2, 5, 11, generator=generator) for _ in range(2))
+    p, q = original.double().softmax(-1), model.double().softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    # float32 logarithms of size up to 30, each within 2^-24 of itself, weighed by probabilities that add up to one
+    assert float(divergence(model, original)) == pytest.approx(float(expected), abs=2 * 30 * 2.0**-23)
+
+
+@pytest.mark.parametrize(("count", "needed"), [(5, 3), (5, 5), (3, 10), (1, 4)])
+def test_every_window_is_seen_before_any_is_seen_again(count: int, needed: int) -> None:
+    order = training_order(count, needed, seed=3).tolist()
+    assert len(order) == needed
+    for start in range(0, needed, count):
+        part = order[start : start + count]
+        assert len(set(part)) == len(part) and set(part) <= set(range(count))
+    assert order == training_order(count, needed, seed=3).tolist()
