@@ -32,7 +32,8 @@ MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STAGES_FILE = "stages.json"
 PROMPT = "The capital of France is"
-WINDOWS = 8
+NSAMPLES, WINDOWS = 8, 8
+"""Calibration and evaluation windows of 1024 tokens: what fits into minutes on two cores."""
 
 
 class StageError(Exception):
@@ -122,9 +123,10 @@ def _commands(
     work, plan, out = str(folder / "work"), str(folder / "plan.json"), str(folder / "out")
     calibration = ["--text", text] if text else []
     held_out = ["--text", test] if test else []
+    settings = ["--nsamples", str(NSAMPLES), "--space", space]
     report = ["--windows", str(WINDOWS), "--json", str(folder / "eval.json")]
     return [
-        ("measure", ["measure", str(model), *calibration, "--space", space, "--output", work]),
+        ("measure", ["measure", str(model), *calibration, *settings, "--output", work]),
         ("plan", ["plan", work, "--budget", budget, "--output", plan]),
         ("compile", ["compile", plan, "--output", out, "--force"]),
         ("eval", ["eval", out, "--against", str(model), *held_out, *report]),
