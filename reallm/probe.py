@@ -45,7 +45,7 @@ def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapp
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _eager_experts(model), _StackWatch(stacks, uses):
+        with torch.no_grad(), eager_experts(model), _StackWatch(stacks, uses):
             model(input_ids=_probe_ids(model))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).partition("\n")[0]
@@ -85,7 +85,7 @@ def fingerprint(x: Tensor, owner: str) -> str:
 
 
 @contextmanager
-def _eager_experts(model: PreTrainedModel) -> Iterator[None]:
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
     """The plain loop over experts while probing: the grouped ones hide each expert's product in one call."""
     if not (hasattr(model, "set_experts_implementation") and hasattr(model, "get_experts_implementation")):
         yield

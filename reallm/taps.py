@@ -1,10 +1,13 @@
-"""Taps: hooks that turn the inputs and output gradients of matrices into statistics while a model runs."""
+"""Taps: hooks that turn the inputs and output gradients of matrices into statistics while a model runs.
+
+Modules are watched by forward hooks. Look-ups and the slices of 3-D expert stacks are watched as function calls, so
+that what a module does besides (Gemma scales its look-ups) is no part of the matrix.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,34 +17,28 @@ from torch.overrides import TorchFunctionMode
 from .model import LoadedModel, Matrix
 
 ROW_BLOCK = 8192  # rows of a head's Fisher at a time
+_PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
 
 
-@dataclass(frozen=True)
-class Tap:
-    """One matrix and where it is used."""
-
-    matrix: Matrix
-    module: nn.Module
+def _on_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
+    output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
 
-class _ExpertMode(TorchFunctionMode):
-    """Sees F.linear(x, stack[e]) for the slices of 3-D expert parameters."""
+class _Calls(TorchFunctionMode):
+    """Sees look-ups in embeddings, and products with slices of expert stacks."""
 
-    def __init__(self, stacks: dict[int, dict[int, Matrix]], record: Callable[[Matrix, Tensor, Tensor], None]) -> None:
+    def __init__(self, taps: Taps) -> None:
         super().__init__()
-        self.stacks, self.record = stacks, record
+        self.taps = taps
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            weight = args[1]
-            slices = self.stacks.get(weight.untyped_storage().data_ptr())
-            if slices is not None:
-                index = weight.storage_offset() // weight.numel()
-                if index in slices:
-                    self.record(slices[index], args[0], output)
+        if func is nn.functional.embedding:
+            return self.taps.look_up(args[0], args[1], output)
+        if func in _PRODUCTS and isinstance(args[1], Tensor) and args[1].dim() == 2:
+            self.taps.multiply(args[0], args[1], output)
         return output
 
 
@@ -51,102 +48,30 @@ class Taps:
     def __init__(self, loaded: LoadedModel, matrices: list[Matrix], tokens: int) -> None:
         self.tokens = tokens
         self.sums: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
-        self._modules = [(m, self._module(loaded, m)) for m in matrices if m.kind != "expert"]
-        self._stacks: dict[int, dict[int, Matrix]] = {}
+        self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._modules: list[tuple[Matrix, nn.Module]] = []
+        self._embeddings: list[tuple[Matrix, Tensor]] = []
+        self._experts: dict[int, Matrix] = {}
         for m in matrices:
-            if m.kind == "expert" and m.expert is not None:
-                stack = loaded.model.get_parameter(m.parameter)
-                self._stacks.setdefault(stack.untyped_storage().data_ptr(), {})[m.expert] = m
-        self._heads = [
-            (m, loaded.model.get_submodule(name.rsplit(".", 1)[0]))
-            for m in matrices
-            if m.kind == "embedding"
-            for name in m.tied
-        ]
-
-    @staticmethod
-    def _module(loaded: LoadedModel, matrix: Matrix) -> nn.Module:
-        module: nn.Module = loaded.model.get_submodule(matrix.parameter.rsplit(".", 1)[0])
-        return module
-
-    def _add(self, key: str, value: Tensor) -> None:
-        if key in self.sums:
-            self.sums[key].add_(value)
-        else:
-            self.sums[key] = value
+            parameter = loaded.model.get_parameter(m.parameter)
+            if m.kind == "expert":
+                self._experts[parameter[m.expert or 0].data_ptr()] = m
+                continue
+            if m.kind == "embedding":
+                self._embeddings.append((m, parameter))
+            users = m.tied if m.kind == "embedding" else (m.parameter, *m.tied)
+            self._modules += [(m, loaded.model.get_submodule(name.rpartition(".")[0])) for name in users]
 
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Record one forward and backward pass."""
         with ExitStack() as stack:
+            stack.callback(self._inputs.clear)
             for matrix, module in self._modules:
-                hook = self._lookup_hook(matrix) if matrix.kind == "embedding" else self._linear_hook(matrix)
-                stack.callback(module.register_forward_hook(hook).remove)
-            for matrix, module in self._heads:
-                stack.callback(module.register_forward_hook(self._linear_hook(matrix)).remove)
-            if self._stacks:
-                stack.enter_context(_ExpertMode(self._stacks, self._record))
+                stack.callback(module.register_forward_hook(self._hook(matrix)).remove)
+            if self._embeddings or self._experts:
+                stack.enter_context(_Calls(self))
             yield
-        self._inputs.clear()
-
-    def _linear_hook(self, matrix: Matrix) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._record(matrix, args[0], output)
-
-        return hook
-
-    def _lookup_hook(self, matrix: Matrix) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            ids = args[0].reshape(-1)
-            leaf = output.detach().requires_grad_()
-
-            def receive(gradient: Tensor) -> None:
-                squares = gradient.detach().float().reshape(ids.numel(), -1).square_().div_(self.tokens)
-                key = f"lookup/{matrix.name}"
-                if key not in self.sums:
-                    self.sums[key] = torch.zeros(matrix.rows, matrix.cols)
-                self.sums[key].index_add_(0, ids, squares)
-
-            torch.Tensor.register_hook(leaf, receive)
-            return leaf
-
-        return hook
-
-    def _record(self, matrix: Matrix, value: Tensor, output: Tensor) -> None:
-        """Keep the input; when the output's gradient arrives, add what it tells."""
-        if not output.requires_grad:
-            return
-        x = self._inputs.get(matrix.input)
-        if x is None:
-            x = value.detach().float().reshape(-1, matrix.cols)
-            self._inputs[matrix.input] = x
-            self._add(f"hessian/{matrix.input}", (x.T @ x).div_(self.tokens))
-        half = value.dtype
-        inputs = x
-
-        def receive(gradient: Tensor) -> None:
-            g2 = gradient.detach().float().reshape(-1, matrix.rows).square_()
-            importance = g2.mean(1, keepdim=True)
-            self._add(f"guided/{matrix.name}", ((inputs * importance).T @ inputs).div_(self.tokens))
-            self._add_fisher(matrix, g2, inputs, half)
-            if matrix.kind in ("head", "embedding"):
-                self._add(f"row_weight/{matrix.name}", g2.sum(0))
-
-        torch.Tensor.register_hook(output, receive)
-
-    def _add_fisher(self, matrix: Matrix, g2: Tensor, x: Tensor, half: torch.dtype) -> None:
-        """Sums of positive products: the model's own dtype is precise enough for each window's share (bf16: 2^-9)."""
-        dtype = torch.bfloat16 if half == torch.bfloat16 else torch.float32
-        peak = g2.max().clamp_min(1e-30)
-        left, right = (g2 / peak).to(dtype), x.square().to(dtype)
-        key = f"fisher/{matrix.name}"
-        if key not in self.sums:
-            self.sums[key] = torch.zeros(matrix.rows, matrix.cols)
-        scale = float(peak) / self.tokens
-        for start in range(0, matrix.rows, ROW_BLOCK):
-            rows = slice(start, start + ROW_BLOCK)
-            self.sums[key][rows].add_((left[:, rows].T @ right).float(), alpha=scale)
 
     def collected(self) -> dict[str, Tensor]:
         """What is stored: Fisher and look-ups in bf16, the rest in float32; row weights with mean one."""
@@ -159,3 +84,77 @@ class Taps:
             else:
                 result[key] = value.to(torch.bfloat16) if kind in ("fisher", "lookup") else value
         return result
+
+    # -- what the hooks see -----------------------------------------------------------------------------------------
+
+    def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._record(matrix, args[0], output)
+
+        return hook
+
+    def multiply(self, value: Tensor, weight: Tensor, output: Tensor) -> None:
+        """A product with some weight [2-D]; recorded if it is a slice of a stack."""
+        matrix = self._experts.get(weight.data_ptr())
+        if matrix is not None:
+            self._record(matrix, value, output)
+
+    def look_up(self, ids: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+        """What a look-up in some table returns: for a watched table a leaf whose gradient is recorded."""
+        matrix = next((m for m, parameter in self._embeddings if parameter.data_ptr() == weight.data_ptr()), None)
+        if matrix is None:
+            return output
+        key, flat = f"lookup/{matrix.name}", ids.reshape(-1)
+        leaf = output.detach().requires_grad_()
+
+        def receive(gradient: Tensor) -> None:
+            squares = gradient.detach().float().reshape(flat.numel(), -1).square().div_(self.tokens)
+            self._sum(key, matrix.rows, matrix.cols).index_add_(0, flat, squares)
+
+        _on_gradient(leaf, receive)
+        return leaf
+
+    # -- sums -------------------------------------------------------------------------------------------------------
+
+    def _sum(self, key: str, *shape: int) -> Tensor:
+        if key not in self.sums:
+            self.sums[key] = torch.zeros(*shape)
+        return self.sums[key]
+
+    def _input(self, matrix: Matrix, value: Tensor) -> Tensor:
+        """x [tokens, K] float32, its Hessian added once for all matrices that share it."""
+        held = self._inputs.get(matrix.input)
+        if held is not None and (held[0] is value or torch.equal(held[0], value)):
+            return held[1]
+        x = value.detach().float().reshape(-1, matrix.cols)
+        self._inputs[matrix.input] = (value, x)
+        self._sum(f"hessian/{matrix.input}", matrix.cols, matrix.cols).add_((x.T @ x).div_(self.tokens))
+        return x
+
+    def _record(self, matrix: Matrix, value: Tensor, output: Tensor) -> None:
+        """Keep the input; when the output's gradient arrives, add what it tells."""
+        if not output.requires_grad or not value.numel():
+            return
+        x, half = self._input(matrix, value), value.dtype
+
+        def receive(gradient: Tensor) -> None:
+            g2 = gradient.detach().float().reshape(-1, matrix.rows).square()  # a copy: autograd goes on with its own
+            importance = g2.mean(1, keepdim=True)
+            guided = self._sum(f"guided/{matrix.name}", matrix.cols, matrix.cols)
+            guided.add_(((x * importance).T @ x).div_(self.tokens))
+            self._add_fisher(matrix, g2, x, half)
+            if matrix.kind in ("head", "embedding"):
+                self._sum(f"row_weight/{matrix.name}", matrix.rows).add_(g2.sum(0))
+
+        _on_gradient(output, receive)
+
+    def _add_fisher(self, matrix: Matrix, g2: Tensor, x: Tensor, half: torch.dtype) -> None:
+        """Sums of positive products: the model's own dtype is precise enough for each window's share (bf16: 2^-9)."""
+        dtype = torch.bfloat16 if half == torch.bfloat16 else torch.float32
+        peak = g2.max().clamp_min(1e-30)
+        left, right = (g2 / peak).to(dtype), x.square().to(dtype)
+        total = self._sum(f"fisher/{matrix.name}", matrix.rows, matrix.cols)
+        scale = float(peak) / self.tokens
+        for start in range(0, matrix.rows, ROW_BLOCK):
+            rows = slice(start, start + ROW_BLOCK)
+            total[rows].add_((left[:, rows].T @ right).float(), alpha=scale)
