@@ -32,3 +32,22 @@ def feed_back(columns: Tensor, factor: Tensor, quantise: Callable[[int, Tensor],
             errors[i] = (target - quantise(start + i, target)) / diagonal[start + i]
         if stop < count:
             columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+
+def descend(columns: Tensor, values: Tensor, hessian: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> None:
+    """One pass of coordinate descent on tr(E H E^T): each column moves to its best values given all the others.
+
+    `columns` [K, N] is W transposed, `values` [K, N] what it decodes to now; both in the order of `hessian` [K, K].
+    With slope = H E^T, the best value of column j is value_j + slope_j / H_jj (QuantEase, arXiv 2309.01885).
+    """
+    slope = hessian @ (columns - values)
+    diagonal = hessian.diagonal().tolist()
+    for start in range(0, len(columns), BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, len(columns))
+        changes = torch.zeros(stop - start, columns.shape[1])
+        for i in range(stop - start):
+            j = start + i
+            rest = torch.addmv(slope[j], changes[:i].T, hessian[start:j, j], alpha=-1) if i else slope[j]
+            changes[i] = quantise(j, values[j] + rest / diagonal[j]) - values[j]
+        if stop < len(columns):
+            slope[stop:].addmm_(hessian[stop:, start:stop], changes, alpha=-1)

@@ -117,6 +117,11 @@ class Workspace:
         return self.inverse_factor(self.order)
 
     @cached_property
+    def ordered_hessian(self) -> Tensor:
+        """`hessian` in the order of feedback, float32 [K, K]."""
+        return self.hessian[self.order][:, self.order].float()
+
+    @cached_property
     def root(self) -> Tensor:
         """C lower triangular with C C^T = H, float32 [K, K]."""
         lower, failed = torch.linalg.cholesky_ex(self.hessian)

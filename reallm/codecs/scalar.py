@@ -17,12 +17,13 @@ from torch import Tensor
 from reallm.kernels.formats import DoubleQuant, ScalarCodec
 from reallm.kernels.tables import table
 
-from .feedback import feed_back
+from .feedback import descend, feed_back
 from .metric import Workspace
 from .stored import to_half
 
 CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 LEAST_SQUARES_STEPS = 2
+DESCENTS = 2
 REFIT_RIDGE = 1e-4  # towards the scale there was, in units of the mean curvature
 
 
@@ -60,17 +61,15 @@ class _Grid:
     def code(self, x: Tensor, zero: Tensor | None) -> Tensor:
         """Nearest code of x = w / scale, int64."""
         if not self.uniform:
-            return torch.bucketize(x, self.edges)
+            nearest: Tensor = torch.bucketize(x, self.edges)
+            return nearest
         if zero is not None:
             return (x + zero).round_().clamp_(0, self.top).long()
         return (x * self.half + self.half).round_().clamp_(0, self.top).long()
 
     def value(self, code: Tensor, zero: Tensor | None) -> Tensor:
         """Level of a code, before the scale."""
-        if zero is not None:
-            return code.float() - zero
-        levels: Tensor = self.levels[code]
-        return levels
+        return code.float() - zero if zero is not None else torch.take(self.levels, code.long())
 
 
 def _grouped(values: Tensor, width: int) -> Tensor:
@@ -171,55 +170,78 @@ def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian:
     return torch.where(usable, solved.squeeze(-1).float(), scales)
 
 
+class _Fit:
+    """One matrix while codes and scales are fitted in turn; everything transposed and in the order of feedback."""
+
+    def __init__(self, W: Tensor, codec: ScalarCodec, searcher: _Searcher, work: Workspace) -> None:
+        self.W, self.codec, self.grid, self.work = W, codec, searcher.grid, work
+        self.owner = torch.arange(W.shape[1]) // searcher.width
+        self.groups = self.owner[work.order].tolist()
+        self.width = searcher.width
+        scales, self.zeros = searcher.search()
+        self.zero_rows = None if self.zeros is None else self.zeros.T.contiguous()
+        self.codes = torch.empty(W.shape[1], W.shape[0], dtype=torch.uint8)
+        self.set_scales(scales)
+
+    def set_scales(self, scales: Tensor) -> None:
+        self.scales, self.fields = store_scales(scales, self.codec.double_quant)
+        self.scale_rows = self.scales.T.contiguous()
+        self.inverse_rows = _inverse(self.scale_rows)
+
+    def quantise(self, position: int, target: Tensor) -> Tensor:
+        """Round the column at `position` of the order to `target` [N]; returns what it decodes to."""
+        group = self.groups[position]
+        zero = None if self.zero_rows is None else self.zero_rows[group]
+        code = self.grid.code(target * self.inverse_rows[group], zero)
+        self.codes[position] = code
+        return self.grid.value(code, zero).mul_(self.scale_rows[group])
+
+    def feed_back(self) -> None:
+        feed_back(self.W.T[self.work.order].contiguous(), self.work.ordered_factor, self.quantise)
+
+    def descend(self) -> None:
+        columns, values = self.W.T[self.work.order].contiguous(), self.result().values(self.codec)
+        descend(columns, values.T[self.work.order].contiguous(), self.work.ordered_hessian, self.quantise)
+
+    def refit(self) -> None:
+        codes = self.result().codes
+        levels = self.grid.value(codes, None if self.zeros is None else self.zeros[:, self.owner])
+        self.set_scales(refit_scales(self.W, levels, self.scales, self.width, self.work.hessian32))
+
+    def result(self) -> ScalarCodes:
+        stored = torch.empty_like(self.codes)
+        stored[self.work.order] = self.codes
+        fields = self.fields if self.zeros is None else {**self.fields, "zeros": self.zeros}
+        return ScalarCodes(stored.T.long().contiguous(), self.scales, self.zeros, fields)
+
+    def cost(self, found: ScalarCodes) -> float:
+        error = self.W - found.values(self.codec)
+        return float(((error @ self.work.hessian32) * error).sum(dtype=torch.float64))
+
+
 def encode_scalar(W: Tensor, codec: ScalarCodec, feedback: bool, work: Workspace) -> ScalarCodes:
     """Codes and scales of W[N, K] float32."""
-    weight = work.column_weight
-    if feedback:
-        conditional = torch.empty_like(weight)
-        conditional[work.order] = work.ordered_factor.diagonal().square().reciprocal()
-        weight = conditional
-    searcher = _Searcher(codec, W, weight)
+    if not feedback:
+        return _nearest_codes(W, codec, _Searcher(codec, W, work.column_weight))
+    conditional = torch.empty(W.shape[1])
+    conditional[work.order] = work.ordered_factor.diagonal().square().reciprocal()
+    fit = _Fit(W, codec, _Searcher(codec, W, conditional), work)
+    fit.feed_back()
+    best = fit.result()
+    lowest = fit.cost(best)
+    for _ in range(DESCENTS):
+        fit.refit()
+        fit.descend()
+        found = fit.result()
+        cost = fit.cost(found)
+        if cost < lowest:
+            best, lowest = found, cost
+    return best
+
+
+def _nearest_codes(W: Tensor, codec: ScalarCodec, searcher: _Searcher) -> ScalarCodes:
     scales, zeros = searcher.search()
     scales, fields = store_scales(scales, codec.double_quant)
-    width, owner = searcher.width, torch.arange(W.shape[1]) // searcher.width
-    if not feedback:
-        codes = searcher.grid.code(W * _inverse(scales)[:, owner], None if zeros is None else zeros[:, owner])
-        return ScalarCodes(codes, scales, zeros, _with_zeros(fields, zeros))
-    codes = _feedback_codes(W, searcher.grid, scales, zeros, owner, work)
-    levels = searcher.grid.value(codes, None if zeros is None else zeros[:, owner])
-    refitted, refitted_fields = store_scales(refit_scales(W, levels, scales, width, work.hessian32), codec.double_quant)
-
-    def cost(s: Tensor) -> float:
-        error = W - levels * s[:, owner]
-        return float(((error @ work.hessian32) * error).sum(dtype=torch.float64))
-
-    if cost(refitted) < cost(scales):
-        scales, fields = refitted, refitted_fields
-    return ScalarCodes(codes, scales, zeros, _with_zeros(fields, zeros))
-
-
-def _with_zeros(fields: dict[str, Tensor], zeros: Tensor | None) -> dict[str, Tensor]:
-    return fields if zeros is None else {**fields, "zeros": zeros}
-
-
-def _feedback_codes(
-    W: Tensor, grid: _Grid, scales: Tensor, zeros: Tensor | None, owner: Tensor, work: Workspace
-) -> Tensor:
-    order = work.order
-    scale_rows = scales.T.contiguous()
-    inverse_rows = _inverse(scale_rows)
-    zero_rows = None if zeros is None else zeros.T.contiguous()
-    groups = owner[order].tolist()
-    codes = torch.empty(W.shape[1], W.shape[0], dtype=torch.uint8)
-
-    def quantise(position: int, target: Tensor) -> Tensor:
-        group = groups[position]
-        zero = None if zero_rows is None else zero_rows[group]
-        code = grid.code(target * inverse_rows[group], zero)
-        codes[position] = code
-        return grid.value(code, zero).mul_(scale_rows[group])
-
-    feed_back(W.T[order].contiguous(), work.ordered_factor, quantise)
-    stored = torch.empty_like(codes)
-    stored[order] = codes
-    return stored.T.long().contiguous()
+    owner = torch.arange(W.shape[1]) // searcher.width
+    codes = searcher.grid.code(W * _inverse(scales)[:, owner], None if zeros is None else zeros[:, owner])
+    return ScalarCodes(codes, scales, zeros, fields if zeros is None else {**fields, "zeros": zeros})
