@@ -61,11 +61,9 @@ class _Grid:
     def code(self, x: Tensor, zero: Tensor | None) -> Tensor:
         """Nearest code of x = w / scale, int64."""
         if not self.uniform:
-            nearest: Tensor = torch.bucketize(x, self.edges)
-            return nearest
-        if zero is not None:
-            return (x + zero).round_().clamp_(0, self.top).long()
-        return (x * self.half + self.half).round_().clamp_(0, self.top).long()
+            return torch.bucketize(x, self.edges)
+        position = x + zero if zero is not None else x * self.half + self.half
+        return torch.clamp(torch.round(position), 0, self.top).long()
 
     def value(self, code: Tensor, zero: Tensor | None) -> Tensor:
         """Level of a code, before the scale."""
