@@ -21,28 +21,24 @@ from .planner.records import Kind
 _VOCABULARY = ("lm3-g64-dq6x64+ldl", "lm4-g64-dq6x64+ldl", "lm6-g64-dq6x64+ldl", "int8-g64")
 
 _QUICK = (
-    "aq1x6-d4",
     "aq1x8-d4",
-    "lm3-g32-dq6x64+ldl",
     "lm3-g128-dq6x64+ldl",
+    "lm3-g32-dq6x64+ldl",
     "lm4-g32-dq6x64+ldl",
-    "lm5-g32-dq6x64+ldl",
     "lm6-g64-dq6x64+ldl",
 )
 
 _DEFAULT = (
     *_QUICK,
-    "aq1x8-d8",
+    "aq1x6-d4",
     "aq1x10-d4",
-    "aq2x8-d8",
-    "aq2x6-d4",
     "aq1x10-d4-shared",
-    "lm2-g32-dq6x64+ldl",
+    "aq2x6-d4",
     "lm2-g32-dq6x64+ldl+r16i8",
     "lm3-g64-dq6x64+ldl",
-    "lm3-g64-dq6x64+ldl+r16i8",
-    "lm4-g64-dq6x64+ldl",
     "lm4-g128-dq6x64+ldl",
+    "lm4-g64-dq6x64+ldl",
+    "lm5-g32-dq6x64+ldl",
     "int4-g64+ldl",
     "int8-g64",
 )
