@@ -30,6 +30,7 @@ def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = N
     """
     if not bool(torch.isfinite(W).all()):
         raise ValueError("a weight is not finite")
+    _check_shared(fmt, shared)
     fields = fmt.fields(*W.shape)
     if isinstance(fmt.codec, DenseCodec):
         return {fields[0].name: store(fields[0], W)}
@@ -38,6 +39,16 @@ def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = N
         return store_all(fields, values)
     values, factors = _alternate(W, fmt, work, shared, seed)
     return store_all(fields, {**values, **factors.stored})
+
+
+def _check_shared(fmt: Format, shared: Tensor | None) -> None:
+    codec = fmt.codec
+    if fmt.shared_field is None or not isinstance(codec, AdditiveCodec):
+        return
+    expected = (codec.num_codebooks, 1 << codec.codebook_bits, codec.dim)
+    found = None if shared is None else tuple(shared.shape)
+    if found != expected:
+        raise ValueError(f"{fmt.name} needs its shared codebooks {expected}, not {found}")
 
 
 def _alternate(

@@ -242,7 +242,9 @@ class _Fitter:
         """Search the codes of one group; returns the change of its error [N, width]."""
         span, state = self._span(group), self.state
         width = span.stop - span.start
-        root = torch.linalg.cholesky(self.H[span, span])
+        root, failed = torch.linalg.cholesky_ex(self.H[span, span])
+        if int(failed):  # singular in float32: its diagonal will do, and a worse code is not taken
+            root = torch.diag(self.H.diagonal()[span].sqrt())
         old, old_codes = self._group_values(group)[:, :width], state.codes[:, group].clone()
         wanted = old + torch.cholesky_solve(slope.T, root).T  # the minimiser, all else fixed
         codes = beam_codes(wanted @ root, state.codebooks[:, :, :width] @ root, state.scales)

@@ -18,7 +18,7 @@ from .stored import to_half
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 3
-EPSILON = 1e-6  # of the largest weight: keeps a dead row or column from dividing by zero
+EPSILON = 1e-3  # of the largest weight: a dead row is not to be divided by as little as the SVD's own rounding
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ def _svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _root_means(fisher: Tensor, dim: int) -> Tensor:
-    root = fisher.mean(dim).sqrt()
-    return root.clamp_min(EPSILON * float(root.max().clamp_min(1e-30)))
+    root = fisher.double().mean(dim).sqrt()
+    peak = float(root.max())
+    return (root / peak).clamp_min(EPSILON).float() if peak > 0 else torch.ones_like(root, dtype=torch.float32)
 
 
 def factorise(residual: Tensor, term: LowRank, work: Workspace, in_hessian: bool, seed: int) -> Factors:

@@ -70,6 +70,7 @@ class Workspace:
     def hessian(self) -> Tensor:
         """The damped Hessian that encoders minimise in, float64 [K, K].
 
+        Scaled by a power of two to a mean diagonal near one, which changes no choice and keeps float32 from underflow.
         Dead columns (never active in the calibration text) get the smallest live diagonal, so that their weights are
         still rounded to something sensible.
         """
@@ -86,7 +87,8 @@ class Workspace:
             self.notes.append(f"{int(dead.sum())} dead columns")
             H = H.clone()
             H.diagonal()[dead] = diagonal[~dead].min()
-        return H + DAMPING * diagonal.mean() * torch.eye(H.shape[0], dtype=torch.float64)
+        H = H + DAMPING * diagonal.mean() * torch.eye(H.shape[0], dtype=torch.float64)
+        return torch.ldexp(H, -torch.frexp(diagonal.mean()).exponent)
 
     @cached_property
     def order(self) -> Tensor:

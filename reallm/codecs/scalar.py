@@ -24,6 +24,7 @@ from .stored import to_half
 CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 LEAST_SQUARES_STEPS = 2
 DESCENTS = 2
+REFIT_BYTES = 1 << 28  # of the rows' systems held at a time
 REFIT_RIDGE = 1e-4  # towards the scale there was, in units of the mean curvature
 
 
@@ -153,10 +154,13 @@ def store_scales(scales: Tensor, double: DoubleQuant | None) -> tuple[Tensor, di
 
 def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian: Tensor) -> Tensor:
     """Scales [N, G] minimising e H e^T row by row, e = w - sum_g s_g levels_g, with a small ridge towards `scales`."""
-    cols = W.shape[1]
+    rows, cols = W.shape
     starts = range(0, cols, width)
+    if rows > 1 and 8 * rows * len(starts) ** 2 > REFIT_BYTES:
+        halves = (slice(0, rows // 2), slice(rows // 2, rows))
+        return torch.cat([refit_scales(W[half], levels[half], scales[half], width, hessian) for half in halves])
     rhs = _grouped(levels * (W @ hessian), width).sum(-1).double()
-    gram = torch.empty(W.shape[0], len(starts), len(starts), dtype=torch.float64)
+    gram = torch.empty(rows, len(starts), len(starts), dtype=torch.float64)
     for g, start in enumerate(starts):
         part = slice(start, min(start + width, cols))
         gram[:, g] = _grouped((levels[:, part] @ hessian[part]).mul_(levels), width).sum(-1)

@@ -16,7 +16,10 @@ PackedFields = dict[str, NDArray[np.uint8]]
 
 
 def store(field: Field, values: Tensor) -> NDArray[np.uint8]:
-    """The bytes of `field` holding `values` (any shape with field.count entries)."""
+    """The bytes of `field` holding `values` (any shape with field.count entries).
+
+    Raises ValueError for another number of values, a code out of range and a float that is too large for its field.
+    """
     if values.numel() != field.count:
         raise ValueError(f"field {field.name!r} holds {field.count} values, not {values.numel()}")
     flat = values.detach().reshape(-1).contiguous().cpu()
@@ -24,8 +27,11 @@ def store(field: Field, values: Tensor) -> NDArray[np.uint8]:
         return pack_codes(flat.numpy().astype(np.uint16), int(field.dtype[1:]))
     if field.dtype == "bf16":
         return pad(flat.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint8))
-    names = {"f16": "<f2", "f32": "<f4", "i8": "i1"}
-    return pad(flat.numpy().astype(np.dtype(names[field.dtype])).view(np.uint8))
+    types = {"f16": torch.float16, "f32": torch.float32, "i8": torch.int8}
+    stored = flat.to(types[field.dtype])
+    if not bool(torch.isfinite(stored).all()):
+        raise ValueError(f"field {field.name!r}: a value is not finite in {field.dtype}")
+    return pad(stored.numpy().view(np.uint8))
 
 
 def store_all(fields: Iterable[Field], values: Mapping[str, Tensor]) -> PackedFields:
