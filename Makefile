@@ -24,7 +24,7 @@ READY := $(VENV)/.ready
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-SOURCES := reallm kernels planner codegen tests benchmarks
+SOURCES := reallm kernels planner codegen tests benchmarks examples
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check format bench clean
