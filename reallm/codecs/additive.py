@@ -278,7 +278,8 @@ def encode_additive(
             best, best_cost = _copy(fitter.state), cost
         if gain < MIN_GAIN:
             break
-    return best
+    empty = to_half(W.square().mean(1).sqrt()) == 0
+    return AdditiveCodes(best.codes, best.scales.masked_fill(empty, 0.0), best.codebooks)
 
 
 def _copy(state: AdditiveCodes) -> AdditiveCodes:
