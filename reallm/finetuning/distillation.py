@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from ..errors import UserError
 from .factors import Modules, factors_of
 
 WARM_UP_SHARE = 0.03
@@ -108,6 +110,17 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
         """The divergence on a held-out batch; logits are not kept."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        """Raises UserError when the disk is full or refuses (torch then says RuntimeError, safetensors its own)."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{self.args.output_dir}: a checkpoint cannot be written ({reason}); "
+                "free some space and run the same command again, it goes on after the last checkpoint"
+            ) from error
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)

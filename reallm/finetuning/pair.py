@@ -141,5 +141,5 @@ def _mask_token(original: LoadedModel) -> int | None:
 
 def _compute_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     """The model's own bfloat16 where the machine is fast in it, else float32; fp16 would overflow in the gradients."""
-    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if own == torch.bfloat16 and fast else torch.float32

@@ -185,6 +185,28 @@ def test_stopped_while_writing_it_does_not_train_again(
     assert files(finetune(llama, text=text, output=tmp_path / "tuned", **RUN)) == files(tuned)
 
 
+def test_a_full_disk_loses_nothing(
+    llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, left = torch.save, [10]  # four calls a checkpoint: it fails in the middle of the third
+
+    def failing(value: object, file: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        save(value, file, **options)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"tuned\.partial: a checkpoint cannot be written"),
+    ):
+        patch.setattr(torch, "save", failing)
+        finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
+    assert (tmp_path / "tuned.partial" / "checkpoint-6").exists()
+    stop_after(monkeypatch, 12 - 4)
+    assert files(finetune(llama, text=text, output=tmp_path / "tuned", **RUN)) == files(tuned)
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"resume": False}])
 def test_another_run_starts_anew(
     llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Mapping[str, Any]
