@@ -260,7 +260,7 @@ def finetune(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; it falls as a cosine.")] = 5e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; it falls as a cosine.")] = 1e-3,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     gradient_checkpointing: Annotated[

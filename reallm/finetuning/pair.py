@@ -36,7 +36,7 @@ class Training:
     steps: int = 200
     batch_size: int = 1
     seqlen: int = 512
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class Training:
         if self.steps < 1 or self.batch_size < 1:
             raise UserError(f"--steps {self.steps} --batch-size {self.batch_size}: expected at least 1 of each")
         if not 0 < self.learning_rate < 1:
-            raise UserError(f"--learning-rate {self.learning_rate}: expected a number between 0 and 1, such as 5e-4")
+            raise UserError(f"--learning-rate {self.learning_rate}: expected a number between 0 and 1, such as 1e-3")
         if self.seqlen < 8:
             raise UserError(f"--seqlen {self.seqlen}: expected at least 8 tokens")
 

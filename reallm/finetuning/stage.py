@@ -54,7 +54,7 @@ def finetune(
     steps: int = 200,
     batch_size: int = 1,
     seqlen: int = 512,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 1e-3,
     seed: int = 0,
     device: str = "cpu",
     gradient_checkpointing: bool = False,

@@ -13,7 +13,9 @@ import torch
 from artifacts import mixed
 from packing import Codes, PackedModel
 from tiny import save_tiny
+from typer.testing import CliRunner
 
+from reallm.cli import app
 from reallm.codecs import Metric, Workspace, encode
 from reallm.compiler import compile_plan
 from reallm.errors import UserError
@@ -282,6 +284,22 @@ def test_mistakes_are_told_before_anything_is_written(llama: Path, text: str, tm
     with pytest.raises(UserError, match="is no artifact of reallm"):
         finetune(other, text=text, output=output, **RUN)
     assert not output.exists() and not (tmp_path / "tuned.partial").exists()
+
+
+def test_the_command_does_the_same_and_tells_a_mistake_in_one_line(
+    llama: Path, tuned: Path, text: str, tmp_path: Path
+) -> None:
+    options = ["--text", text, "-o", str(tmp_path / "tuned"), "--no-kernels"]
+    for name in ("steps", "batch_size", "seqlen", "rank", "learning_rate"):
+        options += [f"--{name.replace('_', '-')}", str(RUN[name])]
+    done = CliRunner().invoke(app, ["finetune", str(llama), *options])
+    assert done.exit_code == 0, done.output
+    assert files(tmp_path / "tuned") == files(tuned)
+    refused = CliRunner().invoke(app, ["finetune", str(llama), *options])
+    assert refused.exit_code == 2
+    assert [line for line in refused.stderr.splitlines() if line.startswith("reallm: ")] == [
+        f"reallm: {tmp_path / 'tuned'} exists; give another name, or --force to replace it"
+    ]
 
 
 def test_a_folder_that_is_no_run_is_left_alone(llama: Path, text: str, tmp_path: Path) -> None:
