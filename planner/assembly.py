@@ -9,7 +9,6 @@ from ..kernels.formats import DenseCodec, Format
 from ..kernels.layout import natural_key
 from .plan import Bound, Choice, Plan, Uniform
 from .problem import Candidate
-from .records import canonical_json, sha256_text
 from .selection import Selection
 from .stored import whole_stacks
 
@@ -38,7 +37,7 @@ def assemble(
         model=table.model,
         model_sha256=table.model_sha256,
         work=work,
-        table_sha256=sha256_text(canonical_json(table.model_dump(mode="json"))),
+        table_sha256=table.digest(),
         budget=budget[0],
         budget_bytes=budget[1],
         scope=selection.scope,

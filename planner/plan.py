@@ -79,6 +79,7 @@ class Plan(Record):
     work: str
     """The measure directory it was planned from."""
     table_sha256: str
+    """Digest of the measured table without its timings."""
     budget: str
     """As the user wrote it."""
     budget_bytes: int = Field(gt=0)

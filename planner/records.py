@@ -94,6 +94,11 @@ class MeasuredTable(Record):
     base: Mapping[str, float] = {}
     """Measured facts worth keeping: calibration perplexity, peak RSS in bytes, seconds of each stage."""
 
+    def digest(self) -> str:
+        """sha256 of all but `base` and the seconds, which differ from run to run."""
+        content = self.model_dump(mode="json", exclude={"base": True, "measurements": {"__all__": {"seconds"}}})
+        return sha256_text(canonical_json(content))
+
 
 R = TypeVar("R", bound=BaseModel)
 

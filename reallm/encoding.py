@@ -6,6 +6,8 @@ longer has their codes: the same function on one thread, so the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,17 @@ from .model import LoadedModel, Matrix
 from .planner.plan import Choice
 from .planner.records import TABLE_FILE, MeasuredTable, read_record
 from .planner.stored import shared_key
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch computes on one thread: the same bytes however many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -102,17 +115,17 @@ class Encoded:
     def fields(self, choice: Choice) -> PackedFields:
         """Packed fields of one choice; the caller compares their digest with the plan's."""
         fmt, matrix = Format.parse(choice.format), self.matrices[choice.matrix]
-        cached = self.job.cache.fields(self.job.key(matrix.name, fmt))
-        if cached is not None:
-            return {field.name: cached[field.name] for field in fmt.fields(matrix.rows, matrix.cols)}
-        key, threads = shared_key(fmt, matrix.family), torch.get_num_threads()
+        cached = self.job.cache.fields(self.job.key(matrix.name, fmt)) or {}
+        names = [field.name for field in fmt.fields(matrix.rows, matrix.cols)]
+        if set(names) <= set(cached):
+            fields = {name: cached[name] for name in names}
+            if fields_sha256(fields) == choice.codes_sha256:
+                return fields
+        key = shared_key(fmt, matrix.family)
         books = codebook_values(fmt, {"codebooks": self.shared(key)}) if key else None
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             work = Workspace(self.job.metric(matrix))
             return encode(self.loaded.weight(matrix), fmt, work, shared=books, seed=self.job.seed)
-        finally:
-            torch.set_num_threads(threads)
 
     def shared(self, key: str) -> NDArray[np.uint8]:
         """The bytes of shared codebooks."""

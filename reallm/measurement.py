@@ -23,7 +23,7 @@ from .cache import content_key, fields_sha256
 from .calibration import CalibrationReport, calibrate
 from .codecs import CODEC_VERSION, Workspace, encode
 from .codecs.shared import fit_shared_codebooks
-from .encoding import Job, codebook_bytes, codebook_values
+from .encoding import Job, codebook_bytes, codebook_values, one_thread
 from .errors import UserError
 from .kernels.formats import Format
 from .memory import peak_rss_bytes
@@ -69,12 +69,12 @@ def _measure_matrix(
     weight: NDArray[np.float32], matrix: Matrix, formats: Sequence[Format], job: Job, books: dict[str, Tensor]
 ) -> tuple[list[MeasurementRecord], list[str]]:
     """One task: all missing formats of one matrix, on one thread. Returns the records, and notes for the user."""
-    torch.set_num_threads(1)
-    W = torch.from_numpy(np.array(weight))
-    work = Workspace(job.metric(matrix))
-    records = [
-        _measure_one(W, matrix, fmt, work, job, books.get(shared_key(fmt, matrix.family) or "")) for fmt in formats
-    ]
+    with one_thread():
+        W = torch.from_numpy(np.array(weight))
+        work = Workspace(job.metric(matrix))
+        records = [
+            _measure_one(W, matrix, fmt, work, job, books.get(shared_key(fmt, matrix.family) or "")) for fmt in formats
+        ]
     return records, [f"{matrix.name}: {note}" for note in work.notes]
 
 
@@ -109,7 +109,8 @@ def _codebooks(loaded: LoadedModel, space: Space, job: Job) -> tuple[dict[str, T
         fields = job.cache.fields(job.codebook_key(key))
         if fields is None:
             members = [m for m in loaded.matrices if shared_key(fmt, m.family) == key]
-            fields = fit_shared_codebooks(fmt, ((loaded.weight(m), job.metric(m)) for m in members), job.seed)
+            with one_thread():
+                fields = fit_shared_codebooks(fmt, ((loaded.weight(m), job.metric(m)) for m in members), job.seed)
             job.cache.put_fields(job.codebook_key(key), fields)
         books[key] = codebook_values(fmt, fields)
         nbytes = sum(value.nbytes for value in fields.values())

@@ -77,7 +77,9 @@ def _formats(names: object, where: str) -> tuple[Format, ...]:
 def _build(name: str, lists: Mapping[str, object]) -> Space:
     unknown = set(lists) - {"linear", "embedding", "expert", "head"}
     if unknown or "linear" not in lists:
-        raise UserError(f"space {name}: found the keys {sorted(lists)}; expected linear (and embedding, expert, head)")
+        raise UserError(
+            f"space {name}: found the keys {sorted(map(str, lists))}; expected linear (and embedding, expert, head)"
+        )
     linear = _formats(lists["linear"], f"space {name}: linear")
     if not linear:
         raise UserError(f"space {name}: linear is empty; expected at least one format")

@@ -1,0 +1,279 @@
+"""Measuring: costs are those of the stored bytes, and whatever stops it, the same command ends at the same table."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny
+
+from reallm import measurement
+from reallm.cache import Cache, fields_sha256
+from reallm.calibration import read_statistics
+from reallm.encoding import Encoded, Job, metric_of
+from reallm.errors import UserError
+from reallm.kernels.formats import Format
+from reallm.kernels.reference import decode_reference
+from reallm.measurement import measure
+from reallm.model import load_model
+from reallm.planner.plan import Choice
+from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.stored import shared_key
+
+SPACE = """
+linear: [int3-g16, lm2-g32-dq6x64+ldl, aq1x3-d4, aq1x4-d4-shared, nf2-g16+r2]
+embedding: [int4-g16, bf16]
+"""
+SETTINGS = {"nsamples": 2, "seqlen": 32, "seed": 1, "jobs": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny tied llama in bfloat16, with a text and a space beside it."""
+    folder = save_tiny("llama-tied", tmp_path_factory.mktemp("model"), dtype=torch.bfloat16)
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    (folder / "space.yaml").write_text(SPACE)
+    return folder
+
+
+def run(model: Path, output: Path, **changes: int | bool) -> MeasuredTable:
+    return measure(model, text=model / "text.txt", space=model / "space.yaml", output=output, **{**SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A measured folder, made without interruption; not to be changed."""
+    output = tmp_path_factory.mktemp("whole") / "work"
+    run(model, output)
+    return output
+
+
+def content(folder: Path) -> dict[str, object]:
+    """The table without its timings, and without the name of the folder in it."""
+    table = json.loads((folder / TABLE_FILE).read_text())
+    assert table.pop("base")["calibration_perplexity"] > 1
+    for record in table["measurements"]:
+        assert record.pop("seconds") >= 0
+    return table
+
+
+def choices_of(table: MeasuredTable) -> list[Choice]:
+    """One choice a measurement, dense ones left out: those stay the model's own tensors."""
+    matrices = {m.name: m for m in table.matrices}
+    return [
+        Choice(
+            matrix=record.matrix,
+            format=record.format,
+            rows=matrices[record.matrix].rows,
+            cols=matrices[record.matrix].cols,
+            kind=matrices[record.matrix].kind,
+            family=matrices[record.matrix].family,
+            nbytes=record.nbytes,
+            cost=record.guided,
+            codes_sha256=record.codes_sha256,
+        )
+        for record in table.measurements
+        if record.format != "bf16"
+    ]
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_those_of_the_packed_bytes(model: Path, whole: Path) -> None:
+    """Decoded by the independent reference, weighted in float64 with the statistics on disk (invariant 8)."""
+    table, loaded = read_record(whole / TABLE_FILE, MeasuredTable, "measure"), load_model(model)
+    job = Job.at(whole, str(table.settings["identity"]), 1)
+    assert len(table.measurements) == 14 * 5 + 2
+    matrices = {m.name: m for m in loaded.matrices}
+    for record in table.measurements:
+        matrix, fmt = matrices[record.matrix], Format.parse(record.format)
+        fields = job.cache.fields(job.key(matrix.name, fmt))
+        assert fields is not None and record.nbytes == sum(value.nbytes for value in fields.values())
+        assert record.nbytes == fmt.nbytes(matrix.rows, matrix.cols)
+        key = shared_key(fmt, matrix.family)
+        books = (job.cache.fields(job.codebook_key(key)) or {}) if key else {}
+        weight = decode_reference(fmt, {**fields, **books}, matrix.rows, matrix.cols)
+        W = loaded.weight(matrix).double().numpy()
+        metric = metric_of(matrix, read_statistics(job.statistics, matrix.block, [matrix]))
+        E, H, F = W - weight, metric.hessian.double().numpy(), metric.fisher.double().numpy()
+        rows = np.ones(len(W)) if metric.row_weight is None else metric.row_weight.double().numpy()
+        extra = 0.0 if metric.extra_fisher is None else (metric.extra_fisher.double().numpy() * E**2).sum()
+        guided = 0.5 * ((rows[:, None] * (E @ H) * E).sum() + extra)
+        # float32 sums of 80 terms that may cancel: 80 x 2^-24 of the sum of magnitudes
+        magnitude = 0.5 * ((rows[:, None] * (np.abs(E) @ np.abs(H)) * np.abs(E)).sum() + extra)
+        assert record.guided == pytest.approx(guided, rel=1e-5, abs=80 * 2.0**-24 * magnitude), record
+        assert record.fisher == pytest.approx(0.5 * (F * E**2).sum(), rel=1e-4)
+        assert record.relative == pytest.approx((E**2).sum() / (W**2).sum(), rel=1e-4)
+        assert record.guided > 0 or record.format == "bf16"
+
+
+def test_every_matrix_is_measured_in_every_format_of_its_kind(whole: Path) -> None:
+    table = read_record(whole / TABLE_FILE, MeasuredTable, "measure")
+    found = {(m.matrix, m.format) for m in table.measurements}
+    linear = ["int3-g16", "lm2-g32-dq6x64+ldl", "aq1x3-d4", "aq1x4-d4-shared", "nf2-g16+r2"]
+    formats = {"linear": linear, "embedding": ["int4-g16", "bf16"]}
+    assert found == {(m.name, name) for m in table.matrices for name in formats[m.kind]}
+    assert {record.key.split("@")[1] for record in table.shared} == {m.family for m in table.matrices} - {
+        "model.embed_tokens"
+    }
+    assert table.settings["nsamples"] == 2 and table.settings["tokens"] == 64
+
+
+def test_a_second_run_measures_nothing(model: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(whole)
+    for name in ("encode", "fit_shared_codebooks"):
+        monkeypatch.setattr(measurement, name, None)
+    run(model, whole)
+    assert content(whole) == before
+
+
+def test_the_digest_of_a_table_leaves_out_what_time_it_took(whole: Path) -> None:
+    table = read_record(whole / TABLE_FILE, MeasuredTable, "measure")
+    slower = [record.model_copy(update={"seconds": record.seconds + 1}) for record in table.measurements]
+    assert table.model_copy(update={"measurements": tuple(slower), "base": {}}).digest() == table.digest()
+    dearer = [record.model_copy(update={"guided": record.guided * 2}) for record in table.measurements]
+    assert table.model_copy(update={"measurements": tuple(dearer)}).digest() != table.digest()
+
+
+def test_two_workers_find_the_same_codes_as_one(model: Path, whole: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    run(model, tmp_path, jobs=2)
+    assert content(tmp_path) == content(whole)
+    assert torch.get_num_threads() == threads
+
+
+def test_codebooks_do_not_depend_on_the_number_of_threads(model: Path, whole: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    shutil.copytree(whole / "statistics", tmp_path / "statistics")
+    torch.set_num_threads(3)
+    try:
+        run(model, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert content(tmp_path) == content(whole)
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_codes", [True, False])
+def test_codes_are_read_back_or_made_again_alike(model: Path, tmp_path: Path, keep_codes: bool) -> None:
+    table = run(model, tmp_path, keep_codes=keep_codes)
+    stored = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(stored) == len(table.shared) + (len(table.measurements) if keep_codes else 0)
+    encoded = Encoded(tmp_path, load_model(model))
+    for choice in choices_of(table)[::7]:
+        assert fields_sha256(encoded.fields(choice)) == choice.codes_sha256
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_damaged_codes_are_made_again(damage: str, model: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "work")
+    table, encoded = (
+        read_record(whole / TABLE_FILE, MeasuredTable, "measure"),
+        Encoded(tmp_path / "work", load_model(model)),
+    )
+    for choice in choices_of(table)[::9]:
+        key = encoded.job.key(choice.matrix, Format.parse(choice.format))
+        (path,) = (tmp_path / "work" / "cache").rglob(f"{key}.safetensors")
+        raw = bytearray(path.read_bytes())
+        raw[8 + int.from_bytes(raw[:8], "little")] ^= 1  # the first byte of the first field
+        path.write_bytes(raw if damage == "flip" else raw[:-3])
+        assert fields_sha256(encoded.fields(choice)) == choice.codes_sha256
+
+
+def test_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
+    other = load_model(save_tiny("llama-tied", tmp_path, seed=9, dtype=torch.bfloat16))
+    with pytest.raises(UserError, match="was measured on another model"):
+        Encoded(whole, other)
+
+
+# -- what stops it -----------------------------------------------------------------------------------------------------
+
+
+def test_truncated_entries_are_measured_again(model: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "work")
+    files = sorted((tmp_path / "work" / "cache").rglob("*.*"))
+    for path in files[::3]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (tmp_path / "work" / TABLE_FILE).unlink()
+    run(model, tmp_path / "work")
+    assert content(tmp_path / "work") == content(whole)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+@pytest.mark.parametrize("method", ["put_fields", "put_measurement"])
+def test_an_interrupt_and_a_full_disk_leave_the_folder_usable(
+    method: str, stop: BaseException, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = getattr(Cache, method), []
+
+    def stopping(self: Cache, key: str, value: object) -> None:
+        calls.append(key)
+        if len(calls) == 25:
+            raise stop
+        original(self, key, value)
+
+    monkeypatch.setattr(Cache, method, stopping)
+    with pytest.raises(type(stop)):
+        run(model, tmp_path)
+    assert not (tmp_path / TABLE_FILE).exists()
+    done = len(calls) - 1
+    run(model, tmp_path)
+    assert content(tmp_path) == content(whole)
+    total = 72 + (7 if method == "put_fields" else 0)
+    again = len(calls) - 25
+    assert again <= total - done + (1 if method == "put_fields" else 0)  # what was stored was not done again
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+COMMAND = (
+    "import sys, torch; torch.set_num_threads(1)\n"
+    "from reallm.measurement import measure\n"
+    "measure(sys.argv[1], text=sys.argv[1] + '/text.txt', space=sys.argv[1] + '/space.yaml', output=sys.argv[2],"
+    " nsamples=2, seqlen=32, seed=1, jobs=1)\n"
+)
+
+
+def start(model: Path, output: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(model), str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for(process: subprocess.Popen[bytes], folder: Path, pattern: str, count: int) -> None:
+    """Until so many files are there."""
+    end = time.monotonic() + 120
+    while len(list(folder.rglob(pattern))) < count:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1].decode()[-2000:]
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("pattern", "count"), [("block-*.safetensors", 1), ("*.json", 15)])
+def test_a_killed_process_costs_only_time(pattern: str, count: int, model: Path, whole: Path, tmp_path: Path) -> None:
+    process = start(model, tmp_path)
+    wait_for(process, tmp_path, pattern, count)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run(model, tmp_path)
+    assert content(tmp_path) == content(whole)
+
+
+def test_two_processes_at_once_end_well(model: Path, whole: Path, tmp_path: Path) -> None:
+    processes = [start(model, tmp_path) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    assert content(tmp_path) == content(whole)
+    assert not list(tmp_path.rglob("*.partial"))
