@@ -55,6 +55,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 DEFAULT_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:train"
 DEFAULT_TEST = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+ROUNDING = 1e-9
+"""Bits per weight added so that a decimal budget is not a byte short; far under a byte for 10^9 weights."""
 NSAMPLES, SEQLEN, WINDOWS, SEED = 16, 1024, 8, 0
 
 
@@ -128,7 +130,9 @@ class Bench:
         self.base = load_model(self.base_folder)
         self.dense = load_model(self.base_folder, dtype=torch.float32).model
         self.calibration = self.folder / "calibration.safetensors"
-        save_file({"windows": draw(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
+        save_file({"windows": draw(source, calibration, ROUNDING = 1e-9
+"""Bits per weight added so that a decimal budget is not a byte short; far under a byte for 10^9 weights."""
+NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
         self.windows = windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]
 
     def kept(self, name: str, make: Callable[[], Measured]) -> Measured:
@@ -179,17 +183,19 @@ def _measured(name: str, bits: float, found: Comparison, versions: dict[str, str
 
 
 def rows(bench: Bench, work: Path) -> Iterator[Row]:
-    """A row a peer, ours planned at the peer's bits; and one for the best uniform format of our own there."""
+    """A row a peer, ours planned at the peer's bits; then a row a uniform format that was best at one of those."""
     table = read_record(work / TABLE_FILE, MeasuredTable, "measure")
+    formats = []
     for peer in PEERS:
         theirs = bench.kept(peer.name, partial(bench.peer, peer))
-        budget = f"{theirs.bits_per_weight}bpw"
-        chosen = plan(work, budget=budget)
-        ours = planned(bench, "reallm", chosen)
-        yield row(budget, ours, theirs)
-        if chosen.uniform is not None:
-            fmt = chosen.uniform.format
-            yield row(budget, ours, planned(bench, f"uniform {fmt}", uniform_plan(table, fmt, work=str(work))))
+        chosen = plan(work, budget=f"{theirs.bits_per_weight}bpw")
+        yield row(planned(bench, "reallm", chosen), theirs)
+        if chosen.uniform is not None and chosen.uniform.format not in formats:
+            formats.append(chosen.uniform.format)
+    for fmt in formats:
+        uniform = uniform_plan(table, fmt, work=str(work))
+        chosen = plan(work, budget=f"{uniform.bits_per_weight + ROUNDING:.9f}bpw")
+        yield row(planned(bench, "reallm", chosen), planned(bench, f"uniform {fmt}", uniform))
 
 
 def planned(bench: Bench, name: str, chosen: Plan) -> Measured:
@@ -198,10 +204,10 @@ def planned(bench: Bench, name: str, chosen: Plan) -> Measured:
     return bench.kept(f"{name} {key[:12]}", partial(bench.ours, name, chosen))
 
 
-def row(budget: str, ours: Measured, other: Measured) -> Row:
-    """The two beside each other."""
+def row(ours: Measured, other: Measured) -> Row:
+    """The two beside each other, at the other's bits per weight."""
     return Row(
-        figure=f"KL to the float32 model at {budget}",
+        figure=f"KL to the float32 model at {other.bits_per_weight:.4g} bits per weight",
         unit="nats per token",
         ours=ours.kl,
         ours_bits_per_weight=ours.bits_per_weight,
