@@ -130,9 +130,7 @@ class Bench:
         self.base = load_model(self.base_folder)
         self.dense = load_model(self.base_folder, dtype=torch.float32).model
         self.calibration = self.folder / "calibration.safetensors"
-        save_file({"windows": draw(source, calibration, ROUNDING = 1e-9
-"""Bits per weight added so that a decimal budget is not a byte short; far under a byte for 10^9 weights."""
-NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
+        save_file({"windows": draw(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
         self.windows = windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]
 
     def kept(self, name: str, make: Callable[[], Measured]) -> Measured:
