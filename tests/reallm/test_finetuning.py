@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from reallm.cli import app
 from reallm.codecs import Metric, Workspace, encode
 from reallm.compiler import compile_plan
+from reallm.encoding import codebook_values
 from reallm.errors import UserError
 from reallm.evaluation import evaluate
 from reallm.finetuning import finetune, stage
@@ -27,6 +28,7 @@ from reallm.finetuning.pair import Training, open_pair
 from reallm.finetuning.stage import train_pair
 from reallm.kernels.formats import Format
 from reallm.model import Matrix, load_model
+from reallm.planner.stored import shared_key
 from reallm.text import load_text
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
@@ -59,7 +61,9 @@ def pack(architecture: str, folder: Path, choose: Callable[[Matrix], str | None]
         if matrix.name in packed.fields:
             metric = Metric(hessian=torch.eye(matrix.cols), fisher=torch.ones(matrix.rows, matrix.cols))
             fmt = Format.parse(packed.names[matrix.name])
-            packed.fields[matrix.name] = encode(loaded.weight(matrix), fmt, Workspace(metric))
+            key = shared_key(fmt, matrix.family)
+            books = codebook_values(fmt, {"codebooks": packed.shared[key]}) if key else None
+            packed.fields[matrix.name] = encode(loaded.weight(matrix), fmt, Workspace(metric), shared=books)
     plan = packed.write_plan(folder / "plan.json")
     return compile_plan(plan, folder / "out", model=loaded, codes=Codes(packed), kernels=False)
 
