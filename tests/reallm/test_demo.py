@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from strategies import make_table
 
 from reallm import demo as module
+from reallm.comparison import Comparison, Divergence
 from reallm.demo import Stage, StageError, demo, fetch_model, run_stage
 from reallm.errors import UserError
+from reallm.evaluation import Evaluation
+from reallm.planner.records import TABLE_FILE, write_record
+from reallm.planning import plan
+from reallm.sizes import Sizes
 
 EVERY_STAGE = ["measure", "plan", "compile", "eval", "generate"]
 
@@ -104,3 +110,22 @@ def test_a_failing_download_says_what_to_do(tmp_path: Path, console: Console, mo
     with pytest.raises(UserError, match=r"pip cannot download .*No matching distribution.*check the connection"):
         fetch_model(tmp_path, console)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_shows_stages_and_what_eval_wrote(tmp_path: Path) -> None:
+    """Plan and evaluation are written as the stages write them, so that a renamed field is noticed here."""
+    table = make_table(("block.0.up", 64, 64, "linear", {"int4-g64": 0.1, "int8-g64": 0.001}))
+    write_record(tmp_path / TABLE_FILE, table)
+    plan(tmp_path, budget="8bpw", output=tmp_path / "plan.json")
+    divergence = Divergence(0.1234, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.875)
+    comparison = Comparison(8, 1024, 8184, 35.5, 29.25, divergence)
+    small, large = Sizes(100, 200, 300, 400, 3 << 20), Sizes(100, 200, 8 << 20, 400, 9 << 20)
+    found = Evaluation("out", "m", "text.txt", "0", "float32", comparison, small, large, 1.0, 1, (), {})
+    (tmp_path / "eval.json").write_text(found.to_json())
+    console = Console(file=io.StringIO(), width=200)
+    stages = [Stage("measure", [], 61.5, 2 << 30, ""), Stage("generate", [], 2.5, 1 << 20, "Paris.")]
+    module._print_summary(tmp_path, stages, console)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for part in ("61.5", "64.0", "2.00 GiB", "8.00 MiB -> 3.00 MiB", "29.250 -> 35.500", "0.1234", "87.5%", "Paris."):
+        assert part in shown, part
