@@ -116,6 +116,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     ) -> None:
         line = f"step {state.global_step} of {state.max_steps}: held-out KL {metrics['eval_loss']:.4f} nats per token"
         trained = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        if self.bar is not None:
+            self.bar.clear()  # the line takes the bar's place
         LOG.info("%s%s", line, f", on the training text {trained[-1]:.4f}" if trained else "")
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
