@@ -174,10 +174,8 @@ def _patterns(formats: Sequence[str] | None, options: Options) -> tuple[str, ...
     known = sorted({name for own in options.values() for name in own})
     patterns = []
     for text in formats:
-        pattern = (
-            text.strip().lower() if "*" in text or "?" in text else parsed_format(text, f"--formats {text!r}").name
-        )
+        pattern = text.strip().lower() if "*" in text or "?" in text else parsed_format(text, f"--format {text!r}").name
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise PlanError(f"--formats {text!r} was not measured; there are {', '.join(known)}")
+            raise PlanError(f"--format {text!r} was not measured; there are {', '.join(known)}")
         patterns.append(pattern)
     return tuple(patterns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -103,10 +103,15 @@ class Compilation:
         return isinstance(self.formats[name].codec, DenseCodec)
 
     def specs(self) -> list[TensorSpec]:
-        """Every tensor of the weights files, as the planner counted them."""
+        """Every tensor of the weights files, as the planner counted them; dense ones the way round the model has them.
+
+        The planner knows rows and columns only. A transposed shape has as many digits, so no size changes.
+        """
         records = [matrix.record() for matrix in self.loaded.matrices]
         others = self.loaded.other_tensors()
-        return weights_tensors(records, self.formats, self.plan.shared, others, _DTYPE_NAMES[self.loaded.dtype])
+        specs = weights_tensors(records, self.formats, self.plan.shared, others, _DTYPE_NAMES[self.loaded.dtype])
+        own = {matrix.parameter: self.loaded.model.get_parameter(matrix.parameter) for matrix in self.loaded.matrices}
+        return [replace(spec, shape=tuple(own[spec.name].shape)) if spec.name in own else spec for spec in specs]
 
     def fields(self, name: str) -> Mapping[str, Bytes]:
         """The packed fields of a matrix, checked; the last ones are kept, as fields of a matrix are written in turn."""

@@ -139,8 +139,9 @@ def run_stage(name: str, arguments: Sequence[str], keep_output: bool = False) ->
     began = time.perf_counter()
     command = [sys.executable, "-P", "-m", "reallm.cli", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE if keep_output else None, text=True)
-    output = process.stdout.read() if process.stdout else ""
+    output = ""
     try:
+        output = process.stdout.read() if process.stdout else ""
         _, status, usage = os.wait4(process.pid, 0)
     except KeyboardInterrupt:
         _, status, usage = os.wait4(process.pid, 0)

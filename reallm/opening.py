@@ -33,7 +33,7 @@ def open_model(path: str | Path, dtype: str = "float32", device: str = "cpu") ->
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     if is_artifact(path):
-        model, tokenizer = load(path, device=device, dtype=DTYPES[dtype])
+        model, tokenizer = load(path, device=_device(device), dtype=DTYPES[dtype])
         sizes = artifact_sizes(Path(path))
     else:
         loaded = load_model(path)

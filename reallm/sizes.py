@@ -50,8 +50,11 @@ def artifact_sizes(folder: Path) -> Sizes:
     plan = read_record(folder / PLAN_FILE, Plan, "compile")
     tensors = read_checkpoint(folder)
     chosen = {choice.matrix for choice in plan.choices}
+    stacks = {choice.matrix.rpartition(".")[0] for choice in plan.choices if choice.kind == "expert"}
     counted = sum(choice.rows * choice.cols for choice in plan.choices)
-    rest = sum(math.prod(t.shape) for name, t in tensors.items() if not _belongs(name, t, chosen))
+    rest = sum(
+        math.prod(t.shape) for name, t in tensors.items() if name not in stacks and not _belongs(name, t, chosen)
+    )
     return Sizes(
         matrices_bytes=plan.matrices_bytes,
         matrices_weights=counted,

@@ -37,7 +37,7 @@ class _Calls(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func is nn.functional.embedding:
             return self.taps.look_up(args[0], args[1], output)
-        if func in _PRODUCTS and isinstance(args[1], Tensor) and args[1].dim() == 2:
+        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 2:
             self.taps.multiply(args[0], args[1], output)
         return output
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .errors import UserError
 from .folder import PLAN_FILE, read_record_of
-from .kernels.formats import Field, Format
+from .kernels.formats import DenseCodec, Field, Format
 from .kernels.layout import LayoutError
 from .kernels.reference import read_field
 from .kernels.weights import StoredTensor, read_folder
@@ -109,7 +109,7 @@ def _check_plan(folder: Path, plan: Plan, record: QuantizationRecord, tensors: M
     for choice in plan.choices:
         fmt = Format.parse(choice.format)
         if choice.matrix not in formats:
-            if choice.codes_sha256:
+            if choice.codes_sha256 and not isinstance(fmt.codec, DenseCodec):
                 raise UserError(f"{folder}: config.json does not name {choice.matrix}, which the plan packs")
             continue
         if formats[choice.matrix] != fmt.name:

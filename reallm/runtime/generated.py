@@ -56,9 +56,11 @@ def kernels_work(device: torch.device) -> bool:
         for field in _PROBE.fields(_PROBE_ROWS, _PROBE_COLS)
     }
     inputs = torch.linspace(-1, 1, _PROBE_COLS, device=device)[None]
+    from triton.errors import TritonError  # what does not compile: neither RuntimeError nor ValueError
+
     try:
         found = gemv(_PROBE, fields, inputs, _PROBE_ROWS, _PROBE_COLS)
-    except (ImportError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError, TritonError, subprocess.SubprocessError) as error:
         return _unusable(device, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     expected = linear(inputs, decode(_PROBE, fields, _PROBE_ROWS, _PROBE_COLS))
     if not torch.allclose(found, expected, rtol=0, atol=1e-3):  # 64 terms of size 1 or less, in float32 or tf32

@@ -82,8 +82,8 @@ def test_ties_make_matrices_agree(table: MeasuredTable) -> None:
         ({"pins": ["l.0.q=nf3-g16"], "ties": "inputs"}, "no format in common"),
         ({"exclude": ["nothing"]}, "--exclude 'nothing' matches none"),
         ({"exclude": ["l."]}, "no matrix takes part"),
-        ({"formats": ["int8-g0"]}, "--formats 'int8-g0' was not measured; there are aq1x4-d4-shared, bf16"),
-        ({"formats": ["int8*"]}, "--formats 'int8\\*' was not measured"),
+        ({"formats": ["int8-g0"]}, "--format 'int8-g0' was not measured; there are aq1x4-d4-shared, bf16"),
+        ({"formats": ["int8*"]}, "--format 'int8\\*' was not measured"),
         ({"formats": ["int8"]}, "no format is called"),
     ],
 )

@@ -21,10 +21,12 @@ from reallm.inspection import inspect
 from reallm.kernels.weights import read_folder
 from reallm.loading import load
 from reallm.model import load_model
+from reallm.opening import open_model
 from reallm.planner.plan import Plan
 from reallm.planner.records import read_record, write_record
 from reallm.runtime.modules import CompressedEmbedding, TiedHead
 from reallm.runtime.replace import packed_modules, set_decode_mode
+from reallm.sizes import artifact_sizes
 from reallm.verification import read_bytes, verify
 
 CASES = [*ARCHITECTURES, "llama-tied with its embedding as it is", "mixtral, experts only"]
@@ -215,3 +217,32 @@ def test_bfloat16_models_keep_their_dtype(tmp_path: Path) -> None:
     model, _ = load(made.folder)
     assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
     assert read_folder(made.folder)["model.norm.weight"].dtype == "BF16"
+
+
+@pytest.mark.parametrize("kept", [None, "fp32"], ids=["left out", "chosen dense"])
+def test_a_transposed_matrix_that_stays_dense_keeps_the_models_shape(tmp_path: Path, kept: str | None) -> None:
+    made = make("gpt2", tmp_path, lambda m: "int4-g16" if "c_proj" in m.name else kept if m.kind == "linear" else None)
+    model, _ = load(made.folder)
+    assert torch.equal(model.transformer.h[0].attn.c_attn.weight, made.loaded.model.transformer.h[0].attn.c_attn.weight)
+
+
+def test_a_measured_dense_format_is_loaded(tmp_path: Path) -> None:
+    made = make("llama", tmp_path, lambda m: "fp16" if "q_proj" in m.name else None)
+    plan = read_record(made.plan, Plan, "plan")
+    digest = "0" * 64  # as for every measured format; the weights file holds the tensor itself
+    measured = [c.model_copy(update={"codes_sha256": digest}) for c in plan.choices]
+    write_record(made.plan, plan.model_copy(update={"choices": tuple(measured)}))
+    model, _ = load(made.again(tmp_path / "again"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(model.get_parameter(name), made.loaded.model.get_parameter(name).half().float())
+
+
+def test_a_dense_stack_of_experts_is_counted_once(tmp_path: Path) -> None:
+    made = make("qwen3_moe", tmp_path, lambda m: "fp32" if m.kind == "expert" else None)
+    assert artifact_sizes(made.folder).weights == sum(p.numel() for p in made.loaded.model.parameters())
+
+
+def test_a_device_that_is_not_there_is_refused_for_an_artifact_too(tmp_path: Path) -> None:
+    made = make("llama", tmp_path)
+    with pytest.raises(UserError, match="--device nowhere cannot be used here"):
+        open_model(made.folder, device="nowhere")
