@@ -38,6 +38,7 @@ PTX_TARGET = "sm_80"
 MANIFEST_FILE = "manifest.json"
 MAX_WORKERS = 4
 COMPILE_SECONDS = 1800
+WITHOUT = "--no-kernels makes the artifact without them"
 _POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "i8": "*i8"}
 
 
@@ -166,9 +167,9 @@ def _run_worker(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMPILE_SECONDS)
         except subprocess.TimeoutExpired:
-            raise CodegenError(f"compiling {len(jobs)} kernels took over {COMPILE_SECONDS} s; compile again") from None
+            raise CodegenError(f"compiling {len(jobs)} kernels took over {COMPILE_SECONDS} s; {WITHOUT}") from None
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            raise CodegenError(f"compiling kernels with Triton failed (exit code {done.returncode}): {said}")
+            raise CodegenError(f"compiling kernels with Triton failed (exit code {done.returncode}): {said}; {WITHOUT}")
         results: list[dict[str, Any]] = json.loads(answered.read_text(encoding="utf-8"))
         return results

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
+from reallm.codegen.operations import CodegenError
 from reallm.kernels.formats import FormatError
 from reallm.kernels.layout import LayoutError
 from reallm.planner.candidates import Cost, Ties
@@ -25,8 +27,10 @@ from reallm.planner.records import RecordError, canonical_json, write_text_atomi
 
 from .errors import UserError
 
-USER_ERRORS = (UserError, PlanError, FormatError, LayoutError, RecordError)
+USER_ERRORS = (UserError, PlanError, FormatError, LayoutError, RecordError, CodegenError)
 NO_SPACE = "No space left on device"
+PLACE_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT})
+"""A path that cannot be read or written: the user's to mend."""
 CONSOLE = Console()
 
 
@@ -42,10 +46,21 @@ class Commands(typer.core.TyperGroup):
         except USER_ERRORS as error:
             raise _stop(" ".join(str(error).split()), 2) from None
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) != errno.ENOSPC and NO_SPACE not in str(error):
+            line = _about_place(error)
+            if line is None:
                 raise
-            where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-            raise _stop(f"the disk is full{where}; free some space and run the same command again", 2) from None
+            raise _stop(line, 2) from None
+
+
+def _about_place(error: OSError | SafetensorError) -> str | None:
+    """What to tell the user of a disk or a path that will not do; None for any other error."""
+    number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number == errno.ENOSPC or NO_SPACE in str(error):
+        where = f" ({path})" if path else ""
+        return f"the disk is full{where}; free some space and run the same command again"
+    if number in PLACE_ERRORS:
+        return f"{path or 'a file'}: {os.strerror(number)}; mend that or name another place, and run the command again"
+    return None
 
 
 def _stop(line: str, code: int) -> typer.Exit:

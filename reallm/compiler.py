@@ -128,7 +128,10 @@ class Compilation:
                     f"{name} in {fmt.name}: field {wrong[0]!r} has a wrong size; run `reallm measure` again"
                 )
             if codes_digest(fmt, matrix.rows, matrix.cols, fields) != self.choices[name].codes_sha256:
-                raise UserError(f"{name} in {fmt.name}: its codes are not those the plan measured; plan again")
+                raise UserError(
+                    f"{name} in {fmt.name}: its codes are gone or changed, and encoding again gives others "
+                    "than the plan measured; measure into a new folder, then plan again"
+                )
         self._last = (name, fields)
         return fields
 

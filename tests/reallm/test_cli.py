@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 import reallm
 from reallm.cli import app
+from reallm.codegen import build
 from reallm.planner.plan import Plan
 from reallm.planner.records import TABLE_FILE, read_record, write_record
 
@@ -210,6 +211,30 @@ def test_a_full_disk_is_one_line_and_the_old_plan_survives(table: Path, monkeypa
     assert "disk is full" in refusal("plan", table, "-b", "7bpw", "-o", table / "plan.json")
     assert (table / "plan.json").read_bytes() == before
     assert sorted(path.name for path in table.iterdir()) == ["plan.json", TABLE_FILE]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT])
+def test_a_place_that_cannot_be_written_is_one_line(table: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refused(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number), "/the/place")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    line = refusal("plan", table, "-b", "7bpw", "-o", table / "plan.json")
+    assert f"/the/place: {os.strerror(number)}" in line
+
+
+def test_an_output_below_a_file_is_one_line(table: Path) -> None:
+    (table / "file").write_text("")
+    assert "/file/" in refusal("plan", table, "-b", "7bpw", "-o", table / "file" / "below" / "plan.json")
+
+
+def test_a_kernel_that_does_not_compile_names_the_way_around(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(build, "emit", lambda spec: "import nothing_of_that_name\n")
+    assert "--no-kernels" in refusal("compile", folder / "plan.json", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_errors_keep_their_traceback(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
