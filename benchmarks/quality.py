@@ -236,8 +236,17 @@ def row(ours: Measured, other: Measured) -> Row:
         peer_perplexity=other.perplexity,
         ratio=ours.kl / other.kl,
         versions=other.versions | {"reallm": version("reallm"), "torch": torch.__version__},
-        machine=f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores, {platform.system()}",
+        machine=machine(),
     )
+
+
+def machine() -> str:
+    """The CPU by name, its cores and the operating system."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {psutil.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
 def main() -> None:

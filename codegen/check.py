@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection
 from pathlib import Path
 
 from reallm.planner.plan import Plan
@@ -13,20 +11,15 @@ from .passes import run_passes
 from .program import lower_plan
 
 
-def check_sources(plan: Plan, folder: Path, biased: Collection[str] = ()) -> tuple[str, ...]:
-    """Names of the kernels of `plan` whose source in `folder`/kernels is missing or not, byte for byte, ours.
+def check_sources(plan: Plan, folder: Path) -> tuple[str, ...]:
+    """Names of the sources in `folder`/kernels that are not, byte for byte, what this package generates for `plan`.
 
-    Warns once when there are any: the installed package's sources run in any case.
+    A source counts as ours with a bias or without, as the plan does not know which matrices have one. What runs is the
+    installed package's own in any case.
     """
-    different = []
-    for spec in run_passes(lower_plan(plan, biased)).kernels:
-        path = Path(folder) / "kernels" / f"{spec.name}.py"
-        if not path.is_file() or path.read_bytes() != emit(spec).encode():
-            different.append(spec.name)
-    if different:
-        warnings.warn(
-            f"{Path(folder) / 'kernels'}: {len(different)} of its sources differ from what reallm generates "
-            f"(first: {different[0]}); using reallm's own, compile again to renew them",
-            stacklevel=2,
-        )
-    return tuple(different)
+    every = [choice.matrix for choice in plan.choices]
+    kernels = [spec for biased in ((), every) for spec in run_passes(lower_plan(plan, biased)).kernels]
+    ours = {f"{spec.name}.py": emit(spec).encode() for spec in kernels}
+    return tuple(
+        path.stem for path in sorted((folder / "kernels").glob("*.py")) if path.read_bytes() != ours.get(path.name)
+    )

@@ -144,9 +144,10 @@ def measure(
     Resumable: what is done is cached in the output folder, and the same command goes on where it stopped.
     """
     from .measurement import measure as run
+    from .report import bytes_text
 
     _quiet_transformers()
-    run(
+    table = run(
         model,
         text=text,
         output=output,
@@ -156,6 +157,12 @@ def measure(
         seed=seed,
         jobs=jobs,
         chat_template=chat_template,
+    )
+    base = table.base
+    typer.echo(
+        f"calibration {base['calibration_seconds']:.0f} s, encoding {base['measurement_seconds']:.0f} s; peak memory "
+        f"{bytes_text(base['peak_rss_bytes'])}, of the largest encoder {bytes_text(base['worker_peak_rss_bytes'])}",
+        err=True,
     )
     typer.echo(f"measured; next: reallm plan {output} --budget 3.0bpw -o plan.json", err=True)
 
@@ -344,8 +351,13 @@ def inspect(
 def verify(artifact: Artifact, json: Json = None) -> None:
     """Check every hash, size, offset and code of an artifact; one changed bit is found."""
     from .artifact import verify as run
+    from .codegen.check import check_sources
+    from .planning import read_plan
 
     report = run(artifact)
+    if different := check_sources(read_plan(artifact), artifact):
+        line = f"{len(different)} of its kernel sources are not what this version generates (first: {different[0]})"
+        typer.echo(f"{artifact}: {line}; the installed version's own are used, compile again to renew them", err=True)
     if json is not None:
         write_text_atomic(json, canonical_json(asdict(report)))
     typer.echo(f"{artifact} is whole: {report.files} files, {report.tensors} tensors, {report.matrices} matrices")

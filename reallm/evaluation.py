@@ -18,6 +18,7 @@ from reallm.planner.records import canonical_json
 from .comparison import MASK_SHARE, Comparison, compare_models
 from .errors import UserError
 from .memory import peak_rss_bytes
+from .model import max_positions
 from .opening import Opened, open_model
 from .sizes import Sizes
 from .text import Text, load_text
@@ -76,8 +77,7 @@ def evaluate(
         raise UserError(
             f"{path} and {against} have different vocabularies; --against must name the model it was made from"
         )
-    positions = getattr(opened.model.config, "max_position_embeddings", None)
-    tokens = cut_windows(source, opened.tokenizer, None, seqlen, max_positions=positions)
+    tokens = cut_windows(source, opened.tokenizer, None, seqlen, max_positions=max_positions(opened.model))
     mask = _mask_token(opened, path)
     comparison = compare_models(
         base.model if base else None,

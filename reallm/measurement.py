@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import joblib
 import numpy as np
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from .cache import content_key, fields_sha256
-from .calibration import CalibrationReport, calibrate
+from .calibration import calibrate
 from .codecs import CODEC_VERSION, Workspace, encode
 from .codecs.shared import fit_shared_codebooks
 from .encoding import Job, codebook_bytes, codebook_values, one_thread
 from .errors import UserError
 from .kernels.formats import Format
 from .memory import peak_rss_bytes
-from .model import LoadedModel, Matrix, load_model
+from .model import LoadedModel, Matrix, check_storable, load_model
 from .planner.records import TABLE_FILE, MeasuredTable, MeasurementRecord, SharedRecord, write_record
 from .planner.stored import shared_key
 from .runtime.decode import decode
@@ -67,15 +68,18 @@ def _measure_one(
 
 def _measure_matrix(
     weight: NDArray[np.float32], matrix: Matrix, formats: Sequence[Format], job: Job, books: dict[str, Tensor]
-) -> tuple[list[MeasurementRecord], list[str]]:
-    """One task: all missing formats of one matrix, on one thread. Returns the records, and notes for the user."""
+) -> tuple[list[MeasurementRecord], list[str], int]:
+    """One task: all missing formats of one matrix, on one thread.
+
+    Returns the records, notes for the user, and the peak memory of this process so far in bytes.
+    """
     with one_thread():
         W = torch.from_numpy(np.array(weight))
         work = Workspace(job.metric(matrix))
         records = [
             _measure_one(W, matrix, fmt, work, job, books.get(shared_key(fmt, matrix.family) or "")) for fmt in formats
         ]
-    return records, [f"{matrix.name}: {note}" for note in work.notes]
+    return records, [f"{matrix.name}: {note}" for note in work.notes], peak_rss_bytes()
 
 
 def _tasks(
@@ -120,7 +124,10 @@ def _codebooks(loaded: LoadedModel, space: Space, job: Job) -> tuple[dict[str, T
 
 def _run(
     loaded: LoadedModel, missing: list[tuple[Matrix, list[Format]]], job: Job, books: dict[str, Tensor], jobs: int
-) -> Iterator[MeasurementRecord]:
+) -> tuple[list[MeasurementRecord], int]:
+    """Encode what is missing: the records, and the peak memory of the largest process that did, in bytes."""
+    found: list[MeasurementRecord] = []
+    largest = 0
     sizes = {m.name: m.numel for m, _ in missing}
     total = sum(sizes[m.name] * len(formats) for m, formats in missing)
     calls: Iterable[object] = (
@@ -128,12 +135,18 @@ def _run(
     )
     with tqdm(total=total, desc="measure", unit="w", unit_scale=True, disable=not missing, smoothing=0.05) as bar:
         runner = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-        for records, notes in runner(calls):
-            for note in notes:
-                LOG.warning("%s", note)
-            for record in records:
-                bar.update(sizes[record.matrix])
-                yield record
+        try:
+            for records, notes, peak in runner(calls):
+                for note in notes:
+                    LOG.warning("%s", note)
+                found += records
+                bar.update(sum(sizes[record.matrix] for record in records))
+                largest = max(largest, peak)
+        except TerminatedWorkerError:
+            raise UserError(
+                "a worker process was killed (out of memory?); use --jobs 1: the same command goes on where it stopped"
+            ) from None
+    return found, largest
 
 
 def _identity(loaded: LoadedModel, ids: Tensor, seed: int) -> str:
@@ -147,8 +160,7 @@ def draw(loaded: LoadedModel, text: Text, nsamples: int, seqlen: int, seed: int,
     """Calibration windows [n, seqlen] of `text`; says so when there are fewer than asked."""
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer; add its tokenizer files to the folder")
-    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    ids = windows(text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, longest)
+    ids = windows(text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, loaded.max_positions)
     if text.is_fallback:
         LOG.warning("no --text: calibrating on %s; text like the model's own gives a better plan", text.description)
     if note := shortage(ids, nsamples):
@@ -178,6 +190,7 @@ def measure(
     began = time.monotonic()
     chosen, output, source = load_space(space), Path(output), load_text(text)
     loaded = load_model(model)
+    check_storable(loaded)
     ids = draw(loaded, source, nsamples, seqlen, seed, chat_template)
     job = Job.at(output, _identity(loaded, ids, seed), seed, keep_codes)
     report = calibrate(loaded, ids, job.statistics, seed=seed)
@@ -187,8 +200,14 @@ def measure(
     books, shared = _codebooks(loaded, chosen, job)
     known, missing = _tasks(loaded, chosen, job)
     workers = joblib.cpu_count() if jobs < 0 else max(jobs, 1)
-    records = known + list(_run(loaded, missing, job, books, workers))
-    seconds = {"calibration_seconds": calibrated - began, "measurement_seconds": time.monotonic() - calibrated}
+    records, worker_bytes = _run(loaded, missing, job, books, workers)
+    facts = {
+        "calibration_perplexity": report.perplexity,
+        "calibration_seconds": round(calibrated - began, 1),
+        "measurement_seconds": round(time.monotonic() - calibrated, 1),
+        "peak_rss_bytes": float(peak_rss_bytes()),
+        "worker_peak_rss_bytes": float(worker_bytes),
+    }
     settings: dict[str, int | float | str | bool | None] = {
         "nsamples": len(ids),
         "seqlen": seqlen,
@@ -196,7 +215,7 @@ def measure(
         "space": chosen.name,
         "identity": job.identity,
     }
-    table = _table(loaded, source, records, shared, settings, report, seconds)
+    table = _table(loaded, source, known + records, shared, settings, report.tokens, facts)
     write_record(output / TABLE_FILE, table)
     return table
 
@@ -207,25 +226,22 @@ def _table(
     records: list[MeasurementRecord],
     shared: list[SharedRecord],
     settings: dict[str, int | float | str | bool | None],
-    report: CalibrationReport,
-    seconds: dict[str, float],
+    tokens: int,
+    facts: dict[str, float],
 ) -> MeasuredTable:
-    if loaded.dtype not in DTYPE_NAMES:
-        raise UserError(f"{loaded.source}: its weights are {loaded.dtype}; expected float16, bfloat16 or float32")
     order = {m.name: i for i, m in enumerate(loaded.matrices)}
-    base = {"calibration_perplexity": report.perplexity, "peak_rss_bytes": float(peak_rss_bytes())}
     return MeasuredTable.model_validate(
         {
             "model": loaded.source,
             "model_sha256": loaded.digest,
             "text": text.description,
             "text_sha256": text.sha256,
-            "settings": {**settings, "codec": CODEC_VERSION, "tokens": report.tokens},
+            "settings": {**settings, "codec": CODEC_VERSION, "tokens": tokens},
             "dtype": DTYPE_NAMES[loaded.dtype],
             "other_tensors": loaded.other_tensors(),
             "matrices": tuple(m.record() for m in loaded.matrices),
             "measurements": tuple(sorted(records, key=lambda r: (order[r.matrix], r.format))),
             "shared": tuple(shared),
-            "base": {**base, **{name: round(value, 1) for name, value in seconds.items()}},
+            "base": facts,
         }
     )

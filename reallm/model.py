@@ -20,8 +20,18 @@ from .discovery import Matrix, discover
 from .errors import UserError
 from .source import load_dense, load_tokenizer, locate
 
-__all__ = ["LoadedModel", "Matrix", "check_finite", "discover", "load_model", "model_digest"]
+__all__ = [
+    "LoadedModel",
+    "Matrix",
+    "check_finite",
+    "check_storable",
+    "discover",
+    "load_model",
+    "max_positions",
+    "model_digest",
+]
 
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What depends on where a model lies and on who saved it, and not on what it computes.
 _INCIDENTAL = frozenset({"architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config"})
 
@@ -51,11 +61,7 @@ class LoadedModel:
     @property
     def max_positions(self) -> int | None:
         """The longest context in tokens; None where the configuration sets no limit."""
-        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for module in self.model.modules():
-            if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
-                return limit - module.padding_idx - 1  # learned positions counted from after the padding's (RoBERTa)
-        return limit
+        return max_positions(self.model)
 
     def weight(self, matrix: Matrix) -> Tensor:
         """W of `matrix`, a float32 copy [rows, cols]."""
@@ -98,6 +104,28 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedMo
         matrices=matrices,
         notes=notes,
     )
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest context of `model` in tokens; None where its configuration sets no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
+            return limit - module.padding_idx - 1  # learned positions counted from after the padding's (RoBERTa)
+    return limit
+
+
+def check_storable(loaded: LoadedModel) -> None:
+    """Raise UserError, naming the tensor, unless the model's dtype holds whatever is not compressed bit for bit."""
+    if loaded.dtype not in STORED_DTYPES:
+        raise UserError(f"{loaded.source}: its weights are {loaded.dtype}; expected float16, bfloat16 or float32")
+    tensors = loaded.model.state_dict()
+    for name in loaded.other_tensors():
+        if not torch.equal(tensors[name].to(loaded.dtype).to(tensors[name].dtype), tensors[name]):
+            raise UserError(
+                f"{loaded.source}: tensor {name} is {tensors[name].dtype} and loses bits as {loaded.dtype}, in which "
+                "all that is not compressed is stored; save the model in float32 and measure that"
+            )
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

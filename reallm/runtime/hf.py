@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -156,8 +155,3 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(ReallmConfig)
         register_quantizer(METHOD)(ReallmQuantizer)
-
-
-def is_packed(model: nn.Module) -> bool:
-    """Whether `model` has packed modules."""
-    return bool(packed_tensors(model))

@@ -104,6 +104,12 @@ def test_encoder_is_evaluated_on_masked_tokens_and_says_so(tmp_path: Path, text:
     assert any("masked" in note for note in result.notes)
 
 
+def test_a_context_longer_than_an_encoder_takes_is_refused(tmp_path: Path, text: str) -> None:
+    folder = save_tiny("roberta", tmp_path)
+    with pytest.raises(UserError, match="takes 1 to 256 tokens"):
+        evaluate(folder, text=text, seqlen=257, progress=False)
+
+
 def test_the_offline_text_is_said_to_be_no_benchmark(llama: Path) -> None:
     result = evaluate(llama, seqlen=SEQLEN, windows=1, progress=False)
     assert any("give --text" in note for note in result.notes)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tiny import save_tiny
 
 from reallm import measurement
@@ -46,6 +47,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_killed_worker_names_the_way_around(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(calls: object) -> None:
+        raise TerminatedWorkerError("SIGKILL(-9)")
+
+    monkeypatch.setattr(measurement.joblib, "Parallel", lambda **options: killed)
+    with pytest.raises(UserError, match=r"killed \(out of memory\?\); use --jobs 1"):
+        run(model, tmp_path / "work")
+
+
+def test_what_the_dtype_cannot_hold_is_refused_before_calibration(model: Path, tmp_path: Path) -> None:
+    loaded = load_model(model)
+    norm = loaded.model.get_submodule("model.norm")
+    norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, 1 / 3, dtype=torch.float32))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UserError, match=r"model\.norm\.weight is torch\.float32 and loses bits as torch\.bfloat16"),
+    ):
+        patch.setattr(measurement, "load_model", lambda source: loaded)
+        run(model, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def run(model: Path, output: Path, **changes: int | bool) -> MeasuredTable:
     return measure(model, text=model / "text.txt", space=model / "space.yaml", output=output, **{**SETTINGS, **changes})
 
@@ -61,7 +84,10 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def content(folder: Path) -> dict[str, object]:
     """The table without its timings, and without the name of the folder in it."""
     table = json.loads((folder / TABLE_FILE).read_text())
-    assert table.pop("base")["calibration_perplexity"] > 1
+    base = table.pop("base")
+    assert base["calibration_perplexity"] > 1
+    assert base["peak_rss_bytes"] > 1 << 20
+    assert base["worker_peak_rss_bytes"] >= 0  # 0 when the cache had everything
     for record in table["measurements"]:
         assert record.pop("seconds") >= 0
     return table
