@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from ..errors import UserError
+from ..lock import LOCK_FILE
 from ..manifest import sha256_file
 from ..planner.records import canonical_json, write_text_atomic
 
@@ -38,19 +39,28 @@ def open_progress(folder: Path, settings: Settings, resume: bool) -> Path | None
 
     A run with other settings, or any run without `resume`, is discarded. Raises UserError for a folder that is no run.
     """
-    found = _read_settings(folder)
+    found = read_settings(folder)
     if found is not None and (not resume or found != dict(settings)):
         why = "with other settings" if resume else "as asked"
         LOG.info("%s: a run %s was interrupted there; starting anew", folder, why)
-        shutil.rmtree(folder)
+        _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / SETTINGS_FILE, canonical_json(dict(settings)))
     return _last_whole(folder)
 
 
-def _read_settings(folder: Path) -> object:
-    """The settings of the run in `folder`; None for a new or empty folder."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+def _empty(folder: Path) -> None:
+    """Remove all in `folder` but the lock, which the caller may hold."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
+
+
+def read_settings(folder: Path) -> object:
+    """The settings of the run in `folder`; None for a new or empty folder. Raises UserError for one that is no run."""
+    if not folder.exists() or (folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir())):
         return None
     try:
         found: object = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))

@@ -19,11 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..compiler import Compilation, write_artifact
 from ..errors import UserError
 from ..folder import check_output, is_artifact
+from ..lock import alone_in
 from ..manifest import MANIFEST_FILE, sha256_file
 from ..planner.plan import Plan
 from ..text import Text, load_text
 from ..verification import read_plan
-from .checkpoints import Progress, open_progress, progress_folder
+from .checkpoints import Progress, open_progress, progress_folder, read_settings
 from .distillation import Distillation, FinalEvaluation, Student, training_arguments, training_order
 from .factors import column_moments, fold_all, restore, snapshot, start_factors
 from .pair import Pair, Training, open_pair
@@ -77,20 +78,23 @@ def finetune(
     source = load_text(text)
     pair = open_pair(Path(artifact), plan, teacher, source, training, device)
     folder = progress_folder(output)
-    checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
-    gain = train_pair(pair, training, folder, checkpoint, gradient_checkpointing)
-    after = min(gain.started, gain.trained)
-    if not after < gain.before:
+    read_settings(folder)  # a folder that is no run is refused before it is touched
+    with alone_in(folder):
+        check_output(output, force)  # another process may have made it meanwhile
+        checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
+        gain = train_pair(pair, training, folder, checkpoint, gradient_checkpointing)
+        after = min(gain.started, gain.trained)
+        if not after < gain.before:
+            shutil.rmtree(folder)
+            raise UserError(
+                f"{artifact}: after {steps} steps the KL on held-out windows is {after:.4f}, it was {gain.before:.4f}; "
+                "nothing is written: try a smaller --learning-rate, more --steps, a higher --rank or more --text"
+            )
+        codes = TrainedCodes(pair.model)
+        new = tuned_plan(plan, pair.original, codes, _notes(pair, training, source, gain))
+        pair.original.model.to("cpu")
+        write_artifact(Compilation(new, pair.original, codes), output, force=force, kernels=kernels)
         shutil.rmtree(folder)
-        raise UserError(
-            f"{artifact}: after {steps} steps the KL on held-out windows is {after:.4f}, it was {gain.before:.4f}; "
-            "nothing is written: try a smaller --learning-rate, more --steps, a higher --rank or more --text"
-        )
-    codes = TrainedCodes(pair.model)
-    new = tuned_plan(plan, pair.original, codes, _notes(pair, training, source, gain))
-    pair.original.model.to("cpu")
-    write_artifact(Compilation(new, pair.original, codes), output, force=force, kernels=kernels)
-    shutil.rmtree(folder)
     _report(plan, new, gain, time.perf_counter() - began)
     return output
 

@@ -1,0 +1,35 @@
+"""The lock of a folder outlives the folder's removal by its holder, and is no content of it."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+from reallm.finetuning.checkpoints import open_progress
+from reallm.lock import LOCK_FILE, alone_in
+
+
+def test_a_waiter_holds_the_folder_also_after_its_removal(tmp_path: Path) -> None:
+    folder, inside, held = tmp_path / "run", threading.Event(), []
+
+    def wait() -> None:
+        with alone_in(folder):
+            held.append((folder / LOCK_FILE).exists())
+            inside.set()
+
+    with alone_in(folder):
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        assert not inside.wait(0.2)
+        shutil.rmtree(folder)
+    waiter.join(10)
+    assert held == [True]
+
+
+def test_a_locked_folder_counts_as_empty_and_keeps_its_lock(tmp_path: Path) -> None:
+    with alone_in(tmp_path):
+        assert open_progress(tmp_path, {"steps": 1}, resume=True) is None
+        (tmp_path / "checkpoint-1").mkdir()
+        assert open_progress(tmp_path, {"steps": 2}, resume=True) is None
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_FILE, "settings.json"]
