@@ -7,10 +7,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -247,15 +245,29 @@ def test_other_errors_keep_their_traceback(table: Path, monkeypatch: pytest.Monk
     assert isinstance(result.exception, OSError)
 
 
+INTERRUPTED = """
+import os, signal
+from reallm.cache import Cache
+from reallm.cli import main
+
+put, results = Cache.put_measurement, []
+
+def counted(cache, key, record):
+    put(cache, key, record)
+    results.append(key)
+    if len(results) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+
+Cache.put_measurement = counted
+main()
+"""
+
+
 def test_ctrl_c_during_measure_resumes_to_the_same_table(folder: Path) -> None:
-    """The process is interrupted once the first results lie in its cache; the second run must only add to them."""
-    command = [sys.executable, "-m", "reallm.cli", *map(str, measuring(folder, work="stopped"))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list((folder / "stopped").glob("cache/*/*.json")):
-        assert process.poll() is None, "it ended before it could be interrupted"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    """The process gets Ctrl-C's signal right after its third result; the second run must only add to them."""
+    arguments = [*map(str, measuring(folder, work="stopped"))]
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, *arguments], stderr=subprocess.PIPE, text=True)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "reallm: interrupted; the same command goes on where it stopped"
     assert not (folder / "stopped" / TABLE_FILE).exists()
