@@ -259,6 +259,7 @@ def counted(cache, key, record):
         os.kill(os.getpid(), signal.SIGINT)
 
 Cache.put_measurement = counted
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 main()
 """
 
