@@ -171,6 +171,6 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True, **options)
-    except Exception as error:
+    except Exception as error:  # the tokenizers library raises bare Exception
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"the tokenizer of {source.label} cannot be loaded: {reason}") from error
