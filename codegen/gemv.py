@@ -6,7 +6,7 @@ Names in the text: `row` [BLOCK_N], `place` [CHUNKS] and `k` [CHUNKS, WIDTH] are
 
 from __future__ import annotations
 
-from reallm.kernels.formats import DoubleQuant
+from reallm.kernels.codecs import DoubleQuant
 from reallm.kernels.tables import TableName
 
 from .operations import (

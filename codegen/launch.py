@@ -17,7 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from reallm.kernels.formats import Field, Format
+from reallm.kernels.codecs import Field
+from reallm.kernels.formats import Format
 from reallm.kernels.tables import TableName, table
 from reallm.planner.records import write_text_atomic
 

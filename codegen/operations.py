@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from reallm.kernels.formats import DoubleQuant
+from reallm.kernels.codecs import DoubleQuant
 from reallm.kernels.packing import plane_widths
 from reallm.kernels.tables import TableName
 

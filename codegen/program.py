@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from reallm.kernels.formats import AdditiveCodec, DenseCodec, Format, ScalarCodec
+from reallm.kernels.codecs import AdditiveCodec, DenseCodec, ScalarCodec
+from reallm.kernels.formats import Format
 from reallm.kernels.packing import WORD_BITS, plane_widths
 from reallm.planner.plan import Plan
 
@@ -114,12 +115,20 @@ def chunk_width(unpack: Unpack) -> int:
     return unpack.dim if unpack.dim > 1 else WORD_BITS // plane_widths(unpack.bits)[0]
 
 
+def has_kernel(fmt: Format) -> bool:
+    """Whether kernels can be generated for `fmt`; the others run on their decoded weight."""
+    plain = isinstance(fmt.codec, ScalarCodec | AdditiveCodec) and not fmt.transformed and fmt.sparse is None
+    return plain and (fmt.low_rank is None or fmt.low_rank.dtype != "i4")
+
+
 def lower(fmt: Format, bias: bool = False) -> tuple[Operation, ...]:
     """The operations of a compressed format, unoptimised. Raises CodegenError for a dense one."""
     codec = fmt.codec
     decode: tuple[Operation, ...]
     if isinstance(codec, DenseCodec):
         raise CodegenError(f"format {fmt.name!r} is dense: there is nothing to decode; call torch")
+    if not has_kernel(fmt) or not isinstance(codec, ScalarCodec | AdditiveCodec):
+        raise CodegenError(f"format {fmt.name!r} has no generated kernel yet; use the decoded weight")
     if isinstance(codec, AdditiveCodec):
         count, bits, dim = codec.num_codebooks, codec.codebook_bits, codec.dim
         decode = (Unpack(bits, count, dim), Codebooks(count, bits, dim), GroupScale(0))
@@ -134,11 +143,11 @@ def lower(fmt: Format, bias: bool = False) -> tuple[Operation, ...]:
 
 
 def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:
-    """The program of a plan, before any pass, of all but its dense matrices; `biased` names those that have a bias."""
+    """The program of a plan, before any pass, of the matrices that have kernels; `biased` names those with a bias."""
     matrices = []
     for choice in plan.choices:
         fmt = Format.parse(choice.format)
-        if not isinstance(fmt.codec, DenseCodec):
+        if has_kernel(fmt):
             operations = lower(fmt, choice.matrix in biased)
             matrices.append(MatrixProgram(choice.matrix, choice.rows, choice.cols, fmt, operations))
     return Program(tuple(matrices))
@@ -194,7 +203,7 @@ def _field_faults(matrix: MatrixProgram) -> list[str]:
     read = {pair for operation in matrix.operations for pair in operation.reads}
     faults = [f"reads {sorted(read)}, but {sorted(stored)} are stored"] if read != stored else []
     codec = matrix.format.codec
-    indexed = 0 if isinstance(codec, DenseCodec | ScalarCodec) else codec.group_count(matrix.cols) * codec.num_codebooks
+    indexed = codec.group_count(matrix.cols) * codec.num_codebooks if isinstance(codec, AdditiveCodec) else 0
     if matrix.rows * max(indexed, -(-matrix.cols // 4)) >= MAX_CODES:
         faults.append(f"[{matrix.rows}, {matrix.cols}] has more codes than 32-bit indices reach")
     return faults

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
-from reallm.kernels.formats import DoubleQuant
+from reallm.kernels.codecs import DoubleQuant
 from reallm.kernels.packing import WORD_BITS, plane_widths
 
 Planes: TypeAlias = tuple[tuple[str, int], ...]

@@ -10,9 +10,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import AdditiveCodec, DenseCodec, Field, Format, LowRank, ScalarCodec
+from .codecs import TILE, AdditiveCodec, DenseCodec, Field, KMeansCodec, ScalarCodec, TrellisCodec
+from .formats import Format
+from .hadamard import rotation
 from .packing import unpack_codes
 from .tables import table
+from .terms import LowRank
+from .trellis import decode_trellis
 
 Packed = Mapping[str, NDArray[np.uint8]]
 Array = NDArray[np.float64]
@@ -28,15 +32,15 @@ def read_field(field: Field, packed: Packed) -> Array:
     raw = packed[field.name]
     if raw.dtype != np.uint8 or raw.shape != (field.nbytes,):
         raise ValueError(f"field {field.name!r} takes {field.nbytes} bytes, not {raw.dtype} {raw.shape}")
-    if field.dtype[0] == "u":
+    if field.dtype[0] == "u" and field.dtype != "u32":
         return unpack_codes(raw, int(field.dtype[1:]), field.count).astype(np.float64)
-    width = {"f16": 2, "bf16": 2, "f32": 4, "i8": 1}[field.dtype]
+    width = {"f16": 2, "bf16": 2, "f32": 4, "i8": 1, "u32": 4}[field.dtype]
     if raw[field.count * width :].any():
         raise ValueError(f"padding of field {field.name!r} is not zero")
     body = np.ascontiguousarray(raw[: field.count * width])
     if field.dtype == "bf16":
         return (body.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return body.view({"f16": "<f2", "f32": "<f4", "i8": "i1"}[field.dtype]).astype(np.float64)
+    return body.view({"f16": "<f2", "f32": "<f4", "i8": "i1", "u32": "<u4"}[field.dtype]).astype(np.float64)
 
 
 def _scalar(codec: ScalarCodec, values: dict[str, Array], rows: int, cols: int) -> Array:
@@ -66,9 +70,58 @@ def _additive(codec: AdditiveCodec, values: dict[str, Array], rows: int, cols: i
     return weights
 
 
+def _kmeans(codec: KMeansCodec, values: dict[str, Array], rows: int, cols: int) -> Array:
+    codes = values["codes"].reshape(rows, cols).astype(np.int64)
+    return np.take_along_axis(values["levels"].reshape(rows, 1 << codec.bits), codes, axis=1)
+
+
+def _trellis(codec: TrellisCodec, values: dict[str, Array], rows: int, cols: int) -> Array:
+    plain = decode_trellis(codec, values["words"].astype(np.uint32), values["widths"].astype(np.int64), rows, cols)
+    weights: Array = plain * values["scales"].repeat(TILE)[:cols]
+    return weights
+
+
+def _codes(fmt: Format, values: dict[str, Array], rows: int, cols: int) -> Array:
+    codec = fmt.codec
+    if isinstance(codec, ScalarCodec):
+        return _scalar(codec, values, rows, cols)
+    if isinstance(codec, AdditiveCodec):
+        return _additive(codec, values, rows, cols)
+    if isinstance(codec, KMeansCodec):
+        return _kmeans(codec, values, rows, cols)
+    assert isinstance(codec, TrellisCodec)
+    return _trellis(codec, values, rows, cols)
+
+
+def _untransform(fmt: Format, values: dict[str, Array], weights: Array) -> Array:
+    """T^-1: rotation, permutation and column scales undone."""
+    rows, cols = weights.shape
+    if fmt.rotated:
+        weights = rotation(rows).T @ weights @ rotation(cols)
+    if fmt.permuted:
+        order = values["permutation"].astype(np.int64)
+        if sorted(order.tolist()) != list(range(cols)):
+            raise ValueError("field 'permutation' is not a permutation of the columns")
+        restored = np.empty_like(weights)
+        restored[:, order] = weights
+        weights = restored
+    return weights * values["channel_scales"] if fmt.channel_scales else weights
+
+
+def _sparse(values: dict[str, Array], rows: int, cols: int) -> Array:
+    counts, where = values["sparse_counts"].astype(np.int64), values["sparse_cols"].astype(np.int64)
+    if int(counts.sum()) != len(where) or (where.size and int(where.max()) >= cols):
+        raise ValueError("the sparse fields contradict each other")
+    result = np.zeros((rows, cols))
+    np.add.at(result, (np.repeat(np.arange(rows), counts), where), values["sparse_values"])
+    return result
+
+
 def _low_rank(term: LowRank, values: dict[str, Array], rows: int, cols: int) -> Array:
     left, right = values["left"].reshape(rows, term.rank), values["right"].reshape(term.rank, cols)
-    if term.dtype == "i8":
+    if term.dtype == "i4":
+        left, right = left - 8, right - 8
+    if term.dtype != "f16":
         left, right = left * values["left_scales"], right * values["right_scales"][:, None]
     return left @ right
 
@@ -85,8 +138,7 @@ def decode_reference(fmt: Format, packed: Packed, rows: int, cols: int) -> Array
     codec = fmt.codec
     if isinstance(codec, DenseCodec):
         return values["values"].reshape(rows, cols)
-    if isinstance(codec, ScalarCodec):
-        weights = _scalar(codec, values, rows, cols)
-    else:
-        weights = _additive(codec, values, rows, cols)
+    weights = _untransform(fmt, values, _codes(fmt, values, rows, cols))
+    if fmt.sparse:
+        weights = weights + _sparse(values, rows, cols)
     return weights + _low_rank(fmt.low_rank, values, rows, cols) if fmt.low_rank else weights

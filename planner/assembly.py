@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import fsum
 
-from ..kernels.formats import DenseCodec, Format
+from ..kernels.codecs import DenseCodec
+from ..kernels.formats import Format
 from ..kernels.layout import natural_key
 from .plan import Bound, Choice, Plan, Uniform
 from .problem import Candidate

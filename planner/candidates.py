@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from ..kernels.formats import FLOAT_NBYTES, Format, FormatError
+from ..kernels.codecs import FLOAT_NBYTES, FormatError
+from ..kernels.formats import Format
 from .plan import PlanError, Scope
 from .records import MatrixRecord, MeasuredTable
 from .stored import DENSE_NAME, shared_key

@@ -16,7 +16,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from ..kernels.formats import FLOAT_NBYTES, DenseCodec, Format
+from ..kernels.codecs import FLOAT_NBYTES, DenseCodec
+from ..kernels.formats import Format
 from ..kernels.layout import TensorSpec
 from .records import Kind, MatrixRecord
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from reallm.codegen.operations import CodegenError
-from reallm.kernels.formats import FormatError
+from reallm.kernels.codecs import FormatError
 from reallm.kernels.layout import LayoutError
 from reallm.planner.candidates import Cost, Ties
 from reallm.planner.plan import PlanError

@@ -23,7 +23,8 @@ from .codegen.build import Activation, emit_kernels
 from .encoding import Encoded
 from .errors import UserError
 from .folder import CARD_FILE, PLAN_FILE, check_output, new_artifact
-from .kernels.formats import DenseCodec, Format
+from .kernels.codecs import DenseCodec
+from .kernels.formats import Format
 from .kernels.layout import TensorSpec
 from .kernels.weights import write_weights
 from .manifest import sha256_file, write_manifest

@@ -21,7 +21,8 @@ from .calibration import BlockStatistics, read_statistics
 from .codecs import CODEC_VERSION, Metric, PackedFields, Workspace, encode
 from .codecs.stored import store
 from .errors import UserError
-from .kernels.formats import AdditiveCodec, Format
+from .kernels.codecs import AdditiveCodec
+from .kernels.formats import Format
 from .kernels.reference import read_field
 from .model import LoadedModel, Matrix
 from .planner.plan import Choice

@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from .errors import UserError
-from .kernels.formats import Format, FormatError
+from .kernels.codecs import FormatError
+from .kernels.formats import Format
 from .planner.records import Kind
 
 _VOCABULARY = ("lm3-g64-dq6x64+ldl", "lm4-g64-dq6x64+ldl", "lm6-g64-dq6x64+ldl", "int8-g64")

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from .errors import UserError
 from .folder import PLAN_FILE, read_record_of
-from .kernels.formats import DenseCodec, Field, Format
+from .kernels.codecs import DenseCodec, Field
+from .kernels.formats import Format
 from .kernels.layout import LayoutError
 from .kernels.reference import read_field
 from .kernels.weights import StoredTensor, read_folder

@@ -8,15 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reallm.kernels.formats import AdditiveCodec, DenseCodec, Format, ScalarCodec
+from reallm.kernels.codecs import AdditiveCodec, DenseCodec, KMeansCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.formats import Format
 
 from .additive import encode_additive
+from .kmeans import encode_kmeans
 from .lowrank import Factors, factorise
 from .metric import Metric, Workspace
+from .outliers import find_outliers
 from .scalar import encode_scalar
 from .stored import PackedFields, store, store_all
+from .transform import transform
+from .trellis import encode_trellis
 
-CODEC_VERSION = 1  # part of every cache key: raise it whenever an encoder's output may change
+CODEC_VERSION = 2  # part of every cache key: raise it whenever an encoder's output may change
 MAX_ALTERNATIONS = 4
 
 __all__ = ["CODEC_VERSION", "Metric", "PackedFields", "Workspace", "encode"]
@@ -35,7 +40,7 @@ def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = N
     if isinstance(fmt.codec, DenseCodec):
         return {fields[0].name: store(fields[0], W)}
     if fmt.low_rank is None:
-        values, _ = _encode_codes(W, fmt, work, shared, seed)
+        values, _ = _encode_rest(W, fmt, work, shared, seed)
         return store_all(fields, values)
     values, factors = _alternate(W, fmt, work, shared, seed)
     return store_all(fields, {**values, **factors.stored})
@@ -58,8 +63,8 @@ def _alternate(
     best: tuple[dict[str, Tensor], Factors] | None = None
     best_cost, quantised = float("inf"), torch.zeros_like(W)
     for _ in range(MAX_ALTERNATIONS):
-        factors = factorise(W - quantised, fmt.low_rank, work, fmt.feedback, seed)
-        values, quantised = _encode_codes(W - factors.product, fmt, work, shared, seed)
+        factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed)
+        values, quantised = _encode_rest(W - factors.product, fmt, work, shared, seed)
         cost = work.metric.guided(W - quantised - factors.product)
         if cost >= best_cost:
             break
@@ -68,14 +73,40 @@ def _alternate(
     return best
 
 
+def _encode_rest(
+    W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Everything but the low-rank term: (stored values by field name, what they decode to)."""
+    if fmt.sparse is None:
+        return _encode_transformed(W, fmt, work, shared, seed)
+    outliers = find_outliers(W, fmt.sparse, work)
+    values, decoded = _encode_transformed(outliers.rest, fmt, work, shared, seed)
+    stored, added = outliers.store(W - decoded)
+    return {**values, **stored}, decoded + added
+
+
+def _encode_transformed(
+    W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    if not fmt.transformed:
+        return _encode_codes(W, fmt, work, shared, seed)
+    frame = transform(W, fmt, work)
+    values, decoded = _encode_codes(frame.weight, fmt, frame.work, shared, seed)
+    return {**values, **frame.stored}, frame.undo(decoded)
+
+
 def _encode_codes(
     W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(stored values by field name, what they decode to)."""
     codec = fmt.codec
     if isinstance(codec, ScalarCodec):
-        scalar = encode_scalar(W, codec, fmt.feedback, work)
+        scalar = encode_scalar(W, codec, bool(fmt.feedback), work)
         return {"codes": scalar.codes, **scalar.stored}, scalar.values(codec)
+    if isinstance(codec, KMeansCodec):
+        return encode_kmeans(W, codec, bool(fmt.feedback), work)
+    if isinstance(codec, TrellisCodec):
+        return encode_trellis(W, codec, fmt.feedback, work)
     assert isinstance(codec, AdditiveCodec)
     additive = encode_additive(W, codec, work, shared, seed)
     values = {"codes": additive.codes, "scales": additive.scales}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reallm.kernels.formats import AdditiveCodec
+from reallm.kernels.codecs import AdditiveCodec
 
 from .metric import Workspace
 from .stored import to_half

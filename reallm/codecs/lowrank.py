@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reallm.kernels.formats import LowRank
+from reallm.kernels.terms import LowRank
 
 from .metric import Workspace
 from .stored import to_half

@@ -17,9 +17,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from reallm.runtime.rotation import rotate_both
+
 LOG = logging.getLogger(__name__)
 DAMPING = 0.01  # share of the mean diagonal added to H (GPTQ, arXiv 2210.17323)
+OUTPUT_DAMPING = 0.3
+"""Share of the mean diagonal added to the output's Hessian; less trusts it too far (docs/log.md)."""
 MAX_DAMPING = 1e4
+
+
+def symmetric(H: Tensor) -> Tensor:
+    """H without the asymmetry that rounding gave it."""
+    return (H + H.T) / 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Metric:
     """[N], mean one."""
     extra_fisher: Tensor | None = None
     """[N, K]."""
+    gram: Tensor | None = None
+    """Second moment of the output's gradients, tokens weighted by their inputs [N, N]; for two-sided feedback."""
 
     def guided(self, error: Tensor) -> float:
         """Cost of `error` [N, K] in nats per token."""
@@ -57,9 +68,11 @@ class Workspace:
     and scales stay in storage order, so the order costs no byte.
     """
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric, hessian: Tensor | None = None, output_hessian: Tensor | None = None) -> None:
+        """Of a matrix itself; the two Hessians are given for a transformed one, whose metric is its parent's."""
         self.metric = metric
         self.notes: list[str] = []
+        self._hessian, self._output_hessian = hessian, output_hessian
 
     @cached_property
     def column_weight(self) -> Tensor:
@@ -74,6 +87,8 @@ class Workspace:
         Dead columns (never active in the calibration text) get the smallest live diagonal, so that their weights are
         still rounded to something sensible.
         """
+        if self._hessian is not None:
+            return self._hessian
         H = self.metric.hessian.double()
         H = (H + H.T) / 2
         if self.metric.extra_fisher is not None:
@@ -91,13 +106,46 @@ class Workspace:
         return torch.ldexp(H, -torch.frexp(diagonal.mean()).exponent)
 
     @cached_property
+    def output_hessian(self) -> Tensor | None:
+        """The damped second moment of the output's gradients, float64 [N, N], mean diagonal one; None if unknown."""
+        if self._output_hessian is not None or self.metric.gram is None:
+            return self._output_hessian
+        G = self.metric.gram.double()
+        mean = G.diagonal().mean()
+        if not bool(torch.isfinite(G).all()) or float(mean) <= 0:
+            self.notes.append("output gradients are zero or not finite: feedback is one-sided")
+            return None
+        return (G + G.T) / (2 * mean) + OUTPUT_DAMPING * torch.eye(len(G), dtype=torch.float64)
+
+    @cached_property
+    def rotated(self) -> Workspace:
+        """The workspace of R_N W R_K^T; shared by all formats that rotate."""
+        output = self.output_hessian
+        rotated_output = None if output is None else symmetric(rotate_both(output))
+        child = Workspace(self.metric, symmetric(rotate_both(self.hessian)), rotated_output)
+        child.notes = self.notes
+        return child
+
+    @cached_property
     def order(self) -> Tensor:
         """Columns by falling diagonal of H, int64 [K]; ties keep their place."""
         return torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
 
-    def inverse_factor(self, order: Tensor) -> Tensor:
+    def inverse_factor(self, order: Tensor | None = None) -> Tensor:
         """U upper triangular with (H[order, order])^-1 = U^T U, float32 [K, K]; more damping while it fails."""
-        H = self.hessian[order][:, order]
+        return self._factor(self.hessian if order is None else self.hessian[order][:, order])
+
+    @cached_property
+    def natural_factor(self) -> Tensor:
+        """`inverse_factor` in storage order."""
+        return self.inverse_factor()
+
+    @cached_property
+    def output_factor(self) -> Tensor | None:
+        """As `inverse_factor`, of the output's Hessian in storage order, float32 [N, N]."""
+        return None if self.output_hessian is None else self._factor(self.output_hessian)
+
+    def _factor(self, H: Tensor) -> Tensor:
         eye, mean = torch.eye(H.shape[0], dtype=torch.float64), float(H.diagonal().mean())
         extra = 0.0
         while extra <= MAX_DAMPING:

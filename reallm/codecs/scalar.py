@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reallm.kernels.formats import DoubleQuant, ScalarCodec
+from reallm.kernels.codecs import DoubleQuant, ScalarCodec
 from reallm.kernels.tables import table
 
 from .feedback import descend, feed_back

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from reallm.kernels.formats import AdditiveCodec, Format
+from reallm.kernels.codecs import AdditiveCodec
+from reallm.kernels.formats import Format
 
 from .additive import KMEANS_SAMPLES, fit_codebooks, normalised_vectors
 from .metric import Metric

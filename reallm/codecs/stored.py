@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reallm.kernels.formats import Field
+from reallm.kernels.codecs import Field
 from reallm.kernels.packing import pack_codes, pad
 
 PackedFields = dict[str, NDArray[np.uint8]]
@@ -23,6 +23,8 @@ def store(field: Field, values: Tensor) -> NDArray[np.uint8]:
     if values.numel() != field.count:
         raise ValueError(f"field {field.name!r} holds {field.count} values, not {values.numel()}")
     flat = values.detach().reshape(-1).contiguous().cpu()
+    if field.dtype == "u32":
+        return pad(flat.numpy().astype("<u4").view(np.uint8))
     if field.dtype[0] == "u":
         return pack_codes(flat.numpy().astype(np.uint16), int(field.dtype[1:]))
     if field.dtype == "bf16":

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..codecs.lowrank import Factors, factorise
 from ..codecs.metric import Metric, Workspace
-from ..kernels.formats import DenseCodec, LowRank
+from ..kernels.codecs import DenseCodec
+from ..kernels.terms import LowRank
 from ..model import LoadedModel
 from ..runtime.low_rank import LowRankTraining
 from ..runtime.replace import packed_modules

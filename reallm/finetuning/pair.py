@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..comparison import compare_models, mask_window
 from ..errors import UserError
-from ..kernels.formats import MAX_RANK, LowRank
+from ..kernels.terms import MAX_RANK, LowRank
 from ..loading import load
 from ..model import LoadedModel, load_model
 from ..planner.plan import Plan

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..compiler import Compilation, codes_digest
-from ..kernels.formats import DenseCodec
+from ..kernels.codecs import DenseCodec
 from ..kernels.layout import file_bytes
 from ..model import LoadedModel
 from ..planner.plan import Choice, Plan

@@ -11,9 +11,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..kernels.formats import FLOAT_NBYTES, AdditiveCodec, DenseCodec, Field, Format, LowRank, ScalarCodec
+from ..kernels.codecs import (
+    FLOAT_NBYTES,
+    TILE,
+    AdditiveCodec,
+    DenseCodec,
+    Field,
+    KMeansCodec,
+    ScalarCodec,
+    TrellisCodec,
+)
+from ..kernels.formats import Format
 from ..kernels.packing import plane_widths, plane_words
 from ..kernels.tables import table
+from ..kernels.terms import LowRank
+from ..kernels.trellis import CODE_UNIT, WORDS_PER_WIDTH, code_table, step_shape
+from .rotation import unrotate_both
 
 Fields = Mapping[str, Tensor]
 
@@ -29,7 +42,7 @@ def unpack(packed: Tensor, bits: int, count: int, index: Tensor | None = None) -
     shape = (count,) if index is None else tuple(index.shape)
     result = torch.zeros(shape, dtype=kind, device=packed.device)
     start = shift = 0
-    for width in plane_widths(bits):
+    for width in plane_widths(bits) if count else ():
         nbytes = 4 * plane_words(count, width)
         plane = packed[start : start + nbytes]
         part = _whole_plane(plane, width, count) if index is None else _gathered(plane, width, index)
@@ -89,6 +102,17 @@ class _Reader:
         field = self.stored[name]
         return read_floats(self.fields[name], field.dtype, field.count)
 
+    def counts(self, name: str) -> Tensor:
+        """All codes of a field that has no rows, int64 [count]."""
+        field = self.stored[name]
+        return unpack(self.fields[name], int(field.dtype[1:]), field.count).to(torch.int64)
+
+    def words(self, name: str) -> Tensor:
+        """All words of a "u32" field, int64 [count]."""
+        body = self.fields[name][: 4 * self.stored[name].count]
+        body = body.clone() if body.storage_offset() % 4 else body
+        return body.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
     def index(self, width: int) -> Tensor:
         """Flat positions [n, width] of the rows read, in a field of `width` values a row."""
         device = self.fields[next(iter(self.stored))].device
@@ -132,9 +156,72 @@ def _additive(codec: AdditiveCodec, read: _Reader, cols: int) -> Tensor:
     return words.reshape(codes.shape[0], -1)[:, :cols] * read.floats("scales")
 
 
+def _kmeans(codec: KMeansCodec, read: _Reader, cols: int) -> Tensor:
+    return read.floats("levels").gather(1, read.codes("codes").to(torch.int64))
+
+
+def _trellis(codec: TrellisCodec, read: _Reader, rows: int, cols: int) -> Tensor:
+    """All rows: tiles reach over 16 of them."""
+    down, across = codec.grid(rows, cols)
+    widths = read.counts("widths")
+    if int(widths.sum()) > codec.total_width(cols) or int(widths.max()) > 2 * codec.state_bits:
+        raise ValueError(f"field 'widths' does not fit {codec.name} with {cols} columns")
+    words = read.words("words")
+    starts = (widths.cumsum(0) - widths) * (down * WORDS_PER_WIDTH)
+    result = torch.zeros(across, down, TILE * TILE, device=words.device)
+    for width in sorted(set(widths.tolist()) - {0}):
+        values, bits, steps = step_shape(width)
+        blocks = torch.nonzero(widths == width).flatten()
+        size = width * WORDS_PER_WIDTH
+        rings = words[starts[blocks][:, None] + torch.arange(down * size, device=words.device)].view(-1, size)
+        position = bits * torch.arange(steps - 1, -1, -1, device=words.device)
+        low, high = rings[:, position >> 5], rings[:, ((position >> 5) + 1) % size]
+        states = ((low | high << 32) >> (position & 31)) & ((1 << codec.state_bits) - 1)
+        table = torch.from_numpy(code_table(codec.state_bits, values).copy()).to(words.device, torch.float32)
+        result[blocks] = table[states].view(len(blocks), down, TILE * TILE)
+    result *= CODE_UNIT * read.flat("scales")[:, None, None]
+    tiles = result.view(across, down * TILE, TILE).transpose(0, 1).reshape(down * TILE, across * TILE)
+    return tiles[:rows, :cols]
+
+
+def _codes(fmt: Format, read: _Reader, rows: int, cols: int) -> Tensor:
+    codec = fmt.codec
+    if isinstance(codec, ScalarCodec):
+        return _scalar(codec, read, cols)
+    if isinstance(codec, AdditiveCodec):
+        return _additive(codec, read, cols)
+    if isinstance(codec, KMeansCodec):
+        return _kmeans(codec, read, cols)
+    assert isinstance(codec, TrellisCodec)
+    return _trellis(codec, read, rows, cols)
+
+
+def _untransform(fmt: Format, read: _Reader, weight: Tensor) -> Tensor:
+    """Rotation, permutation and column scales undone."""
+    if fmt.rotated:
+        weight = unrotate_both(weight)
+    if fmt.permuted:
+        order = read.counts("permutation")
+        if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+            raise ValueError("field 'permutation' is not a permutation of the columns")
+        weight = weight[:, order.argsort()]
+    return weight * read.flat("channel_scales") if fmt.channel_scales else weight
+
+
+def _add_sparse(read: _Reader, weight: Tensor) -> Tensor:
+    counts, where = read.counts("sparse_counts"), read.counts("sparse_cols")
+    if int(counts.sum()) != len(where) or (where.numel() and int(where.max()) >= weight.shape[1]):
+        raise ValueError("the sparse fields contradict each other")
+    rows = torch.arange(len(counts), device=where.device).repeat_interleave(counts)
+    return weight.index_put((rows, where), read.flat("sparse_values"), accumulate=True)
+
+
 def _factors(term: LowRank, read: _Reader) -> tuple[Tensor, Tensor]:
-    left, right = read.floats("left"), read.flat("right").view(term.rank, -1)
-    if term.dtype == "i8":
+    if term.dtype == "i4":
+        left, right = read.codes("left").float() - 8, (read.counts("right").float() - 8).view(term.rank, -1)
+    else:
+        left, right = read.floats("left"), read.flat("right").view(term.rank, -1)
+    if term.dtype != "f16":
         return left * read.flat("left_scales"), right * read.flat("right_scales")[:, None]
     return left, right
 
@@ -179,14 +266,17 @@ def decode(
     stored = _with_shared(fmt, fields, rows, cols, shared)
     if fmt.shared_field and shared is not None:
         fields = {**fields, fmt.shared_field.name: shared}
-    read = _Reader(stored, fields, rows, select)
-    codec = fmt.codec
-    if isinstance(codec, DenseCodec):
+    whole = fmt.rotated or fmt.sparse or isinstance(fmt.codec, TrellisCodec)  # a row cannot be had alone
+    read = _Reader(stored, fields, rows, None if whole else select)
+    if isinstance(fmt.codec, DenseCodec):
         return read.floats("values").to(dtype)
-    weight = _scalar(codec, read, cols) if isinstance(codec, ScalarCodec) else _additive(codec, read, cols)
+    weight = _untransform(fmt, read, _codes(fmt, read, rows, cols))
+    if fmt.sparse:
+        weight = _add_sparse(read, weight)
     if fmt.low_rank and low_rank:
-        left, right = _factors(fmt.low_rank, read)
-        weight = torch.addmm(weight, left, right)
+        weight = torch.addmm(weight, *_factors(fmt.low_rank, read))
+    if whole and select is not None:
+        weight = weight[select]
     return weight.to(dtype)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..codegen.launch import MAX_BATCH, gemv
-from ..kernels.formats import DenseCodec, Format
+from ..codegen.program import has_kernel
+from ..kernels.formats import Format
 from .decode import decode
 from .packed import Packed
 
@@ -35,7 +36,7 @@ def takes_kernel(packed: Packed, inputs: Tensor) -> bool:
     if not (inputs.is_cuda or _interpreted()) or torch.is_grad_enabled() or inputs.dtype not in _DTYPES:
         return False
     few = 0 < inputs.numel() <= MAX_BATCH * packed.cols
-    return few and not isinstance(packed.format.codec, DenseCodec) and kernels_work(inputs.device)
+    return few and has_kernel(packed.format) and kernels_work(inputs.device)
 
 
 def packed_linear(packed: Packed, inputs: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,8 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels.formats import DenseCodec, Format, LowRank
+from ..kernels.codecs import DenseCodec
+from ..kernels.formats import Format
 from ..kernels.packing import aligned
+from ..kernels.terms import LowRank
 from .decode import decode, decode_factors
 from .packed import DecodeMode, Packed
 
@@ -49,7 +51,7 @@ class LowRankTraining(Packed):
         self.forget()
         return self.left_factor, self.right_factor
 
-    def fold(self, dtype: Literal["f16", "i8"] | None = None) -> Format:
+    def fold(self, dtype: Literal["f16", "i8", "i4"] | None = None) -> Format:
         """Write the trained factors back into the fields, as `dtype` (default: as stored before, else f16).
 
         Returns the format, which has grown where the rank has. Raises ValueError if nothing is being trained or a

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels.formats import Field, Format
+from ..kernels.codecs import Field
+from ..kernels.formats import Format
 from .decode import decode
 from .weight import REFUSAL, FrozenWeightError, frozen
 

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import ValidationError, field_validator
 
 from ..errors import UserError
-from ..kernels.formats import Format, FormatError
+from ..kernels.codecs import FormatError
+from ..kernels.formats import Format
 from ..planner.records import Record
 from .packed import DecodeMode, shared_name
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from packed_fields import random_fields, sum_bound
 
 from reallm.codegen.program import Tile
-from reallm.kernels.formats import AdditiveCodec, DoubleQuant, Format, LowRank, ScalarCodec
+from reallm.kernels.codecs import AdditiveCodec, DoubleQuant, ScalarCodec
+from reallm.kernels.formats import Format
 from reallm.kernels.reference import decode_reference
+from reallm.kernels.terms import LowRank
 
 pytest.importorskip("triton", reason="Triton is an extra")
 

@@ -27,7 +27,8 @@ from reallm.codegen.operations import (
 )
 from reallm.codegen.passes import BLOCKS_K, BLOCKS_N, MAX_WARPS, PASSES, hoist_row_scales, run_passes, tile_for
 from reallm.codegen.program import MatrixProgram, Program, Tile, lower, lower_plan, verify_program
-from reallm.kernels.formats import DenseCodec, Format
+from reallm.kernels.codecs import DenseCodec
+from reallm.kernels.formats import Format
 
 GOLDEN = Path(__file__).parent / "golden"
 MIXED = plan_of(

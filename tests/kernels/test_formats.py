@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import formats, random_packed, seeds, shapes
 
-from reallm.kernels.formats import Format, FormatError
+from reallm.kernels.codecs import FormatError
+from reallm.kernels.formats import Format
 from reallm.kernels.packing import ALIGN_BYTES
 
 
@@ -48,6 +51,15 @@ def test_text_is_a_format_or_a_format_error(text: str) -> None:
         "int4-g64+ldl+ldl",
         "int4-g64+r4+r8",
         "int4-g64+gptq",
+        "int4-g64+ldl+ldl2",
+        "aq2x8-d8+lwc",
+        "bf16+rot",
+        "int4-g64+o0",
+        "int4-g64+o201",
+        "km5",
+        "tq2.3-l10",
+        "tq0.5-l10",
+        "tq2-l7",
         "int4-g64+",
         "q4_0",
     ],
@@ -85,5 +97,5 @@ def test_sizes_by_hand() -> None:
 
 @given(formats, shapes)
 def test_feedback_changes_no_byte(fmt: Format, shape: tuple[int, int]) -> None:
-    if "+ldl" in fmt.name:
-        assert Format.parse(fmt.name.replace("+ldl", "")).fields(*shape) == fmt.fields(*shape)
+    if fmt.feedback:
+        assert replace(fmt, feedback="").fields(*shape) == fmt.fields(*shape)

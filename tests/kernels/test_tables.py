@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from reallm.kernels.formats import SCALAR_BITS
+from reallm.kernels.codecs import SCALAR_BITS
 from reallm.kernels.tables import table
 
 

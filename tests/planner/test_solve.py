@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import make_table, tables
 
-from reallm.kernels.formats import DenseCodec, Format
+from reallm.kernels.codecs import DenseCodec
+from reallm.kernels.formats import Format
 from reallm.kernels.layout import TensorSpec, file_bytes
 from reallm.planner.allocate import solve
 from reallm.planner.budget import parse_budget

@@ -14,8 +14,10 @@ from reallm.codecs.lowrank import factorise, store_factors
 from reallm.codecs.shared import fit_shared_codebooks
 from reallm.codecs.stored import store
 from reallm.encoding import codebook_bytes, codebook_values
-from reallm.kernels.formats import SCALAR_BITS, AdditiveCodec, Field, Format, LowRank
+from reallm.kernels.codecs import SCALAR_BITS, AdditiveCodec, Field
+from reallm.kernels.formats import Format
 from reallm.kernels.reference import decode_reference, read_field
+from reallm.kernels.terms import LowRank
 from reallm.planner.stored import shared_key
 from reallm.runtime.decode import decode
 from reallm.space import PRESETS

@@ -16,7 +16,7 @@ from reallm.codecs.feedback import BLOCK_COLUMNS, descend, feed_back
 from reallm.codecs.metric import DAMPING
 from reallm.codecs.scalar import refit_scales
 from reallm.codecs.stored import to_half
-from reallm.kernels.formats import AdditiveCodec
+from reallm.kernels.codecs import AdditiveCodec
 
 STEP = 0.25
 

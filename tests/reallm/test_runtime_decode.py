@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import random_fields
 
-from reallm.kernels.formats import SCALAR_BITS, AdditiveCodec, Format
+from reallm.kernels.codecs import SCALAR_BITS, AdditiveCodec
+from reallm.kernels.formats import Format
+from reallm.kernels.hadamard import rotation
 from reallm.kernels.packing import pack_codes
 from reallm.kernels.reference import decode_reference
 from reallm.runtime.decode import decode, decode_factors, unpack
@@ -22,7 +24,10 @@ SCALARS = [
 DOUBLE = ["nf4-g8-dq8x8", "int3-g16-dq6x16", "uint5-g8-dq4x256", "lm2-g0-dq8x64"]
 ADDITIVE = ["aq1x8-d8", "aq2x8-d8", "aq3x5-d4", "aq4x1-d2", "aq2x12-d8", "aq2x9-d4-shared"]
 LOW_RANK = ["nf3-g16+r3", "int4-g8+r5i8", "aq2x4-d4+r1", "aq1x6-d8-shared+ldl+r2i8"]
-NAMES = [*SCALARS, *DOUBLE, *ADDITIVE, *LOW_RANK, "bf16", "fp16", "fp32"]
+TABLES = ["km3", "km2+r2i4", "km4+o50"]
+TRELLIS = ["tq2-l8", "tq1.375-l10+ldl2+rot", "tq3.125-l12+rot", "tq6-l16"]
+TRANSFORMED = ["int4-g8+perm", "uint3-g16+cs", "lm3-g8+ldl+perm+cs+rot+o20+r3", "aq1x6-d4-shared+rot+o5+r2i4"]
+NAMES = [*SCALARS, *DOUBLE, *ADDITIVE, *LOW_RANK, *TABLES, *TRELLIS, *TRANSFORMED, "bf16", "fp16", "fp32"]
 
 
 def both(
@@ -44,7 +49,18 @@ def tolerance(fmt: Format, fields: dict[str, torch.Tensor], rows: int, cols: int
     left, right = decode_factors(fmt, fields, rows, cols)
     product = float((left.abs() @ right.abs()).max()) if fmt.low_rank else 0.0
     rank = fmt.low_rank.rank if fmt.low_rank else 0
-    return (8 + 2 * rank) * 2.0**-24 * (float(np.abs(reference).max()) + 2 * product + 75.0)
+    bound = (8 + 2 * rank) * 2.0**-24 * (float(np.abs(reference).max()) + 2 * product + 75.0)
+    return bound + rotation_bound(fmt, fields, rows, cols) if fmt.rotated else bound
+
+
+def rotation_bound(fmt: Format, fields: dict[str, torch.Tensor], rows: int, cols: int) -> float:
+    """Sums of at most `rows` + `cols` products, each rounded and with a rounded factor, of magnitudes |R| |C| |R|."""
+    packed = {name: raw.numpy() for name, raw in fields.items()}
+    if fmt.shared_field:
+        packed[fmt.shared_field.name] = random_fields(fmt, rows, cols, rows * cols)[fmt.shared_field.name]
+    codes = np.abs(decode_reference(Format(fmt.codec), packed, rows, cols))
+    largest = (np.abs(rotation(rows)).T @ codes @ np.abs(rotation(cols))).max()
+    return 2 * (rows + cols + 8) * 2.0**-24 * float(largest) * 2  # channel scales are at most 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from reallm.kernels.formats import Field, Format
+from reallm.kernels.codecs import Field
+from reallm.kernels.formats import Format
 from reallm.kernels.packing import pack_codes, pad
 from reallm.kernels.reference import decode_reference
 

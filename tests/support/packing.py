@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from consistent import consistent_fields
 from numpy.typing import NDArray
 
 from reallm.compiler import codes_digest
-from reallm.kernels.formats import DenseCodec, Field, Format
+from reallm.kernels.codecs import DenseCodec, Field
+from reallm.kernels.formats import Format
 from reallm.kernels.layout import file_bytes
 from reallm.kernels.packing import pack_codes, pad
 from reallm.model import LoadedModel, Matrix
@@ -41,7 +43,8 @@ def random_fields(fmt: Format, rows: int, cols: int, seed: int, size: float = 1.
     """Random bytes of every field of a matrix, a shared codebook included."""
     rng = np.random.default_rng(seed)
     fields = fmt.fields(rows, cols) + ((fmt.shared_field,) if fmt.shared_field else ())
-    return {field.name: random_field(field, rng, size) for field in fields}
+    special = consistent_fields(fmt, rows, cols, rng)
+    return {f.name: special[f.name] if f.name in special else random_field(f, rng, size) for f in fields}
 
 
 class PackedModel:

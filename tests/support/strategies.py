@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
+from consistent import consistent_fields
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from reallm.kernels.formats import (
+from reallm.kernels.codecs import (
     SCALAR_BITS,
     AdditiveCodec,
     DenseCodec,
     DoubleQuant,
     Field,
-    Format,
-    LowRank,
+    KMeansCodec,
     ScalarCodec,
+    TrellisCodec,
 )
+from reallm.kernels.formats import Format
 from reallm.kernels.packing import pack_codes, pad
+from reallm.kernels.terms import LowRank, Sparse
 from reallm.planner.problem import Candidate, Item, Problem
 from reallm.planner.records import MatrixRecord, MeasuredTable, MeasurementRecord, SharedRecord
 from reallm.planner.stored import shared_key
@@ -36,11 +39,24 @@ scalar_codecs = st.builds(
 additive_codecs = st.builds(
     AdditiveCodec, st.integers(1, 4), st.integers(1, 12), st.sampled_from((2, 4, 8)), st.booleans()
 )
-low_ranks = st.builds(LowRank, st.integers(1, 1024), st.sampled_from(("f16", "i8")))
+kmeans_codecs = st.builds(KMeansCodec, st.integers(2, 4))
+trellis_codecs = st.builds(TrellisCodec, st.integers(8, 48), st.integers(8, 16))
+feedbacks = st.sampled_from(("", "ldl", "ldl2"))
+sparse_terms = st.one_of(st.none(), st.builds(Sparse, st.integers(1, 200)))
+transforms = (st.booleans(), st.booleans(), st.booleans(), sparse_terms)  # permuted, channel scales, rotated, sparse
+low_ranks = st.builds(LowRank, st.integers(1, 1024), st.sampled_from(("f16", "i8", "i4")))
 dense_formats = st.builds(Format, st.builds(DenseCodec, st.sampled_from(("f16", "bf16", "f32"))))
 formats = st.one_of(
     dense_formats,
-    st.builds(Format, st.one_of(scalar_codecs, additive_codecs), st.one_of(st.none(), low_ranks), st.booleans()),
+    st.builds(
+        Format,
+        st.one_of(additive_codecs, kmeans_codecs, trellis_codecs),
+        st.one_of(st.none(), low_ranks),
+        feedbacks,
+        st.just(False),
+        *transforms,
+    ),
+    st.builds(Format, scalar_codecs, st.one_of(st.none(), low_ranks), feedbacks, st.booleans(), *transforms),
 )
 
 
@@ -61,7 +77,8 @@ def random_packed(fmt: Format, rows: int, cols: int, seed: int) -> dict[str, NDA
     """Random fields of a matrix [rows, cols], with the shared codebook where the format has one."""
     rng = np.random.default_rng(seed)
     fields = fmt.fields(rows, cols) + ((fmt.shared_field,) if fmt.shared_field else ())
-    return {field.name: random_field(field, rng) for field in fields}
+    special = consistent_fields(fmt, rows, cols, rng)
+    return {field.name: special[field.name] if field.name in special else random_field(field, rng) for field in fields}
 
 
 @st.composite

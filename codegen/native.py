@@ -1,0 +1,100 @@
+"""Native code: C++ sources of ours, built by the system's compiler when first needed, kept in the user's cache.
+
+A source is built for the tier of this machine (AVX-512, AVX2 or the portable baseline), never for the very processor,
+so that a cache that several machines share holds no instruction one of them lacks. The name of a built library carries
+the hash of all that made it: source, flags, compiler. REALLM_NATIVE=portable|avx2|avx512 takes a lower tier than the
+machine's, off none: callers then take their portable path. REALLM_CACHE names another cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LOG = logging.getLogger(__name__)
+SOURCES = Path(__file__).resolve().parents[1] / "kernels" / "native"
+TIERS: dict[str, tuple[str, ...]] = {
+    "portable": ("-DLANES=8",),
+    "avx2": ("-march=x86-64-v3", "-DLANES=16"),
+    "avx512": ("-march=x86-64-v4", "-DLANES=32"),
+}
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi", "-ffp-contract=off")
+BUILD_SECONDS = 120
+
+
+def machine_tier() -> str:
+    """The best tier this machine can run, or what REALLM_NATIVE asks for if that is lower; "off" for none."""
+    capability = torch.backends.cpu.get_cpu_capability() if platform.machine() in ("x86_64", "AMD64") else ""
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "portable")
+    asked = os.environ.get("REALLM_NATIVE", best)
+    if asked == "off" or asked not in TIERS:
+        return "off" if asked == "off" else best
+    return min(asked, best, key=list(TIERS).index)
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: REALLM_CACHE, or the user's cache folder."""
+    if named := os.environ.get("REALLM_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reallm"
+
+
+def _compiler() -> str | None:
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None
+    )
+
+
+@cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The library built from `name`.cpp, or None, having said why once, if it cannot be built here."""
+    tier = machine_tier()
+    if tier == "off":
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        LOG.warning("no C++ compiler (g++ or clang++): %s runs in torch, many times slower", name)
+        return None
+    source = SOURCES / f"{name}.cpp"
+    flags = (*FLAGS, *TIERS[tier])
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = hashlib.sha256("\n".join([source.read_text("utf-8"), *flags, version]).encode()).hexdigest()[:20]
+    try:
+        return ctypes.CDLL(str(_built(source, compiler, flags, f"{name}-{tier}-{key}.so")))
+    except (OSError, subprocess.SubprocessError) as error:
+        LOG.warning("%s cannot be built (%s): it runs in torch, many times slower", name, _reason(error))
+        return None
+
+
+def _reason(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error)
+    return next((line for line in said.splitlines() if line.strip()), type(error).__name__)
+
+
+def _built(source: Path, compiler: str, flags: tuple[str, ...], file: str) -> Path:
+    """The built library: from the cache, or made now, in a temporary folder if the cache cannot be written."""
+    folder = cache_folder() / "native"
+    if (folder / file).exists():
+        return folder / file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=folder)
+    except OSError:
+        folder = Path(scratch := tempfile.mkdtemp(prefix="reallm-"))
+    made = Path(scratch) / f"new-{file}"
+    command = [compiler, *flags, "-o", str(made), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    made.replace(folder / file)  # whole or not at all, whoever else builds it
+    if folder != Path(scratch):
+        Path(scratch).rmdir()
+    return folder / file

@@ -1,0 +1,75 @@
+"""What may stand beside the codes of a matrix: transforms of the weight, sparse outliers, a low-rank term.
+
+    W_hat = T^-1(decode(codes)) + S + L R
+
+T^-1 undoes, in this order, whichever the format has: a rotation of both sides (`hadamard`; QuIP#, arXiv 2402.04396), a
+permutation of the columns (ReALLM, arXiv 2405.13155), a scale per column (AWQ, arXiv 2306.00978).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .codecs import Field, FormatError
+
+MAX_RANK = 1024
+MAX_PERMILLE = 200
+MAX_COLS = 1 << 16
+"""Columns are stored as 16-bit numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Factors L[N, rank] R[rank, K]; int8 and int4 ones carry one fp16 scale per component on each side.
+
+    An int4 factor is stored in 4-bit codes, 8 more than its value.
+    """
+
+    rank: int
+    dtype: Literal["f16", "i8", "i4"] = "f16"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= MAX_RANK:
+            raise FormatError(f"rank is 1 to {MAX_RANK}, not {self.rank}")
+
+    @property
+    def name(self) -> str:
+        return f"r{self.rank}" + ("" if self.dtype == "f16" else self.dtype)
+
+    def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
+        stored = "u4" if self.dtype == "i4" else self.dtype
+        factors = (Field("left", stored, rows * self.rank), Field("right", stored, self.rank * cols))
+        if self.dtype == "f16":
+            return factors
+        return (*factors, Field("left_scales", "f16", self.rank), Field("right_scales", "f16", self.rank))
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """The `permille` thousandths of the weights that matter most, kept apart in fp16 (SpQR, arXiv 2306.03078).
+
+    Stored by rows: how many a row has, then their columns in rising order, and what they add to the decoded weight.
+    """
+
+    permille: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.permille <= MAX_PERMILLE:
+            raise FormatError(f"sparse outliers are 1 to {MAX_PERMILLE} per mille of the weights, not {self.permille}")
+
+    @property
+    def name(self) -> str:
+        return f"o{self.permille}"
+
+    def count(self, rows: int, cols: int) -> int:
+        """How many weights are kept apart, at least one."""
+        return max(1, rows * cols * self.permille // 1000)
+
+    def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
+        count = self.count(rows, cols)
+        return (
+            Field("sparse_counts", "u16", rows),
+            Field("sparse_cols", "u16", count),
+            Field("sparse_values", "f16", count),
+        )
