@@ -26,7 +26,7 @@ def solve(
     exclude: Sequence[str] = (),
     formats: Sequence[str] | None = None,
     ties: Ties = "none",
-    cost: Cost = "guided",
+    cost: Cost = "two_sided",
     time_limit_s: float = 60.0,
     work: str = "",
 ) -> Plan:

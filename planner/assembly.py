@@ -90,7 +90,7 @@ def _notes(selection: Selection, choices: tuple[Choice, ...], bound: Bound) -> t
         notes.append(f"{len(only)} matrices have no measured candidate and stay dense, such as {only[0]}")
     if selection.wishes.exclude:
         notes.append(f"--exclude leaves {len(selection.fixed)} matrices dense and out of the bits per weight")
-    if selection.wishes.cost != "guided":
+    if selection.wishes.cost not in ("two_sided", "guided"):
         notes.append(f"costs are the {selection.wishes.cost} error, not the guided loss")
     if bound.status != "optimal" and bound.solver != "none":
         notes.append("the search ended before the plan was proved optimal; more seconds may find a better one")

@@ -21,7 +21,7 @@ from .plan import PlanError, Scope
 from .records import MatrixRecord, MeasuredTable
 from .stored import DENSE_NAME, shared_key
 
-Cost = Literal["guided", "fisher", "relative"]
+Cost = Literal["two_sided", "guided", "fisher", "relative"]
 Ties = Literal["none", "inputs", "family"]
 
 
@@ -50,7 +50,7 @@ class Wishes:
     exclude: tuple[str, ...] = ()
     formats: tuple[str, ...] | None = None
     ties: Ties = "none"
-    cost: Cost = "guided"
+    cost: Cost = "two_sided"
 
 
 def dense_format(matrix: MatrixRecord, dtype: str) -> Format:

@@ -56,7 +56,12 @@ class MeasurementRecord(Record):
     format: str
     nbytes: int = Field(gt=0)
     guided: float = Field(ge=0, allow_inf_nan=False)
-    """1/2 tr(E H_guided E^T), in nats per token: the cost the planner minimises."""
+    """1/2 tr(E H_guided E^T), in nats per token."""
+    two_sided: float = Field(ge=0, allow_inf_nan=False)
+    """1/2 tr(G E H_guided E^T), G the gradients' damped second moment over its mean diagonal: what is minimised.
+
+    As `guided` where there is no G (embeddings, heads).
+    """
     fisher: float = Field(ge=0, allow_inf_nan=False)
     """1/2 sum(F * E^2) with F the diagonal Fisher, in nats per token."""
     relative: float = Field(ge=0, allow_inf_nan=False)

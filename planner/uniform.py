@@ -51,7 +51,7 @@ def uniform_plan(
     scope: Scope = "matrices",
     pins: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    cost: Cost = "guided",
+    cost: Cost = "two_sided",
     work: str = "",
 ) -> Plan:
     """The plan with `fmt` for every matrix that takes part; its budget is what it takes.

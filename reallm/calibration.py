@@ -8,6 +8,8 @@ is taken at the masked ones):
     H         = 1/n sum x_t x_t^T                        per distinct input
     H_guided  = 1/n sum mean_i(g_ti^2) x_t x_t^T         per matrix (GuidedQuant, arXiv 2505.07004)
     F_ij      = 1/n sum g_ti^2 x_tj^2                    per matrix, the diagonal Fisher (LQ-LoRA, arXiv 2311.12023)
+    G         = 1/n sum mean_j(x_tj^2) g_t g_t^T         per linear layer: H_guided x G is a Kronecker factorisation of
+                                                         the Fisher information (as in K-FAC, arXiv 1503.05671)
 
 An output head also gets a weight per row, mean_t(g_ti^2) over its mean; an embedding gets the diagonal Fisher of its
 look-ups. One file a block; a pass that is interrupted goes on at the block it had reached.
@@ -23,6 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -40,6 +44,7 @@ from .taps import Taps
 
 OUTER = "outer"
 DONE_FILE = "calibration.json"
+MEMORY_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class BlockStatistics:
     """Head name -> [N], mean one."""
     lookups: dict[str, Tensor]
     """Embedding name -> diagonal Fisher of its look-ups [N, K]."""
+    grams: dict[str, Tensor]
+    """Linear layer or expert -> second moment of its output's gradients [N, N]."""
 
 
 @dataclass
@@ -79,7 +86,7 @@ def read_statistics(folder: Path, block: int | None, matrices: Sequence[Matrix])
     """Statistics of `matrices`, which all lie in `block`; nothing else is read. Raises UserError for a damaged file."""
     path = statistics_path(folder, block)
     names = {m.name for m in matrices}
-    kinds = ("hessian", "guided", "fisher", "row_weight", "lookup")
+    kinds = ("hessian", "guided", "fisher", "row_weight", "lookup", "gram")
     wanted = dict.fromkeys(kinds, names) | {"hessian": {m.input for m in matrices}}
     parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     try:
@@ -90,7 +97,7 @@ def read_statistics(folder: Path, block: int | None, matrices: Sequence[Matrix])
                     parts[kind][name] = file.get_tensor(key).float()
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove the folder {folder} and measure again") from None
-    return BlockStatistics(parts["hessian"], parts["guided"], parts["fisher"], parts["row_weight"], parts["lookup"])
+    return BlockStatistics(*(parts[kind] for kind in kinds))
 
 
 def calibrate(loaded: LoadedModel, windows: Tensor, folder: Path, *, seed: int = 0) -> CalibrationReport:
@@ -102,11 +109,35 @@ def calibrate(loaded: LoadedModel, windows: Tensor, folder: Path, *, seed: int =
     with alone_in(folder):
         done, partial = folder / DONE_FILE, folder / "partial"
         if not done.exists():
-            with eager_experts(loaded.model), _frozen(loaded.model):
+            with eager_experts(loaded.model), _frozen(loaded.model), computing_in(loaded.model, compute_dtype(loaded)):
                 report = _calibrate(loaded, windows, folder, seed)
             write_text_atomic(done, canonical_json(vars(report)))
         shutil.rmtree(partial, ignore_errors=True)
         return CalibrationReport(**json.loads(done.read_text(encoding="utf-8")))
+
+
+def compute_dtype(loaded: LoadedModel) -> torch.dtype:
+    """Float32, unless a copy of the model in it would take over MEMORY_SHARE of the free memory: then its own dtype.
+
+    More exact, and on processors without bfloat16 arithmetic six times as fast.
+    """
+    nbytes = 4 * sum(tensor.numel() for tensor in loaded.model.parameters())
+    fits = nbytes <= MEMORY_SHARE * psutil.virtual_memory().available
+    return torch.float32 if fits else loaded.dtype
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters and buffers of another floating dtype are in `dtype` meanwhile; afterwards they are what they were."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype not in (dtype, torch.float32)]
+    try:
+        for tensor, _ in before:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 @contextmanager

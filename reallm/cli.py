@@ -176,7 +176,7 @@ def plan(
     exclude: Annotated[list[str] | None, typer.Option(help="REGEX of matrices to leave as they are.")] = None,
     formats: Annotated[list[str] | None, typer.Option("--format", help="Candidates allowed, such as 'int4-*'.")] = None,
     ties: Annotated[Ties, typer.Option(help="Matrices that must get one format.")] = "none",
-    cost: Annotated[Cost, typer.Option(help="The measured cost to minimise.")] = "guided",
+    cost: Annotated[Cost, typer.Option(help="The measured cost to minimise.")] = "two_sided",
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds for the solver.")] = 60.0,
 ) -> None:
     """Choose every matrix's format: the least predicted loss within a budget. Seconds; needs no model."""

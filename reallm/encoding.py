@@ -84,6 +84,7 @@ def metric_of(matrix: Matrix, statistics: BlockStatistics) -> Metric:
         fisher=fisher if lookup is None else fisher + lookup,
         row_weight=statistics.row_weights.get(matrix.name),
         extra_fisher=lookup,
+        gram=statistics.grams.get(matrix.name),
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cache import content_key, fields_sha256
-from .calibration import calibrate
+from .calibration import calibrate, compute_dtype
 from .codecs import CODEC_VERSION, Workspace, encode
 from .codecs.shared import fit_shared_codebooks
 from .encoding import Job, codebook_bytes, codebook_values, one_thread
@@ -36,7 +36,7 @@ from .space import Space, load_space
 from .text import Text, load_text, shortage, windows
 
 LOG = logging.getLogger(__name__)
-STATISTICS_VERSION = 1  # part of every key: raise it whenever the statistics may change
+STATISTICS_VERSION = 2  # part of every key: raise it whenever the statistics may change
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -54,6 +54,7 @@ def _measure_one(
         format=fmt.name,
         nbytes=sum(value.nbytes for value in fields.values()),
         guided=work.metric.guided(error),
+        two_sided=work.two_sided(error),
         fisher=work.metric.diagonal(error),
         relative=float(error.square().sum(dtype=torch.float64)) / power if power > 0 else 0.0,
         seconds=round(seconds, 3),
@@ -153,6 +154,7 @@ def _identity(loaded: LoadedModel, ids: Tensor, seed: int) -> str:
     """Hash of all that the statistics depend on."""
     tokens = fields_sha256({"ids": ids.numpy().astype("<i8").reshape(-1).view(np.uint8)})
     parts = {"model": loaded.digest, "tokens": tokens, "shape": list(ids.shape), "seed": seed}
+    parts["computed_in"] = str(compute_dtype(loaded))
     return content_key({**parts, "version": STATISTICS_VERSION})
 
 

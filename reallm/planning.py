@@ -20,7 +20,7 @@ def plan(
     exclude: Sequence[str] = (),
     formats: Sequence[str] | None = None,
     ties: Ties = "none",
-    cost: Cost = "guided",
+    cost: Cost = "two_sided",
     time_limit_s: float = 60.0,
 ) -> Plan:
     """The plan of least predicted loss within `budget` ("3.0bpw", "48MiB"), from the table `measure` left in `work`.

@@ -74,7 +74,7 @@ class Taps:
             yield
 
     def collected(self) -> dict[str, Tensor]:
-        """What is stored: Fisher and look-ups in bf16, the rest in float32; row weights with mean one."""
+        """What is stored: Fisher, look-ups and Gram matrices in bf16, the rest float32; row weights with mean one."""
         result = {}
         for key, value in self.sums.items():
             kind = key.split("/", 1)[0]
@@ -82,7 +82,7 @@ class Taps:
                 mean = value.mean()
                 result[key] = value / mean if float(mean) > 0 else torch.ones_like(value)
             else:
-                result[key] = value.to(torch.bfloat16) if kind in ("fisher", "lookup") else value
+                result[key] = value.to(torch.bfloat16) if kind in ("fisher", "lookup", "gram") else value
         return result
 
     # -- what the hooks see -----------------------------------------------------------------------------------------
@@ -143,10 +143,17 @@ class Taps:
             guided = self._sum(f"guided/{matrix.name}", matrix.cols, matrix.cols)
             guided.add_(((x * importance).T @ x).div_(self.tokens))
             self._add_fisher(matrix, g2, x, half)
+            if matrix.kind in ("linear", "expert"):
+                self._add_gram(matrix, gradient, x)
             if matrix.kind in ("head", "embedding"):
                 self._sum(f"row_weight/{matrix.name}", matrix.rows).add_(g2.sum(0))
 
         _on_gradient(output, receive)
+
+    def _add_gram(self, matrix: Matrix, gradient: Tensor, x: Tensor) -> None:
+        g = gradient.detach().float().reshape(-1, matrix.rows)
+        weighted = g * x.square().mean(1, keepdim=True)
+        self._sum(f"gram/{matrix.name}", matrix.rows, matrix.rows).add_((weighted.T @ g).div_(self.tokens))
 
     def _add_fisher(self, matrix: Matrix, g2: Tensor, x: Tensor, half: torch.dtype) -> None:
         """Sums of positive products: the model's own dtype is precise enough for each window's share (bf16: 2^-9)."""

@@ -22,6 +22,7 @@ namespace {
 typedef uint16_t u16;
 typedef u16 Metric __attribute__((vector_size(2 * LANES)));
 typedef int16_t Signed __attribute__((vector_size(2 * LANES)));
+typedef float Line __attribute__((vector_size(64)));  // a row of a tile
 typedef uint8_t Branch __attribute__((vector_size(LANES)));
 
 constexpr int kTile = 16, kWeights = kTile * kTile, kSeam = 128, kPad = 256;
@@ -120,6 +121,21 @@ void closed_walk(Search& search, const float* x) {
   viterbi<V, k>(search, x, steps, search.walk[seam / 2] >> k);
 }
 
+// rest[row] -= feedback[row] (x - value) for the rows from `first` on; x and value are one tile.
+void take_off(const float* x, const float* value, const float* feedback, float* rest, int64_t first, int64_t rows) {
+  Line error[kTile], found[kTile];
+  memcpy(error, x, sizeof error);
+  memcpy(found, value, sizeof found);
+  for (int i = 0; i < kTile; i++) error[i] -= found[i];
+  for (int64_t row = first; row < rows; row++) {
+    const float* weight = feedback + row * kTile;
+    Line line;
+    memcpy(&line, rest + row * kTile, sizeof line);
+    for (int i = 0; i < kTile; i++) line -= weight[i] * error[i];
+    memcpy(rest + row * kTile, &line, sizeof line);
+  }
+}
+
 typedef void (*Walker)(Search&, const float*);
 Walker walker(int width) {
   switch (width) {
@@ -141,8 +157,8 @@ Walker walker(int width) {
 
 // One block of 16 columns: walks `states` [tiles, 256 / V] and what they stand for, `values` [16 tiles, 16], for
 // `target` [16 tiles, 16] in units of the code's standard deviation. `code` is int16 [2^L, V] with standard deviation
-// `deviation`. `feedback`, if any, is [16 tiles, 16 tiles], block lower triangular: the error of a tile is taken off the
-// tiles below it, target[i] -= feedback[i, tile] error. Returns 0, or 1 for a width it does not know, 2 without memory.
+// `deviation`. `feedback`, if any, is [tiles, 16 tiles, 16]: the error of a tile is taken off the rows below it,
+// target[i] -= feedback[tile, i] error. Returns 0, or 1 for a width it does not know, 2 without memory.
 extern "C" int reallm_trellis_block(const float* target, int64_t tiles, int state_bits, int width, const int16_t* code,
                                     float deviation, float clip, const float* feedback, float* values,
                                     uint16_t* states) {
@@ -170,20 +186,15 @@ extern "C" int reallm_trellis_block(const float* target, int64_t tiles, int stat
     const int64_t rows = tiles * kTile;
     std::vector<float> rest(target, target + rows * kTile);
     for (int64_t tile = 0; tile < tiles; tile++) {
-      float *x = rest.data() + tile * kWeights, *value = values + tile * kWeights;
+      const float* x = rest.data() + tile * kWeights;
+      float* value = values + tile * kWeights;
       walk(search, x);
       memcpy(states + tile * search.steps, search.walk.data(), search.steps * sizeof(u16));
       for (int t = 0; t < search.steps; t++)
         for (int v = 0; v < per_step; v++)
           value[t * per_step + v] = code[search.walk[t] * per_step + v] / deviation;
       if (!feedback) continue;
-      for (int i = 0; i < kWeights; i++) x[i] -= value[i];
-      for (int64_t row = (tile + 1) * kTile; row < rows; row++) {
-        const float* weight = feedback + row * rows + tile * kTile;
-        float* line = rest.data() + row * kTile;
-        for (int i = 0; i < kTile; i++)
-          for (int j = 0; j < kTile; j++) line[j] -= weight[i] * x[i * kTile + j];
-      }
+      take_off(x, value, feedback + tile * rows * kTile, rest.data(), (tile + 1) * kTile, rows);
     }
   } catch (const std::bad_alloc&) {
     return 2;

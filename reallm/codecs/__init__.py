@@ -65,7 +65,8 @@ def _alternate(
     for _ in range(MAX_ALTERNATIONS):
         factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed)
         values, quantised = _encode_rest(W - factors.product, fmt, work, shared, seed)
-        cost = work.metric.guided(W - quantised - factors.product)
+        error = W - quantised - factors.product
+        cost = work.two_sided(error) if fmt.feedback == "ldl2" else work.metric.guided(error)
         if cost >= best_cost:
             break
         best, best_cost = (values, factors), cost

@@ -21,7 +21,7 @@ from reallm.runtime.rotation import rotate_both
 
 LOG = logging.getLogger(__name__)
 DAMPING = 0.01  # share of the mean diagonal added to H (GPTQ, arXiv 2210.17323)
-OUTPUT_DAMPING = 0.3
+OUTPUT_DAMPING = 2.0
 """Share of the mean diagonal added to the output's Hessian; less trusts it too far (docs/log.md)."""
 MAX_DAMPING = 1e4
 
@@ -73,6 +73,19 @@ class Workspace:
         self.metric = metric
         self.notes: list[str] = []
         self._hessian, self._output_hessian = hessian, output_hessian
+
+    def two_sided(self, error: Tensor) -> float:
+        """1/2 tr(G E H E^T) in nats per token, G with mean diagonal one; the guided cost where G is unknown."""
+        G = self.cost_weight
+        if G is None:
+            return self.metric.guided(error)
+        return 0.5 * max(float(((G @ error) * (error @ self.metric.hessian)).sum(dtype=torch.float64)), 0.0)
+
+    @cached_property
+    def cost_weight(self) -> Tensor | None:
+        """`output_hessian` over its mean diagonal, float32 [N, N]."""
+        G = self.output_hessian
+        return None if G is None else (G / G.diagonal().mean()).float()
 
     @cached_property
     def column_weight(self) -> Tensor:

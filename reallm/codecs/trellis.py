@@ -166,14 +166,14 @@ def _padded(H: Tensor, size: int) -> Tensor:
 
 
 def _spread_below(factor: Tensor) -> Tensor:
-    """[N, N], block lower triangular: what the error of a tile takes off the tiles below it."""
-    result = torch.zeros_like(factor)
-    for start in range(0, len(factor), TILE):
-        span = slice(start, start + TILE)
+    """[tiles, N, TILE]: what the error of a tile takes off the rows below it."""
+    result = torch.zeros(len(factor) // TILE, len(factor), TILE)
+    for tile in range(len(result)):
+        span = slice(tile * TILE, (tile + 1) * TILE)
         corner = factor[span, span].T.contiguous()
         below = factor[span, span.stop :].T
-        result[span.stop :, span] = torch.linalg.solve_triangular(corner, below, upper=False, left=False)
-    return result.contiguous()
+        result[tile, span.stop :] = torch.linalg.solve_triangular(corner, below, upper=False, left=False)
+    return result
 
 
 def encode_trellis(

@@ -26,7 +26,7 @@ def closed_walks(
 ) -> tuple[Tensor, NDArray[np.uint16]]:
     """(values [16 t, 16], walks [t, n]) for the tiles of `target` [16 t, 16], in deviations of the code.
 
-    `below` [16 t, 16 t] spreads the error of a tile onto those below it; `clip` bounds the distances of the search.
+    `below` [t, 16 t, 16] spreads the error of a tile onto the rows below it; `clip` bounds the distances of the search.
     """
     native = library("trellis")
     if native is None:
@@ -66,7 +66,7 @@ def _portable(target: Tensor, state_bits: int, width: int, below: Tensor | None)
         walks[first : first + together] = found.numpy().astype(np.uint16)
         values[span] = code[found].reshape(-1, TILE)
         if below is not None:
-            rest[span.stop :] -= below[span.stop :, span] @ (rest[span] - values[span])
+            rest[span.stop :] -= below[first, span.stop :] @ (rest[span] - values[span])
     return values, walks
 
 

@@ -34,7 +34,7 @@ def taking(table: MeasuredTable, scope: str) -> list[MatrixRecord]:
 
 
 def choices_of(table: MeasuredTable, matrix: MatrixRecord) -> dict[str, float]:
-    measured = {r.format: r.guided for r in table.measurements if r.matrix == matrix.name}
+    measured = {r.format: r.two_sided for r in table.measurements if r.matrix == matrix.name}
     return {**measured, "bf16": 0.0}
 
 

@@ -17,7 +17,15 @@ from reallm.planner.records import MeasurementRecord
 KEY = content_key({"a": 1})
 FIELDS = {"codes": np.arange(64, dtype=np.uint8), "scales": np.zeros(128, dtype=np.uint8)}
 RECORD = MeasurementRecord(
-    matrix="m", format="int4-g8", nbytes=192, guided=0.1, fisher=0.3, relative=1e-30, seconds=0.5, codes_sha256="0" * 64
+    matrix="m",
+    format="int4-g8",
+    nbytes=192,
+    guided=0.1,
+    two_sided=0.1,
+    fisher=0.3,
+    relative=1e-30,
+    seconds=0.5,
+    codes_sha256="0" * 64,
 )
 
 

@@ -105,7 +105,7 @@ def choices_of(table: MeasuredTable) -> list[Choice]:
             kind=matrices[record.matrix].kind,
             family=matrices[record.matrix].family,
             nbytes=record.nbytes,
-            cost=record.guided,
+            cost=record.two_sided,
             codes_sha256=record.codes_sha256,
         )
         for record in table.measurements
@@ -168,7 +168,7 @@ def test_the_digest_of_a_table_leaves_out_what_time_it_took(whole: Path) -> None
     table = read_record(whole / TABLE_FILE, MeasuredTable, "measure")
     slower = [record.model_copy(update={"seconds": record.seconds + 1}) for record in table.measurements]
     assert table.model_copy(update={"measurements": tuple(slower), "base": {}}).digest() == table.digest()
-    dearer = [record.model_copy(update={"guided": record.guided * 2}) for record in table.measurements]
+    dearer = [record.model_copy(update={"two_sided": record.two_sided * 2}) for record in table.measurements]
     assert table.model_copy(update={"measurements": tuple(dearer)}).digest() != table.digest()
 
 

@@ -144,6 +144,7 @@ def _measurement(matrix: MatrixRecord, name: str, cost: float) -> MeasurementRec
         format=name,
         nbytes=nbytes,
         guided=cost,
+        two_sided=cost,
         fisher=2 * cost,
         relative=cost / 2,
         seconds=0.5,
