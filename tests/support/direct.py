@@ -108,6 +108,9 @@ def _add_uses(loaded: LoadedModel, uses: Uses, sums: dict[str, Tensor]) -> None:
             _add(sums, f"hessian/{matrix.input}", x.T @ x)
         _add(sums, f"guided/{name}", (x * g2.mean(1, keepdim=True)).T @ x)
         _add(sums, f"fisher/{name}", g2.T @ x.square())
+        if matrix.kind in ("linear", "expert"):
+            gradient = output.grad.reshape(-1, matrix.rows)
+            _add(sums, f"gram/{name}", (gradient * x.square().mean(1, keepdim=True)).T @ gradient)
         if matrix.kind in ("head", "embedding"):
             _add(sums, f"row_weight/{name}", g2.sum(0))
 
