@@ -88,6 +88,9 @@ def _notes(selection: Selection, choices: tuple[Choice, ...], bound: Bound) -> t
         notes.append("the budget holds every matrix uncompressed; a smaller one would give a smaller model")
     if only := [c.matrix for c in choices if len(selection.options[c.matrix]) == 1 and not c.codes_sha256]:
         notes.append(f"{len(only)} matrices have no measured candidate and stay dense, such as {only[0]}")
+    if bounded := selection.table.bounded:
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(bounded.items()))
+        notes.append(f"bounded and not measured, with the number of matrices: {listed}")
     if selection.wishes.exclude:
         notes.append(f"--exclude leaves {len(selection.fixed)} matrices dense and out of the bits per weight")
     if selection.wishes.cost not in ("two_sided", "guided"):

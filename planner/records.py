@@ -96,6 +96,8 @@ class MeasuredTable(Record):
     matrices: tuple[MatrixRecord, ...]
     measurements: tuple[MeasurementRecord, ...]
     shared: tuple[SharedRecord, ...] = ()
+    bounded: Mapping[str, int] = {}
+    """Format -> number of matrices that were not measured in it, as it cannot matter at the budgets asked."""
     base: Mapping[str, float] = {}
     """Measured facts worth keeping: calibration perplexity, peak RSS in bytes, seconds of each stage."""
 

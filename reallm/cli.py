@@ -135,6 +135,10 @@ def measure(
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 1024,
     seed: Seed = 0,
     jobs: Annotated[int, typer.Option(help="Matrices encoded at once; -1 for every core.")] = -1,
+    bpw: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="LEAST MOST bits per weight to plan for; leaves out candidates that cannot matter there."),
+    ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Wrap .jsonl messages as the model does.")
     ] = False,
@@ -157,6 +161,7 @@ def measure(
         seed=seed,
         jobs=jobs,
         chat_template=chat_template,
+        bpw=bpw,
     )
     base = table.base
     typer.echo(
@@ -175,6 +180,7 @@ def plan(
     pin: Annotated[list[str] | None, typer.Option(help="REGEX=FORMAT for the matrices it finds; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="REGEX of matrices to leave as they are.")] = None,
     formats: Annotated[list[str] | None, typer.Option("--format", help="Candidates allowed, such as 'int4-*'.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Only the formats of one method: gptq, qtip, lq-lora, ...")] = None,
     ties: Annotated[Ties, typer.Option(help="Matrices that must get one format.")] = "none",
     cost: Annotated[Cost, typer.Option(help="The measured cost to minimise.")] = "two_sided",
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds for the solver.")] = 60.0,
@@ -190,6 +196,7 @@ def plan(
         pins=pin or (),
         exclude=exclude or (),
         formats=formats,
+        preset=preset,
         ties=ties,
         cost=cost,
         time_limit_s=time_limit,

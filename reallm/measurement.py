@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import joblib
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from .bounding import Anchored, anchor_of, worth_measuring
 from .cache import content_key, fields_sha256
 from .calibration import calibrate, compute_dtype
 from .codecs import CODEC_VERSION, Workspace, encode
@@ -29,7 +30,15 @@ from .errors import UserError
 from .kernels.formats import Format
 from .memory import peak_rss_bytes
 from .model import LoadedModel, Matrix, check_storable, load_model
-from .planner.records import TABLE_FILE, MeasuredTable, MeasurementRecord, SharedRecord, write_record
+from .planner.records import (
+    TABLE_FILE,
+    MeasuredTable,
+    MeasurementRecord,
+    RecordError,
+    SharedRecord,
+    read_record,
+    write_record,
+)
 from .planner.stored import shared_key
 from .runtime.decode import decode
 from .space import Space, load_space
@@ -84,13 +93,13 @@ def _measure_matrix(
 
 
 def _tasks(
-    loaded: LoadedModel, space: Space, job: Job
+    loaded: LoadedModel, wanted: Mapping[str, Sequence[Format]], job: Job
 ) -> tuple[list[MeasurementRecord], list[tuple[Matrix, list[Format]]]]:
     """(what the cache has, what is missing), the largest matrices first."""
     known, missing = [], []
     for matrix in sorted(loaded.matrices, key=lambda m: -m.numel):
         absent = []
-        for fmt in space.formats[matrix.kind]:
+        for fmt in wanted[matrix.name]:
             record = job.cache.measurement(job.key(matrix.name, fmt))
             if record is None:
                 absent.append(fmt)
@@ -150,6 +159,22 @@ def _run(
     return found, largest
 
 
+def _bounded(
+    loaded: LoadedModel, space: Space, job: Job, books: dict[str, Tensor], jobs: int, bpw: tuple[float, float]
+) -> tuple[dict[str, tuple[Format, ...]], int]:
+    """(formats worth measuring by matrix name, peak memory) after measuring every linear matrix in one format."""
+    inner = [m for m in loaded.matrices if m.kind in ("linear", "expert")]
+    anchors = {m.name: anchor_of(space.formats[m.kind]) for m in inner}
+    first = {m.name: tuple(f for f in (anchors.get(m.name),) if f) for m in loaded.matrices}
+    known, missing = _tasks(loaded, first, job)
+    found, peak = _run(loaded, missing, job, books, jobs)
+    costs = {record.matrix: record.two_sided for record in (*known, *found)}
+    numel = sum(m.numel for m in inner)
+    anchored = [Anchored(m, costs[m.name]) for m in inner if m.name in costs]
+    useful = worth_measuring(anchored, space.formats, (bpw[0] * numel / 8, bpw[1] * numel / 8))
+    return {m.name: tuple(useful.get(m.name, space.formats[m.kind])) for m in loaded.matrices}, peak
+
+
 def _identity(loaded: LoadedModel, ids: Tensor, seed: int) -> str:
     """Hash of all that the statistics depend on."""
     tokens = fields_sha256({"ids": ids.numpy().astype("<i8").reshape(-1).view(np.uint8)})
@@ -182,14 +207,19 @@ def measure(
     jobs: int = -1,
     chat_template: bool = False,
     keep_codes: bool = True,
+    bpw: tuple[float, float] | None = None,
 ) -> MeasuredTable:
     """Measure every (matrix, format) of `space` for `model` and write the table to the folder `output`.
 
     `nsamples` windows of `seqlen` tokens of `text` calibrate; None is English text that Python itself carries. `jobs`
     worker processes, -1 for one a core. `keep_codes=False` saves the disk of the packed candidates (about their bytes
-    together) and makes `compile` encode the chosen ones again. Costs are in nats per token. Raises UserError.
+    together) and makes `compile` encode the chosen ones again. `bpw`, the least and the most bits per weight that will
+    be planned for, leaves out candidates that cannot matter there (see `bounding`); the table and its plans name them.
+    Costs are in nats per token. Raises UserError.
     """
     began = time.monotonic()
+    if bpw is not None and not 0 < bpw[0] <= bpw[1]:
+        raise UserError(f"--bpw {bpw[0]} {bpw[1]}: expected the least and the most bits per weight, such as 2 4")
     chosen, output, source = load_space(space), Path(output), load_text(text)
     loaded = load_model(model)
     check_storable(loaded)
@@ -200,9 +230,13 @@ def measure(
         LOG.warning("%s", note)
     calibrated = time.monotonic()
     books, shared = _codebooks(loaded, chosen, job)
-    known, missing = _tasks(loaded, chosen, job)
     workers = joblib.cpu_count() if jobs < 0 else max(jobs, 1)
-    records, worker_bytes = _run(loaded, missing, job, books, workers)
+    wanted, worker_bytes = {m.name: chosen.formats[m.kind] for m in loaded.matrices}, 0
+    if bpw is not None:
+        wanted, worker_bytes = _bounded(loaded, chosen, job, books, workers, bpw)
+    known, missing = _tasks(loaded, wanted, job)
+    records, largest = _run(loaded, missing, job, books, workers)
+    worker_bytes = max(worker_bytes, largest)
     facts = {
         "calibration_perplexity": report.perplexity,
         "calibration_seconds": round(calibrated - began, 1),
@@ -218,8 +252,42 @@ def measure(
         "identity": job.identity,
     }
     table = _table(loaded, source, known + records, shared, settings, report.tokens, facts)
+    table = _with_earlier(table, output)
+    table = table.model_copy(update={"bounded": _unmeasured(loaded, chosen, table)})
     write_record(output / TABLE_FILE, table)
     return table
+
+
+def _unmeasured(loaded: LoadedModel, space: Space, table: MeasuredTable) -> dict[str, int]:
+    """Format -> how many matrices of the space were not measured in it."""
+    known = {(record.matrix, record.format) for record in table.measurements}
+    counts: dict[str, int] = {}
+    for matrix in loaded.matrices:
+        for fmt in space.formats[matrix.kind]:
+            if (matrix.name, fmt.name) not in known:
+                counts[fmt.name] = counts.get(fmt.name, 0) + 1
+    return counts
+
+
+def _with_earlier(table: MeasuredTable, output: Path) -> MeasuredTable:
+    """`table` and what an earlier run measured in other formats on the same model, text and settings."""
+    try:
+        earlier = read_record(output / TABLE_FILE, MeasuredTable, "measure")
+    except RecordError:  # none, or one of another version
+        return table
+    own = {"identity": table.settings["identity"], "codec": table.settings["codec"]}
+    if {key: earlier.settings.get(key) for key in own} != own:
+        return table
+    known = {(r.matrix, r.format) for r in table.measurements}
+    added = [r for r in earlier.measurements if (r.matrix, r.format) not in known]
+    books = {record.key for record in table.shared}
+    order = {m.name: i for i, m in enumerate(table.matrices)}
+    return table.model_copy(
+        update={
+            "measurements": tuple(sorted([*table.measurements, *added], key=lambda r: (order[r.matrix], r.format))),
+            "shared": (*table.shared, *(record for record in earlier.shared if record.key not in books)),
+        }
+    )
 
 
 def _table(

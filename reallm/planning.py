@@ -10,6 +10,9 @@ from reallm.planner.candidates import Cost, Ties
 from reallm.planner.plan import PLAN_FILE, Plan
 from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record, write_record
 
+from .errors import UserError
+from .space import PRESETS, load_space
+
 
 def plan(
     work: str | Path,
@@ -19,16 +22,20 @@ def plan(
     pins: Sequence[str] = (),
     exclude: Sequence[str] = (),
     formats: Sequence[str] | None = None,
+    preset: str | None = None,
     ties: Ties = "none",
     cost: Cost = "two_sided",
     time_limit_s: float = 60.0,
 ) -> Plan:
     """The plan of least predicted loss within `budget` ("3.0bpw", "48MiB"), from the table `measure` left in `work`.
 
+    `preset` allows the formats of one published method only, as `space.PRESETS` names them; the rest is the same.
     Written to `output` where given. See `reallm.planner.allocate.solve` for the wishes and the errors; RecordError when
     `work` holds no table.
     """
     table = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure")
+    if preset is not None:
+        formats = [*(formats or ()), *preset_formats(table, preset, work)]
     result = solve(
         table,
         budget,
@@ -43,6 +50,18 @@ def plan(
     if output is not None:
         write_record(Path(output), result)
     return result
+
+
+def preset_formats(table: MeasuredTable, preset: str, work: str | Path) -> list[str]:
+    """The formats of `preset` that `table` holds. Raises UserError for an unknown preset or an unmeasured one."""
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: no such preset; there are {', '.join(PRESETS)}")
+    wanted = {fmt.name for formats in load_space(preset).formats.values() for fmt in formats}
+    found = sorted(wanted & {record.format for record in table.measurements})
+    if not found:
+        way_out = f"reallm measure {table.model} -o {work} --space {preset} (with the same --text) adds them"
+        raise UserError(f"--preset {preset}: none of its formats was measured in {work}; {way_out}")
+    return found
 
 
 def read_plan(path: str | Path) -> Plan:
