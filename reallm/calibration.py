@@ -21,7 +21,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from .boundaries import save_tensors
 from .errors import UserError
 from .lock import alone_in
 from .model import LoadedModel, Matrix
+from .prefix import weights_of
 from .probe import eager_experts
 from .streaming import Streamer
 from .taps import Taps
@@ -100,16 +101,24 @@ def read_statistics(folder: Path, block: int | None, matrices: Sequence[Matrix])
     return BlockStatistics(*(parts[kind] for kind in kinds))
 
 
-def calibrate(loaded: LoadedModel, windows: Tensor, folder: Path, *, seed: int = 0) -> CalibrationReport:
+def calibrate(
+    loaded: LoadedModel, windows: Tensor, folder: Path, *, seed: int = 0, prefix: Path | None = None
+) -> CalibrationReport:
     """Write the statistics of every matrix of `loaded` on `windows` (int64 [n, seqlen]) to `folder`; resumable.
 
+    `prefix`: an artifact whose weights give the blocks their inputs (see `prefix`); None for the model's own.
     The caller gives every (model, text, settings) a folder of its own; a second process in it waits for the first.
     Raises UserError for activations or gradients that are not finite, and for blocks that form no chain.
     """
     with alone_in(folder):
         done, partial = folder / DONE_FILE, folder / "partial"
         if not done.exists():
-            with eager_experts(loaded.model), _frozen(loaded.model), computing_in(loaded.model, compute_dtype(loaded)):
+            with ExitStack() as stack:
+                if prefix is not None:
+                    stack.enter_context(weights_of(prefix, loaded))
+                stack.enter_context(eager_experts(loaded.model))
+                stack.enter_context(_frozen(loaded.model))
+                stack.enter_context(computing_in(loaded.model, compute_dtype(loaded)))
                 report = _calibrate(loaded, windows, folder, seed)
             write_text_atomic(done, canonical_json(vars(report)))
         shutil.rmtree(partial, ignore_errors=True)

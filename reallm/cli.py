@@ -139,6 +139,9 @@ def measure(
         tuple[float, float] | None,
         typer.Option(help="LEAST MOST bits per weight to plan for; leaves out candidates that cannot matter there."),
     ] = None,
+    prefix: Annotated[
+        Path | None, typer.Option(help="An artifact of the model: calibrate on the inputs its weights give each block.")
+    ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Wrap .jsonl messages as the model does.")
     ] = False,
@@ -162,6 +165,7 @@ def measure(
         jobs=jobs,
         chat_template=chat_template,
         bpw=bpw,
+        prefix=prefix,
     )
     base = table.base
     typer.echo(

@@ -40,6 +40,7 @@ from .planner.records import (
     write_record,
 )
 from .planner.stored import shared_key
+from .prefix import prefix_digest
 from .runtime.decode import decode
 from .space import Space, load_space
 from .text import Text, load_text, shortage, windows
@@ -175,10 +176,12 @@ def _bounded(
     return {m.name: tuple(useful.get(m.name, space.formats[m.kind])) for m in loaded.matrices}, peak
 
 
-def _identity(loaded: LoadedModel, ids: Tensor, seed: int) -> str:
+def _identity(loaded: LoadedModel, ids: Tensor, seed: int, prefix: Path | None) -> str:
     """Hash of all that the statistics depend on."""
     tokens = fields_sha256({"ids": ids.numpy().astype("<i8").reshape(-1).view(np.uint8)})
     parts = {"model": loaded.digest, "tokens": tokens, "shape": list(ids.shape), "seed": seed}
+    if prefix is not None:
+        parts["prefix"] = prefix_digest(prefix, loaded)
     parts["computed_in"] = str(compute_dtype(loaded))
     return content_key({**parts, "version": STATISTICS_VERSION})
 
@@ -208,6 +211,7 @@ def measure(
     chat_template: bool = False,
     keep_codes: bool = True,
     bpw: tuple[float, float] | None = None,
+    prefix: str | Path | None = None,
 ) -> MeasuredTable:
     """Measure every (matrix, format) of `space` for `model` and write the table to the folder `output`.
 
@@ -215,17 +219,19 @@ def measure(
     worker processes, -1 for one a core. `keep_codes=False` saves the disk of the packed candidates (about their bytes
     together) and makes `compile` encode the chosen ones again. `bpw`, the least and the most bits per weight that will
     be planned for, leaves out candidates that cannot matter there (see `bounding`); the table and its plans name them.
-    Costs are in nats per token. Raises UserError.
+    `prefix`, an artifact of the same model, calibrates on the inputs that its weights give every block. Costs are in
+    nats per token. Raises UserError.
     """
     began = time.monotonic()
     if bpw is not None and not 0 < bpw[0] <= bpw[1]:
         raise UserError(f"--bpw {bpw[0]} {bpw[1]}: expected the least and the most bits per weight, such as 2 4")
+    before = None if prefix is None else Path(prefix)
     chosen, output, source = load_space(space), Path(output), load_text(text)
     loaded = load_model(model)
     check_storable(loaded)
     ids = draw(loaded, source, nsamples, seqlen, seed, chat_template)
-    job = Job.at(output, _identity(loaded, ids, seed), seed, keep_codes)
-    report = calibrate(loaded, ids, job.statistics, seed=seed)
+    job = Job.at(output, _identity(loaded, ids, seed, before), seed, keep_codes)
+    report = calibrate(loaded, ids, job.statistics, seed=seed, prefix=before)
     for note in (*loaded.notes, *report.notes):
         LOG.warning("%s", note)
     calibrated = time.monotonic()
