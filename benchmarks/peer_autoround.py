@@ -3,9 +3,9 @@
     python peer_autoround.py MODEL BITS GROUP_SIZE WINDOWS OUTPUT
 
 WINDOWS is a safetensors file with `windows`, int64 [n, seqlen]: the calibration tokens, the same as ours. Writes OUTPUT
-as peer_output.py tells. Asymmetric, 50 iterations a block (as its "light" recipe) of 2 windows each in float32, which on
-16 windows is 6 passes; the light recipe makes 3, of 8 windows an iteration. The rest is at its defaults. Bits per weight
-count the codes, an fp16 scale and a zero point of BITS bits a group.
+as peer_output.py tells. Asymmetric, in float32, 50 iterations a block as in its "light" recipe, each of 2 windows: 6
+passes over 16 windows, where that recipe makes 3 over its 128. The rest is at its defaults. Bits per weight count the
+codes, an fp16 scale and a zero point of BITS bits a group.
 """
 
 from __future__ import annotations

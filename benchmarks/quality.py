@@ -4,8 +4,8 @@
 
 Every method compresses the decoder linears of the same model, in this one run; the calibration tokens are the same for
 all that calibrate. One evaluator measures all: KL to the float32 model in nats per token on 8 windows of 1024 tokens.
-Bits per weight count every byte of ours (padding too) and of the peers their codes, scales and zeros. Ours is planned at
-the peer's own bits. Finished parts are kept in .bench/quality and used again; delete the folder to start anew.
+Bits per weight count every byte of ours (padding too) and of the peers their codes, scales and zeros. Ours is planned
+at the peer's own bits. Finished parts are kept in .bench/quality and used again; delete the folder to start anew.
 """
 
 from __future__ import annotations
