@@ -1,5 +1,7 @@
 # make demo | test | check | bench NAME=quality     each sets up .venv by itself, once
 #
+#   NAME=quality_peers     the peers of NAME=quality alone, kept for it
+#
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:
 #                          TORCH_INDEX=https://download.pytorch.org/whl/cpu

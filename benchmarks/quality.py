@@ -1,11 +1,11 @@
-"""Quality at equal bytes: reallm beside HQQ and GPTQ, and beside its own best uniform format.
+"""Quality at equal bytes: reallm beside the methods of benchmarks/peers.py, and beside its own best uniform format.
 
     make bench NAME=quality [MODEL=...] [TEXT=calibration] [TEST=held-out] [JOBS=2]
 
 Every method compresses the decoder linears of the same model, in this one run; the calibration tokens are the same for
-GPTQ and for us. One evaluator measures all: KL to the float32 model in nats per token on 8 windows of 1024 tokens. Bits
-per weight count every byte of ours (padding too) and of the peers their codes, scales and zeros. Ours is planned at the
-peer's own bits. Finished parts are kept in .bench/quality and used again; delete the folder to start anew.
+all that calibrate. One evaluator measures all: KL to the float32 model in nats per token on 8 windows of 1024 tokens.
+Bits per weight count every byte of ours (padding too) and of the peers their codes, scales and zeros. Ours is planned
+at the peer's own bits. Finished parts are kept in .bench/quality and used again; delete the folder to start anew.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +24,11 @@ from typing import cast
 import psutil
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.peers import PEERS, ROOT, Peer, run_peer
 from reallm.cache import content_key
 from reallm.comparison import Comparison, compare_models
 from reallm.compiler import compile_plan
@@ -52,38 +51,13 @@ from reallm.planning import plan
 from reallm.report import columns_table
 from reallm.text import load_text, windows
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".bench" / "quality"
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
-PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 DEFAULT_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:train"
 DEFAULT_TEST = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 ROUNDING = 1e-9
 """Bits per weight added so that a decimal budget is not a byte short; far under a byte for 10^9 weights."""
 NSAMPLES, SEQLEN, WINDOWS, SEED = 16, 1024, 8, 0
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One setting of another method."""
-
-    method: str
-    bits: int
-    group_size: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.method} {self.bits} bits g{self.group_size}"
-
-
-PEERS = (
-    Peer("HQQ", 4, 64),
-    Peer("HQQ", 3, 32),
-    Peer("HQQ", 3, 64),
-    Peer("HQQ", 2, 32),
-    Peer("GPTQ", 4, 64),
-    Peer("GPTQ", 3, 64),
-)
 
 
 @dataclass(frozen=True)
@@ -95,6 +69,9 @@ class Measured:
     kl: float
     perplexity: float
     versions: dict[str, str]
+    seconds: float | None = None
+    """Of a peer: its quantisation alone."""
+    peak_rss_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +117,7 @@ class Bench:
         source = load_model(model)
         if source.tokenizer is None:
             raise UserError(f"{model} has no tokenizer")
+        self.text = text
         calibration, held_out = load_text(text), load_text(test, split="test")
         key = content_key({"model": source.digest, "text": calibration.sha256, "test": held_out.sha256})
         self.folder = FOLDER / key[:12]
@@ -167,23 +145,16 @@ class Bench:
         return compare_models(cast(PreTrainedModel, self.dense), model, self.windows)
 
     def peer(self, peer: Peer) -> Measured:
-        """Quantise the base with `peer` in a process of its own virtual environment, and evaluate what it stored."""
-        output = self.folder / "peer"
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True)
-        script = ROOT / "benchmarks" / f"peer_{peer.method.lower()}.py"
-        calibration = [str(self.calibration)] if peer.method == "GPTQ" else []
-        settings = [str(self.base_folder), str(peer.bits), str(peer.group_size)]
-        command = [str(PEER_PYTHON), str(script), *settings, *calibration, str(output)]
-        subprocess.run(command, check=True, cwd=output, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-        report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+        """The result of `peer` on the base, from an earlier run or made now."""
+        return self.kept(peer.name, partial(self._run, peer))
+
+    def _run(self, peer: Peer) -> Measured:
+        weights, report = run_peer(peer, self.base_folder, self.calibration, self.folder / "peer")
         model = load_model(self.base_folder, dtype=torch.float32).model
-        weights = load_file(output / "weights.safetensors")
         found = model.load_state_dict(weights, strict=False)
         assert not found.unexpected_keys and len(weights) == sum(m.kind == "linear" for m in self.base.matrices)
-        result = self.compare(model)
-        shutil.rmtree(output)
-        return _measured(peer.name, report["bits_per_weight"], result, report["versions"])
+        result = _measured(peer.name, report.bits_per_weight, self.compare(model), report.versions)
+        return replace(result, seconds=report.seconds, peak_rss_bytes=report.peak_rss_bytes)
 
     def ours(self, name: str, chosen: Plan) -> Measured:
         """Compile `chosen` and evaluate the artifact, from the disk."""
@@ -205,7 +176,7 @@ def rows(bench: Bench, work: Path) -> Iterator[Row]:
     table = read_record(work / TABLE_FILE, MeasuredTable, "measure")
     formats = []
     for peer in PEERS:
-        theirs = bench.kept(peer.name, partial(bench.peer, peer))
+        theirs = bench.peer(peer)
         chosen = plan(work, budget=f"{theirs.bits_per_weight}bpw")
         yield row(planned(bench, "reallm", chosen), theirs)
         if chosen.uniform is not None and chosen.uniform.format not in formats:
@@ -249,16 +220,21 @@ def machine() -> str:
     return f"{name}, {psutil.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
+def bench_from_environment(console: Console) -> Bench:
+    """The bench of MODEL, TEXT and TEST, or of their defaults."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    text, test = os.environ.get("TEXT") or DEFAULT_TEXT, os.environ.get("TEST") or DEFAULT_TEST
+    return Bench(os.environ.get("MODEL") or str(fetch_model(FOLDER, console)), text, test)
+
+
 def main() -> None:
     """Run what is missing, write the results and print them."""
     console = Console()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    text, test = os.environ.get("TEXT") or DEFAULT_TEXT, os.environ.get("TEST") or DEFAULT_TEST
-    bench = Bench(os.environ.get("MODEL") or str(fetch_model(FOLDER, console)), text, test)
+    bench = bench_from_environment(console)
     work = bench.folder / "work"
     jobs = int(os.environ.get("JOBS") or -1)
     space = os.environ.get("SPACE") or "default"
-    measure(bench.base_folder, text=text, output=work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs)
+    measure(bench.base_folder, text=bench.text, output=work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs)
     found = []
     for result in rows(bench, work):
         found.append(result)

@@ -1,0 +1,47 @@
+"""What the scripts of the peers share; imported by them in .venv-bench, beside which it lies.
+
+A peer's answer is two files: weights.safetensors, the dequantised decoder linears by parameter name, and report.json,
+its bits per weight, seconds, peak memory and versions.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+FLOAT_BITS = 16
+"""Bits of a stored scale, in all methods that store it as fp16."""
+
+
+def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The decoder linears and their names; the head is no one's to quantise here."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            yield name, module
+
+
+def require_levels(name: str, weight: torch.Tensor, bits: int, group_size: int) -> None:
+    """Stop unless each of the first 64 groups of `weight` [N, K] holds at most 2^bits values."""
+    groups = weight.reshape(-1, group_size)[:64]
+    if max(len(group.unique()) for group in groups) > 1 << bits:
+        raise SystemExit(f"{name} is not quantised to {bits} bits")
+
+
+def write_output(
+    output: Path, weights: dict[str, torch.Tensor], stored_bits: int, seconds: float, packages: tuple[str, ...]
+) -> None:
+    """The two files. `stored_bits` is the total over all of `weights`."""
+    report = {
+        "bits_per_weight": stored_bits / sum(weight.numel() for weight in weights.values()),
+        "seconds": seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": {name: version(name) for name in (*packages, "torch", "transformers")},
+    }
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, output / "weights.safetensors")
+    (output / "report.json").write_text(json.dumps(report))
