@@ -1,246 +1,70 @@
-"""Quality at equal bytes: reallm beside the methods of benchmarks/peers.py, and beside its own best uniform format.
+"""Quality at equal bytes: reallm beside the targets it was given and the methods of benchmarks/peers.py.
 
     make bench NAME=quality [MODEL=...] [TEXT=calibration] [TEST=held-out] [JOBS=2]
 
-Every method compresses the decoder linears of the same model, in this one run; the calibration tokens are the same for
-all that calibrate. One evaluator measures all: KL to the float32 model in nats per token on 8 windows of 1024 tokens.
-Bits per weight count every byte of ours (padding too) and of the peers their codes, scales and zeros. Ours is planned
-at the peer's own bits. Finished parts are kept in .bench/quality and used again; delete the folder to start anew.
+All in this one run; the calibration tokens are the same for all that calibrate. Bits per weight count every byte of
+ours (padding too) and of the peers their codes, scales and zeros. Ours is the planner's mix at the peer's own bits,
+without any training; the last rows are the best single format of ours at its own bytes.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
-import psutil
-import torch
 from rich.console import Console
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from benchmarks.peers import PEERS, ROOT, Peer, run_peer
-from reallm.cache import content_key
-from reallm.comparison import Comparison, compare_models
-from reallm.compiler import compile_plan
-from reallm.demo import fetch_model
-from reallm.errors import UserError
-from reallm.loading import load
-from reallm.measurement import draw, measure
-from reallm.model import load_model
-from reallm.planner.plan import Plan
-from reallm.planner.records import (
-    TABLE_FILE,
-    MeasuredTable,
-    canonical_json,
-    read_record,
-    write_record,
-    write_text_atomic,
+from benchmarks.bench import (
+    NSAMPLES,
+    ROUNDING,
+    SEQLEN,
+    Bench,
+    Measured,
+    Row,
+    bench_from_environment,
+    planned,
+    report,
+    row,
 )
+from benchmarks.peers import PEERS, ROOT
+from reallm.measurement import measure
+from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record
 from reallm.planner.uniform import uniform_plan
 from reallm.planning import plan
-from reallm.report import columns_table
-from reallm.text import load_text, windows
 
-FOLDER = ROOT / ".bench" / "quality"
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
-DEFAULT_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:train"
-DEFAULT_TEST = "Salesforce/wikitext:wikitext-2-raw-v1:test"
-ROUNDING = 1e-9
-"""Bits per weight added so that a decimal budget is not a byte short; far under a byte for 10^9 weights."""
-NSAMPLES, SEQLEN, WINDOWS, SEED = 16, 1024, 8, 0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one method costs: bits per weight, and KL to the base in nats per token."""
-
-    name: str
-    bits_per_weight: float
-    kl: float
-    perplexity: float
-    versions: dict[str, str]
-    seconds: float | None = None
-    """Of a peer: its quantisation alone."""
-    peak_rss_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison, lower is better on both sides."""
-
-    figure: str
-    unit: str
-    ours: float
-    ours_bits_per_weight: float
-    ours_perplexity: float
-    peer_name: str
-    peer: float
-    peer_bits_per_weight: float
-    peer_perplexity: float
-    ratio: float
-    """Ours over the peer's."""
-    versions: dict[str, str]
-    machine: str
-
-
-class Remembered:
-    """The base model, whose logits on a window are computed once: 200 MB a window of 1024 tokens here."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.device, self.known = model, model.device, dict[bytes, Tensor]()
-
-    def eval(self) -> None:
-        """As a model's."""
-        self.model.eval()
-
-    def __call__(self, input_ids: Tensor) -> SimpleNamespace:
-        key = input_ids.numpy().tobytes()
-        if key not in self.known:
-            self.known[key] = self.model(input_ids=input_ids).logits
-        return SimpleNamespace(logits=self.known[key])
-
-
-class Bench:
-    """The base model, the tokens, and what is measured on them."""
-
-    def __init__(self, model: str, text: str, test: str) -> None:
-        source = load_model(model)
-        if source.tokenizer is None:
-            raise UserError(f"{model} has no tokenizer")
-        self.text = text
-        calibration, held_out = load_text(text), load_text(test, split="test")
-        key = content_key({"model": source.digest, "text": calibration.sha256, "test": held_out.sha256})
-        self.folder = FOLDER / key[:12]
-        self.base_folder = self.folder / "base"
-        if not (self.base_folder / "config.json").exists():
-            source.model.save_pretrained(self.base_folder)
-            source.tokenizer.save_pretrained(self.base_folder)
-        self.base = load_model(self.base_folder)
-        self.dense = Remembered(load_model(self.base_folder, dtype=torch.float32).model)
-        self.calibration = self.folder / "calibration.safetensors"
-        save_file({"windows": draw(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
-        self.windows = windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]
-
-    def kept(self, name: str, make: Callable[[], Measured]) -> Measured:
-        """The result called `name`, from an earlier run or made now."""
-        path = self.folder / "results" / f"{name.replace(' ', '-')}.json"
-        if path.exists():
-            return Measured(**json.loads(path.read_text(encoding="utf-8")))
-        result = make()
-        write_text_atomic(path, canonical_json(asdict(result)))
-        return result
-
-    def compare(self, model: PreTrainedModel) -> Comparison:
-        """Perplexity and KL of `model` to the float32 base."""
-        return compare_models(cast(PreTrainedModel, self.dense), model, self.windows)
-
-    def peer(self, peer: Peer) -> Measured:
-        """The result of `peer` on the base, from an earlier run or made now."""
-        return self.kept(peer.name, partial(self._run, peer))
-
-    def _run(self, peer: Peer) -> Measured:
-        weights, report = run_peer(peer, self.base_folder, self.calibration, self.folder / "peer")
-        model = load_model(self.base_folder, dtype=torch.float32).model
-        found = model.load_state_dict(weights, strict=False)
-        assert not found.unexpected_keys and len(weights) == sum(m.kind == "linear" for m in self.base.matrices)
-        result = _measured(peer.name, report.bits_per_weight, self.compare(model), report.versions)
-        return replace(result, seconds=report.seconds, peak_rss_bytes=report.peak_rss_bytes)
-
-    def ours(self, name: str, chosen: Plan) -> Measured:
-        """Compile `chosen` and evaluate the artifact, from the disk."""
-        plan_path, output = self.folder / "plan.json", self.folder / "out"
-        write_record(plan_path, chosen)
-        compile_plan(plan_path, output, model=self.base, kernels=False, force=True)
-        model, _ = load(output, dtype=torch.float32)
-        result = self.compare(model)
-        return _measured(name, chosen.bits_per_weight, result, {"reallm": version("reallm")})
-
-
-def _measured(name: str, bits: float, found: Comparison, versions: dict[str, str]) -> Measured:
-    assert found.divergence is not None
-    return Measured(name, bits, found.divergence.mean, found.perplexity, versions)
+TARGETS = {2.0: 0.85, 2.5: 0.42, 3.0: 0.20, 3.5: 0.12, 4.0: 0.058}
+"""Bits per weight -> KL that the mix is to stay under on SmolLM2-135M and WikiText-2."""
 
 
 def rows(bench: Bench, work: Path) -> Iterator[Row]:
-    """A row a peer, ours planned at the peer's bits; then a row a uniform format that was best at one of those."""
+    """A row a target, a row a peer, then a row a uniform format that was best at one of those."""
     table = read_record(work / TABLE_FILE, MeasuredTable, "measure")
     formats = []
-    for peer in PEERS:
-        theirs = bench.peer(peer)
-        chosen = plan(work, budget=f"{theirs.bits_per_weight}bpw")
-        yield row(planned(bench, "reallm", chosen), theirs)
+    for bits, kl in TARGETS.items():
+        chosen = plan(work, budget=f"{bits}bpw")
+        yield row(planned(bench, "reallm", chosen), Measured(f"target {kl}", bits, kl, float("nan"), {}))
         if chosen.uniform is not None and chosen.uniform.format not in formats:
             formats.append(chosen.uniform.format)
+    for peer in PEERS:
+        theirs = bench.peer(peer)
+        yield row(planned(bench, "reallm", plan(work, budget=f"{theirs.bits_per_weight}bpw")), theirs)
     for fmt in formats:
         uniform = uniform_plan(table, fmt, work=str(work))
         chosen = plan(work, budget=f"{uniform.bits_per_weight + ROUNDING:.9f}bpw")
         yield row(planned(bench, "reallm", chosen), planned(bench, f"uniform {fmt}", uniform))
 
 
-def planned(bench: Bench, name: str, chosen: Plan) -> Measured:
-    """The result of a plan, kept under the hash of its choices."""
-    key = content_key({"choices": [choice.model_dump(mode="json") for choice in chosen.choices]})
-    return bench.kept(f"{name} {key[:12]}", partial(bench.ours, name, chosen))
-
-
-def row(ours: Measured, other: Measured) -> Row:
-    """The two beside each other, at the other's bits per weight."""
-    return Row(
-        figure=f"KL to the float32 model at {other.bits_per_weight:.4g} bits per weight",
-        unit="nats per token",
-        ours=ours.kl,
-        ours_bits_per_weight=ours.bits_per_weight,
-        ours_perplexity=ours.perplexity,
-        peer_name=other.name,
-        peer=other.kl,
-        peer_bits_per_weight=other.bits_per_weight,
-        peer_perplexity=other.perplexity,
-        ratio=ours.kl / other.kl,
-        versions=other.versions | {"reallm": version("reallm"), "torch": torch.__version__},
-        machine=machine(),
-    )
-
-
-def machine() -> str:
-    """The CPU by name, its cores and the operating system."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {psutil.cpu_count()} cores, {platform.system()} {platform.release()}"
-
-
-def bench_from_environment(console: Console) -> Bench:
-    """The bench of MODEL, TEXT and TEST, or of their defaults."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    text, test = os.environ.get("TEXT") or DEFAULT_TEXT, os.environ.get("TEST") or DEFAULT_TEST
-    return Bench(os.environ.get("MODEL") or str(fetch_model(FOLDER, console)), text, test)
-
-
 def main() -> None:
     """Run what is missing, write the results and print them."""
     console = Console()
     bench = bench_from_environment(console)
-    work = bench.folder / "work"
-    jobs = int(os.environ.get("JOBS") or -1)
-    space = os.environ.get("SPACE") or "default"
-    measure(bench.base_folder, text=bench.text, output=work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs)
-    found = []
-    for result in rows(bench, work):
-        found.append(result)
-        write_text_atomic(RESULTS, canonical_json([asdict(each) for each in found]))
-    lines = [[r.figure, r.peer_name, f"{r.ours:.4f}", f"{r.peer:.4f}", f"{r.ratio:.3f}"] for r in found]
-    console.print(columns_table("quality", ("figure", "peer", "ours", "peer's", "ratio"), lines))
+    jobs, space = int(os.environ.get("JOBS") or -1), os.environ.get("SPACE") or "default"
+    measure(
+        bench.base_folder, text=bench.text, output=bench.work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs
+    )
+    report("quality", rows(bench, bench.work), RESULTS, console)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from benchmarks.bench import bench_from_environment
 from benchmarks.peers import PEERS
-from benchmarks.quality import bench_from_environment
 from reallm.report import columns_table
 
 

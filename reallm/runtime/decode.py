@@ -164,7 +164,8 @@ def _trellis(codec: TrellisCodec, read: _Reader, rows: int, cols: int) -> Tensor
     """All rows: tiles reach over 16 of them."""
     down, across = codec.grid(rows, cols)
     widths = read.counts("widths")
-    if int(widths.sum()) > codec.total_width(cols) or int(widths.max()) > 2 * codec.state_bits:
+    wide = any(step_shape(width)[1] > codec.state_bits for width in widths.tolist())
+    if wide or int(widths.sum()) > codec.total_width(cols):
         raise ValueError(f"field 'widths' does not fit {codec.name} with {cols} columns")
     words = read.words("words")
     starts = (widths.cumsum(0) - widths) * (down * WORDS_PER_WIDTH)

@@ -1,0 +1,66 @@
+"""The planner's mix beside every preset, a published method each: one format everywhere, and the mix at its bytes.
+
+    make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out]
+
+After NAME=quality, whose measured folder it adds to. A preset's row is its own format nearest each of BITS bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from benchmarks.bench import NSAMPLES, ROUNDING, SEQLEN, Bench, Row, bench_from_environment, planned, report, row
+from benchmarks.peers import ROOT
+from reallm.kernels.formats import Format
+from reallm.measurement import measure
+from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.uniform import uniform_plan
+from reallm.planning import plan
+from reallm.space import PRESETS
+
+RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
+OWN = ("default", "quick", "scalar")
+BITS = (2.2, 3.2, 4.2)
+"""Nearest to these, so that codes and the scales beside them are counted."""
+
+
+def chosen_formats(preset: str, bench: Bench) -> list[str]:
+    """The formats of `preset` that come nearest to BITS, on the model's own shapes."""
+    inner = [m for m in bench.base.matrices if m.kind == "linear"]
+    numel = sum(m.numel for m in inner)
+    sizes = {
+        name: 8 * sum(Format.parse(name).nbytes(m.rows, m.cols) for m in inner) / numel for name in PRESETS[preset][0]
+    }
+    nearest = {min(sizes, key=lambda name: abs(sizes[name] - bits)) for bits in BITS}
+    return sorted((name for name in nearest if sizes[name] < 5), key=lambda name: sizes[name])
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    """A row a format of a preset."""
+    table = read_record(bench.work / TABLE_FILE, MeasuredTable, "measure")
+    for preset in (name for name in PRESETS if name not in OWN):
+        for fmt in chosen_formats(preset, bench):
+            uniform = uniform_plan(table, fmt, work=str(bench.work))
+            mix = plan(bench.work, budget=f"{uniform.bits_per_weight + ROUNDING:.9f}bpw")
+            yield row(planned(bench, "reallm", mix), planned(bench, f"{preset} {fmt}", uniform))
+
+
+def main() -> None:
+    """Measure what is missing, evaluate, write and print."""
+    console = Console()
+    bench = bench_from_environment(console)
+    formats = sorted({fmt for preset in PRESETS if preset not in OWN for fmt in chosen_formats(preset, bench)})
+    space = bench.folder / "presets.yaml"
+    space.write_text(f"linear: [{', '.join(formats)}]\n", encoding="utf-8")
+    jobs = int(os.environ.get("JOBS") or -1)
+    measure(
+        bench.base_folder, text=bench.text, output=bench.work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs
+    )
+    report("presets", rows(bench), RESULTS, console)
+
+
+if __name__ == "__main__":
+    main()
