@@ -70,7 +70,8 @@ class Measured:
     perplexity: float
     versions: dict[str, str]
     seconds: float | None = None
-    """Of a peer: its quantisation alone."""
+    """Of a peer, as PeerReport tells."""
+    processor_seconds: float | None = None
     peak_rss_bytes: int | None = None
 
 
@@ -154,7 +155,8 @@ class Bench:
         found = model.load_state_dict(weights, strict=False)
         assert not found.unexpected_keys and len(weights) == sum(m.kind == "linear" for m in self.base.matrices)
         result = _measured(peer.name, report.bits_per_weight, self.compare(model), report.versions)
-        return replace(result, seconds=report.seconds, peak_rss_bytes=report.peak_rss_bytes)
+        cost = {name: getattr(report, name) for name in ("seconds", "processor_seconds", "peak_rss_bytes")}
+        return replace(result, **cost)
 
     def ours(self, name: str, chosen: Plan) -> Measured:
         """Compile `chosen` and evaluate the artifact, from the disk."""
