@@ -1,4 +1,4 @@
-"""The bench that the quality benchmarks share: the base model, the tokens, the evaluator, and results that are kept.
+"""The bench that the quality benchmarks share: a base model, tokens, an evaluator, and results that are kept.
 
 Every method compresses the decoder linears of one model. One evaluator measures all: KL to the float32 model in nats
 per token on WINDOWS windows of SEQLEN tokens of held-out text. Finished parts are kept in .bench/quality, under the hash
@@ -63,7 +63,8 @@ class Measured:
     perplexity: float
     versions: dict[str, str]
     seconds: float | None = None
-    """Of a peer: its quantisation alone."""
+    """Of a peer, as PeerReport tells."""
+    processor_seconds: float | None = None
     peak_rss_bytes: int | None = None
 
 
@@ -148,7 +149,8 @@ class Bench:
         found = model.load_state_dict(weights, strict=False)
         assert not found.unexpected_keys and len(weights) == sum(m.kind == "linear" for m in self.base.matrices)
         result = _measured(peer.name, report.bits_per_weight, self.compare(model), report.versions)
-        return replace(result, seconds=report.seconds, peak_rss_bytes=report.peak_rss_bytes)
+        cost = {name: getattr(report, name) for name in ("seconds", "processor_seconds", "peak_rss_bytes")}
+        return replace(result, **cost)
 
     def ours(self, name: str, chosen: Plan) -> Measured:
         """Compile `chosen` and evaluate the artifact, from the disk."""

@@ -1,13 +1,14 @@
 """What the scripts of the peers share; imported by them in .venv-bench, beside which it lies.
 
 A peer's answer is two files: weights.safetensors, the dequantised decoder linears by parameter name, and report.json,
-its bits per weight, seconds, peak memory and versions.
+its bits per weight, seconds of the method, processor seconds of the whole process, peak memory and versions.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,7 @@ def write_output(
     report = {
         "bits_per_weight": stored_bits / sum(weight.numel() for weight in weights.values()),
         "seconds": seconds,
+        "processor_seconds": time.process_time(),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": {name: version(name) for name in (*packages, "torch", "transformers")},
     }

@@ -35,10 +35,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class PeerReport:
-    """What a peer said of itself: all stored bits over the weights, seconds without loading, memory, versions."""
+    """What a peer said of itself: all stored bits over the weights, wall seconds of the method, its cost, versions."""
 
     bits_per_weight: float
     seconds: float
+    processor_seconds: float
+    """Of the whole process, loading too; unlike wall time little moved by other work on the machine."""
     peak_rss_bytes: int
     versions: dict[str, str]
 

@@ -18,12 +18,12 @@ def main() -> None:
     bench = bench_from_environment(console)
     for peer in PEERS:
         found = bench.peer(peer)
-        seconds = "" if found.seconds is None else f"{found.seconds:.0f}"
+        seconds = "" if found.processor_seconds is None else f"{found.processor_seconds:.0f}"
         gib = "" if found.peak_rss_bytes is None else f"{found.peak_rss_bytes / 2**30:.2f}"
         lines.append(
             [peer.name, f"{found.bits_per_weight:.3f}", f"{found.kl:.4f}", f"{found.perplexity:.2f}", seconds, gib]
         )
-    headings = ("peer", "bits per weight", "KL", "perplexity", "seconds", "peak GiB")
+    headings = ("peer", "bits per weight", "KL", "perplexity", "processor s", "peak GiB")
     console.print(columns_table(f"peers, kept in {bench.folder / 'results'}", headings, lines))
 
 
