@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -79,10 +82,18 @@ def _encode_rest(
     """Everything but the low-rank term: (stored values by field name, what they decode to)."""
     if fmt.sparse is None:
         return _encode_transformed(W, fmt, work, shared, seed)
-    outliers = find_outliers(W, fmt.sparse, work)
+    outliers = find_outliers(W, fmt.sparse, work.feedback_weight if fmt.feedback else work.column_weight, _trial(fmt, work))
     values, decoded = _encode_transformed(outliers.rest, fmt, work, shared, seed)
-    stored, added = outliers.store(W - decoded)
+    stored, added = outliers.fit(W, decoded, work)
     return {**values, **stored}, decoded + added
+
+
+def _trial(fmt: Format, work: Workspace) -> Callable[[Tensor], Tensor] | None:
+    """What matrices would decode to without feedback, where trying is cheap and errors stay in their place."""
+    if not isinstance(fmt.codec, ScalarCodec | KMeansCodec) or fmt.rotated:
+        return None
+    plain = replace(fmt, feedback="", clipping=False)
+    return lambda W: _encode_transformed(W, plain, work, None, 0)[1]
 
 
 def _encode_transformed(

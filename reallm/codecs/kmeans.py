@@ -106,9 +106,10 @@ def fit_levels(W: Tensor, weight: Tensor, count: int) -> Tensor:
     return best
 
 
-def nearest_codes(W: Tensor, levels: Tensor) -> Tensor:
-    """Codes int64 [N, K] of the nearest levels of each row."""
-    return torch.searchsorted(_edges(levels), W.contiguous())
+def round_kmeans(W: Tensor, codec: KMeansCodec, weight: Tensor) -> RowTables:
+    """Tables and nearest codes of W[N, K], a squared error of column k counting `weight` [K]."""
+    levels = fit_levels(W, weight, 1 << codec.bits)
+    return RowTables(torch.searchsorted(_edges(levels), W.contiguous()), levels)
 
 
 def refit_levels(W: Tensor, tables: RowTables, hessian: Tensor) -> Tensor:
@@ -174,13 +175,9 @@ def _better(first: RowTables, second: RowTables, W: Tensor, work: Workspace) -> 
 
 def encode_kmeans(W: Tensor, codec: KMeansCodec, feedback: bool, work: Workspace) -> tuple[dict[str, Tensor], Tensor]:
     """(fields, what they decode to) for W[N, K] float32."""
-    count = 1 << codec.bits
-    levels = fit_levels(W, work.column_weight, count)
-    best = RowTables(nearest_codes(W, levels), levels)
+    best = round_kmeans(W, codec, work.column_weight)
     if feedback:
-        conditional = torch.empty(W.shape[1])
-        conditional[work.order] = work.ordered_factor.diagonal().square().reciprocal()
-        fit = _Fit(W, fit_levels(W, conditional, count), work)
+        fit = _Fit(W, fit_levels(W, work.feedback_weight, 1 << codec.bits), work)
         fit.feed_back()
         best = _better(best, fit.result(), W, work)
         for _ in range(DESCENTS):

@@ -224,10 +224,8 @@ class _Fit:
 def encode_scalar(W: Tensor, codec: ScalarCodec, feedback: bool, work: Workspace) -> ScalarCodes:
     """Codes and scales of W[N, K] float32."""
     if not feedback:
-        return _nearest_codes(W, codec, _Searcher(codec, W, work.column_weight))
-    conditional = torch.empty(W.shape[1])
-    conditional[work.order] = work.ordered_factor.diagonal().square().reciprocal()
-    fit = _Fit(W, codec, _Searcher(codec, W, conditional), work)
+        return round_scalar(W, codec, work.column_weight)
+    fit = _Fit(W, codec, _Searcher(codec, W, work.feedback_weight), work)
     fit.feed_back()
     best = fit.result()
     lowest = fit.cost(best)
@@ -241,7 +239,9 @@ def encode_scalar(W: Tensor, codec: ScalarCodec, feedback: bool, work: Workspace
     return best
 
 
-def _nearest_codes(W: Tensor, codec: ScalarCodec, searcher: _Searcher) -> ScalarCodes:
+def round_scalar(W: Tensor, codec: ScalarCodec, weight: Tensor) -> ScalarCodes:
+    """Codes and scales of W[N, K] without feedback, a squared error of column k counting `weight` [K]."""
+    searcher = _Searcher(codec, W, weight)
     scales, zeros = searcher.search()
     scales, fields = store_scales(scales, codec.double_quant)
     owner = torch.arange(W.shape[1]) // searcher.width
