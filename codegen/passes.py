@@ -83,7 +83,7 @@ def choose_tiles(program: Program) -> Program:
 
 def _gemv_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], tile: Tile) -> KernelSpec:
     unpack = next(operation for operation in operations if isinstance(operation, Unpack))
-    label = replace(matrix.format, feedback="", clipping=False).name.replace("-shared", "")
+    label = replace(matrix.format, feedback="", clipping=False, plain_svd=False).name.replace("-shared", "")
     label += "-bias" if any(isinstance(operation, AddBias) for operation in operations) else ""
     aligned = matrix.cols % chunk_width(unpack) == 0
     return KernelSpec(label, operations, tile, aligned, even=matrix.cols % tile.block_k == 0)

@@ -19,6 +19,7 @@ term, and how the encoder chooses codes; the last changes no byte. Each has a ca
     ...+ldl                   codes chosen with error feedback in the metric of the Hessian of the inputs (GPTQ)
     ...+ldl2                  in that of the inputs and of the output's gradients (two-sided; YAQA, arXiv 2505.22988)
     ...+lwc                   clipping learned by gradient descent (OmniQuant)
+    ...+svd                   the low-rank term by the plain SVD of what codes leave (LoftQ, arXiv 2310.08659), not weighted
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Format:
     channel_scales: bool = False
     rotated: bool = False
     sparse: Sparse | None = None
+    plain_svd: bool = False
 
     def __post_init__(self) -> None:
         modified = self.transformed or self.clipping or self.feedback or self.sparse or self.low_rank
@@ -53,6 +55,10 @@ class Format:
             raise FormatError("a dense format takes no modifier")
         if self.clipping and not isinstance(self.codec, ScalarCodec):
             raise FormatError(f"{self.codec.name} has no clipping to learn; expected a scalar codec before +lwc")
+        if self.plain_svd and (self.low_rank is None or self.feedback):
+            raise FormatError(
+                "+svd is how a low-rank term beside codes without feedback is found; expected +r<rank> too"
+            )
 
     @property
     def transformed(self) -> bool:
@@ -62,8 +68,8 @@ class Format:
     @property
     def name(self) -> str:
         """Canonical name; `Format.parse(f.name) == f`."""
-        flags = ((self.clipping, "lwc"), (self.permuted, "perm"), (self.channel_scales, "cs"), (self.rotated, "rot"))
-        parts = [self.codec.name, self.feedback, *(name for flag, name in flags if flag)]
+        flags = (name for name, field in _FLAGS.items() if getattr(self, field))
+        parts = [self.codec.name, self.feedback, *flags]
         parts += [term.name for term in (self.sparse, self.low_rank) if term]
         return "+".join(part for part in parts if part)
 
@@ -99,7 +105,14 @@ class Format:
         return _parse(name.strip().lower())
 
 
-_FLAGS = {"lwc": "clipping", "perm": "permuted", "cs": "channel_scales", "rot": "rotated"}
+_FLAGS = {
+    "lwc": "clipping",
+    "perm": "permuted",
+    "cs": "channel_scales",
+    "rot": "rotated",
+    "svd": "plain_svd",
+}
+"""Modifier -> field of Format, in the order of names."""
 
 
 @cache
@@ -127,5 +140,5 @@ def _modifier(name: str, modifier: str) -> tuple[str, object]:
         return "low_rank", LowRank(int(match[1]), match[2] or "f16")  # type: ignore[arg-type]
     if match := re.fullmatch(r"o(\d{1,3})", modifier):
         return "sparse", Sparse(int(match[1]))
-    expected = "+ldl, +ldl2, +lwc, +perm, +cs, +rot, +o<per mille>, +r<rank>, +r<rank>i8 or +r<rank>i4"
+    expected = "+ldl, +ldl2, +lwc, +perm, +cs, +rot, +svd, +o<per mille>, +r<rank>, +r<rank>i8 or +r<rank>i4"
     raise FormatError(f"format {name!r}: cannot read {modifier!r}; expected {expected}")

@@ -44,12 +44,25 @@ _DEFAULT = (
     "int8-g64",
 )
 
+
+def _asymmetric(method: str) -> tuple[str, ...]:
+    return tuple(f"uint{bits}-g{group}{method}" for bits in (2, 3, 4) for group in (128, 64))
+
+
 PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": (_DEFAULT, _VOCABULARY),
     "quick": (_QUICK, _VOCABULARY[1:]),
     "scalar": (tuple(f for f in _DEFAULT if not f.startswith("aq")), _VOCABULARY),
     "qlora": (("nf4-g64-dq8x256",), ("nf4-g64-dq8x256",)),
-    "gptq": (("uint2-g64+ldl", "uint3-g64+ldl", "uint4-g64+ldl", "uint8-g64+ldl"), ("uint8-g64",)),
+    "loftq": (tuple(f"nf{b}-g64-dq8x256+svd+r{r}" for b in (2, 3, 4) for r in (16, 32)), ("nf4-g64-dq8x256",)),
+    "gptq": ((*_asymmetric("+ldl"), "uint8-g64+ldl"), ("uint4-g64", "uint8-g64")),
+    "awq": ((*_asymmetric("+cs"), "uint8-g64+cs"), ("uint4-g64", "uint8-g64")),
+    "omniquant": ((*_asymmetric("+lwc"), "uint8-g64"), ("uint4-g64", "uint8-g64")),
+    "squeezellm": (tuple(f"km{b}{sparse}" for b in (2, 3, 4) for sparse in ("", "+o5")), ("km4", "int8-g64")),
+    "spqr": (
+        tuple(f"uint{b}-g16-dq4x16+ldl{sparse}" for b in (2, 3, 4) for sparse in ("", "+o10")),
+        ("uint4-g16-dq4x16", "int8-g64"),
+    ),
     "lq-lora": (tuple(f"nf{b}-g{g}-dq8x256+r32" for b in (2, 3, 4, 8) for g in (16, 32, 64)), ("nf8-g64-dq8x256",)),
     "aqlm": (("aq1x8-d8", "aq2x8-d8", "aq3x8-d8", "aq4x8-d8"), ("int8-g64",)),
 }

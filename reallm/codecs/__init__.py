@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,15 +16,16 @@ from reallm.kernels.formats import Format
 
 from .additive import encode_additive
 from .kmeans import encode_kmeans
-from .lowrank import Factors, factorise
+from .lowrank import Factors, factorise, strongest
 from .metric import Metric, Workspace
 from .outliers import find_outliers
+from .rounding import Judge
 from .scalar import encode_scalar
 from .stored import PackedFields, store, store_all
 from .transform import transform
 from .trellis import encode_trellis
 
-CODEC_VERSION = 2  # part of every cache key: raise it whenever an encoder's output may change
+CODEC_VERSION = 3  # part of every cache key: raise it whenever an encoder's output may change
 MAX_ALTERNATIONS = 4
 
 __all__ = ["CODEC_VERSION", "Metric", "PackedFields", "Workspace", "encode"]
@@ -63,7 +67,10 @@ def _alternate(
     best: tuple[dict[str, Tensor], Factors] | None = None
     best_cost, quantised = float("inf"), torch.zeros_like(W)
     for _ in range(MAX_ALTERNATIONS):
-        factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed)
+        if fmt.plain_svd:
+            factors = strongest(W - quantised, fmt.low_rank, seed)
+        else:
+            factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed)
         values, quantised = _encode_rest(W - factors.product, fmt, work, shared, seed)
         error = W - quantised - factors.product
         cost = work.two_sided(error) if fmt.feedback == "ldl2" else work.metric.guided(error)
@@ -80,10 +87,19 @@ def _encode_rest(
     """Everything but the low-rank term: (stored values by field name, what they decode to)."""
     if fmt.sparse is None:
         return _encode_transformed(W, fmt, work, shared, seed)
-    outliers = find_outliers(W, fmt.sparse, work)
+    weight = work.feedback_weight if fmt.feedback else work.column_weight
+    outliers = find_outliers(W, fmt.sparse, weight, _trial(fmt, work))
     values, decoded = _encode_transformed(outliers.rest, fmt, work, shared, seed)
-    stored, added = outliers.store(W - decoded)
+    stored, added = outliers.fit(W, decoded, work)
     return {**values, **stored}, decoded + added
+
+
+def _trial(fmt: Format, work: Workspace) -> Callable[[Tensor], Tensor] | None:
+    """What matrices would decode to without feedback, where trying is cheap and errors stay in their place."""
+    if not Judge.knows(fmt):
+        return None
+    plain = replace(fmt, feedback="", clipping=False)
+    return lambda W: _encode_transformed(W, plain, work, None, 0)[1]
 
 
 def _encode_transformed(
@@ -102,7 +118,7 @@ def _encode_codes(
     """(stored values by field name, what they decode to)."""
     codec = fmt.codec
     if isinstance(codec, ScalarCodec):
-        scalar = encode_scalar(W, codec, bool(fmt.feedback), work)
+        scalar = encode_scalar(W, codec, bool(fmt.feedback), work, fmt.clipping)
         return {"codes": scalar.codes, **scalar.stored}, scalar.values(codec)
     if isinstance(codec, KMeansCodec):
         return encode_kmeans(W, codec, bool(fmt.feedback), work)

@@ -47,6 +47,12 @@ def _root_means(fisher: Tensor, dim: int) -> Tensor:
     return (root / peak).clamp_min(EPSILON).float() if peak > 0 else torch.ones_like(root, dtype=torch.float32)
 
 
+def strongest(residual: Tensor, term: LowRank, seed: int) -> Factors:
+    """Best rank-r approximation of `residual` [N, K] in plain squared error, rounded to the stored precision."""
+    U, S, Vh = _svd(residual, min(term.rank, *residual.shape), seed)
+    return store_factors(U * S, Vh, term)
+
+
 def factorise(residual: Tensor, term: LowRank, work: Workspace, in_hessian: bool, seed: int) -> Factors:
     """Best rank-r approximation of `residual` [N, K] in the metric, rounded to the stored precision."""
     rank = min(term.rank, *residual.shape)

@@ -180,6 +180,13 @@ class Workspace:
         return self.inverse_factor(self.order)
 
     @cached_property
+    def feedback_weight(self) -> Tensor:
+        """What a squared error of each column costs once those after it make up for it, 1 / U_jj^2, float32 [K]."""
+        weight = torch.empty(len(self.order))
+        weight[self.order] = self.ordered_factor.diagonal().square().reciprocal()
+        return weight
+
+    @cached_property
     def ordered_hessian(self) -> Tensor:
         """`hessian` in the order of feedback, float32 [K, K]."""
         return self.hessian[self.order][:, self.order].float()

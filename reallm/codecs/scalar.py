@@ -1,7 +1,7 @@
 """Scalar codes: choosing the scales, the codes, and the scales again.
 
-1. Scales of every group, chosen on W itself by least weighted squared error over a grid of clipping ratios (learned
-   clipping in the spirit of OmniQuant, arXiv 2308.13137), then by least squares given the codes.
+1. Scales of every group, chosen on W itself by least weighted squared error over a grid of clipping ratios, then by
+   least squares given the codes; where the format says so, learned from there (OmniQuant; `clipping`).
 2. Codes: the nearest level, or error feedback in the metric of H (GPTQ), columns visited by falling diagonal of H while
    groups stay in storage order (static groups), so the order is free.
 3. Scales refitted jointly for each row: with the codes fixed, 1/2 e H e^T is quadratic in the row's scales.
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from reallm.kernels.codecs import DoubleQuant, ScalarCodec
-from reallm.kernels.tables import table
 
+from .clipping import learn_clipping
 from .feedback import descend, feed_back
+from .grid import Grid, inverse
 from .metric import Workspace
 from .stored import to_half
 
@@ -45,30 +46,7 @@ class ScalarCodes:
         """W_hat [N, K]."""
         owner = torch.arange(self.codes.shape[1]) // codec.group_width(self.codes.shape[1])
         zero = None if self.zeros is None else self.zeros[:, owner]
-        return _Grid(codec).value(self.codes, zero) * self.scales[:, owner]
-
-
-class _Grid:
-    """Levels of one codec: nearest code and value, for weights already divided by their scale."""
-
-    def __init__(self, codec: ScalarCodec) -> None:
-        self.uniform = codec.table in ("int", "uint")
-        self.top = 2**codec.bits - 1
-        self.half = 2 ** (codec.bits - 1)
-        self.unsigned = codec.table == "uint"
-        self.levels = torch.from_numpy(table(codec.table, codec.bits).copy())
-        self.edges = (self.levels[1:] + self.levels[:-1]) / 2
-
-    def code(self, x: Tensor, zero: Tensor | None) -> Tensor:
-        """Nearest code of x = w / scale, int64."""
-        if not self.uniform:
-            return torch.bucketize(x, self.edges)
-        position = x + zero if zero is not None else x * self.half + self.half
-        return torch.clamp(torch.round(position), 0, self.top).long()
-
-    def value(self, code: Tensor, zero: Tensor | None) -> Tensor:
-        """Level of a code, before the scale."""
-        return code.float() - zero if zero is not None else torch.take(self.levels, code.long())
+        return Grid(codec).value(self.codes, zero) * self.scales[:, owner]
 
 
 def _grouped(values: Tensor, width: int) -> Tensor:
@@ -78,15 +56,11 @@ def _grouped(values: Tensor, width: int) -> Tensor:
     return padded.reshape(*values.shape[:-1], -1, width)
 
 
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
-
-
 class _Searcher:
     """Weighted least-squares scales of the groups of W."""
 
     def __init__(self, codec: ScalarCodec, W: Tensor, weight: Tensor) -> None:
-        self.codec, self.grid, self.cols = codec, _Grid(codec), W.shape[1]
+        self.codec, self.grid, self.cols = codec, Grid(codec), W.shape[1]
         self.width = codec.group_width(self.cols)
         self.W, self.h = _grouped(W, self.width), _grouped(weight, self.width)
 
@@ -96,7 +70,7 @@ class _Searcher:
             low = self.W.amin(-1).clamp_max(0) * ratio
             high = self.W.amax(-1).clamp_min(0) * ratio
             scale = to_half((high - low) / self.grid.top)
-            return scale, (-low * _inverse(scale)).round().clamp(0, self.grid.top)
+            return scale, (-low * inverse(scale)).round().clamp(0, self.grid.top)
         peak = self.W.gather(-1, self.W.abs().argmax(-1, keepdim=True)).squeeze(-1)
         if self.codec.table == "lm" or self.codec.double_quant is not None:
             peak = peak.abs()  # a symmetric table, or scales that are stored shifted by their minimum
@@ -107,7 +81,7 @@ class _Searcher:
     def quantise(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
         """(levels, weighted squared error [N, G]) of the nearest codes."""
         shift = None if zero is None else zero.unsqueeze(-1)
-        code = self.grid.code(self.W * _inverse(scale).unsqueeze(-1), shift)
+        code = self.grid.code(self.W * inverse(scale).unsqueeze(-1), shift)
         level = self.grid.value(code, shift)
         error = (level * scale.unsqueeze(-1)).sub_(self.W).square_().mul_(self.h).sum(-1)
         return level, error
@@ -146,7 +120,7 @@ def store_scales(scales: Tensor, double: DoubleQuant | None) -> tuple[Tensor, di
     low = flat.min()
     padded = torch.nn.functional.pad(flat - low, (0, -flat.numel() % double.block)).reshape(-1, double.block)
     ranges, steps = to_half(padded.amax(1)), 2**double.bits - 1
-    codes = (padded * _inverse(ranges).unsqueeze(1) * steps).round().clamp(0, steps)
+    codes = (padded * inverse(ranges).unsqueeze(1) * steps).round().clamp(0, steps)
     decoded = (low + codes / steps * ranges.unsqueeze(1)).reshape(-1)[: flat.numel()].reshape(scales.shape)
     fields = {"scale_codes": codes.reshape(-1)[: flat.numel()], "scale_ranges": ranges, "scale_min": low.reshape(1)}
     return decoded, fields
@@ -175,12 +149,11 @@ def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian:
 class _Fit:
     """One matrix while codes and scales are fitted in turn; everything transposed and in the order of feedback."""
 
-    def __init__(self, W: Tensor, codec: ScalarCodec, searcher: _Searcher, work: Workspace) -> None:
-        self.W, self.codec, self.grid, self.work = W, codec, searcher.grid, work
-        self.owner = torch.arange(W.shape[1]) // searcher.width
+    def __init__(self, W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None, work: Workspace) -> None:
+        self.W, self.codec, self.grid, self.work, self.zeros = W, codec, Grid(codec), work, zeros
+        self.width = codec.group_width(W.shape[1])
+        self.owner = torch.arange(W.shape[1]) // self.width
         self.groups = self.owner[work.order].tolist()
-        self.width = searcher.width
-        scales, self.zeros = searcher.search()
         self.zero_rows = None if self.zeros is None else self.zeros.T.contiguous()
         self.codes = torch.empty(W.shape[1], W.shape[0], dtype=torch.uint8)
         self.set_scales(scales)
@@ -188,7 +161,7 @@ class _Fit:
     def set_scales(self, scales: Tensor) -> None:
         self.scales, self.fields = store_scales(scales, self.codec.double_quant)
         self.scale_rows = self.scales.T.contiguous()
-        self.inverse_rows = _inverse(self.scale_rows)
+        self.inverse_rows = inverse(self.scale_rows)
 
     def quantise(self, position: int, target: Tensor) -> Tensor:
         """Round the column at `position` of the order to `target` [N]; returns what it decodes to."""
@@ -216,34 +189,47 @@ class _Fit:
         fields = self.fields if self.zeros is None else {**self.fields, "zeros": self.zeros}
         return ScalarCodes(stored.T.long().contiguous(), self.scales, self.zeros, fields)
 
-    def cost(self, found: ScalarCodes) -> float:
-        error = self.W - found.values(self.codec)
-        return float(((error @ self.work.hessian32) * error).sum(dtype=torch.float64))
 
-
-def encode_scalar(W: Tensor, codec: ScalarCodec, feedback: bool, work: Workspace) -> ScalarCodes:
-    """Codes and scales of W[N, K] float32."""
+def encode_scalar(
+    W: Tensor, codec: ScalarCodec, feedback: bool, work: Workspace, clipping: bool = False
+) -> ScalarCodes:
+    """Codes and scales of W[N, K] float32; with `clipping` the grids learn where to clip first (OmniQuant)."""
     if not feedback:
-        return _nearest_codes(W, codec, _Searcher(codec, W, work.column_weight))
-    conditional = torch.empty(W.shape[1])
-    conditional[work.order] = work.ordered_factor.diagonal().square().reciprocal()
-    fit = _Fit(W, codec, _Searcher(codec, W, conditional), work)
+        found = round_scalar(W, codec, work.column_weight)
+        if not clipping:
+            return found
+        ends = learn_clipping(W, codec, found.scales, found.zeros, lambda error: error @ work.hessian32)
+        learned = _nearest_codes(W, codec, *ends)
+        return min(found, learned, key=lambda codes: _cost(W, codes, codec, work))
+    scales, zeros = _Searcher(codec, W, work.feedback_weight).search()
+    if clipping:
+        scales, zeros = learn_clipping(W, codec, scales, zeros, lambda error: error * work.feedback_weight)
+    fit = _Fit(W, codec, scales, zeros, work)
     fit.feed_back()
     best = fit.result()
-    lowest = fit.cost(best)
+    lowest = _cost(W, best, codec, work)
     for _ in range(DESCENTS):
         fit.refit()
         fit.descend()
         found = fit.result()
-        cost = fit.cost(found)
+        cost = _cost(W, found, codec, work)
         if cost < lowest:
             best, lowest = found, cost
     return best
 
 
-def _nearest_codes(W: Tensor, codec: ScalarCodec, searcher: _Searcher) -> ScalarCodes:
-    scales, zeros = searcher.search()
+def _cost(W: Tensor, found: ScalarCodes, codec: ScalarCodec, work: Workspace) -> float:
+    error = W - found.values(codec)
+    return float(((error @ work.hessian32) * error).sum(dtype=torch.float64))
+
+
+def round_scalar(W: Tensor, codec: ScalarCodec, weight: Tensor) -> ScalarCodes:
+    """Codes and scales of W[N, K] without feedback, a squared error of column k counting `weight` [K]."""
+    return _nearest_codes(W, codec, *_Searcher(codec, W, weight).search())
+
+
+def _nearest_codes(W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None) -> ScalarCodes:
     scales, fields = store_scales(scales, codec.double_quant)
-    owner = torch.arange(W.shape[1]) // searcher.width
-    codes = searcher.grid.code(W * _inverse(scales)[:, owner], None if zeros is None else zeros[:, owner])
+    owner = torch.arange(W.shape[1]) // codec.group_width(W.shape[1])
+    codes = Grid(codec).code(W * inverse(scales)[:, owner], None if zeros is None else zeros[:, owner])
     return ScalarCodes(codes, scales, zeros, fields if zeros is None else {**fields, "zeros": zeros})

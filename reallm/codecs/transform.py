@@ -49,7 +49,7 @@ def transform(W: Tensor, fmt: Format, work: Workspace) -> Frame:
         stored["channel_scales"], W = scales, W / scales
         work = _child(work, work.hessian * scales.double() * scales.double()[:, None])
     if fmt.permuted:
-        order = similar_columns(W, work)
+        order = similar_columns(W, fmt, work)
         stored["permutation"], W = order, W[:, order].contiguous()
         work = _child(work, work.hessian[order][:, order])
     if fmt.rotated:

@@ -53,6 +53,8 @@ def test_text_is_a_format_or_a_format_error(text: str) -> None:
         "int4-g64+gptq",
         "int4-g64+ldl+ldl2",
         "aq2x8-d8+lwc",
+        "nf4-g64+svd",
+        "nf4-g64+ldl+svd+r8",
         "bf16+rot",
         "int4-g64+o0",
         "int4-g64+o201",
