@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reallm.kernels.codecs import AdditiveCodec, DenseCodec, KMeansCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.codecs import AdditiveCodec, DenseCodec, KMeansCodec, LatticeCodec, ScalarCodec, TrellisCodec
 from reallm.kernels.formats import Format
 
 from .additive import encode_additive
 from .kmeans import encode_kmeans
+from .lattice import encode_lattice
 from .lowrank import Factors, factorise
 from .metric import Metric, Workspace
 from .outliers import find_outliers
@@ -107,6 +108,8 @@ def _encode_codes(
         return encode_kmeans(W, codec, bool(fmt.feedback), work)
     if isinstance(codec, TrellisCodec):
         return encode_trellis(W, codec, fmt.feedback, work)
+    if isinstance(codec, LatticeCodec):
+        return encode_lattice(W, codec, fmt.feedback, work)
     assert isinstance(codec, AdditiveCodec)
     additive = encode_additive(W, codec, work, shared, seed)
     values = {"codes": additive.codes, "scales": additive.scales}
