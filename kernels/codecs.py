@@ -218,8 +218,8 @@ class TrellisCodec:
 class LatticeCodec:
     """E8P words for every 8 consecutive entries of a row (QuIP#, arXiv 2402.04396): see `lattice` for the codebooks.
 
-    W_hat = s_b (word(code) + residual scale * second word(residual)), s_b the fp16 scale of a block of TILE columns; the
-    second word is one of 2^8 at 3 bits, one of E8P at 4 bits, none at 2. The last word of a row may be cut.
+    W_hat = s_b (word(code) + residual scale * second word(residual)), s_b the fp16 scale of a block of TILE columns.
+    The second word is one of 2^8 at 3 bits, one of E8P at 4 bits, none at 2. The last word of a row may be cut.
     """
 
     bits: int

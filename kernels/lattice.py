@@ -1,7 +1,7 @@
 """E8 lattice codebooks (QuIP#, arXiv 2402.04396): what the codes of a group of 8 weights stand for.
 
-E8P: 2^16 words of the shifted lattice E8 + 1/4. With D = {z in (Z + 1/2)^8, sum z even}, every z + 1/4 and z - 1/4 is in
-it. A word is z = (+-a_1, ..., +-a_8) for one of 256 vectors a of odd halves, plus or minus 1/4 in all coordinates:
+E8P: 2^16 words of the shifted lattice E8 + 1/4. With D = {z in (Z + 1/2)^8, sum z even}, every z + 1/4 and z - 1/4 is
+in it. A word is z = (+-a_1, ..., +-a_8) for one of 256 vectors a of odd halves, plus or minus 1/4 in all coordinates:
 
     code = 2^8 index(a) + 2 (sign bits of the first seven) + (1 if the shift is +1/4)
 
