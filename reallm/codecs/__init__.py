@@ -14,7 +14,7 @@ from reallm.kernels.formats import Format
 from .additive import encode_additive
 from .kmeans import encode_kmeans
 from .lattice import encode_lattice
-from .lowrank import Factors, factorise
+from .lowrank import Factors, factorise, strongest
 from .metric import Metric, Workspace
 from .outliers import find_outliers
 from .scalar import encode_scalar
@@ -22,7 +22,7 @@ from .stored import PackedFields, store, store_all
 from .transform import transform
 from .trellis import encode_trellis
 
-CODEC_VERSION = 2  # part of every cache key: raise it whenever an encoder's output may change
+CODEC_VERSION = 3  # part of every cache key: raise it whenever an encoder's output may change
 MAX_ALTERNATIONS = 4
 
 __all__ = ["CODEC_VERSION", "Metric", "PackedFields", "Workspace", "encode"]
@@ -61,12 +61,18 @@ def _alternate(
     W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
 ) -> tuple[dict[str, Tensor], Factors]:
     assert fmt.low_rank is not None
+    two_sided = fmt.feedback == "ldl2"
     best: tuple[dict[str, Tensor], Factors] | None = None
-    best_cost, quantised = float("inf"), torch.zeros_like(W)
-    for _ in range(MAX_ALTERNATIONS):
-        factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed)
+    best_cost, values, quantised = float("inf"), {}, torch.zeros_like(W)
+    for turn in range(MAX_ALTERNATIONS):
+        if fmt.feedback and not turn:
+            factors = strongest(W, fmt.low_rank, seed)
+        else:
+            factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed, two_sided)
+        if turn and (kept := work.cost(W - quantised - factors.product, two_sided)) < best_cost:
+            best, best_cost = (values, factors), kept  # the codes of before with factors fitted to them
         values, quantised = _encode_rest(W - factors.product, fmt, work, shared, seed)
-        cost = work.metric.guided(W - quantised - factors.product)
+        cost = work.cost(W - quantised - factors.product, two_sided)
         if cost >= best_cost:
             break
         best, best_cost = (values, factors), cost
