@@ -63,7 +63,8 @@ def _alternate(
     assert fmt.low_rank is not None
     two_sided = fmt.feedback == "ldl2"
     best: tuple[dict[str, Tensor], Factors] | None = None
-    best_cost, values, quantised = float("inf"), {}, torch.zeros_like(W)
+    values: dict[str, Tensor] = {}
+    best_cost, quantised = float("inf"), torch.zeros_like(W)
     for turn in range(MAX_ALTERNATIONS):
         if fmt.feedback and not turn:
             factors = strongest(W, fmt.low_rank, seed)
