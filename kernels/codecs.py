@@ -214,7 +214,35 @@ class TrellisCodec:
         return (Field("words", "u32", words), Field("widths", "u4", across), Field("scales", "f16", across))
 
 
-AnyCodec = DenseCodec | ScalarCodec | AdditiveCodec | KMeansCodec | TrellisCodec
+@dataclass(frozen=True, slots=True)
+class LatticeCodec:
+    """E8P words for every 8 consecutive entries of a row (QuIP#, arXiv 2402.04396): see `lattice` for the codebooks.
+
+    W_hat = s_b (word(code) + residual scale * second word(residual)), s_b the fp16 scale of a block of TILE columns.
+    The second word is one of 2^8 at 3 bits, one of E8P at 4 bits, none at 2. The last word of a row may be cut.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4):
+            raise FormatError(f"a lattice codec takes 2, 3 or 4 bits, not {self.bits}")
+
+    @property
+    def name(self) -> str:
+        return f"e8p{self.bits}"
+
+    def group_count(self, cols: int) -> int:
+        """Words in a row of `cols` weights."""
+        return -(-cols // 8)
+
+    def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
+        count = rows * self.group_count(cols)
+        second = (Field("residuals", "u8" if self.bits == 3 else "u16", count),) if self.bits > 2 else ()
+        return (Field("codes", "u16", count), *second, Field("scales", "f16", -(-cols // TILE)))
+
+
+AnyCodec = DenseCodec | ScalarCodec | AdditiveCodec | KMeansCodec | TrellisCodec | LatticeCodec
 
 
 def _parse_dense(match: re.Match[str]) -> DenseCodec:
@@ -243,11 +271,16 @@ def _parse_trellis(match: re.Match[str]) -> TrellisCodec:
     return TrellisCodec(int(eighths), int(match["l"]))
 
 
+def _parse_lattice(match: re.Match[str]) -> LatticeCodec:
+    return LatticeCodec(int(match["b"]))
+
+
 _PARSERS: tuple[tuple[str, Callable[[re.Match[str]], AnyCodec]], ...] = (
     (r"bf16|fp16|fp32", _parse_dense),
     (r"(?P<table>u?int|nf|lm)(?P<bits>\d{1,2})-g(?P<group>\d{1,5})(-dq(?P<dq>\d)x(?P<block>\d{1,4}))?", _parse_scalar),
     (r"aq(?P<m>\d)x(?P<b>\d{1,2})-d(?P<d>\d)(?P<shared>-shared)?", _parse_additive),
     (r"km(?P<b>\d)", _parse_kmeans),
+    (r"e8p(?P<b>\d)", _parse_lattice),
     (r"tq(?P<rate>\d(\.\d{1,3})?)-l(?P<l>\d{1,2})", _parse_trellis),
 )
 

@@ -13,6 +13,7 @@ term, and how the encoder chooses codes; the last changes no byte. Each has a ca
     aq2x8-d8                  two additive codebooks of 2^8 words of 8 weights, one fp16 scale a row
     aq2x8-d8-shared           the same, its codebooks shared by every matrix of the same kind and charged once
     tq2.25-l12                trellis of 2^12 states, 2.25 bits a weight shared out among blocks of columns
+    e8p2                      E8 lattice words of 8 weights in 16 bits; e8p3 and e8p4 with a residual word (QuIP#)
     ...+perm, +cs, +rot       the weight is coded with its columns permuted, scaled, both sides rotated
     ...+o5                    5 per mille of the weights kept apart as sparse outliers
     ...+r16, +r16i8, +r16i4   a low-rank term of rank 16, fp16, int8 or int4 factors

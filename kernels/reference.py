@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import TILE, AdditiveCodec, DenseCodec, Field, KMeansCodec, ScalarCodec, TrellisCodec
+from .codecs import TILE, AdditiveCodec, DenseCodec, Field, KMeansCodec, LatticeCodec, ScalarCodec, TrellisCodec
 from .formats import Format
 from .hadamard import rotation
+from .lattice import decode_lattice
 from .packing import unpack_codes
 from .tables import table
 from .terms import LowRank
@@ -81,6 +82,13 @@ def _trellis(codec: TrellisCodec, values: dict[str, Array], rows: int, cols: int
     return weights
 
 
+def _lattice(codec: LatticeCodec, values: dict[str, Array], rows: int, cols: int) -> Array:
+    second = values["residuals"].astype(np.int64) if codec.bits > 2 else None
+    words = decode_lattice(codec.bits, values["codes"].astype(np.int64), second)
+    weights: Array = words.reshape(rows, -1)[:, :cols] * values["scales"].repeat(TILE)[:cols]
+    return weights
+
+
 def _codes(fmt: Format, values: dict[str, Array], rows: int, cols: int) -> Array:
     codec = fmt.codec
     if isinstance(codec, ScalarCodec):
@@ -89,6 +97,8 @@ def _codes(fmt: Format, values: dict[str, Array], rows: int, cols: int) -> Array
         return _additive(codec, values, rows, cols)
     if isinstance(codec, KMeansCodec):
         return _kmeans(codec, values, rows, cols)
+    if isinstance(codec, LatticeCodec):
+        return _lattice(codec, values, rows, cols)
     assert isinstance(codec, TrellisCodec)
     return _trellis(codec, values, rows, cols)
 

@@ -34,6 +34,16 @@ class LowRank:
             raise FormatError(f"rank is 1 to {MAX_RANK}, not {self.rank}")
 
     @property
+    def largest_code(self) -> int:
+        """Of an integer factor; its negative is the smallest."""
+        return {"f16": 0, "i8": 127, "i4": 7}[self.dtype]
+
+    @property
+    def offset(self) -> int:
+        """What is added to a code where it is stored."""
+        return 8 if self.dtype == "i4" else 0
+
+    @property
     def name(self) -> str:
         return f"r{self.rank}" + ("" if self.dtype == "f16" else self.dtype)
 

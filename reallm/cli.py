@@ -85,7 +85,7 @@ Text = Annotated[
         "Without it, English text that every Python carries: enough to try things, too little for the best result."
     ),
 ]
-FactorDtype = Literal["f16", "i8"]
+FactorDtype = Literal["f16", "i8", "i4"]
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]

@@ -64,6 +64,8 @@ PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("uint4-g16-dq4x16", "int8-g64"),
     ),
     "lq-lora": (tuple(f"nf{b}-g{g}-dq8x256+r32" for b in (2, 3, 4, 8) for g in (16, 32, 64)), ("nf8-g64-dq8x256",)),
+    "quip#": (("e8p2+ldl+rot", "e8p3+ldl+rot", "e8p4+ldl+rot"), ("int8-g64",)),
+    "qtip": (tuple(f"tq{bits}-l12+ldl+rot" for bits in ("1", "1.5", "2", "2.5", "3", "3.5", "4")), ("int8-g64",)),
     "aqlm": (("aq1x8-d8", "aq2x8-d8", "aq3x8-d8", "aq4x8-d8"), ("int8-g64",)),
 }
 """Name -> (formats of linear layers, formats of embedding and head)."""

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from reallm.kernels.codecs import AdditiveCodec, DenseCodec, KMeansCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.codecs import AdditiveCodec, DenseCodec, KMeansCodec, LatticeCodec, ScalarCodec, TrellisCodec
 from reallm.kernels.formats import Format
 
 from .additive import encode_additive
 from .kmeans import encode_kmeans
+from .lattice import encode_lattice
 from .lowrank import Factors, factorise, strongest
 from .metric import Metric, Workspace
 from .outliers import find_outliers
@@ -64,16 +65,19 @@ def _alternate(
     W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
 ) -> tuple[dict[str, Tensor], Factors]:
     assert fmt.low_rank is not None
+    two_sided = fmt.feedback == "ldl2"
     best: tuple[dict[str, Tensor], Factors] | None = None
+    values: dict[str, Tensor] = {}
     best_cost, quantised = float("inf"), torch.zeros_like(W)
-    for _ in range(MAX_ALTERNATIONS):
-        if fmt.plain_svd:
+    for turn in range(MAX_ALTERNATIONS):
+        if fmt.plain_svd or (fmt.feedback and not turn):
             factors = strongest(W - quantised, fmt.low_rank, seed)
         else:
-            factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed)
+            factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed, two_sided)
+        if turn and (kept := work.cost(W - quantised - factors.product, two_sided)) < best_cost:
+            best, best_cost = (values, factors), kept  # the codes of before with factors fitted to them
         values, quantised = _encode_rest(W - factors.product, fmt, work, shared, seed)
-        error = W - quantised - factors.product
-        cost = work.two_sided(error) if fmt.feedback == "ldl2" else work.metric.guided(error)
+        cost = work.cost(W - quantised - factors.product, two_sided)
         if cost >= best_cost:
             break
         best, best_cost = (values, factors), cost
@@ -124,6 +128,8 @@ def _encode_codes(
         return encode_kmeans(W, codec, bool(fmt.feedback), work)
     if isinstance(codec, TrellisCodec):
         return encode_trellis(W, codec, fmt.feedback, work)
+    if isinstance(codec, LatticeCodec):
+        return encode_lattice(W, codec, fmt.feedback, work)
     assert isinstance(codec, AdditiveCodec)
     additive = encode_additive(W, codec, work, shared, seed)
     values = {"codes": additive.codes, "scales": additive.scales}

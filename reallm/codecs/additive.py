@@ -22,7 +22,7 @@ from .stored import to_half
 BEAM = 4
 BLOCK_COLUMNS = 128
 KMEANS_SAMPLES = 1 << 15
-KMEANS_ITERATIONS = 8
+KMEANS_ITERATIONS = 20
 CG_ITERATIONS = 2  # more change nothing: the codes move again anyway
 MAX_ROUNDS = 3
 MIN_GAIN = 0.01  # AQLM stops here

@@ -1,12 +1,15 @@
 """The low-rank term: weighted truncated SVD, and factors in the precision they are stored in.
 
-Two metrics: LQ-LoRA's diagonal one, SVD of D_row (W - Q) D_col with D the roots of the row and column means of the
-Fisher (arXiv 2311.12023); and that of H, SVD of E C with H = C C^T, which is optimal for tr(E H E^T).
+Three metrics. LQ-LoRA's diagonal one, SVD of D_row (W - Q) D_col with D the roots of the row and column means of the
+Fisher (arXiv 2311.12023). That of H, SVD of B^T E C with H = C C^T, and G = B B^T for two-sided feedback, else B = I:
+optimal for tr(G E H E^T) once codes are given. And the plain one, for a start before codes with feedback: their cost is
+about the power of what they code times the geometric mean of H's pivots, which no choice of factors changes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,15 +21,23 @@ from .stored import to_half
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 3
+CLIPS = {"i8": (1.0,), "i4": (1.0, 0.9, 0.8, 0.7, 0.6)}
+"""Shares of a component's largest entry that its largest code may stand for; the one of least squared error is kept."""
 EPSILON = 1e-3  # of the largest weight: a dead row is not to be divided by as little as the SVD's own rounding
 
 
 @dataclass(frozen=True)
 class Factors:
-    """L[N, r] and R[r, K] as stored: `product` is what they decode to."""
+    """L[N, r] and R[r, K]: what is stored, and what that decodes to."""
 
     stored: dict[str, Tensor]
-    product: Tensor
+    left: Tensor
+    right: Tensor
+
+    @cached_property
+    def product(self) -> Tensor:
+        """L R, float32 [N, K]."""
+        return self.left @ self.right
 
 
 def _svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,13 +64,17 @@ def strongest(residual: Tensor, term: LowRank, seed: int) -> Factors:
     return store_factors(U * S, Vh, term)
 
 
-def factorise(residual: Tensor, term: LowRank, work: Workspace, in_hessian: bool, seed: int) -> Factors:
+def factorise(
+    residual: Tensor, term: LowRank, work: Workspace, in_hessian: bool, seed: int, two_sided: bool = False
+) -> Factors:
     """Best rank-r approximation of `residual` [N, K] in the metric, rounded to the stored precision."""
     rank = min(term.rank, *residual.shape)
     if in_hessian:
-        U, S, Vh = _svd(residual @ work.root, rank, seed)
+        outer = work.output_root if two_sided else None
+        weighted = residual @ work.root
+        U, S, Vh = _svd(weighted if outer is None else outer.T @ weighted, rank, seed)
         right = torch.linalg.solve_triangular(work.root, Vh, upper=False, left=False)
-        left = U * S
+        left = U * S if outer is None else torch.linalg.solve_triangular(outer.T, U * S, upper=True)
     else:
         rows, cols = _root_means(work.metric.fisher, 1), _root_means(work.metric.fisher, 0)
         U, S, Vh = _svd(rows[:, None] * residual * cols, rank, seed)
@@ -68,7 +83,7 @@ def factorise(residual: Tensor, term: LowRank, work: Workspace, in_hessian: bool
 
 
 def store_factors(left: Tensor, right: Tensor, term: LowRank) -> Factors:
-    """Round L and R to fp16, or to int8 with one scale per component; each component balanced between the two."""
+    """Round L and R to fp16, or to integers with one scale per component; each component balanced between the two."""
     missing = term.rank - left.shape[1]
     if missing:
         left = torch.nn.functional.pad(left, (0, missing))
@@ -78,15 +93,19 @@ def store_factors(left: Tensor, right: Tensor, term: LowRank) -> Factors:
     left, right = left * balance, right / balance[:, None]
     if term.dtype == "f16":
         left, right = to_half(left), to_half(right)
-        return Factors({"left": left, "right": right}, left @ right)
-    left_scales = to_half(left.abs().amax(0) / 127).clamp_min(2.0**-24)
-    right_scales = to_half(right.abs().amax(1) / 127).clamp_min(2.0**-24)
-    left_codes = (left / left_scales).round().clamp(-127, 127)
-    right_codes = (right / right_scales[:, None]).round().clamp(-127, 127)
-    stored = {
-        "left": left_codes,
-        "right": right_codes,
-        "left_scales": left_scales,
-        "right_scales": right_scales,
-    }
-    return Factors(stored, (left_codes * left_scales) @ (right_codes * right_scales[:, None]))
+        return Factors({"left": left, "right": right}, left, right)
+    left_codes, left_scales = _rounded(left, 0, term)
+    right_codes, right_scales = _rounded(right, 1, term)
+    codes = {"left": left_codes + term.offset, "right": right_codes + term.offset}
+    stored = {**codes, "left_scales": left_scales, "right_scales": right_scales}
+    return Factors(stored, left_codes * left_scales, right_codes * right_scales[:, None])
+
+
+def _rounded(factor: Tensor, dim: int, term: LowRank) -> tuple[Tensor, Tensor]:
+    """Codes (whole numbers) of `factor`, and the scale of each component, whose entries lie along `dim`."""
+    levels = term.largest_code
+    peak = factor.abs().amax(dim, keepdim=True)
+    tried = torch.stack([to_half(clip * peak / levels).clamp_min(2.0**-24) for clip in CLIPS[term.dtype]])
+    errors = (factor - (factor / tried).round().clamp(-levels, levels) * tried).square().sum(dim + 1, keepdim=True)
+    scales = tried.gather(0, errors.argmin(0, keepdim=True))[0]
+    return (factor / scales).round().clamp(-levels, levels), scales.squeeze(dim)

@@ -31,6 +31,11 @@ def symmetric(H: Tensor) -> Tensor:
     return (H + H.T) / 2
 
 
+def _root(H: Tensor) -> Tensor:
+    lower, failed = torch.linalg.cholesky_ex(H)
+    return (torch.diag(H.diagonal().sqrt()) if int(failed) else lower).float()
+
+
 @dataclass(frozen=True)
 class Metric:
     """The cost of an error of one matrix W[N, K]; float32 tensors on the CPU."""
@@ -130,6 +135,10 @@ class Workspace:
             return None
         return (G + G.T) / (2 * mean) + OUTPUT_DAMPING * torch.eye(len(G), dtype=torch.float64)
 
+    def cost(self, error: Tensor, two_sided: bool) -> float:
+        """What encoders minimise: the two-sided or the guided cost, in nats per token."""
+        return self.two_sided(error) if two_sided else self.metric.guided(error)
+
     @cached_property
     def rotated(self) -> Workspace:
         """The workspace of R_N W R_K^T; shared by all formats that rotate."""
@@ -194,8 +203,12 @@ class Workspace:
     @cached_property
     def root(self) -> Tensor:
         """C lower triangular with C C^T = H, float32 [K, K]."""
-        lower, failed = torch.linalg.cholesky_ex(self.hessian)
-        return (torch.diag(self.hessian.diagonal().sqrt()) if int(failed) else lower).float()
+        return _root(self.hessian)
+
+    @cached_property
+    def output_root(self) -> Tensor | None:
+        """As `root`, of the output's Hessian, float32 [N, N]; None if unknown."""
+        return None if self.output_hessian is None else _root(self.output_hessian)
 
     @cached_property
     def hessian32(self) -> Tensor:

@@ -23,6 +23,7 @@ from reallm.kernels.codecs import TILE, TrellisCodec
 from reallm.kernels.formats import Feedback
 from reallm.kernels.trellis import CODE_STD, CODE_UNIT, pack_states, step_shape
 
+from .block_scales import padded, refit_block_scales
 from .metric import Workspace
 from .stored import to_half
 from .viterbi import closed_walks
@@ -38,7 +39,6 @@ SCALES = {2: 0.90, 3: 0.96, 4: 1.05, 5: 1.10, 6: 1.13, 8: 1.20, 10: 1.27, 12: 1.
 """Best ratio of the source's deviation to the code's, by width."""
 CLIPS = {2: 5.0, 3: 5.2, 4: 4.0, 5: 3.4, 6: 2.6, 8: 1.6, 10: 1.0, 12: 0.6}
 """Distances are clipped there, in deviations of the code; no surviving path goes so far."""
-RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class _Encoder:
         self.down, self.across = codec.grid(*W.shape)
         rows, cols = self.down * TILE, self.across * TILE
         self.W = torch.nn.functional.pad(W, (0, cols - W.shape[1], 0, rows - W.shape[0]))
-        self.H = _padded(work.hessian32, cols)
-        self.factor = _padded(work.natural_factor, cols) if feedback else None
+        self.H = padded(work.hessian32, cols)
+        self.factor = padded(work.natural_factor, cols) if feedback else None
         G, self.below = work.output_hessian, None
         self.G = None
         if feedback == "ldl2" and G is not None and work.output_factor is not None:
-            self.G = _padded(G.float(), rows)
-            self.below = _spread_below(_padded(work.output_factor, rows))
+            self.G = padded(G.float(), rows)
+            self.below = _spread_below(padded(work.output_factor, rows))
 
     def importance(self) -> list[float]:
         """D of every block of columns."""
@@ -126,7 +126,7 @@ class _Encoder:
             walks.append(states)
             scales[block], plain[:, span] = scale, values
             self._spread(targets, target - scale * values, span)
-        stored = to_half(self._refit(plain, scales) / (CODE_STD * CODE_UNIT))
+        stored = to_half(refit_block_scales(self.W, plain, scales, self.H, self.G) / (CODE_STD * CODE_UNIT))
         decoded = plain * (stored * (CODE_STD * CODE_UNIT)).repeat_interleave(TILE)
         return TrellisCodes(walks, widths, stored), decoded[: self.shape[0], : self.shape[1]]
 
@@ -136,33 +136,6 @@ class _Encoder:
         corner = self.factor[span, span]
         whitened = torch.linalg.solve_triangular(corner, error, upper=True, left=False)
         targets[:, span.stop :].addmm_(whitened, self.factor[span, span.stop :], alpha=-1)
-
-    def _refit(self, plain: Tensor, scales: Tensor) -> Tensor:
-        """Scales minimising tr(G E H E^T), E = W - plain diag(scales); those there are, where that is singular."""
-        weighted = plain if self.G is None else self.G @ plain
-        gram = _block_sums((plain.T @ weighted) * self.H)
-        right = ((self.W @ self.H) * weighted).sum(0, dtype=torch.float64).reshape(-1, TILE).sum(1)
-        ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-30)
-        system = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
-        solved, failed = torch.linalg.solve_ex(system, right + ridge * scales)
-        usable = not int(failed) and bool(torch.isfinite(solved).all())
-        return solved.float() if usable else scales
-
-
-def _block_sums(values: Tensor) -> Tensor:
-    """Sums over TILE x TILE blocks, float64."""
-    blocks = values.shape[0] // TILE
-    return values.reshape(blocks, TILE, blocks, TILE).double().sum((1, 3))
-
-
-def _padded(H: Tensor, size: int) -> Tensor:
-    """H with ones on the diagonal where there is nothing."""
-    missing = size - len(H)
-    if not missing:
-        return H
-    result = torch.eye(size, dtype=H.dtype)
-    result[: len(H), : len(H)] = H
-    return result
 
 
 def _spread_below(factor: Tensor) -> Tensor:

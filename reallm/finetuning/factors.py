@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..codecs.lowrank import Factors, factorise
+from ..codecs.lowrank import factorise
 from ..codecs.metric import Metric, Workspace
 from ..kernels.codecs import DenseCodec
 from ..kernels.terms import LowRank
@@ -73,15 +73,7 @@ def start_factors(original: LoadedModel, modules: Modules, moments: Mapping[str,
         metric = Metric(hessian=torch.diag(moments[name]), fisher=moments[name].expand(module.rows, -1))
         found = factorise(error, own, Workspace(metric), in_hessian=False, seed=0)
         module.train_low_rank(own.rank)
-        set_factors(module, *stored_values(found))
-
-
-def stored_values(found: Factors) -> tuple[Tensor, Tensor]:
-    """L [rows, rank] and R [rank, cols] as `found` decodes."""
-    left, right = found.stored["left"], found.stored["right"]
-    if "left_scales" in found.stored:
-        return left * found.stored["left_scales"], right * found.stored["right_scales"][:, None]
-    return left, right
+        set_factors(module, found.left, found.right)
 
 
 def factors_of(module: LowRankTraining) -> tuple[nn.Parameter, nn.Parameter]:

@@ -32,7 +32,7 @@ class Training:
     """The settings of one run, all of which decide its result."""
 
     rank: int = 8
-    factor_dtype: Literal["f16", "i8"] = "i8"
+    factor_dtype: Literal["f16", "i8", "i4"] = "i8"
     steps: int = 200
     batch_size: int = 1
     seqlen: int = 512
@@ -42,8 +42,8 @@ class Training:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK:
             raise UserError(f"--rank {self.rank}: expected 1 to {MAX_RANK}")
-        if self.factor_dtype not in ("f16", "i8"):
-            raise UserError(f"--factor-dtype {self.factor_dtype}: expected f16 or i8")
+        if self.factor_dtype not in ("f16", "i8", "i4"):
+            raise UserError(f"--factor-dtype {self.factor_dtype}: expected f16, i8 or i4")
         if self.steps < 1 or self.batch_size < 1:
             raise UserError(f"--steps {self.steps} --batch-size {self.batch_size}: expected at least 1 of each")
         if not 0 < self.learning_rate < 1:

@@ -51,7 +51,7 @@ def finetune(
     output: Path | str,
     teacher: Path | str | None = None,
     rank: int = 8,
-    factor_dtype: Literal["f16", "i8"] = "i8",
+    factor_dtype: Literal["f16", "i8", "i4"] = "i8",
     steps: int = 200,
     batch_size: int = 1,
     seqlen: int = 512,

@@ -18,10 +18,12 @@ from ..kernels.codecs import (
     DenseCodec,
     Field,
     KMeansCodec,
+    LatticeCodec,
     ScalarCodec,
     TrellisCodec,
 )
 from ..kernels.formats import Format
+from ..kernels.lattice import RESIDUAL_SCALE, SHIFT, absolute_vectors, odd_minuses, root_words
 from ..kernels.packing import plane_widths, plane_words
 from ..kernels.tables import table
 from ..kernels.terms import LowRank
@@ -160,6 +162,29 @@ def _kmeans(codec: KMeansCodec, read: _Reader, cols: int) -> Tensor:
     return read.floats("levels").gather(1, read.codes("codes").to(torch.int64))
 
 
+def _e8p_words(codes: Tensor) -> Tensor:
+    """Words [..., 8] of E8P codes."""
+    codes = codes.to(torch.int32)
+    magnitudes = torch.from_numpy(absolute_vectors().copy()).to(codes.device, torch.float32)
+    odd = torch.from_numpy(odd_minuses().copy()).to(codes.device)
+    index = codes >> 8
+    minus = (codes[..., None] >> torch.arange(1, 9, device=codes.device, dtype=torch.int32)) & 1
+    minus[..., 7] = (minus[..., :7].sum(-1) + odd[index]) & 1
+    return magnitudes[index] * (1 - 2 * minus) + ((codes & 1) * (2 * SHIFT) - SHIFT)[..., None]
+
+
+def _lattice(codec: LatticeCodec, read: _Reader, cols: int) -> Tensor:
+    words = _e8p_words(read.codes("codes"))
+    if codec.bits > 2:
+        codes = read.codes("residuals")
+        if codec.bits == 4:
+            second = _e8p_words(codes)
+        else:
+            second = torch.from_numpy(root_words().copy()).to(words)[codes.to(torch.int32)]
+        words += RESIDUAL_SCALE[codec.bits] * second
+    return words.flatten(1)[:, :cols] * read.flat("scales").repeat_interleave(TILE)[:cols]
+
+
 def _trellis(codec: TrellisCodec, read: _Reader, rows: int, cols: int) -> Tensor:
     """All rows: tiles reach over 16 of them."""
     down, across = codec.grid(rows, cols)
@@ -193,6 +218,8 @@ def _codes(fmt: Format, read: _Reader, rows: int, cols: int) -> Tensor:
         return _additive(codec, read, cols)
     if isinstance(codec, KMeansCodec):
         return _kmeans(codec, read, cols)
+    if isinstance(codec, LatticeCodec):
+        return _lattice(codec, read, cols)
     assert isinstance(codec, TrellisCodec)
     return _trellis(codec, read, rows, cols)
 

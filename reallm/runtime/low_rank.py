@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels.codecs import DenseCodec
 from ..kernels.formats import Format
-from ..kernels.packing import aligned
+from ..kernels.packing import aligned, pack_codes
 from ..kernels.terms import LowRank
 from .decode import decode, decode_factors
 from .packed import DecodeMode, Packed
@@ -100,22 +100,25 @@ def _bytes(values: Tensor) -> Tensor:
     return result
 
 
-def _int8(factor: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _rounded(factor: Tensor, dim: int, term: LowRank) -> tuple[Tensor, Tensor]:
     """Codes and fp16 scales of `factor`, one scale for each slice that `dim` is reduced away from."""
-    scales = (factor.abs().amax(dim=dim, keepdim=True) / 127).to(torch.float16)
-    codes = (factor / scales.float().clamp(min=2.0**-24)).round().clamp(-127, 127)
-    return codes.to(torch.int8), scales
+    largest = term.largest_code
+    scales = (factor.abs().amax(dim=dim, keepdim=True) / largest).to(torch.float16)
+    codes = (factor / scales.float().clamp(min=2.0**-24)).round().clamp(-largest, largest)
+    if term.dtype == "i8":
+        return _bytes(codes.to(torch.int8)), scales
+    packed = pack_codes((codes + term.offset).nan_to_num().to(torch.uint8).cpu().numpy(), 4)
+    return torch.from_numpy(packed).to(factor.device), scales
 
 
 def pack_factors(left: Tensor, right: Tensor, term: LowRank) -> dict[str, Tensor]:
     """Fields of the low-rank term L [rows, rank] R [rank, cols] (float32) as uint8 tensors."""
     if term.dtype == "f16":
-        fields = {"left": left.to(torch.float16), "right": right.to(torch.float16)}
-        floats = list(fields.values())
+        codes, floats = {}, {"left": left.to(torch.float16), "right": right.to(torch.float16)}
     else:
-        (left_codes, left_scales), (right_codes, right_scales) = _int8(left, 0), _int8(right, 1)
-        fields = {"left": left_codes, "right": right_codes, "left_scales": left_scales, "right_scales": right_scales}
-        floats = [left_scales, right_scales]
-    if not all(bool(torch.isfinite(values).all()) for values in floats):
+        (left_codes, left_scales), (right_codes, right_scales) = _rounded(left, 0, term), _rounded(right, 1, term)
+        codes = {"left": left_codes, "right": right_codes}
+        floats = {"left_scales": left_scales, "right_scales": right_scales}
+    if not all(bool(torch.isfinite(values).all()) for values in floats.values()):
         raise ValueError("a low-rank factor is not finite in fp16; train with a smaller learning rate")
-    return {name: _bytes(values) for name, values in fields.items()}
+    return codes | {name: _bytes(values) for name, values in floats.items()}

@@ -100,7 +100,7 @@ def test_every_format_decodes_every_shape(fmt: Format, shape: tuple[int, int], s
     assert np.isfinite(decoded).all()
 
 
-@pytest.mark.parametrize("name", ["int3-g8", "uint4-g8-dq8x8", "aq2x3-d4", "nf2-g0+r2i8", "bf16"])
+@pytest.mark.parametrize("name", ["int3-g8", "uint4-g8-dq8x8", "aq2x3-d4", "nf2-g0+r2i8", "e8p3+r2i4", "bf16"])
 def test_missing_short_and_dirty_fields_are_refused(name: str) -> None:
     fmt = Format.parse(name)
     packed = random_packed(fmt, 3, 11, seed=0)

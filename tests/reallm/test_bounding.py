@@ -19,7 +19,14 @@ def matrix(number: int, rows: int = 64, cols: int = 64) -> Matrix:
     name = f"blocks.{number}.q"
     return Matrix(
         **{"name": name, "parameter": f"{name}.weight", "rows": rows, "cols": cols, "kind": "linear", "block": number},
-        **{"input": name, "family": "q", "transposed": False, "expert": None, "tied": (), "source_bytes": 2 * rows * cols},
+        **{
+            "input": name,
+            "family": "q",
+            "transposed": False,
+            "expert": None,
+            "tied": (),
+            "source_bytes": 2 * rows * cols,
+        },
     )
 
 

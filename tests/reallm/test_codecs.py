@@ -10,7 +10,7 @@ from weights import correlated
 
 from reallm import codecs
 from reallm.codecs import Metric, PackedFields, Workspace, encode
-from reallm.codecs.lowrank import factorise, store_factors
+from reallm.codecs.lowrank import factorise, store_factors, strongest
 from reallm.codecs.shared import fit_shared_codebooks
 from reallm.codecs.stored import store
 from reallm.encoding import codebook_bytes, codebook_values
@@ -19,7 +19,7 @@ from reallm.kernels.formats import Format
 from reallm.kernels.reference import decode_reference, read_field
 from reallm.kernels.terms import LowRank
 from reallm.planner.stored import shared_key
-from reallm.runtime.decode import decode
+from reallm.runtime.decode import decode, decode_factors
 from reallm.space import PRESETS
 
 SCALAR = [
@@ -31,8 +31,11 @@ DOUBLE = ["nf4-g8-dq8x8", "int3-g16-dq6x64", "uint4-g48-dq4x16", "lm3-g48-dq6x64
 FEEDBACK = ["int4-g48+ldl", "uint2-g0+ldl", "nf3-g16+ldl", "lm2-g8+ldl"]
 ADDITIVE = ["aq1x4-d4", "aq2x3-d8", "aq3x2-d2", "aq4x2-d4", "aq1x4-d4-shared"]
 LOW_RANK = ["nf3-g16+r4", "int2-g48+ldl+r4i8", "aq1x3-d4+r4", "lm2-g32-dq6x64+ldl+r4i8", "aq2x2-d4-shared+r4i8"]
-NAMES = [*SCALAR, *DOUBLE, *FEEDBACK, *ADDITIVE, *LOW_RANK, "bf16", "fp16", "fp32"]
+LOW_RANK += ["int2-g48+ldl+r4i4", "lm3-g16+ldl2+r3i4", "km2+ldl+r2i4"]
+LATTICE = ["e8p2", "e8p2+ldl+rot", "e8p3+ldl+perm", "e8p4+rot+o5", "e8p2+ldl+rot+r4i4"]
+NAMES = [*SCALAR, *DOUBLE, *FEEDBACK, *ADDITIVE, *LOW_RANK, *LATTICE, "bf16", "fp16", "fp32"]
 HARD_FORMATS = ["int4-g16", "uint3-g48+ldl", "nf4-g8-dq8x8", "lm2-g32-dq6x64+ldl+r4i8", "nf3-g16+r4", "aq2x2-d4"]
+HARD_FORMATS += ["e8p2+ldl+rot", "e8p3+ldl+rot", "e8p4+rot"]
 
 
 def books_of(fmt: Format, W: Tensor, metric: Metric) -> Tensor | None:
@@ -62,21 +65,22 @@ def cost_of(name: str, W: Tensor, metric: Metric) -> float:
 def test_stored_bytes_decode_to_what_the_encoder_believed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     W, metric = correlated(9, 77, seed=1)
     fmt, believed = Format.parse(name), []
-    original = codecs._encode_codes
+    original = codecs._encode_rest
 
     def noted(target: Tensor, *args: object) -> tuple[dict[str, Tensor], Tensor]:
         values, quantised = original(target, *args)
-        believed.append((values["codes"].clone(), W - target + quantised))
+        believed.append((values["codes"].clone(), quantised))
         return values, quantised
 
-    monkeypatch.setattr(codecs, "_encode_codes", noted)
+    monkeypatch.setattr(codecs, "_encode_rest", noted)
     fields, weight = packed(name, W, metric)
     assert [*fields] == [field.name for field in fmt.fields(9, 77)]
     assert {k: v.nbytes for k, v in fields.items()} == {f.name: f.nbytes for f in fmt.fields(9, 77)}
     assert sum(v.nbytes for v in fields.values()) == fmt.nbytes(9, 77)
     if believed:
         codes = read_field(fmt.fields(9, 77)[0], fields)
-        chosen = [kept for found, kept in believed if np.array_equal(found.numpy().reshape(-1), codes)]
+        left, right = decode_factors(fmt, {k: torch.from_numpy(v) for k, v in fields.items()}, 9, 77)
+        chosen = [kept + left @ right for found, kept in believed if np.array_equal(found.numpy().reshape(-1), codes)]
         atol = 32 * 2.0**-24 * float(W.abs().max() + weight.abs().max())  # float32 sums in another order
         assert any(torch.allclose(kept, weight, rtol=0, atol=atol) for kept in chosen)
     else:
@@ -221,7 +225,7 @@ def test_shared_codebooks_serve_every_member() -> None:
     assert fit_shared_codebooks(fmt, [wide, narrow], 0)["codebooks"].nbytes == fmt.shared_field.nbytes
 
 
-@pytest.mark.parametrize("name", ["nf2-g48+r4", "int2-g48+ldl+r4i8", "aq1x3-d4+r4"])
+@pytest.mark.parametrize("name", ["nf2-g48+r4", "int2-g48+ldl+r4i8", "aq1x3-d4+r4", "int2-g48+ldl+r4i4"])
 def test_alternation_never_returns_a_worse_iterate_than_its_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     W, metric = correlated(24, 96, seed=7)
     best = cost_of(name, W, metric)
@@ -257,6 +261,45 @@ def test_int8_factors_are_within_their_steps() -> None:
         (left[:, c].abs().max() * right[c].abs().max() / 127) for c in range(3)
     )  # half a step of each factor times the other's largest value, twice; and fp16 scales
     assert float((factors.product - left @ right).abs().max()) <= 1.01 * float(steps)
+
+
+def test_int4_factors_are_no_further_off_than_half_steps_of_their_peaks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(12, 3, generator=generator), torch.randn(3, 20, generator=generator)
+    factors = store_factors(left, right, LowRank(5, "i4"))
+    stored = factors.stored["left"]
+    assert float(stored.min()) >= 1 and float(stored.max()) <= 15 and bool((stored[:, 3:] == 8).all())
+    for c in range(3):  # a component is the product of two vectors, each within half a step in the mean square
+        wanted, found = left[:, c].outer(right[c]), factors.left[:, c].outer(factors.right[c])
+        off = [0.5 / 7 * float(v.abs().max()) * len(v) ** 0.5 / float(v.norm()) for v in (left[:, c], right[c])]
+        assert (
+            float((wanted - found).norm() / wanted.norm()) <= (1 + off[0]) * (1 + off[1]) - 1 + 2.0**-9
+        )  # fp16 scales
+
+
+@pytest.mark.parametrize("dtype", ["f16", "i8", "i4"])
+def test_two_sided_factors_are_the_best_of_their_rank(dtype: str) -> None:
+    """Eckart-Young again, with the output's Hessian on the left; what rounding adds is kept by the comparison alone."""
+    W, metric = correlated(20, 40, seed=8)
+    outputs = torch.randn(60, 20, generator=torch.Generator().manual_seed(3)) * torch.logspace(-1, 1, 20)
+    work = Workspace(Metric(metric.hessian, metric.fisher, gram=outputs.T @ outputs / 60))
+    one, both = (factorise(W, LowRank(6, dtype), work, True, 0, two_sided=t).product for t in (False, True))  # type: ignore[arg-type]
+    assert work.output_hessian is not None
+    left, root = torch.linalg.cholesky(work.output_hessian).T, torch.linalg.cholesky(work.hessian)
+    tail = float(torch.linalg.svdvals(left @ W.double() @ root)[6:].square().sum())
+    found = float((left @ (W - both).double() @ root).square().sum())
+    assert found == pytest.approx(work.cost(W - both, True), rel=1e-4)  # float32 sums of 40 and 20 terms
+    assert tail <= found * (1 + 1e-6)
+    assert dtype == "i4" or found < work.cost(W - one, True)
+    if dtype == "f16":
+        assert found <= tail * 1.001  # 2^-11 of each factor
+
+
+def test_the_strongest_factors_leave_the_least_power() -> None:
+    W, _ = correlated(20, 40, seed=8)
+    left = float((W - strongest(W, LowRank(6), 0).product).square().sum())
+    tail = float(torch.linalg.svdvals(W.double())[6:].square().sum())
+    assert tail * (1 - 1e-6) <= left <= tail * 1.001  # fp16 factors
 
 
 def test_codes_out_of_range_and_wrong_counts_are_refused() -> None:

@@ -275,7 +275,7 @@ def test_mistakes_are_told_before_anything_is_written(llama: Path, text: str, tm
         ({"text": str(tmp_path / "no.txt")}, "no.txt does not exist"),
         ({"seqlen": 4096}, "--seqlen 4096: this model takes 1 to 256"),
         ({"rank": 0}, "--rank 0: expected 1 to 1024"),
-        ({"factor_dtype": "f8"}, "--factor-dtype f8: expected f16 or i8"),
+        ({"factor_dtype": "f8"}, "--factor-dtype f8: expected f16, i8 or i4"),
         ({"steps": 0}, "--steps 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),
         ({"device": "tpu"}, "--device tpu: expected cpu"),

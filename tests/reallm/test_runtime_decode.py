@@ -25,9 +25,10 @@ DOUBLE = ["nf4-g8-dq8x8", "int3-g16-dq6x16", "uint5-g8-dq4x256", "lm2-g0-dq8x64"
 ADDITIVE = ["aq1x8-d8", "aq2x8-d8", "aq3x5-d4", "aq4x1-d2", "aq2x12-d8", "aq2x9-d4-shared"]
 LOW_RANK = ["nf3-g16+r3", "int4-g8+r5i8", "aq2x4-d4+r1", "aq1x6-d8-shared+ldl+r2i8"]
 TABLES = ["km3", "km2+r2i4", "km4+o50"]
+LATTICE = ["e8p2", "e8p3+rot", "e8p4+ldl+o9+r2i8", "e8p3+perm+r3i4"]
 TRELLIS = ["tq2-l8", "tq1.375-l10+ldl2+rot", "tq3.125-l12+rot", "tq6-l16"]
 TRANSFORMED = ["int4-g8+perm", "uint3-g16+cs", "lm3-g8+ldl+perm+cs+rot+o20+r3", "aq1x6-d4-shared+rot+o5+r2i4"]
-NAMES = [*SCALARS, *DOUBLE, *ADDITIVE, *LOW_RANK, *TABLES, *TRELLIS, *TRANSFORMED, "bf16", "fp16", "fp32"]
+NAMES = [*SCALARS, *DOUBLE, *ADDITIVE, *LOW_RANK, *TABLES, *LATTICE, *TRELLIS, *TRANSFORMED, "bf16", "fp16", "fp32"]
 
 
 def both(

@@ -200,7 +200,7 @@ def test_training_starts_from_the_stored_weight() -> None:
     assert {name for name, _ in module.named_parameters()} == {"bias", "left_factor", "right_factor"}
 
 
-@pytest.mark.parametrize("kind", ["f16", "i8"])
+@pytest.mark.parametrize("kind", ["f16", "i8", "i4"])
 @pytest.mark.parametrize("name", ["int4-g16+r3", "aq1x4-d4", "nf3-g8+ldl+r3i8"])
 def test_trained_factors_fold_back_into_the_bytes(name: str, kind: str) -> None:
     module = linear(name)
@@ -222,9 +222,9 @@ def test_trained_factors_fold_back_into_the_bytes(name: str, kind: str) -> None:
     assert all(
         raw.numel() == field.nbytes for raw, field in zip(module.fields.values(), fmt.fields(ROWS, COLS), strict=True)
     )
-    # Rounding a factor changes an entry by at most `step` of its component's largest; fp16 2^-11, int8 1/254 (and the
-    # scale 2^-11). Output: sum over 4 components and 36 inputs of |x| times both changes.
-    step = 2.0**-11 if kind == "f16" else 1 / 254 + 2.0**-11
+    # Rounding a factor changes an entry by at most `step` of its component's largest; fp16 2^-11, int8 1/254, int4
+    # 1/14 (and the scale 2^-11). Output: sum over 4 components and 36 inputs of |x| times both changes.
+    step = {"f16": 0.0, "i8": 1 / 254, "i4": 1 / 14}[kind] + 2.0**-11
     size = (inputs.abs().sum(1).max() * left.abs().amax(0) @ right.abs().amax(1)).item()
     assert (module(inputs) - trained).abs().max() <= 2.1 * step * size + 1e-4
 
@@ -244,8 +244,9 @@ def test_what_cannot_be_trained_says_so() -> None:
         pack_factors(torch.full((ROWS, 3), 1e6), torch.zeros(3, COLS), fmt.low_rank)
 
 
-def test_int8_factors_of_zeros_stay_zeros() -> None:
-    fmt = Format.parse("int4-g16+r3i8")
+@pytest.mark.parametrize("kind", ["i8", "i4"])
+def test_integer_factors_of_zeros_stay_zeros(kind: str) -> None:
+    fmt = Format.parse(f"int4-g16+r3{kind}")
     assert fmt.low_rank is not None
     fields = {name: torch.from_numpy(raw) for name, raw in random_fields(fmt, ROWS, COLS, 0).items()}
     fields |= pack_factors(torch.zeros(ROWS, 3), torch.zeros(3, COLS), fmt.low_rank)

@@ -14,6 +14,7 @@ from reallm.kernels.codecs import (
     DoubleQuant,
     Field,
     KMeansCodec,
+    LatticeCodec,
     ScalarCodec,
     TrellisCodec,
 )
@@ -40,6 +41,7 @@ additive_codecs = st.builds(
     AdditiveCodec, st.integers(1, 4), st.integers(1, 12), st.sampled_from((2, 4, 8)), st.booleans()
 )
 kmeans_codecs = st.builds(KMeansCodec, st.integers(2, 4))
+lattice_codecs = st.builds(LatticeCodec, st.integers(2, 4))
 trellis_codecs = st.builds(TrellisCodec, st.integers(8, 48), st.integers(8, 16))
 feedbacks = st.sampled_from(("", "ldl", "ldl2"))
 sparse_terms = st.one_of(st.none(), st.builds(Sparse, st.integers(1, 200)))
@@ -50,7 +52,7 @@ formats = st.one_of(
     dense_formats,
     st.builds(
         Format,
-        st.one_of(additive_codecs, kmeans_codecs, trellis_codecs),
+        st.one_of(additive_codecs, kmeans_codecs, lattice_codecs, trellis_codecs),
         st.one_of(st.none(), low_ranks),
         feedbacks,
         st.just(False),
