@@ -13,6 +13,8 @@ term, and how the encoder chooses codes; the last changes no byte. Each has a ca
     aq2x8-d8                  two additive codebooks of 2^8 words of 8 weights, one fp16 scale a row
     aq2x8-d8-shared           the same, its codebooks shared by every matrix of the same kind and charged once
     tq2.25-l12                trellis of 2^12 states, 2.25 bits a weight shared out among blocks of columns
+    nd1x4-d2-c32x1-t3-w8      codes that a convolutional decoder of one hidden layer of 32 channels, shared by every
+                              matrix of the same kind and charged once, makes weights of (ReALLM)
     ...+perm, +cs, +rot       the weight is coded with its columns permuted, scaled, both sides rotated
     ...+o5                    5 per mille of the weights kept apart as sparse outliers
     ...+r16, +r16i8, +r16i4   a low-rank term of rank 16, fp16, int8 or int4 factors
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from .codecs import AdditiveCodec, AnyCodec, DenseCodec, Field, FormatError, ScalarCodec, parse_codec
+from .codecs import AdditiveCodec, AnyCodec, DenseCodec, Field, FormatError, NeuralCodec, ScalarCodec, parse_codec
 from .terms import MAX_COLS, LowRank, Sparse
 
 Feedback = Literal["", "ldl", "ldl2"]
@@ -91,7 +93,14 @@ class Format:
     def shared_field(self) -> Field | None:
         """The field that matrices share, or None."""
         codec = self.codec
-        return codec.codebook_field() if isinstance(codec, AdditiveCodec) and codec.shared else None
+        if isinstance(codec, NeuralCodec) or (isinstance(codec, AdditiveCodec) and codec.shared):
+            return codec.codebook_field()
+        return None
+
+    @property
+    def shared_name(self) -> str:
+        """Which formats share one field: the codec's name; a decoder for rotated weights is another one."""
+        return self.codec.name + ("+rot" if self.rotated and isinstance(self.codec, NeuralCodec) else "")
 
     @staticmethod
     def parse(name: str) -> Format:

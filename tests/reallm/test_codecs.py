@@ -31,8 +31,17 @@ DOUBLE = ["nf4-g8-dq8x8", "int3-g16-dq6x64", "uint4-g48-dq4x16", "lm3-g48-dq6x64
 FEEDBACK = ["int4-g48+ldl", "uint2-g0+ldl", "nf3-g16+ldl", "lm2-g8+ldl"]
 ADDITIVE = ["aq1x4-d4", "aq2x3-d8", "aq3x2-d2", "aq4x2-d4", "aq1x4-d4-shared"]
 LOW_RANK = ["nf3-g16+r4", "int2-g48+ldl+r4i8", "aq1x3-d4+r4", "lm2-g32-dq6x64+ldl+r4i8", "aq2x2-d4-shared+r4i8"]
-NAMES = [*SCALAR, *DOUBLE, *FEEDBACK, *ADDITIVE, *LOW_RANK, "bf16", "fp16", "fp32"]
-HARD_FORMATS = ["int4-g16", "uint3-g48+ldl", "nf4-g8-dq8x8", "lm2-g32-dq6x64+ldl+r4i8", "nf3-g16+r4", "aq2x2-d4"]
+NEURAL = ["nd1x4-d2-c8x1-t2-w8+ldl", "nd1x3-d4-c6x2-t2-w4", "nd1x3-d2-c8x1-t2-w8+ldl+r4i8"]
+NAMES = [*SCALAR, *DOUBLE, *FEEDBACK, *ADDITIVE, *LOW_RANK, *NEURAL, "bf16", "fp16", "fp32"]
+HARD_FORMATS = [
+    "int4-g16",
+    "uint3-g48+ldl",
+    "nf4-g8-dq8x8",
+    "lm2-g32-dq6x64+ldl+r4i8",
+    "nf3-g16+r4",
+    "aq2x2-d4",
+    NEURAL[0],
+]
 
 
 def books_of(fmt: Format, W: Tensor, metric: Metric) -> Tensor | None:

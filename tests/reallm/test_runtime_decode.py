@@ -27,7 +27,8 @@ LOW_RANK = ["nf3-g16+r3", "int4-g8+r5i8", "aq2x4-d4+r1", "aq1x6-d8-shared+ldl+r2
 TABLES = ["km3", "km2+r2i4", "km4+o50"]
 TRELLIS = ["tq2-l8", "tq1.375-l10+ldl2+rot", "tq3.125-l12+rot", "tq6-l16"]
 TRANSFORMED = ["int4-g8+perm", "uint3-g16+cs", "lm3-g8+ldl+perm+cs+rot+o20+r3", "aq1x6-d4-shared+rot+o5+r2i4"]
-NAMES = [*SCALARS, *DOUBLE, *ADDITIVE, *LOW_RANK, *TABLES, *TRELLIS, *TRANSFORMED, "bf16", "fp16", "fp32"]
+NEURAL = ["nd1x4-d2-c8x1-t3-w8", "nd1x3-d8-c5x3-t2-w4+perm", "nd1x8-d4-c16x2-t2-w8+ldl+r2", "nd1x2-d1-c3x1-t1-w4"]
+NAMES = [*SCALARS, *DOUBLE, *ADDITIVE, *LOW_RANK, *TABLES, *TRELLIS, *NEURAL, *TRANSFORMED, "bf16", "fp16", "fp32"]
 
 
 def both(
