@@ -85,9 +85,11 @@ def decode_neural(
     for index in range(2, len(layers) - 2, 2):
         hidden = _gelu(hidden @ layers[index].T + layers[index + 1])
     patches = latent[codec.taps - 1 :] + hidden @ layers[-2].T + layers[-1]
-    image = patches.transpose(0, 2, 1).reshape(down * codec.dim, cols)[:rows]
-    return image * scales.repeat(TILE)[:cols]
+    image: Array = patches.transpose(0, 2, 1).reshape(down * codec.dim, cols)[:rows]
+    weights: Array = image * scales.repeat(TILE)[:cols]
+    return weights
 
 
 def _gelu(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    result: Array = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return result

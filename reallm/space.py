@@ -44,6 +44,18 @@ _DEFAULT = (
     "int8-g64",
 )
 
+_REALLM = (
+    *(f"nd1x{codes}-d2-c{decoder}-w8+ldl+rot" for codes, decoder in ((3, "32x1-t4"), (4, "32x1-t3"), (6, "32x1-t2"))),
+    "nd1x4-d2-c32x1-t3-w8+ldl+perm",
+    "nd1x4-d2-c64x2-t3-w8+ldl+rot",
+    "nd1x4-d2-c32x1-t3-w8+ldl+rot+r16i8",
+    "nd1x4-d2-c32x1-t3-w4+ldl+rot",
+    "aq1x8-d4-shared",
+    "aq1x8-d4-shared+perm+r16i8",
+    "aq2x6-d4",
+    "lm4-g64-dq6x64+ldl",
+)
+
 PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": (_DEFAULT, _VOCABULARY),
     "quick": (_QUICK, _VOCABULARY[1:]),
@@ -51,6 +63,7 @@ PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "qlora": (("nf4-g64-dq8x256",), ("nf4-g64-dq8x256",)),
     "gptq": (("uint2-g64+ldl", "uint3-g64+ldl", "uint4-g64+ldl", "uint8-g64+ldl"), ("uint8-g64",)),
     "lq-lora": (tuple(f"nf{b}-g{g}-dq8x256+r32" for b in (2, 3, 4, 8) for g in (16, 32, 64)), ("nf8-g64-dq8x256",)),
+    "reallm": (_REALLM, _VOCABULARY),
     "aqlm": (("aq1x8-d8", "aq2x8-d8", "aq3x8-d8", "aq4x8-d8"), ("int8-g64",)),
 }
 """Name -> (formats of linear layers, formats of embedding and head)."""

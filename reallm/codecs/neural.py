@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,17 @@ def patches(columns: Tensor, dim: int) -> Tensor:
 
 def block_scales(W: Tensor) -> Tensor:
     """Root mean square of every block of TILE columns as stored, [blocks]; 1 where it is zero."""
-    power = torch.stack([block.square().mean() for block in W.split(TILE, 1)])
+    power = torch.stack([block.square().mean() for block in torch.split(W, TILE, 1)])
     scales = to_half(power.sqrt())
     return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    codes: Tensor
+    scales: Tensor
+    decoded: Tensor
+    cost: float
 
 
 class _Encoder:
@@ -64,6 +74,10 @@ class _Encoder:
         error = self.W - self.decoded()
         return float(((error @ self.work.hessian32) * error).sum(dtype=torch.float64))
 
+    def snapshot(self) -> _Snapshot:
+        """A copy of the state."""
+        return _Snapshot(self.codes.clone(), self.scales.clone(), self.decoded(), self.cost())
+
     def one(self, position: int, target: Tensor) -> Tensor:
         """`quantise` for the column at a position of the order of feedback."""
         return self.quantise(self.work.order[position : position + 1], target[None])[0]
@@ -90,30 +104,21 @@ def encode_neural(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(fields, what they decode to [N, K]) for W[N, K] float32 and the bytes `raw` of the decoder."""
     state = _Encoder(W, codec, work, stored_values(codec, raw))
-    order = work.order
     if feedback:
-        feed_back(W.T[order].contiguous(), work.ordered_factor, state.one)
+        feed_back(W.T[work.order].contiguous(), work.ordered_factor, state.one)
     else:
         state.quantise(torch.arange(W.shape[1]), W.T.contiguous())
-    first = (state.codes.clone(), state.scales.clone(), state.decoded()), state.cost()
+    best = state.snapshot()
     state.refit_scales()
-    best, best_cost = min(
-        ((state.codes.clone(), state.scales.clone(), state.decoded()), state.cost()), first, key=_cost
-    )
+    best = min(best, state.snapshot(), key=lambda kept: kept.cost)
     for _ in range(MAX_PASSES if feedback else 0):
-        descend(W.T[order].contiguous(), state.decoded().T[order].contiguous(), work.ordered_hessian, state.one)
+        before = best.cost
+        columns, values = W.T[work.order].contiguous(), state.decoded().T[work.order].contiguous()
+        descend(columns, values, work.ordered_hessian, state.one)
         state.refit_scales()
-        cost, gain = state.cost(), 1 - state.cost() / best_cost if best_cost > 0 else 0.0
-        if cost < best_cost:
-            best, best_cost = (state.codes.clone(), state.scales.clone(), state.decoded()), cost
-        if gain < MIN_GAIN:
+        best = min(best, state.snapshot(), key=lambda kept: kept.cost)
+        if best.cost > (1 - MIN_GAIN) * before:
             break
-    codes, scales, decoded = best
-    empty = torch.stack([(block == 0).all() for block in W.split(TILE, 1)])
-    scales = scales.masked_fill(empty, 0.0)
-    decoded = decoded * (~empty).repeat_interleave(TILE)[: W.shape[1]]
-    return {"codes": codes.T.contiguous(), "scales": scales}, decoded
-
-
-def _cost(state: tuple[object, float]) -> float:
-    return state[1]
+    full = torch.stack([block.any() for block in torch.split(W, TILE, 1)])
+    decoded = best.decoded * full.repeat_interleave(TILE)[: W.shape[1]]
+    return {"codes": best.codes.T.contiguous(), "scales": best.scales * full}, decoded

@@ -35,7 +35,7 @@ from .walks import cheapest_walks
 CROP_ROWS = 256
 CROP_COLS = 64  # of every member
 HELD_OUT = 8
-MAX_VISITS = 1 << 29  # windows times patches of all crops: what a round's search costs
+MAX_VISITS = 1 << 28  # windows times patches of all crops: what a round's search costs
 ROUNDS, STEPS = 30, 10
 LEARNING_RATE = 3e-3
 FREQUENCY = 6.0
