@@ -1,8 +1,8 @@
 """The bench that the quality benchmarks share: a base model, tokens, an evaluator, and results that are kept.
 
 Every method compresses the decoder linears of one model. One evaluator measures all: KL to the float32 model in nats
-per token on WINDOWS windows of SEQLEN tokens of held-out text. Finished parts are kept in .bench/quality, under the hash
-of model and texts, and used again; delete the folder to start anew.
+per token on WINDOWS windows of SEQLEN tokens of held-out text. Finished parts are kept in .bench/quality, under the
+hash of model and texts, and used again; delete the folder to start anew.
 """
 
 from __future__ import annotations

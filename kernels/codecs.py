@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from typing import Literal, Protocol
 
 from .packing import aligned, packed_nbytes
@@ -19,6 +21,7 @@ FLOAT_NBYTES: dict[str, int] = {"f16": 2, "bf16": 2, "f32": 4, "i8": 1}
 SCALAR_BITS = (2, 3, 4, 5, 6, 8)
 TILE = 16
 """Rows and columns of a tile of the trellis: 256 weights, as in QTIP."""
+MAX_WINDOW_BITS = 16
 
 
 class FormatError(ValueError):
@@ -150,6 +153,10 @@ class AdditiveCodec:
     def group_count(self, cols: int) -> int:
         return -(-cols // self.dim)
 
+    @property
+    def codebook_shape(self) -> tuple[int, ...]:
+        return self.num_codebooks, 1 << self.codebook_bits, self.dim
+
     def codebook_field(self) -> Field:
         """The codebooks, f16 [num_codebooks, 2^codebook_bits, dim]; in the matrix, or once in the model if shared."""
         return Field("codebooks", "f16", self.num_codebooks * (1 << self.codebook_bits) * self.dim)
@@ -242,7 +249,66 @@ class LatticeCodec:
         return (Field("codes", "u16", count), *second, Field("scales", "f16", -(-cols // TILE)))
 
 
-AnyCodec = DenseCodec | ScalarCodec | AdditiveCodec | KMeansCodec | TrellisCodec | LatticeCodec
+@dataclass(frozen=True, slots=True)
+class NeuralCodec:
+    """Latents that a small convolutional decoder, shared by all matrices of a family, makes weights of (ReALLM).
+
+    A column is cut into patches of `dim` rows (the last padded), each with one code into a shared codebook of
+    2^codebook_bits words of `dim` weights: the latent image E. Then W_hat = (E + D(E)) times the scale of a block of
+    TILE columns, D a convolution over the last `taps` patches of the column, a sine, `layers` - 1 pointwise
+    convolutions each with a GELU, and a pointwise one back to the `dim` rows of the patch; `channels` wide. A
+    patch is decided by the last `taps` codes: its window. Weights take `weight_bits`, words and biases 8 (`neural`).
+    """
+
+    codebook_bits: int
+    dim: int
+    channels: int
+    layers: int
+    taps: int
+    weight_bits: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.codebook_bits <= 8 or self.dim not in (1, 2, 4, 8):
+            raise FormatError(f"neural codes are 1 to 8 bits for 1, 2, 4 or 8 weights, not {self}")
+        if self.taps < 1 or self.window_bits > MAX_WINDOW_BITS:
+            raise FormatError(f"a neural decoder sees 1 to {MAX_WINDOW_BITS} bits of codes at once, not {self}")
+        if not 1 <= self.channels <= 1024 or not 1 <= self.layers <= 8 or self.weight_bits not in (4, 8):
+            raise FormatError(f"a neural decoder has 1 to 1024 channels, 1 to 8 layers, 4 or 8 bits, not {self}")
+
+    @property
+    def name(self) -> str:
+        decoder = f"c{self.channels}x{self.layers}-t{self.taps}-w{self.weight_bits}"
+        return f"nd1x{self.codebook_bits}-d{self.dim}-{decoder}"
+
+    @property
+    def window_bits(self) -> int:
+        """Bits of the codes that decide one patch."""
+        return self.taps * self.codebook_bits
+
+    @property
+    def tensors(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """(shape, bits) of what the shared field holds: words, then weight [out, in] and bias of each layer."""
+        ends = [self.taps * self.dim, *[self.channels] * self.layers, self.dim]
+        found: list[tuple[tuple[int, ...], int]] = [((1 << self.codebook_bits, self.dim), 8)]
+        for inner, outer in pairwise(ends):
+            found += [((outer, inner), self.weight_bits), ((outer,), 8)]
+        return tuple(found)
+
+    @property
+    def codebook_shape(self) -> tuple[int, ...]:
+        return (sum(1 + -(-prod(shape) * bits // 8) for shape, bits in self.tensors),)
+
+    def codebook_field(self) -> Field:
+        """Codebook and decoder as one run of bytes, see `neural.unpack_tensors`."""
+        return Field("codebooks", "u8", *self.codebook_shape)
+
+    def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
+        """Codes [patches down, cols] and a scale for each block of columns."""
+        codes = Field("codes", f"u{self.codebook_bits}", -(-rows // self.dim) * cols)
+        return (codes, Field("scales", "f16", -(-cols // TILE)))
+
+
+AnyCodec = DenseCodec | ScalarCodec | AdditiveCodec | KMeansCodec | TrellisCodec | LatticeCodec | NeuralCodec
 
 
 def _parse_dense(match: re.Match[str]) -> DenseCodec:
@@ -275,6 +341,10 @@ def _parse_lattice(match: re.Match[str]) -> LatticeCodec:
     return LatticeCodec(int(match["b"]))
 
 
+def _parse_neural(match: re.Match[str]) -> NeuralCodec:
+    return NeuralCodec(*(int(match[part]) for part in ("b", "d", "c", "n", "t", "w")))
+
+
 _PARSERS: tuple[tuple[str, Callable[[re.Match[str]], AnyCodec]], ...] = (
     (r"bf16|fp16|fp32", _parse_dense),
     (r"(?P<table>u?int|nf|lm)(?P<bits>\d{1,2})-g(?P<group>\d{1,5})(-dq(?P<dq>\d)x(?P<block>\d{1,4}))?", _parse_scalar),
@@ -282,6 +352,7 @@ _PARSERS: tuple[tuple[str, Callable[[re.Match[str]], AnyCodec]], ...] = (
     (r"km(?P<b>\d)", _parse_kmeans),
     (r"e8p(?P<b>\d)", _parse_lattice),
     (r"tq(?P<rate>\d(\.\d{1,3})?)-l(?P<l>\d{1,2})", _parse_trellis),
+    (r"nd1x(?P<b>\d)-d(?P<d>\d)-c(?P<c>\d{1,4})x(?P<n>\d)-t(?P<t>\d{1,2})-w(?P<w>\d)", _parse_neural),
 )
 
 

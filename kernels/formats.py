@@ -14,13 +14,15 @@ term, and how the encoder chooses codes; the last changes no byte. Each has a ca
     aq2x8-d8-shared           the same, its codebooks shared by every matrix of the same kind and charged once
     tq2.25-l12                trellis of 2^12 states, 2.25 bits a weight shared out among blocks of columns
     e8p2                      E8 lattice words of 8 weights in 16 bits; e8p3 and e8p4 with a residual word (QuIP#)
+    nd1x4-d2-c32x1-t3-w8      codes that a convolutional decoder of one hidden layer of 32 channels, shared by every
+                              matrix of the same kind and charged once, makes weights of (ReALLM)
     ...+perm, +cs, +rot       the weight is coded with its columns permuted, scaled, both sides rotated
     ...+o5                    5 per mille of the weights kept apart as sparse outliers
     ...+r16, +r16i8, +r16i4   a low-rank term of rank 16, fp16, int8 or int4 factors
     ...+ldl                   codes chosen with error feedback in the metric of the Hessian of the inputs (GPTQ)
     ...+ldl2                  in that of the inputs and of the output's gradients (two-sided; YAQA, arXiv 2505.22988)
     ...+lwc                   clipping learned by gradient descent (OmniQuant)
-    ...+svd                   the low-rank term by the plain SVD of what codes leave (LoftQ, arXiv 2310.08659), not weighted
+    ...+svd                   the low-rank term by the plain, unweighted SVD of what codes leave (LoftQ, arXiv 2310.08659)
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from .codecs import AdditiveCodec, AnyCodec, DenseCodec, Field, FormatError, ScalarCodec, parse_codec
+from .codecs import AdditiveCodec, AnyCodec, DenseCodec, Field, FormatError, NeuralCodec, ScalarCodec, parse_codec
 from .terms import MAX_COLS, LowRank, Sparse
 
 Feedback = Literal["", "ldl", "ldl2"]
@@ -98,7 +100,14 @@ class Format:
     def shared_field(self) -> Field | None:
         """The field that matrices share, or None."""
         codec = self.codec
-        return codec.codebook_field() if isinstance(codec, AdditiveCodec) and codec.shared else None
+        if isinstance(codec, NeuralCodec) or (isinstance(codec, AdditiveCodec) and codec.shared):
+            return codec.codebook_field()
+        return None
+
+    @property
+    def shared_name(self) -> str:
+        """Which formats share one field: the codec's name; a decoder for rotated weights is another one."""
+        return self.codec.name + ("+rot" if self.rotated and isinstance(self.codec, NeuralCodec) else "")
 
     @staticmethod
     def parse(name: str) -> Format:

@@ -10,10 +10,21 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import TILE, AdditiveCodec, DenseCodec, Field, KMeansCodec, LatticeCodec, ScalarCodec, TrellisCodec
+from .codecs import (
+    TILE,
+    AdditiveCodec,
+    DenseCodec,
+    Field,
+    KMeansCodec,
+    LatticeCodec,
+    NeuralCodec,
+    ScalarCodec,
+    TrellisCodec,
+)
 from .formats import Format
 from .hadamard import rotation
 from .lattice import decode_lattice
+from .neural import decode_neural
 from .packing import unpack_codes
 from .tables import table
 from .terms import LowRank
@@ -99,6 +110,9 @@ def _codes(fmt: Format, values: dict[str, Array], rows: int, cols: int) -> Array
         return _kmeans(codec, values, rows, cols)
     if isinstance(codec, LatticeCodec):
         return _lattice(codec, values, rows, cols)
+    if isinstance(codec, NeuralCodec):
+        codes, raw = values["codes"].astype(np.int64), values["codebooks"].astype(np.uint8)
+        return decode_neural(codec, raw, codes.reshape(-1, cols), values["scales"], rows)
     assert isinstance(codec, TrellisCodec)
     return _trellis(codec, values, rows, cols)
 

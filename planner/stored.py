@@ -40,7 +40,7 @@ def stored_nbytes(fmt: Format, rows: int, cols: int, kind: Kind) -> tuple[int, .
 
 def shared_key(fmt: Format, family: str) -> str | None:
     """Key of the codebook that matrices of `family` share in this format, or None."""
-    return f"{fmt.codec.name}@{family}" if fmt.shared_field else None
+    return f"{fmt.shared_name}@{family}" if fmt.shared_field else None
 
 
 def shared_tensor(key: str, nbytes: int) -> TensorSpec:

@@ -21,7 +21,7 @@ from .calibration import BlockStatistics, read_statistics
 from .codecs import CODEC_VERSION, Metric, PackedFields, Workspace, encode
 from .codecs.stored import store
 from .errors import UserError
-from .kernels.codecs import AdditiveCodec
+from .kernels.codecs import AdditiveCodec, NeuralCodec
 from .kernels.formats import Format
 from .kernels.reference import read_field
 from .model import LoadedModel, Matrix
@@ -89,11 +89,10 @@ def metric_of(matrix: Matrix, statistics: BlockStatistics) -> Metric:
 
 
 def codebook_values(fmt: Format, fields: PackedFields) -> Tensor:
-    """Codebooks [M, 2^B, d] of a format that shares them, float32, from their bytes."""
+    """What matrices of `fmt` share, float32, from its bytes: codebooks [M, 2^B, d], or the bytes of a decoder."""
     codec, field = fmt.codec, fmt.shared_field
-    assert isinstance(codec, AdditiveCodec) and field is not None
-    values = read_field(field, fields).reshape(codec.num_codebooks, 1 << codec.codebook_bits, codec.dim)
-    return torch.from_numpy(values).float()
+    assert isinstance(codec, AdditiveCodec | NeuralCodec) and field is not None
+    return torch.from_numpy(read_field(field, fields).reshape(codec.codebook_shape)).float()
 
 
 def codebook_bytes(fmt: Format, books: Tensor | None) -> Tensor | None:

@@ -49,6 +49,18 @@ def _asymmetric(method: str) -> tuple[str, ...]:
     return tuple(f"uint{bits}-g{group}{method}" for bits in (2, 3, 4) for group in (128, 64))
 
 
+_REALLM = (
+    *(f"nd1x{codes}-d2-c{decoder}-w8+ldl+rot" for codes, decoder in ((3, "32x1-t4"), (4, "32x1-t3"), (6, "32x1-t2"))),
+    "nd1x4-d2-c32x1-t3-w8+ldl+perm",
+    "nd1x4-d2-c64x2-t3-w8+ldl+rot",
+    "nd1x4-d2-c32x1-t3-w8+ldl+rot+r16i8",
+    "nd1x4-d2-c32x1-t3-w4+ldl+rot",
+    "aq1x8-d4-shared",
+    "aq1x8-d4-shared+perm+r16i8",
+    "aq2x6-d4",
+    "lm4-g64-dq6x64+ldl",
+)
+
 PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": (_DEFAULT, _VOCABULARY),
     "quick": (_QUICK, _VOCABULARY[1:]),
@@ -66,6 +78,7 @@ PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lq-lora": (tuple(f"nf{b}-g{g}-dq8x256+r32" for b in (2, 3, 4, 8) for g in (16, 32, 64)), ("nf8-g64-dq8x256",)),
     "quip#": (("e8p2+ldl+rot", "e8p3+ldl+rot", "e8p4+ldl+rot"), ("int8-g64",)),
     "qtip": (tuple(f"tq{bits}-l12+ldl+rot" for bits in ("1", "1.5", "2", "2.5", "3", "3.5", "4")), ("int8-g64",)),
+    "reallm": (_REALLM, _VOCABULARY),
     "aqlm": (("aq1x8-d8", "aq2x8-d8", "aq3x8-d8", "aq4x8-d8"), ("int8-g64",)),
 }
 """Name -> (formats of linear layers, formats of embedding and head)."""

@@ -11,7 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from reallm.kernels.codecs import AdditiveCodec, DenseCodec, KMeansCodec, LatticeCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.codecs import (
+    AdditiveCodec,
+    DenseCodec,
+    KMeansCodec,
+    LatticeCodec,
+    NeuralCodec,
+    ScalarCodec,
+    TrellisCodec,
+)
 from reallm.kernels.formats import Format
 
 from .additive import encode_additive
@@ -19,6 +27,7 @@ from .kmeans import encode_kmeans
 from .lattice import encode_lattice
 from .lowrank import Factors, factorise, strongest
 from .metric import Metric, Workspace
+from .neural import encode_neural
 from .outliers import find_outliers
 from .rounding import Judge
 from .scalar import encode_scalar
@@ -35,8 +44,8 @@ __all__ = ["CODEC_VERSION", "Metric", "PackedFields", "Workspace", "encode"]
 def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = None, seed: int = 0) -> PackedFields:
     """The packed fields of W[N, K] float32 in `fmt`: the same bytes for the same inputs, seed and thread count.
 
-    `shared` [M, 2^B, d] holds the codebooks of a format that shares them. With a low-rank term the two parts are
-    fitted in turn, low rank first (LQ-LoRA, arXiv 2311.12023), until the cost stops falling; the best pair is kept.
+    `shared` holds what a format shares: codebooks [M, 2^B, d] or a decoder's bytes. With a low-rank term the two parts
+    are fitted in turn, low rank first (LQ-LoRA, arXiv 2311.12023), until the cost stops falling; the best pair is kept.
     """
     if not bool(torch.isfinite(W).all()):
         raise ValueError("a weight is not finite")
@@ -53,9 +62,9 @@ def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = N
 
 def _check_shared(fmt: Format, shared: Tensor | None) -> None:
     codec = fmt.codec
-    if fmt.shared_field is None or not isinstance(codec, AdditiveCodec):
+    if fmt.shared_field is None or not isinstance(codec, AdditiveCodec | NeuralCodec):
         return
-    expected = (codec.num_codebooks, 1 << codec.codebook_bits, codec.dim)
+    expected = codec.codebook_shape
     found = None if shared is None else tuple(shared.shape)
     if found != expected:
         raise ValueError(f"{fmt.name} needs its shared codebooks {expected}, not {found}")
@@ -130,6 +139,9 @@ def _encode_codes(
         return encode_trellis(W, codec, fmt.feedback, work)
     if isinstance(codec, LatticeCodec):
         return encode_lattice(W, codec, fmt.feedback, work)
+    if isinstance(codec, NeuralCodec):
+        assert shared is not None
+        return encode_neural(W, codec, bool(fmt.feedback), work, shared)
     assert isinstance(codec, AdditiveCodec)
     additive = encode_additive(W, codec, work, shared, seed)
     values = {"codes": additive.codes, "scales": additive.scales}

@@ -1,4 +1,4 @@
-"""Codebooks shared by all matrices of one role: fitted once on a sample of each, stored once in the model."""
+"""Codebooks and decoders shared by all matrices of one role: fitted on a sample of each, stored once in the model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from reallm.kernels.codecs import AdditiveCodec
+from reallm.kernels.codecs import AdditiveCodec, NeuralCodec
 from reallm.kernels.formats import Format
 
 from .additive import KMEANS_SAMPLES, fit_codebooks, normalised_vectors
 from .metric import Metric
+from .neural_fit import fit_decoder
 from .stored import PackedFields, store
 
 SAMPLES_PER_MATRIX = 4096
@@ -23,6 +24,8 @@ def fit_shared_codebooks(fmt: Format, members: Iterable[tuple[Tensor, Metric]], 
     Each matrix counts alike: its vectors weigh by the diagonal of its Hessian over that diagonal's mean.
     """
     codec, field = fmt.codec, fmt.shared_field
+    if isinstance(codec, NeuralCodec) and field is not None:
+        return {field.name: store(field, torch.from_numpy(fit_decoder(fmt, codec, members, seed)))}
     if not isinstance(codec, AdditiveCodec) or field is None:
         raise ValueError(f"{fmt.name} shares no codebooks")
     generator = torch.Generator().manual_seed(seed)

@@ -19,6 +19,7 @@ from ..kernels.codecs import (
     Field,
     KMeansCodec,
     LatticeCodec,
+    NeuralCodec,
     ScalarCodec,
     TrellisCodec,
 )
@@ -28,6 +29,7 @@ from ..kernels.packing import plane_widths, plane_words
 from ..kernels.tables import table
 from ..kernels.terms import LowRank
 from ..kernels.trellis import CODE_UNIT, WORDS_PER_WIDTH, code_table, step_shape
+from .neural import decode_neural
 from .rotation import unrotate_both
 
 Fields = Mapping[str, Tensor]
@@ -220,6 +222,9 @@ def _codes(fmt: Format, read: _Reader, rows: int, cols: int) -> Tensor:
         return _kmeans(codec, read, cols)
     if isinstance(codec, LatticeCodec):
         return _lattice(codec, read, cols)
+    if isinstance(codec, NeuralCodec):
+        codes = read.counts("codes").view(-1, cols)
+        return decode_neural(codec, read.counts("codebooks"), codes, read.flat("scales"), rows)
     assert isinstance(codec, TrellisCodec)
     return _trellis(codec, read, rows, cols)
 
@@ -294,7 +299,7 @@ def decode(
     stored = _with_shared(fmt, fields, rows, cols, shared)
     if fmt.shared_field and shared is not None:
         fields = {**fields, fmt.shared_field.name: shared}
-    whole = fmt.rotated or fmt.sparse or isinstance(fmt.codec, TrellisCodec)  # a row cannot be had alone
+    whole = fmt.rotated or fmt.sparse or isinstance(fmt.codec, TrellisCodec | NeuralCodec)  # a row cannot be had alone
     read = _Reader(stored, fields, rows, None if whole else select)
     if isinstance(fmt.codec, DenseCodec):
         return read.floats("values").to(dtype)

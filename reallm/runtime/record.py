@@ -62,7 +62,7 @@ class QuantizationRecord(Record):
         for key, users in self.shared.items():
             for matrix in users:
                 fmt = formats.get(matrix)
-                if fmt is None or fmt.shared_field is None or fmt.codec.name != key.partition("@")[0]:
+                if fmt is None or fmt.shared_field is None or fmt.shared_name != key.partition("@")[0]:
                     raise UserError(f"config.json: {matrix!r} cannot use the shared codebooks {key!r}")
                 result[key] = fmt
         needing = {matrix for matrix, fmt in formats.items() if fmt.shared_field}

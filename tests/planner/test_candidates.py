@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from strategies import make_table
 
+from reallm.kernels.formats import Format
 from reallm.planner.allocate import solve
 from reallm.planner.plan import PlanError
 from reallm.planner.records import MeasuredTable
@@ -107,3 +108,20 @@ def test_a_table_that_contradicts_itself_is_refused(table: MeasuredTable) -> Non
     for expected, change in wrong.items():
         with pytest.raises(PlanError, match=expected):
             solve(table.model_copy(update=change), "8MiB")
+
+
+@pytest.mark.parametrize(("count", "neural"), [(6, False), (7, True)])
+def test_a_neural_decoder_is_charged_once_for_a_family(count: int, neural: bool) -> None:
+    """Seven matrices save its bytes together, six do not; the budget is what the cheaper way takes, exactly."""
+    name, other = "nd1x4-d2-c32x4-t2-w8", "int4-g8"
+    fmt = Format.parse(name)
+    assert fmt.shared_field is not None
+    own, once, plain = fmt.nbytes(24, 48), fmt.shared_field.nbytes, Format.parse(other).nbytes(24, 48)
+    rows = ((f"l.{i}.q", 24, 48, "linear", {name: 1.0, other: 0.5}) for i in range(count))
+    shared, alone = count * own + once, count * plain
+    assert (shared < alone) == neural
+    numel = count * 24 * 48
+    plan = solve(make_table(*rows), f"{(min(shared, alone) + 0.5) * 8 / numel:.6f}bpw")
+    assert {choice.format for choice in plan.choices} == {name if neural else other}
+    assert plan.shared == ({f"{name}@q": once} if neural else {})
+    assert plan.matrices_bytes == min(shared, alone)

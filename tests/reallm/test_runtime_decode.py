@@ -28,7 +28,21 @@ TABLES = ["km3", "km2+r2i4", "km4+o50"]
 LATTICE = ["e8p2", "e8p3+rot", "e8p4+ldl+o9+r2i8", "e8p3+perm+r3i4"]
 TRELLIS = ["tq2-l8", "tq1.375-l10+ldl2+rot", "tq3.125-l12+rot", "tq6-l16"]
 TRANSFORMED = ["int4-g8+perm", "uint3-g16+cs", "lm3-g8+ldl+perm+cs+rot+o20+r3", "aq1x6-d4-shared+rot+o5+r2i4"]
-NAMES = [*SCALARS, *DOUBLE, *ADDITIVE, *LOW_RANK, *TABLES, *LATTICE, *TRELLIS, *TRANSFORMED, "bf16", "fp16", "fp32"]
+NEURAL = ["nd1x4-d2-c8x1-t3-w8", "nd1x3-d8-c5x3-t2-w4+perm", "nd1x8-d4-c16x2-t2-w8+ldl+r2", "nd1x2-d1-c3x1-t1-w4"]
+NAMES = [
+    *SCALARS,
+    *DOUBLE,
+    *ADDITIVE,
+    *LOW_RANK,
+    *TABLES,
+    *LATTICE,
+    *TRELLIS,
+    *NEURAL,
+    *TRANSFORMED,
+    "bf16",
+    "fp16",
+    "fp32",
+]
 
 
 def both(

@@ -1,12 +1,13 @@
-"""Random fields that must agree with each other: permutations, widths of trellis blocks, positions of outliers."""
+"""Random fields that must agree with each other: permutations, widths of trellis blocks, positions, decoders."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reallm.kernels.codecs import TrellisCodec
+from reallm.kernels.codecs import NeuralCodec, TrellisCodec
 from reallm.kernels.formats import Format
+from reallm.kernels.neural import pack_tensors
 from reallm.kernels.packing import pack_codes, pad
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
@@ -23,6 +24,8 @@ def consistent_fields(fmt: Format, rows: int, cols: int, rng: np.random.Generato
         where = np.sort(rng.choice(rows * cols, fmt.sparse.count(rows, cols), replace=False))
         found["sparse_counts"] = pack_codes(np.bincount(where // cols, minlength=rows), 16)
         found["sparse_cols"] = pack_codes(where % cols, 16)
+    if isinstance(fmt.codec, NeuralCodec):
+        found["codebooks"] = pad(random_decoder(fmt.codec, rng).tobytes())
     if isinstance(fmt.codec, TrellisCodec):
         left, widths = fmt.codec.total_width(cols), []
         for _ in range(fmt.codec.grid(rows, cols)[1]):
@@ -33,3 +36,8 @@ def consistent_fields(fmt: Format, rows: int, cols: int, rng: np.random.Generato
         count = fmt.fields(rows, cols)[0].count
         found["words"] = pad(rng.integers(0, 1 << 32, count, dtype=np.uint32).astype("<u4").tobytes())
     return found
+
+
+def random_decoder(codec: NeuralCodec, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A decoder whose layers keep values near one, as trained ones do."""
+    return pack_tensors(codec, [rng.uniform(-1, 1, shape) / np.sqrt(shape[-1]) for shape, _ in codec.tensors])

@@ -15,6 +15,7 @@ from reallm.kernels.codecs import (
     Field,
     KMeansCodec,
     LatticeCodec,
+    NeuralCodec,
     ScalarCodec,
     TrellisCodec,
 )
@@ -43,6 +44,15 @@ additive_codecs = st.builds(
 kmeans_codecs = st.builds(KMeansCodec, st.integers(2, 4))
 lattice_codecs = st.builds(LatticeCodec, st.integers(2, 4))
 trellis_codecs = st.builds(TrellisCodec, st.integers(8, 48), st.integers(8, 16))
+neural_codecs = st.builds(
+    NeuralCodec,
+    st.integers(1, 4),
+    st.sampled_from((1, 2, 4, 8)),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from((4, 8)),
+)
 feedbacks = st.sampled_from(("", "ldl", "ldl2"))
 sparse_terms = st.one_of(st.none(), st.builds(Sparse, st.integers(1, 200)))
 transforms = (st.booleans(), st.booleans(), st.booleans(), sparse_terms)  # permuted, channel scales, rotated, sparse
@@ -52,7 +62,7 @@ formats = st.one_of(
     dense_formats,
     st.builds(
         Format,
-        st.one_of(additive_codecs, kmeans_codecs, lattice_codecs, trellis_codecs),
+        st.one_of(additive_codecs, kmeans_codecs, lattice_codecs, trellis_codecs, neural_codecs),
         st.one_of(st.none(), low_ranks),
         feedbacks,
         st.just(False),
@@ -105,7 +115,8 @@ def problems(draw: st.DrawFn, max_items: int = 4, max_candidates: int = 4) -> Pr
     return Problem(tuple(items), sizes, draw(st.integers(0, most + 64)))
 
 
-MEASURED = ("int2-g8", "nf3-g16", "int4-g8", "int8-g0+r1", "aq1x4-d4-shared", "aq1x4-d4-shared+r1")
+NEURAL = "nd1x4-d2-c4x1-t2-w8"
+MEASURED = ("int2-g8", "nf3-g16", "int4-g8", "int8-g0+r1", "aq1x4-d4-shared", "aq1x4-d4-shared+r1", NEURAL)
 KINDS = ("linear", "linear", "linear", "embedding", "head")
 
 
