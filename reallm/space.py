@@ -2,7 +2,7 @@
 
 A space is a preset's name or a YAML file:
 
-    linear: [aq1x8-d4, lm3-g32-dq6x64+ldl, lm4-g32-dq6x64+ldl]   # experts too, unless they have a list of their own
+    linear: [tq2-l12+ldl2+rot, tq3-l12+ldl2+rot, lm4-g64+ldl]    # experts too, unless they have a list of their own
     embedding: [int4-g64+ldl, int8-g64]                          # the head too, unless it has a list of its own
 """
 
@@ -21,26 +21,27 @@ from .planner.records import Kind
 
 _VOCABULARY = ("lm3-g64-dq6x64+ldl", "lm4-g64-dq6x64+ldl", "lm6-g64-dq6x64+ldl", "int8-g64")
 
-_QUICK = (
-    "aq1x8-d4",
+_SCALAR = (
+    "lm2-g32-dq6x64+ldl",
     "lm3-g128-dq6x64+ldl",
     "lm3-g32-dq6x64+ldl",
+    "lm4-g128-dq6x64+ldl",
     "lm4-g32-dq6x64+ldl",
+    "lm5-g32-dq6x64+ldl",
     "lm6-g64-dq6x64+ldl",
+    "int8-g64",
 )
 
+
+def _trellis(state_bits: int, *rates: float) -> tuple[str, ...]:
+    return tuple(f"tq{rate:g}-l{state_bits}+ldl2+rot" for rate in rates)
+
+
+_QUICK = (*_trellis(10, 2, 2.5, 3, 3.5, 4, 5), "int8-g64")
 _DEFAULT = (
-    *_QUICK,
-    "aq1x6-d4",
-    "aq1x10-d4",
-    "aq1x10-d4-shared",
-    "aq2x6-d4",
-    "lm2-g32-dq6x64+ldl+r16i8",
-    "lm3-g64-dq6x64+ldl",
-    "lm4-g128-dq6x64+ldl",
+    *_trellis(12, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 4, 4.5, 5),
     "lm4-g64-dq6x64+ldl",
-    "lm5-g32-dq6x64+ldl",
-    "int4-g64+ldl",
+    "lm6-g64-dq6x64+ldl",
     "int8-g64",
 )
 
@@ -64,7 +65,7 @@ _REALLM = (
 PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": (_DEFAULT, _VOCABULARY),
     "quick": (_QUICK, _VOCABULARY[1:]),
-    "scalar": (tuple(f for f in _DEFAULT if not f.startswith("aq")), _VOCABULARY),
+    "scalar": (_SCALAR, _VOCABULARY),
     "qlora": (("nf4-g64-dq8x256",), ("nf4-g64-dq8x256",)),
     "loftq": (tuple(f"nf{b}-g64-dq8x256+svd+r{r}" for b in (2, 3, 4) for r in (16, 32)), ("nf4-g64-dq8x256",)),
     "gptq": ((*_asymmetric("+ldl"), "uint8-g64+ldl"), ("uint4-g64", "uint8-g64")),

@@ -35,7 +35,7 @@ from .stored import PackedFields, store, store_all
 from .transform import transform
 from .trellis import encode_trellis
 
-CODEC_VERSION = 3  # part of every cache key: raise it whenever an encoder's output may change
+CODEC_VERSION = 2  # part of every cache key: raise it whenever an encoder's output may change
 MAX_ALTERNATIONS = 4
 
 __all__ = ["CODEC_VERSION", "Metric", "PackedFields", "Workspace", "encode"]
