@@ -31,8 +31,18 @@ DOUBLE = ["nf4-g8-dq8x8", "int3-g16-dq6x64", "uint4-g48-dq4x16", "lm3-g48-dq6x64
 FEEDBACK = ["int4-g48+ldl", "uint2-g0+ldl", "nf3-g16+ldl", "lm2-g8+ldl"]
 ADDITIVE = ["aq1x4-d4", "aq2x3-d8", "aq3x2-d2", "aq4x2-d4", "aq1x4-d4-shared"]
 LOW_RANK = ["nf3-g16+r4", "int2-g48+ldl+r4i8", "aq1x3-d4+r4", "lm2-g32-dq6x64+ldl+r4i8", "aq2x2-d4-shared+r4i8"]
-NAMES = [*SCALAR, *DOUBLE, *FEEDBACK, *ADDITIVE, *LOW_RANK, "bf16", "fp16", "fp32"]
-HARD_FORMATS = ["int4-g16", "uint3-g48+ldl", "nf4-g8-dq8x8", "lm2-g32-dq6x64+ldl+r4i8", "nf3-g16+r4", "aq2x2-d4"]
+SEARCHED = ["km2", "km3+ldl", "uint3-g16+lwc", "nf3-g48-dq6x64+lwc", "int3-g16+ldl+lwc", "uint3-g16+cs", "km2+cs+o20"]
+SEARCHED += ["int3-g16+perm", "lm3-g16+ldl+perm", "uint2-g16+ldl+o50", "nf2-g16+svd+r4", "aq1x4-d4+perm+cs+o20"]
+NAMES = [*SCALAR, *DOUBLE, *FEEDBACK, *ADDITIVE, *LOW_RANK, *SEARCHED, "bf16", "fp16", "fp32"]
+HARD_FORMATS = [
+    "int4-g16",
+    "uint3-g48+ldl",
+    "nf4-g8-dq8x8",
+    "lm2-g32-dq6x64+ldl+r4i8",
+    "nf3-g16+r4",
+    "aq2x2-d4",
+    *SEARCHED,
+]
 
 
 def books_of(fmt: Format, W: Tensor, metric: Metric) -> Tensor | None:
@@ -62,14 +72,14 @@ def cost_of(name: str, W: Tensor, metric: Metric) -> float:
 def test_stored_bytes_decode_to_what_the_encoder_believed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     W, metric = correlated(9, 77, seed=1)
     fmt, believed = Format.parse(name), []
-    original = codecs._encode_codes
+    original = codecs._encode_rest
 
     def noted(target: Tensor, *args: object) -> tuple[dict[str, Tensor], Tensor]:
         values, quantised = original(target, *args)
         believed.append((values["codes"].clone(), W - target + quantised))
         return values, quantised
 
-    monkeypatch.setattr(codecs, "_encode_codes", noted)
+    monkeypatch.setattr(codecs, "_encode_rest", noted)
     fields, weight = packed(name, W, metric)
     assert [*fields] == [field.name for field in fmt.fields(9, 77)]
     assert {k: v.nbytes for k, v in fields.items()} == {f.name: f.nbytes for f in fmt.fields(9, 77)}
