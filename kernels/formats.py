@@ -22,7 +22,7 @@ term, and how the encoder chooses codes; the last changes no byte. Each has a ca
     ...+ldl                   codes chosen with error feedback in the metric of the Hessian of the inputs (GPTQ)
     ...+ldl2                  in that of the inputs and of the output's gradients (two-sided; YAQA, arXiv 2505.22988)
     ...+lwc                   clipping learned by gradient descent (OmniQuant)
-    ...+svd                   the low-rank term by the plain, unweighted SVD of what codes leave (LoftQ, arXiv 2310.08659)
+    ...+svd                   the low-rank term by the plain SVD of what the codes leave (LoftQ, arXiv 2310.08659)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scales per input channel (AWQ, arXiv 2306.00978): channels with large inputs are coded more finely.
 
-    W x = (W diag(s)) (diag(s)^-1 x),    s_j = size(x_j)^alpha / size(w_j)^beta, over the root of the largest by the least
+    W x = (W diag(s)) (diag(s)^-1 x),    s_j = size(x_j)^alpha / size(w_j)^beta, over the root of (largest x least)
 
 size(x_j) is the root of H_jj, size(w_j) the root mean square of column j. For each beta, alpha rises over a grid on
 [0, 1] while the codes of W diag(s) without feedback get cheaper; alpha = beta = 0 leaves W as it is, so scales never

@@ -60,7 +60,9 @@ def _learn_rows(
         if zero is not None and best_zeros is not None:
             best_zeros = torch.where(better[:, None], zero.detach(), best_zeros)
         optimiser.zero_grad()
-        torch.autograd.backward(values, -slope / cost.abs().clamp_min(1e-30)[:, None])  # of half the log of each row's cost
+        torch.autograd.backward(
+            values, -slope / cost.abs().clamp_min(1e-30)[:, None]
+        )  # of half the log of each row's cost
         optimiser.step()
     return best_scales, best_zeros
 

@@ -76,7 +76,7 @@ def factorise(
         right = torch.linalg.solve_triangular(work.root, Vh, upper=False, left=False)
         left = U * S if outer is None else torch.linalg.solve_triangular(outer.T, U * S, upper=True)
     else:
-        rows, cols = _root_means(work.metric.fisher, 1), _root_means(work.metric.fisher, 0)
+        rows, cols = _root_means(work.fisher, 1), _root_means(work.fisher, 0)
         U, S, Vh = _svd(rows[:, None] * residual * cols, rank, seed)
         left, right = U * S / rows[:, None], Vh / cols
     return store_factors(left, right, term)

@@ -120,8 +120,31 @@ class Workspace:
             self.notes.append(f"{int(dead.sum())} dead columns")
             H = H.clone()
             H.diagonal()[dead] = diagonal[~dead].min()
-        H = H + DAMPING * diagonal.mean() * torch.eye(H.shape[0], dtype=torch.float64)
-        return torch.ldexp(H, -torch.frexp(diagonal.mean()).exponent)
+        mean = diagonal.clamp_min(0).mean()
+        H = H + DAMPING * mean * torch.eye(H.shape[0], dtype=torch.float64)
+        return self._positive(torch.ldexp(H, -torch.frexp(mean).exponent))
+
+    def _positive(self, H: Tensor) -> Tensor:
+        """H [K, K] with more damping while it is not positive definite: one that is not makes some errors pay."""
+        if not int(torch.linalg.cholesky_ex(H.float())[1]):
+            return H
+        extra, mean = 0.0, H.diagonal().mean()
+        while int(torch.linalg.cholesky_ex(H + torch.diag((extra * mean).expand(len(H))))[1]):
+            extra = max(10 * extra, DAMPING)
+            if extra > MAX_DAMPING:
+                self.notes.append("Hessian is not positive definite: its diagonal is used")
+                return torch.diag(H.diagonal())
+        if extra:
+            self.notes.append(f"Hessian is not positive definite: {extra:g} of its mean diagonal was added")
+        return H + torch.diag((extra * mean).expand(len(H)))
+
+    @cached_property
+    def fisher(self) -> Tensor:
+        """The metric's diagonal Fisher [N, K]; ones where that is not finite."""
+        if bool(torch.isfinite(self.metric.fisher).all()):
+            return self.metric.fisher
+        self.notes.append("diagonal Fisher is not finite: low rank by plain squared error")
+        return torch.ones_like(self.metric.fisher)
 
     @cached_property
     def output_hessian(self) -> Tensor | None:

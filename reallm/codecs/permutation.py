@@ -1,11 +1,11 @@
 """A permutation of the columns that puts similar ones side by side (ReALLM, arXiv 2405.13155).
 
-A greedy chain: after the column of the largest norm, always the one nearest to the mean of the last RUN placed. Distances
-are taken between random projections of the columns on PROJECTIONS axes, which keep them within a few tenths (Johnson and
-Lindenstrauss), so that K columns take O(K^2 PROJECTIONS). For scales by group the chain is taken only where it rounds
-better than columns sorted by norm, and either only where better than columns as they are. For the trellis, whose blocks
-of columns get bits by what their errors cost, columns alike in that are the similar ones: falling diagonal of H. Other
-codecs gain nothing measurable from an order (docs/log.md) and keep theirs.
+A greedy chain: after the column of the largest norm, always the one nearest to the mean of the last RUN placed.
+Distances are taken between random projections of the columns on PROJECTIONS axes, which keep them within a few tenths
+(Johnson and Lindenstrauss), so that K columns take O(K^2 PROJECTIONS). For scales by group the chain is taken only
+where it rounds better than columns sorted by norm, and either only where better than columns as they are. For the
+trellis, whose blocks of columns get bits by what their errors cost, columns alike in that are the similar ones: falling
+diagonal of H. Other codecs gain nothing measurable from an order (docs/log.md) and keep theirs.
 """
 
 from __future__ import annotations

@@ -34,9 +34,11 @@ LOW_RANK = ["nf3-g16+r4", "int2-g48+ldl+r4i8", "aq1x3-d4+r4", "lm2-g32-dq6x64+ld
 LOW_RANK += ["int2-g48+ldl+r4i4", "lm3-g16+ldl2+r3i4", "km2+ldl+r2i4"]
 LATTICE = ["e8p2", "e8p2+ldl+rot", "e8p3+ldl+perm", "e8p4+rot+o5", "e8p2+ldl+rot+r4i4"]
 NEURAL = ["nd1x4-d2-c8x1-t2-w8+ldl", "nd1x3-d4-c6x2-t2-w4", "nd1x3-d2-c8x1-t2-w8+ldl+r4i8"]
-NAMES = [*SCALAR, *DOUBLE, *FEEDBACK, *ADDITIVE, *LOW_RANK, *LATTICE, *NEURAL, "bf16", "fp16", "fp32"]
+SEARCHED = ["km2", "km3+ldl", "uint3-g16+lwc", "nf3-g48-dq6x64+lwc", "int3-g16+ldl+lwc", "uint3-g16+cs", "km2+cs+o20"]
+SEARCHED += ["int3-g16+perm", "lm3-g16+ldl+perm", "uint2-g16+ldl+o50", "nf2-g16+svd+r4", "aq1x4-d4+perm+cs+o20"]
+NAMES = [*SCALAR, *DOUBLE, *FEEDBACK, *ADDITIVE, *LOW_RANK, *LATTICE, *NEURAL, *SEARCHED, "bf16", "fp16", "fp32"]
 HARD_FORMATS = ["int4-g16", "uint3-g48+ldl", "nf4-g8-dq8x8", "lm2-g32-dq6x64+ldl+r4i8", "nf3-g16+r4", "aq2x2-d4"]
-HARD_FORMATS += [*NEURAL[:1], "e8p2+ldl+rot", "e8p3+ldl+rot", "e8p4+rot"]
+HARD_FORMATS += [*NEURAL[:1], *SEARCHED, "e8p2+ldl+rot", "e8p3+ldl+rot", "e8p4+rot"]
 
 
 @pytest.fixture(autouse=True)
