@@ -7,7 +7,6 @@ its bits per weight, seconds of the method, processor seconds of the whole proce
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -34,6 +33,13 @@ def require_levels(name: str, weight: torch.Tensor, bits: int, group_size: int) 
         raise SystemExit(f"{name} is not quantised to {bits} bits")
 
 
+def peak_rss_bytes() -> int | None:
+    """This process's peak memory, on Linux: getrusage would give the peak of the process that started it, if larger."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
 def write_output(
     output: Path, weights: dict[str, torch.Tensor], stored_bits: int, seconds: float, packages: tuple[str, ...]
 ) -> None:
@@ -42,7 +48,7 @@ def write_output(
         "bits_per_weight": stored_bits / sum(weight.numel() for weight in weights.values()),
         "seconds": seconds,
         "processor_seconds": time.process_time(),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
         "versions": {name: version(name) for name in (*packages, "torch", "transformers")},
     }
     save_file({name: weight.contiguous() for name, weight in weights.items()}, output / "weights.safetensors")

@@ -41,7 +41,7 @@ class PeerReport:
     seconds: float
     processor_seconds: float
     """Of the whole process, loading too; unlike wall time little moved by other work on the machine."""
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
     versions: dict[str, str]
 
 
