@@ -1,8 +1,9 @@
-"""The planner's mix beside every preset, a published method each: one format everywhere, and the mix at its bytes.
+"""The planner's mix beside every preset, a published method each: one format everywhere, and the mix at fewer bytes.
 
     make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out]
 
-After NAME=quality, whose measured folder it adds to. A preset's row is its own format nearest each of BITS bits.
+After NAME=quality, whose measured folder it adds to. A preset's row is its own format nearest each of BITS bits; the
+mix is planned at the largest of the targets' budgets that is no more.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from benchmarks.bench import NSAMPLES, ROUNDING, SEQLEN, Bench, Row, bench_from_environment, planned, report, row
+from benchmarks.bench import NSAMPLES, SEQLEN, Bench, Row, bench_from_environment, planned, report, row
 from benchmarks.peers import ROOT
+from benchmarks.quality import TARGETS
 from reallm.kernels.formats import Format
 from reallm.measurement import measure
 from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record
@@ -23,8 +25,9 @@ from reallm.space import PRESETS
 
 RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
 OWN = ("default", "quick", "scalar")
-BITS = (2.2, 3.2, 4.2)
+BITS = (2.2, 3.2)
 """Nearest to these, so that codes and the scales beside them are counted."""
+BUDGETS = tuple(TARGETS)
 
 
 def chosen_formats(preset: str, bench: Bench) -> list[str]:
@@ -44,7 +47,8 @@ def rows(bench: Bench) -> Iterator[Row]:
     for preset in (name for name in PRESETS if name not in OWN):
         for fmt in chosen_formats(preset, bench):
             uniform = uniform_plan(table, fmt, work=str(bench.work))
-            mix = plan(bench.work, budget=f"{uniform.bits_per_weight + ROUNDING:.9f}bpw")
+            budget = max(bits for bits in BUDGETS if bits <= uniform.bits_per_weight)
+            mix = plan(bench.work, budget=f"{budget}bpw", formats=list(PRESETS["default"][0]))
             yield row(planned(bench, "reallm", mix), planned(bench, f"{preset} {fmt}", uniform))
 
 
