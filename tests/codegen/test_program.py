@@ -26,8 +26,7 @@ from reallm.codegen.operations import (
     Unpack,
 )
 from reallm.codegen.passes import BLOCKS_K, BLOCKS_N, MAX_WARPS, PASSES, hoist_row_scales, run_passes, tile_for
-from reallm.codegen.program import MatrixProgram, Program, Tile, lower, lower_plan, verify_program
-from reallm.kernels.codecs import DenseCodec
+from reallm.codegen.program import MatrixProgram, Program, Tile, has_kernel, lower, lower_plan, verify_program
 from reallm.kernels.formats import Format
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -61,8 +60,14 @@ def test_source_prints_as_before(name: str) -> None:
     assert "\n".join(emit(kernel) for kernel in kernels) == (GOLDEN / f"{name}.py.txt").read_text()
 
 
-@given(formats.filter(lambda fmt: not isinstance(fmt.codec, DenseCodec)), st.integers(1, 4096), st.integers(1, 4096))
-def test_every_format_has_a_verified_program(fmt: Format, rows: int, cols: int) -> None:
+@given(formats.filter(lambda fmt: not has_kernel(fmt)))
+def test_a_format_without_kernels_is_refused_and_left_out_of_a_program(fmt: Format) -> None:
+    with pytest.raises(CodegenError, match=r"no generated kernel yet|is dense"):
+        lower(fmt)
+
+
+@given(formats.filter(has_kernel), st.integers(1, 4096), st.integers(1, 4096))
+def test_every_format_with_kernels_has_a_verified_program(fmt: Format, rows: int, cols: int) -> None:
     program = run_passes(Program((MatrixProgram("m", rows, cols, fmt, lower(fmt, bias=True)),)))
     stored = {field.name for field in fmt.fields(rows, cols)} | ({"codebooks"} if fmt.shared_field else set())
     passed = [name for kernel in program.kernels for name, _ in pointers(kernel)]
