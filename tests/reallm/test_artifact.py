@@ -159,7 +159,7 @@ def rewrite(folder: Path, drop: str | None = None, **replace: tuple[str, tuple[i
     write_weights(folder, tensors)
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.codes", "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.words", "model.layers.0.input_layernorm.weight"])
 def test_a_missing_tensor_fails_loading_instead_of_becoming_random(copied: Path, name: str) -> None:
     rewrite(copied, drop=name)
     with pytest.raises(UserError, match=f"{name}.*missing"):
