@@ -7,6 +7,7 @@
 #                          TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   TEXT=FILE TEST=FILE    calibration and held-out text of demo and bench, instead of their defaults
 #   BUDGET=3.0bpw          what demo plans for
+#   PEERS=HQQ,NF4,GPTQ     the peers that NAME=quality measures (default: all, AutoRound takes most of an hour)
 #   MODEL=MODEL SPACE=SPACE  what bench compresses (default: the demo's model), and its candidate formats
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) -c "print('$(name)')" 2>/dev/null)))
@@ -18,7 +19,8 @@ BUDGET ?= 3.0bpw
 JOBS ?= 2
 MODEL ?=
 SPACE ?=
-export TEXT TEST MODEL SPACE
+PEERS ?=
+export TEXT TEST MODEL SPACE PEERS
 
 VENV := .venv
 BIN := $(VENV)/bin

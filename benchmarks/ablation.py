@@ -8,17 +8,15 @@ the full method, uniform; "other" the same without one part, so a ratio under on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from rich.console import Console
 
-from benchmarks.bench import NSAMPLES, ROUNDING, SEQLEN, Bench, Row, bench_from_environment, planned, report, row
+from benchmarks.bench import ROUNDING, Bench, Row, bench_from_environment, measure_formats, mixed, planned, report, row
 from benchmarks.peers import ROOT
-from reallm.measurement import measure
-from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.candidates import Cost
+from reallm.planner.records import MeasuredTable
 from reallm.planner.uniform import uniform_plan
-from reallm.planning import plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
 FULL = "tq3-l12+ldl2+rot"
@@ -28,37 +26,29 @@ ABLATED = {
     "no rotation": "tq3-l12+ldl2",
     "a smaller trellis": "tq3-l10+ldl2+rot",
     "scalar code": "lm3-g128-dq6x64+ldl",
-    "rank 8 for .25 bits": "tq2.75-l12+ldl2+rot+r8i8",
 }
-COSTS = ("two_sided", "guided", "fisher", "relative")
+OTHER_COSTS: tuple[Cost, ...] = ("guided", "fisher", "relative")
 BUDGET = "2.5bpw"
 
 
-def rows(bench: Bench) -> Iterator[Row]:
+def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
     """A row an ablated format, the mix against the uniform format, then a row a cost the planner could minimise."""
-    table = read_record(bench.work / TABLE_FILE, MeasuredTable, "measure")
     uniform = uniform_plan(table, FULL, work=str(bench.work))
     full = planned(bench, f"uniform {FULL}", uniform)
     for part, fmt in ABLATED.items():
         yield row(full, planned(bench, f"{part}: {fmt}", uniform_plan(table, fmt, work=str(bench.work))))
-    mix = plan(bench.work, budget=f"{uniform.bits_per_weight + ROUNDING:.9f}bpw")
-    yield row(planned(bench, "reallm", mix), full)
-    best = planned(bench, "reallm", plan(bench.work, budget=BUDGET))
-    for cost in COSTS[1:]:
-        yield row(best, planned(bench, f"planned by the {cost} cost", plan(bench.work, budget=BUDGET, cost=cost)))
+    yield row(planned(bench, "reallm", mixed(bench, f"{uniform.bits_per_weight + ROUNDING:.9f}bpw")), full)
+    best = planned(bench, "reallm", mixed(bench, BUDGET))
+    for cost in OTHER_COSTS:
+        yield row(best, planned(bench, f"planned by the {cost} cost", mixed(bench, BUDGET, cost)))
 
 
 def main() -> None:
     """Measure what is missing, evaluate, write and print."""
     console = Console()
     bench = bench_from_environment(console)
-    space = bench.folder / "ablation.yaml"
-    space.write_text(f"linear: [{', '.join((FULL, *ABLATED.values()))}]\n", encoding="utf-8")
-    jobs = int(os.environ.get("JOBS") or -1)
-    measure(
-        bench.base_folder, text=bench.text, output=bench.work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs
-    )
-    report("ablation", rows(bench), RESULTS, console)
+    table = measure_formats(bench, "ablation", (FULL, *ABLATED.values()))
+    report("ablation", rows(bench, table), RESULTS, console)
 
 
 if __name__ == "__main__":

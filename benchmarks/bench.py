@@ -33,15 +33,19 @@ from reallm.compiler import compile_plan
 from reallm.demo import fetch_model
 from reallm.errors import UserError
 from reallm.loading import load
-from reallm.measurement import draw
+from reallm.measurement import draw, measure
 from reallm.model import load_model
+from reallm.planner.candidates import Cost
 from reallm.planner.plan import Plan
 from reallm.planner.records import (
+    MeasuredTable,
     canonical_json,
     write_record,
     write_text_atomic,
 )
+from reallm.planning import plan
 from reallm.report import columns_table
+from reallm.space import load_space
 from reallm.text import load_text, windows
 
 FOLDER = ROOT / ".bench" / "quality"
@@ -205,6 +209,26 @@ def bench_from_environment(console: Console) -> Bench:
     FOLDER.mkdir(parents=True, exist_ok=True)
     text, test = os.environ.get("TEXT") or DEFAULT_TEXT, os.environ.get("TEST") or DEFAULT_TEST
     return Bench(os.environ.get("MODEL") or str(fetch_model(FOLDER, console)), text, test)
+
+
+def measure_formats(bench: Bench, label: str, formats: Iterable[str]) -> MeasuredTable:
+    """The measured table of `bench`, grown by `formats` where they are missing."""
+    space = bench.folder / f"{label}.yaml"
+    space.write_text(f"linear: [{', '.join(formats)}]\n", encoding="utf-8")
+    jobs = int(os.environ.get("JOBS") or -1)
+    return measure(
+        bench.base_folder, text=bench.text, output=bench.work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs
+    )
+
+
+def candidates() -> list[str]:
+    """What the planner's mix may take, whatever else was measured: the formats of linear layers of SPACE."""
+    return [fmt.name for fmt in load_space(os.environ.get("SPACE")).formats["linear"]]
+
+
+def mixed(bench: Bench, budget: str, cost: Cost = "two_sided") -> Plan:
+    """The planner's mix of `candidates` within `budget`."""
+    return plan(bench.work, budget=budget, formats=candidates(), cost=cost)
 
 
 def report(name: str, found: Iterable[Row], results: Path, console: Console) -> None:

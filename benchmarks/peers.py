@@ -53,10 +53,15 @@ PEERS = (
     Peer("NF4", 4, 64),
     Peer("GPTQ", 4, 64),
     Peer("GPTQ", 3, 64),
-    Peer("GPTQ", 2, 64),
     Peer("AutoRound", 3, 64),
     Peer("AutoRound", 2, 64),
 )
+
+
+def wanted_peers() -> tuple[Peer, ...]:
+    """PEERS, or those of the methods that the environment's PEERS names, such as HQQ,NF4."""
+    methods = os.environ.get("PEERS")
+    return tuple(peer for peer in PEERS if not methods or peer.method in methods.split(","))
 
 
 def run_peer(peer: Peer, base_folder: Path, calibration: Path, output: Path) -> tuple[dict[str, Tensor], PeerReport]:

@@ -8,19 +8,16 @@ mix is planned at the largest of the targets' budgets that is no more.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from rich.console import Console
 
-from benchmarks.bench import NSAMPLES, SEQLEN, Bench, Row, bench_from_environment, planned, report, row
+from benchmarks.bench import Bench, Row, bench_from_environment, measure_formats, mixed, planned, report, row
 from benchmarks.peers import ROOT
 from benchmarks.quality import TARGETS
 from reallm.kernels.formats import Format
-from reallm.measurement import measure
-from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.records import MeasuredTable
 from reallm.planner.uniform import uniform_plan
-from reallm.planning import plan
 from reallm.space import PRESETS
 
 RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
@@ -41,15 +38,15 @@ def chosen_formats(preset: str, bench: Bench) -> list[str]:
     return sorted((name for name in nearest if sizes[name] < 5), key=lambda name: sizes[name])
 
 
-def rows(bench: Bench) -> Iterator[Row]:
+def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
     """A row a format of a preset."""
-    table = read_record(bench.work / TABLE_FILE, MeasuredTable, "measure")
     for preset in (name for name in PRESETS if name not in OWN):
         for fmt in chosen_formats(preset, bench):
             uniform = uniform_plan(table, fmt, work=str(bench.work))
             budget = max(bits for bits in BUDGETS if bits <= uniform.bits_per_weight)
-            mix = plan(bench.work, budget=f"{budget}bpw", formats=list(PRESETS["default"][0]))
-            yield row(planned(bench, "reallm", mix), planned(bench, f"{preset} {fmt}", uniform))
+            yield row(
+                planned(bench, "reallm", mixed(bench, f"{budget}bpw")), planned(bench, f"{preset} {fmt}", uniform)
+            )
 
 
 def main() -> None:
@@ -57,13 +54,7 @@ def main() -> None:
     console = Console()
     bench = bench_from_environment(console)
     formats = sorted({fmt for preset in PRESETS if preset not in OWN for fmt in chosen_formats(preset, bench)})
-    space = bench.folder / "presets.yaml"
-    space.write_text(f"linear: [{', '.join(formats)}]\n", encoding="utf-8")
-    jobs = int(os.environ.get("JOBS") or -1)
-    measure(
-        bench.base_folder, text=bench.text, output=bench.work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs
-    )
-    report("presets", rows(bench), RESULTS, console)
+    report("presets", rows(bench, measure_formats(bench, "presets", formats)), RESULTS, console)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from benchmarks.bench import bench_from_environment
-from benchmarks.peers import PEERS
+from benchmarks.peers import wanted_peers
 from reallm.report import columns_table
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Run the peers that are missing and print them all."""
     console, lines = Console(), []
     bench = bench_from_environment(console)
-    for peer in PEERS:
+    for peer in wanted_peers():
         found = bench.peer(peer)
         seconds = "" if found.processor_seconds is None else f"{found.processor_seconds:.0f}"
         gib = "" if found.peak_rss_bytes is None else f"{found.peak_rss_bytes / 2**30:.2f}"
