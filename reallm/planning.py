@@ -56,9 +56,9 @@ def preset_formats(table: MeasuredTable, preset: str, work: str | Path) -> list[
     """The formats of `preset` that `table` holds. Raises UserError for an unknown preset or an unmeasured one."""
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: no such preset; there are {', '.join(PRESETS)}")
-    wanted = {fmt.name for formats in load_space(preset).formats.values() for fmt in formats}
-    found = sorted(wanted & {record.format for record in table.measurements})
-    if not found:
+    space, measured = load_space(preset).formats, {record.format for record in table.measurements}
+    found = sorted({fmt.name for formats in space.values() for fmt in formats} & measured)
+    if not measured.intersection(fmt.name for fmt in space["linear"]):
         way_out = f"reallm measure {table.model} -o {work} --space {preset} (with the same --text) adds them"
         raise UserError(f"--preset {preset}: none of its formats was measured in {work}; {way_out}")
     return found
