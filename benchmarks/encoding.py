@@ -1,0 +1,101 @@
+"""Speed of the trellis encoder: thread seconds for all decoder linears of the model, one bit-width.
+
+    make bench NAME=encoding [MODEL=...] [TEXT=calibration] [TEST=held-out]
+
+After NAME=quality, whose statistics it uses. "search" is the Viterbi search alone on normal weights in the model's
+shapes; "encoder" all of `codecs.encode`: rotation, factorisations, feedback, search, scales, packing. One thread.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import torch
+from rich.console import Console
+
+from benchmarks.bench import Bench, bench_from_environment, machine
+from benchmarks.peers import ROOT
+from reallm.codecs import Workspace, encode
+from reallm.codecs.trellis import CLIPS, SCALES
+from reallm.codecs.viterbi import closed_walks
+from reallm.codegen.native import machine_tier
+from reallm.encoding import Job, one_thread
+from reallm.kernels.codecs import TILE
+from reallm.kernels.formats import Format
+from reallm.model import Matrix
+from reallm.planner.records import TABLE_FILE, MeasuredTable, canonical_json, read_record, write_text_atomic
+from reallm.report import columns_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "encoding.json"
+TARGETS = {10: 60.0, 12: 180.0}
+"""State bits -> thread seconds that the whole model may take."""
+WIDTH = 4
+"""Half bits a weight: two bits."""
+SHARE = 5
+"""Every fifth block is encoded and its time counted five times."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure beside its target, lower is better."""
+
+    figure: str
+    unit: str
+    ours: float
+    peer_name: str
+    peer: float
+    ratio: float
+    versions: dict[str, str]
+    machine: str
+
+
+def search_seconds(matrices: list[Matrix], state_bits: int) -> float:
+    """Thread seconds of the search alone."""
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    for matrix in matrices:
+        rows, blocks = -(-matrix.rows // TILE) * TILE, -(-matrix.cols // TILE)
+        for _ in range(blocks):
+            x = torch.randn(rows, TILE, generator=generator) / SCALES[WIDTH]
+            began = time.thread_time()
+            closed_walks(x, state_bits, WIDTH, CLIPS[WIDTH], None)
+            total += time.thread_time() - began
+    return total
+
+
+def encoder_seconds(bench: Bench, matrices: list[Matrix], state_bits: int) -> float:
+    """Thread seconds of encoding."""
+    table = read_record(bench.work / TABLE_FILE, MeasuredTable, "measure")
+    job = Job.at(bench.work, str(table.settings["identity"]), 0)
+    fmt, total = Format.parse(f"tq{WIDTH / 2:g}-l{state_bits}+ldl2+rot"), 0.0
+    for matrix in matrices:
+        metric, weight = job.metric(matrix), bench.base.weight(matrix)
+        began = time.thread_time()
+        encode(weight, fmt, Workspace(metric))
+        total += time.thread_time() - began
+    return total
+
+
+def main() -> None:
+    """Time both, write and print."""
+    console = Console()
+    bench = bench_from_environment(console)
+    some = [m for m in bench.base.matrices if m.kind == "linear" and m.block is not None and m.block % SHARE == 0]
+    versions, rows = {"reallm": version("reallm"), "torch": torch.__version__, "tier": machine_tier()}, []
+    with one_thread():
+        for state_bits, target in TARGETS.items():
+            for what, seconds in (
+                ("search", search_seconds(some, state_bits)),
+                ("encoder", encoder_seconds(bench, some, state_bits)),
+            ):
+                figure = f"{what}, all linears, 2 bits, 2^{state_bits} states"
+                ours = SHARE * seconds
+                rows.append(Row(figure, "thread s", ours, "target", target, ours / target, versions, machine()))
+    write_text_atomic(RESULTS, canonical_json([asdict(row) for row in rows]))
+    lines = [[r.figure, f"{r.ours:.1f}", f"{r.peer:.0f}", f"{r.ratio:.2f}"] for r in rows]
+    console.print(columns_table(f"encoding on {machine()}", ("figure", "thread s", "target", "ratio"), lines))
+
+
+if __name__ == "__main__":
+    main()
