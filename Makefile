@@ -1,6 +1,7 @@
 # make demo | test | check | bench NAME=quality     each sets up .venv by itself, once
 #
 #   NAME=quality_peers     the peers of NAME=quality alone, kept for it
+#   NAME=ablation, presets, encoding   after NAME=quality: what each part is worth, other methods' formats, seconds
 #
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:
@@ -20,7 +21,8 @@ JOBS ?= 2
 MODEL ?=
 SPACE ?=
 PEERS ?=
-export TEXT TEST MODEL SPACE PEERS
+PRESETS ?=
+export TEXT TEST MODEL SPACE PEERS PRESETS
 
 VENV := .venv
 BIN := $(VENV)/bin

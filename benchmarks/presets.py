@@ -1,13 +1,14 @@
 """The planner's mix beside every preset, a published method each: one format everywhere, and the mix at fewer bytes.
 
-    make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out]
+    make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out] [PRESETS=gptq,qtip]
 
-After NAME=quality, whose measured folder it adds to. A preset's row is its own format nearest each of BITS bits; the
-mix is planned at the largest of the targets' budgets that is no more.
+After NAME=quality, whose measured folder it adds to. A preset's row is its own format nearest BITS bits; the mix is
+planned at the largest of the targets' budgets that is no more. PRESETS names some of them; all take over an hour.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -22,20 +23,26 @@ from reallm.space import PRESETS
 
 RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
 OWN = ("default", "quick", "scalar")
-BITS = (2.2, 3.2)
-"""Nearest to these, so that codes and the scales beside them are counted."""
+BITS = 3.2
+"""Three bits and the scales beside them."""
 BUDGETS = tuple(TARGETS)
 
 
-def chosen_formats(preset: str, bench: Bench) -> list[str]:
-    """The formats of `preset` that come nearest to BITS, on the model's own shapes."""
+def wanted_presets() -> list[str]:
+    """The methods' presets, or those of them that the environment's PRESETS names."""
+    named = os.environ.get("PRESETS")
+    return [name for name in PRESETS if name not in OWN and (not named or name in named.split(","))]
+
+
+def chosen_format(preset: str, bench: Bench) -> str:
+    """The format of `preset` that comes nearest to BITS on the model's own shapes."""
     inner = [m for m in bench.base.matrices if m.kind == "linear"]
     numel = sum(m.numel for m in inner)
-    sizes = {
-        name: 8 * sum(Format.parse(name).nbytes(m.rows, m.cols) for m in inner) / numel for name in PRESETS[preset][0]
-    }
-    nearest = {min(sizes, key=lambda name: abs(sizes[name] - bits)) for bits in BITS}
-    return sorted((name for name in nearest if sizes[name] < 5), key=lambda name: sizes[name])
+
+    def distance(name: str) -> float:
+        return abs(8 * sum(Format.parse(name).nbytes(m.rows, m.cols) for m in inner) / numel - BITS)
+
+    return min(PRESETS[preset][0], key=distance)
 
 
 def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
@@ -53,7 +60,7 @@ def main() -> None:
     """Measure what is missing, evaluate, write and print."""
     console = Console()
     bench = bench_from_environment(console)
-    formats = sorted({fmt for preset in PRESETS if preset not in OWN for fmt in chosen_formats(preset, bench)})
+    formats = sorted({chosen_format(preset, bench) for preset in wanted_presets()})
     report("presets", rows(bench, measure_formats(bench, "presets", formats)), RESULTS, console)
 
 
