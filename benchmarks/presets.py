@@ -47,13 +47,12 @@ def chosen_format(preset: str, bench: Bench) -> str:
 
 def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
     """A row a format of a preset."""
-    for preset in (name for name in PRESETS if name not in OWN):
-        for fmt in chosen_formats(preset, bench):
-            uniform = uniform_plan(table, fmt, work=str(bench.work))
-            budget = max(bits for bits in BUDGETS if bits <= uniform.bits_per_weight)
-            yield row(
-                planned(bench, "reallm", mixed(bench, f"{budget}bpw")), planned(bench, f"{preset} {fmt}", uniform)
-            )
+    for preset in wanted_presets():
+        fmt = chosen_format(preset, bench)
+        uniform = uniform_plan(table, fmt, work=str(bench.work))
+        budget = max(bits for bits in BUDGETS if bits <= uniform.bits_per_weight)
+        mix = planned(bench, "reallm", mixed(bench, f"{budget}bpw"))
+        yield row(mix, planned(bench, f"{preset} {fmt}", uniform))
 
 
 def main() -> None:
