@@ -118,7 +118,7 @@ class _Encoder:
         for block, width in enumerate(widths):
             span = slice(block * TILE, (block + 1) * TILE)
             target = targets[:, span].contiguous()
-            power = float(target.square().mean().sqrt())
+            power = float(target[: self.shape[0], : self.shape[1] - span.start].square().mean().sqrt())  # no padding
             scale = SCALES[width] * power
             values, states = closed_walks(
                 target / (scale or 1.0), self.codec.state_bits, width, CLIPS[width], self.below
@@ -126,6 +126,7 @@ class _Encoder:
             walks.append(states)
             scales[block], plain[:, span] = scale, values
             self._spread(targets, target - scale * values, span)
+        plain[self.shape[0] :], plain[:, self.shape[1] :] = 0, 0  # what padding decodes to is nobody's error
         stored = to_half(refit_block_scales(self.W, plain, scales, self.H, self.G) / (CODE_STD * CODE_UNIT))
         decoded = plain * (stored * (CODE_STD * CODE_UNIT)).repeat_interleave(TILE)
         return TrellisCodes(walks, widths, stored), decoded[: self.shape[0], : self.shape[1]]

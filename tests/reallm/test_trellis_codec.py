@@ -139,6 +139,13 @@ def test_any_shape_is_coded_better_than_not_at_all(rows: int, cols: int, name: s
     assert work.two_sided(error) <= work.two_sided(W) * (1 + 1e-3)  # scales by least squares, rounded to fp16
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(3, 4), (1, 20), (17, 16)])
+def test_padding_does_not_drown_a_small_matrix(rows: int, cols: int) -> None:
+    W = torch.randn(rows, cols, generator=torch.Generator().manual_seed(8))
+    metric = Metric(torch.eye(cols), torch.zeros_like(W))
+    assert cost("tq4-l10", W, metric) < 0.02 * float(W.square().sum())  # .0055 for a full one
+
+
 BAD = ("zero", "constant", "huge", "tiny", "singular", "indefinite", "nan", "no tokens")
 
 
