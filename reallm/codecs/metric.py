@@ -24,11 +24,25 @@ DAMPING = 0.01  # share of the mean diagonal added to H (GPTQ, arXiv 2210.17323)
 OUTPUT_DAMPING = 2.0
 """Share of the mean diagonal added to the output's Hessian; less trusts it too far (docs/log.md)."""
 MAX_DAMPING = 1e4
+SMALL = 128
+"""Triangular matrices up to this size are inverted directly."""
 
 
 def symmetric(H: Tensor) -> Tensor:
     """H without the asymmetry that rounding gave it."""
     return (H + H.T) / 2
+
+
+def _upper_inverse(R: Tensor) -> Tensor:
+    """R^-1 of an upper triangular R, by halves: n^3 / 3 flops nearly all in products of matrices."""
+    n, half = len(R), len(R) // 2
+    if n <= SMALL:
+        corner: Tensor = torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype), upper=True)
+        return corner
+    result = torch.zeros_like(R)
+    result[:half, :half], result[half:, half:] = _upper_inverse(R[:half, :half]), _upper_inverse(R[half:, half:])
+    result[:half, half:] = -(result[:half, :half] @ R[:half, half:] @ result[half:, half:])
+    return result
 
 
 def _root(H: Tensor) -> Tensor:
@@ -194,14 +208,11 @@ class Workspace:
         eye, mean = torch.eye(H.shape[0], dtype=torch.float64), float(H.diagonal().mean())
         extra = 0.0
         while extra <= MAX_DAMPING:
-            lower, failed = torch.linalg.cholesky_ex(H + extra * mean * eye)
-            if not int(failed):
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not int(failed):
-                    if extra:
-                        self.notes.append(f"Hessian needed {extra:g} of its mean diagonal as damping")
-                    result: Tensor = upper.float()
-                    return result
+            lower, failed = torch.linalg.cholesky_ex((H + extra * mean * eye).flip(0, 1))
+            if not int(failed):  # H = R R^T with R upper triangular, so H^-1 = (R^-1)^T R^-1
+                if extra:
+                    self.notes.append(f"Hessian needed {extra:g} of its mean diagonal as damping")
+                return _upper_inverse(lower.flip(0, 1)).float()
             extra = max(10 * extra, DAMPING)
         self.notes.append("Hessian has no Cholesky factor: its diagonal is used")
         return torch.diag(H.diagonal().rsqrt()).float()
