@@ -148,10 +148,11 @@ class Bench:
         return self.kept(peer.name, partial(self._run, peer))
 
     def _run(self, peer: Peer) -> Measured:
-        weights, report = run_peer(peer, self.base_folder, self.calibration, self.folder / "peer")
+        weights, report = run_peer(peer, self.base_folder, self.calibration, self.folder / peer.name.replace(" ", "-"))
         model = load_model(self.base_folder, dtype=torch.float32).model
         found = model.load_state_dict(weights, strict=False)
-        assert not found.unexpected_keys and len(weights) == sum(m.kind == "linear" for m in self.base.matrices)
+        linears = {f"{m.name}.weight" for m in self.base.matrices if m.kind == "linear"}
+        assert not found.unexpected_keys and linears <= set(weights)
         result = _measured(peer.name, report.bits_per_weight, self.compare(model), report.versions)
         cost = {name: getattr(report, name) for name in ("seconds", "processor_seconds", "peak_rss_bytes")}
         return replace(result, **cost)

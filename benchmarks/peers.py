@@ -51,8 +51,12 @@ PEERS = (
     Peer("HQQ", 3, 64),
     Peer("HQQ", 2, 32),
     Peer("NF4", 4, 64),
+    Peer("LoftQ", 4, 64),
     Peer("GPTQ", 4, 64),
     Peer("GPTQ", 3, 64),
+    Peer("GPTQ", 2, 64),
+    Peer("AWQ", 4, 64),
+    Peer("AWQ", 3, 64),
     Peer("AutoRound", 3, 64),
     Peer("AutoRound", 2, 64),
 )
