@@ -26,6 +26,8 @@ from .problem import Candidate, Item, Problem, needed
 
 PRICE_STEPS = 200
 MAX_DOUBLINGS = 400
+NEAR = 1e-12
+"""Relative; well over the rounding of a sum of two products, as costs and bytes are never negative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,10 @@ class Relaxation:
     def exact_bound(self, price: float) -> float:
         """L(price) in exact arithmetic, rounded down to a float."""
         p = Fraction(price)
-        bound = -p * self.problem.capacity
-        for item in self.problem.items:
-            bound += min(Fraction(c.cost) + p * self.weight_of(c) for c in item.candidates)
+        bound, value = -p * self.problem.capacity, self.cost + price * self.weight
+        for item, a, b in zip(self.problem.items, self.starts, [*self.starts[1:], value.size], strict=True):
+            near = np.flatnonzero(value[a:b] <= value[a:b].min() * (1 + NEAR))  # no other can be the exact minimum
+            bound += min(Fraction(item.candidates[i].cost) + p * self.weight_of(item.candidates[i]) for i in near)
         rounded = float(bound)
         return nextafter(rounded, -inf) if Fraction(rounded) > bound else rounded
 

@@ -1,21 +1,27 @@
 """Solving one allocation problem, with a proof.
 
-prune dominated candidates -> Lagrangian bound and a first solution -> drop what cannot be in a better one
--> HiGHS on the rest -> add everything up again in integers
+Without shared codebooks the exact core of `knapsack` solves it. For all else, and where the core's states run out:
+prune dominated candidates -> Lagrangian bound and a first solution -> drop what cannot be in a better one -> HiGHS on
+the rest. Either way everything is added up again in integers, beside a bound in exact arithmetic.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Literal
 
+import numpy as np
+
 from .ilp import SOLVER, solve_ilp, solver_version
+from .knapsack import Instance, solve_knapsack
 from .lagrangian import incumbent, reduced, relax, shadow_price
 from .plan import Bound, PlanError
 from .problem import Candidate, Problem
 
 OPTIMAL_GAP = 1e-9
 MIB = 1 << 20
+CORE = "reallm core"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,7 @@ class Solution:
     lagrangian_bound: float
     price: float
     finished: bool
+    solver: str = SOLVER
 
     def bound(self, problem: Problem) -> Bound:
         """The proof: "optimal" only when the bounds agree with the cost."""
@@ -37,8 +44,8 @@ class Solution:
         gap = (objective - best_bound) / objective if objective else 0.0
         status: Literal["optimal", "feasible"] = "optimal" if self.finished and gap <= OPTIMAL_GAP else "feasible"
         return Bound(
-            solver=SOLVER,
-            solver_version=solver_version(),
+            solver=self.solver,
+            solver_version=solver_version() if self.solver == SOLVER else version("reallm"),
             status=status,
             objective=objective,
             best_bound=best_bound,
@@ -50,7 +57,28 @@ class Solution:
 
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
     """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
-    problem = problem.pruned()
+    if not problem.shared:
+        answer = solve_knapsack(instance_of(problem), problem.capacity)
+        if answer is None:
+            return None
+        if answer.optimal:
+            chosen = [i.candidates[p] for i, p in zip(problem.items, answer.picks[0].tolist(), strict=True)]
+            lower = max(relax(problem).exact_bound(answer.price), 0.0)
+            return Solution(_fitting(problem, chosen), answer.bound, lower, answer.price, True, CORE)
+    return _by_ilp(problem.pruned(), time_limit_s)
+
+
+def instance_of(problem: Problem) -> Instance:
+    """The items and candidates as arrays, in their order."""
+    most = max(len(item.candidates) for item in problem.items)
+    cost, nbytes = np.full((len(problem.items), most), np.inf), np.zeros((len(problem.items), most), np.int64)
+    for row, item in enumerate(problem.items):
+        cost[row, : len(item.candidates)] = [c.cost for c in item.candidates]
+        nbytes[row, : len(item.candidates)] = [c.nbytes for c in item.candidates]
+    return Instance(cost, nbytes)
+
+
+def _by_ilp(problem: Problem, time_limit_s: float) -> Solution | None:
     relaxation = relax(problem)
     price = shadow_price(relaxation)
     lower = max(relaxation.exact_bound(price), 0.0)
@@ -63,9 +91,13 @@ def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
     if not found:
         raise PlanError(f"no plan was found within {time_limit_s:g} s; give --time-limit more seconds")
     best = min(found, key=lambda choice: (problem.cost(choice), problem.nbytes(choice)))
-    if problem.nbytes(best) > problem.capacity:
-        raise ArithmeticError(f"a plan of {problem.nbytes(best)} bytes for a capacity of {problem.capacity}")
-    return Solution(best, result.best_bound, lower, price, result.status == "optimal")
+    return Solution(_fitting(problem, best), result.best_bound, lower, price, result.status == "optimal")
+
+
+def _fitting(problem: Problem, chosen: list[Candidate]) -> list[Candidate]:
+    if problem.nbytes(chosen) > problem.capacity:
+        raise ArithmeticError(f"a plan of {problem.nbytes(chosen)} bytes for a capacity of {problem.capacity}")
+    return chosen
 
 
 def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:

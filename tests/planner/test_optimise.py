@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,7 +13,7 @@ from strategies import problems
 
 from reallm.planner.ilp import build, solve_ilp
 from reallm.planner.lagrangian import incumbent, reduced, relax, runners_up, shadow_price
-from reallm.planner.optimise import OPTIMAL_GAP, optimise, smallest_bytes
+from reallm.planner.optimise import CORE, OPTIMAL_GAP, optimise, smallest_bytes
 from reallm.planner.problem import Candidate, Item, Problem, needed
 
 # Solver and brute force may differ by the gap that still counts as optimal; sums of four floats add 4 ulp.
@@ -98,6 +99,21 @@ def test_order_does_not_matter(problem: Problem, shuffle: random.Random) -> None
     assert optimise(shuffled) == optimise(problem)
 
 
+@settings(max_examples=50)
+@given(problems())
+def test_core_and_integer_programme_agree(problem: Problem) -> None:
+    problem = Problem(
+        tuple(Item(i.name, tuple(replace(c, shared=()) for c in i.candidates)) for i in problem.items),
+        {},
+        problem.capacity,
+    )
+    solution, checked = optimise(problem), solve_ilp(problem, 60.0)
+    assert (solution is None) == (checked.chosen is None)
+    if solution is not None and checked.chosen is not None:
+        assert solution.solver == CORE
+        assert problem.cost(solution.chosen) == pytest.approx(problem.cost(checked.chosen), rel=REL, abs=1e-300)
+
+
 def test_a_shared_codebook_is_paid_for_once() -> None:
     book = Candidate(10, 1.0, "shared", ("book",))
     alone = Candidate(60, 2.0, "alone")
@@ -148,7 +164,8 @@ def test_a_time_limit_is_never_called_optimal() -> None:
         Item(f"m{i}", tuple(Candidate(64 * shuffle.randrange(99, 9999), shuffle.random(), f"f{c}") for c in range(40)))
         for i in range(60)
     )
-    problem = Problem(items, {}, sum(i.candidates[0].nbytes for i in items) + 64 * 60_000)
+    with_book = Item("z", (Candidate(0, 0.0, "shared", ("book",)), Candidate(1, 1.0, "alone")))
+    problem = Problem((*items, with_book), {"book": 1}, sum(i.candidates[0].nbytes for i in items) + 64 * 60_000)
     solution = optimise(problem, time_limit_s=0.0)
     assert solution is not None
     bound = solution.bound(problem)
