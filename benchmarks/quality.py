@@ -9,6 +9,8 @@ without any training; the last rows are the single formats of ours that would ha
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -27,7 +29,8 @@ from benchmarks.bench import (
     row,
 )
 from benchmarks.peers import ROOT, wanted_peers
-from reallm.planner.records import MeasuredTable
+from benchmarks.planner_instances import COSTS
+from reallm.planner.records import MeasuredTable, write_text_atomic
 from reallm.planner.uniform import uniform_plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -56,7 +59,22 @@ def main() -> None:
     """Run what is missing, write the results and print them."""
     console = Console()
     bench = bench_from_environment(console)
-    report("quality", rows(bench, measure_formats(bench, "quality", candidates())), RESULTS, console)
+    table = measure_formats(bench, "quality", candidates())
+    write_costs(table)
+    report("quality", rows(bench, table), RESULTS, console)
+
+
+def write_costs(table: MeasuredTable) -> None:
+    """Keep bytes and cost of every candidate of the linear layers for NAME=planner: {"gate.0": {numel, formats}}."""
+    formats = defaultdict(list)
+    for record in sorted(table.measurements, key=lambda r: r.nbytes):
+        formats[record.matrix].append([record.nbytes, float(f"{record.two_sided:.4g}")])
+    found = {
+        f"{m.name.rpartition('.')[2].removesuffix('_proj')}.{m.block}": {"numel": m.numel, "formats": formats[m.name]}
+        for m in table.matrices
+        if m.kind == "linear" and m.block is not None
+    }
+    write_text_atomic(COSTS, json.dumps(found, sort_keys=True).replace('}, "', '},\n"') + "\n")
 
 
 if __name__ == "__main__":

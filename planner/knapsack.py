@@ -189,9 +189,18 @@ def _filled(instance: Instance, relaxed: _Relaxed) -> Ints:
     return picks
 
 
+def _undominated(nbytes: Ints, cost: Floats) -> Ints:
+    """Indices of the states than which no other has fewer bytes at no more cost, by rising bytes."""
+    order = np.lexsort((cost, nbytes))
+    sorted_cost = cost[order]
+    before = np.minimum.accumulate(sorted_cost)[:-1]
+    kept: Ints = order[np.concatenate([[True], sorted_cost[1:] < before])] if len(order) else order
+    return kept
+
+
 @dataclass(slots=True)
 class _Search:
-    """All choices of cost at most L + delta; with `distinct` off, of equal bytes only the cheapest."""
+    """All choices of cost at most L + delta; with `distinct` off, none that another beats in bytes and cost."""
 
     instance: Instance
     relaxed: _Relaxed
@@ -219,10 +228,7 @@ class _Search:
             parent, place = np.nonzero(keep)
             nbytes, reduced = weight[keep], total[keep]
             if not self.distinct:
-                order = np.lexsort((reduced, nbytes))
-                first = np.ones(len(order), bool)
-                first[1:] = nbytes[order][1:] != nbytes[order][:-1]
-                chosen = order[first]
+                chosen = _undominated(nbytes, reduced - price * nbytes)
                 parent, place, nbytes, reduced = parent[chosen], place[chosen], nbytes[chosen], reduced[chosen]
             self.layers.append((row, candidates, parent, place))
             self.states = max(self.states, len(nbytes))
