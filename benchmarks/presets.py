@@ -1,9 +1,11 @@
-"""The planner's mix beside every preset, a published method each: one format everywhere, and the mix at fewer bytes.
+"""The presets, a published method each, beside their own packages from PyPI and beside the planner's mix.
 
     make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out] [PRESETS=gptq,qtip]
 
-After NAME=quality, whose measured folder it adds to. A preset's row is its own format nearest BITS bits; the mix is
-planned at the largest of the targets' budgets that is no more. PRESETS names some of them; all take over an hour.
+After NAME=quality, whose measured folder it adds to. A preset is shown by one of its formats everywhere, at about three
+bits (four where its package knows no other). First the preset ("ours") beside its package at the same codes and group;
+then the planner's mix ("ours") beside the preset, at the largest of the targets' budgets that is no more than the
+preset's bytes. PRESETS names some of them; all take over an hour.
 """
 
 from __future__ import annotations
@@ -14,52 +16,60 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from benchmarks.bench import Bench, Row, bench_from_environment, measure_formats, mixed, planned, report, row
-from benchmarks.peers import ROOT
+from benchmarks.peers import ROOT, Peer
 from benchmarks.quality import TARGETS
-from reallm.kernels.formats import Format
 from reallm.planner.records import MeasuredTable
 from reallm.planner.uniform import uniform_plan
 from reallm.space import PRESETS
 
 RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
-OWN = ("default", "quick", "scalar")
-BITS = 3.2
-"""Three bits and the scales beside them."""
+SHOWN = {
+    "qlora": "nf4-g64-dq8x256",
+    "loftq": "nf4-g64-dq8x256+svd+r16",
+    "gptq": "uint3-g64+ldl",
+    "awq": "uint3-g64+cs",
+    "omniquant": "uint3-g64+lwc",
+    "squeezellm": "km3+o5",
+    "spqr": "uint3-g16-dq4x16+ldl",
+    "qtip": "tq3-l12+ldl+rot",
+    "quip#": "e8p3+ldl+rot",
+    "lq-lora": "nf3-g64-dq8x256+r32",
+    "reallm": "nd1x6-d2-c32x1-t2-w8+ldl+rot",
+    "aqlm": "aq3x8-d8",
+}
+OWN_PEERS = {
+    "qlora": Peer("NF4", 4, 64),
+    "loftq": Peer("LoftQ", 4, 64),
+    "gptq": Peer("GPTQ", 3, 64),
+    "awq": Peer("AWQ", 3, 64),
+}
+"""Of the others PyPI has no quantiser: aqlm, vptq and spqr_quant only run what was made elsewhere."""
 BUDGETS = tuple(TARGETS)
 
 
 def wanted_presets() -> list[str]:
-    """The methods' presets, or those of them that the environment's PRESETS names."""
+    """The presets of SHOWN, or those of them that the environment's PRESETS names."""
     named = os.environ.get("PRESETS")
-    return [name for name in PRESETS if name not in OWN and (not named or name in named.split(","))]
-
-
-def chosen_format(preset: str, bench: Bench) -> str:
-    """The format of `preset` that comes nearest to BITS on the model's own shapes."""
-    inner = [m for m in bench.base.matrices if m.kind == "linear"]
-    numel = sum(m.numel for m in inner)
-
-    def distance(name: str) -> float:
-        return abs(8 * sum(Format.parse(name).nbytes(m.rows, m.cols) for m in inner) / numel - BITS)
-
-    return min(PRESETS[preset][0], key=distance)
+    assert all(fmt in PRESETS[preset][0] for preset, fmt in SHOWN.items())
+    return [name for name in SHOWN if not named or name in named.split(",")]
 
 
 def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
-    """A row a format of a preset."""
+    """One or two rows a preset."""
     for preset in wanted_presets():
-        fmt = chosen_format(preset, bench)
-        uniform = uniform_plan(table, fmt, work=str(bench.work))
+        uniform = uniform_plan(table, SHOWN[preset], work=str(bench.work))
+        found = planned(bench, f"{preset} {SHOWN[preset]}", uniform)
+        if preset in OWN_PEERS:
+            yield row(found, bench.peer(OWN_PEERS[preset]))
         budget = max(bits for bits in BUDGETS if bits <= uniform.bits_per_weight)
-        mix = planned(bench, "reallm", mixed(bench, f"{budget}bpw"))
-        yield row(mix, planned(bench, f"{preset} {fmt}", uniform))
+        yield row(planned(bench, "reallm", mixed(bench, f"{budget}bpw")), found)
 
 
 def main() -> None:
     """Measure what is missing, evaluate, write and print."""
     console = Console()
     bench = bench_from_environment(console)
-    formats = sorted({chosen_format(preset, bench) for preset in wanted_presets()})
+    formats = [SHOWN[preset] for preset in wanted_presets()]
     report("presets", rows(bench, measure_formats(bench, "presets", formats)), RESULTS, console)
 
 

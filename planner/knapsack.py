@@ -190,8 +190,8 @@ def _filled(instance: Instance, relaxed: _Relaxed) -> Ints:
 
 
 def _undominated(nbytes: Ints, cost: Floats) -> Ints:
-    """Indices of the states than which no other has fewer bytes at no more cost, by rising bytes."""
-    order = np.lexsort((cost, nbytes))
+    """Indices of states by rising bytes and falling cost: of the others, each is beaten by one of these."""
+    order = np.argsort(nbytes, kind="stable")  # merges the runs
     sorted_cost = cost[order]
     before = np.minimum.accumulate(sorted_cost)[:-1]
     kept: Ints = order[np.concatenate([[True], sorted_cost[1:] < before])] if len(order) else order
@@ -221,11 +221,11 @@ class _Search:
         most = np.cumsum([0, *(int(extra.max()) for _, _, extra, _ in reversed(groups))])[::-1]
         nbytes, reduced = np.zeros(1, np.int64), np.zeros(1)
         for at, (row, candidates, extra, rc) in enumerate(groups):
-            total = reduced[:, None] + rc[None, :]
-            weight = nbytes[:, None] + extra[None, :]
+            total = rc[:, None] + reduced[None, :]  # a run of rising bytes for each candidate
+            weight = extra[:, None] + nbytes[None, :]
             unused = np.maximum(slack - weight - most[at + 1], 0)  # at the very least, whatever comes after
             keep = (weight + least[at + 1] <= slack) & (total + price * unused <= self.delta)
-            parent, place = np.nonzero(keep)
+            place, parent = np.nonzero(keep)
             nbytes, reduced = weight[keep], total[keep]
             if not self.distinct:
                 chosen = _undominated(nbytes, reduced - price * nbytes)
