@@ -55,7 +55,6 @@ PEERS = (
     Peer("GPTQ", 4, 64),
     Peer("GPTQ", 3, 64),
     Peer("GPTQ", 2, 64),
-    Peer("AWQ", 4, 64),
     Peer("AWQ", 3, 64),
     Peer("AutoRound", 3, 64),
     Peer("AutoRound", 2, 64),

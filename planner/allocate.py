@@ -13,8 +13,9 @@ from .candidates import Cost, Ties, Wishes
 from .lagrangian import runners_up
 from .optimise import optimise, smallest_bytes
 from .plan import Plan, PlanError
+from .problem import Problem
 from .records import MeasuredTable
-from .selection import select
+from .selection import Selection, select
 from .uniform import best_uniform
 
 
@@ -42,11 +43,7 @@ def solve(
     problem = selection.problem(budget_bytes)
     solution = optimise(problem, time_limit_s)
     if solution is None:
-        least = selection.smallest_budget(smallest_bytes(problem, time_limit_s))
-        raise PlanError(
-            f"--budget {budget.text} is {budget_bytes} bytes, the smallest plan takes {least}: "
-            f"ask for {budget.smallest(least, selection.numel)} or more, or measure smaller formats"
-        )
+        raise too_small(budget, selection, problem, time_limit_s)
     runners = runners_up(problem, solution.chosen, solution.price)
     return assemble(
         selection,
@@ -56,4 +53,13 @@ def solve(
         budget=(budget.text, budget_bytes),
         uniform=best_uniform(selection, problem),
         work=work,
+    )
+
+
+def too_small(budget: Budget, selection: Selection, problem: Problem, time_limit_s: float) -> PlanError:
+    """What to tell of a budget that no choice fits, with the smallest that one does."""
+    least = selection.smallest_budget(smallest_bytes(problem, time_limit_s))
+    return PlanError(
+        f"--budget {budget.text} is {budget.nbytes(selection.numel)} bytes, the smallest plan takes {least}: "
+        f"ask for {budget.smallest(least, selection.numel)} or more, or measure smaller formats"
     )

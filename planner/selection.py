@@ -57,7 +57,7 @@ class Selection:
         if budget_bytes is None:
             capacity = sum(max(c.nbytes for c in item.candidates) for item in items) + sum(shared.values())
         else:
-            capacity = self._capacity(budget_bytes)
+            capacity = self.capacity(budget_bytes)
         return Problem(items, shared, capacity)
 
     def _candidates(self, group: tuple[MatrixRecord, ...]) -> tuple[Candidate, ...]:
@@ -83,7 +83,7 @@ class Selection:
         specs += [spec for m in slices for spec in matrix_tensors(m, formats[m.name])]
         return sum(spec.nbytes + spec.header_bytes for spec in specs)
 
-    def _capacity(self, budget_bytes: int) -> int:
+    def capacity(self, budget_bytes: int) -> int:
         """Bytes left for the items.
 
         The overheads of the most files a budget can fill are set aside: one file up to MAX_SHARD_BYTES. Where their

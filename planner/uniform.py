@@ -17,15 +17,21 @@ from .selection import Selection, select
 
 def best_uniform(selection: Selection, problem: Problem) -> Uniform | None:
     """The cheapest choice with one format everywhere that fits; None when none does."""
+    fitting = [choice for choice in uniform_choices(selection, problem) if choice[1] <= problem.capacity]
+    if not fitting:
+        return None
+    cost, _, name, chosen = min(fitting)
+    return Uniform(format=name, nbytes=selection.counted(problem.by_name(chosen)), cost=cost)
+
+
+def uniform_choices(selection: Selection, problem: Problem) -> list[tuple[float, int, str, list[Candidate]]]:
+    """(cost, bytes, format, choice) of every format that all can have, whatever the capacity."""
     choices = []
     for name in sorted({c.format for item in problem.items for c in item.candidates}):
         chosen = one_format(problem, name, selection.optional)
-        if chosen is not None and problem.nbytes(chosen) <= problem.capacity:
+        if chosen is not None:
             choices.append((problem.cost(chosen), problem.nbytes(chosen), name, chosen))
-    if not choices:
-        return None
-    cost, _, name, chosen = min(choices)
-    return Uniform(format=name, nbytes=selection.counted(problem.by_name(chosen)), cost=cost)
+    return choices
 
 
 def one_format(problem: Problem, name: str, optional: frozenset[str]) -> list[Candidate] | None:

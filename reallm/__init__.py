@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from .finetuning import finetune
     from .loading import load
     from .measurement import measure
-    from .planning import plan
+    from .planning import plan, sweep
 
-__all__ = ["compile", "evaluate", "finetune", "load", "measure", "plan"]
+__all__ = ["compile", "evaluate", "finetune", "load", "measure", "plan", "sweep"]
 
 _STAGES = {
     "measure": ("measurement", "measure"),
     "plan": ("planning", "plan"),
+    "sweep": ("planning", "sweep"),
     "compile": ("compiler", "compile_plan"),
     "load": ("loading", "load"),
     "evaluate": ("evaluation", "evaluate"),

@@ -209,6 +209,44 @@ def plan(
     typer.echo(f"wrote {output}; next: reallm compile {output} -o out/", err=True)
 
 
+@app.command(epilog="Example: reallm sweep work/ --from 2bpw --to 5bpw --points 31 -o pareto.csv")
+def sweep(
+    work: Annotated[Path, typer.Argument(help="The folder that `reallm measure` filled.")],
+    first: Annotated[str, typer.Option("--from", help="The first budget, as for plan.")] = "2bpw",
+    last: Annotated[str, typer.Option("--to", help="The last, in the same unit.")] = "5bpw",
+    points: Annotated[int, typer.Option(min=2, help="How many, evenly spaced.")] = 21,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write them as CSV too.")] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="As for plan.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="As for plan.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="As for plan.")] = None,
+    preset: Annotated[str | None, typer.Option(help="As for plan.")] = None,
+    ties: Annotated[Ties, typer.Option(help="As for plan.")] = "none",
+    cost: Annotated[Cost, typer.Option(help="As for plan.")] = "two_sided",
+) -> None:
+    """What every size would cost: the best plan at each of many budgets, beside the best single format."""
+    from .planning import sweep as run
+    from .report import print_sweep
+
+    found = run(
+        work,
+        first=first,
+        last=last,
+        points=points,
+        output=output,
+        pins=pin or (),
+        exclude=exclude or (),
+        formats=formats,
+        preset=preset,
+        ties=ties,
+        cost=cost,
+    )
+    print_sweep(found, CONSOLE)
+    if missing := points - len(found):
+        typer.echo(f"{missing} of the budgets are smaller than any plan", err=True)
+    if output is not None:
+        typer.echo(f"wrote {output}", err=True)
+
+
 @app.command(name="compile", epilog="Example: reallm compile plan.json -o out/")
 def compile_(
     plan: Annotated[Path, typer.Argument(help="The plan that `reallm plan` wrote.")],

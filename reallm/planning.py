@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reallm.planner.allocate import solve
-from reallm.planner.candidates import Cost, Ties
+from reallm.planner.candidates import Cost, Ties, Wishes
 from reallm.planner.plan import PLAN_FILE, Plan
-from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record, write_record
+from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record, write_record, write_text_atomic
+from reallm.planner.sweep import Point, as_csv, spaced
+from reallm.planner.sweep import sweep as sweep_table
 
 from .errors import UserError
 from .space import PRESETS, load_space
@@ -50,6 +52,34 @@ def plan(
     if output is not None:
         write_record(Path(output), result)
     return result
+
+
+def sweep(
+    work: str | Path,
+    *,
+    first: str,
+    last: str,
+    points: int = 21,
+    output: str | Path | None = None,
+    pins: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    formats: Sequence[str] | None = None,
+    preset: str | None = None,
+    ties: Ties = "none",
+    cost: Cost = "two_sided",
+) -> list[Point]:
+    """The best plan's size and predicted loss at `points` budgets from `first` to `last`, for example 2bpw to 5bpw.
+
+    Budgets that no plan fits are left out. Written to `output` as CSV where given. Wishes and errors as for `plan`.
+    """
+    table = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure")
+    if preset is not None:
+        formats = [*(formats or ()), *preset_formats(table, preset, work)]
+    wishes = Wishes(tuple(pins), tuple(exclude), None if formats is None else tuple(formats), ties, cost)
+    found = sweep_table(table, spaced(first, last, points), wishes)
+    if output is not None:
+        write_text_atomic(Path(output), as_csv(found))
+    return found
 
 
 def preset_formats(table: MeasuredTable, preset: str, work: str | Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reallm.planner.plan import Choice, Plan
+from reallm.planner.sweep import Point
 
 if TYPE_CHECKING:  # they import torch
     from .evaluation import Evaluation
@@ -64,6 +66,33 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(histogram(plan.choices))
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
+
+
+def print_sweep(points: Sequence[Point], console: Console) -> None:
+    """A line a budget, with a bar as long as the loss on a logarithmic scale."""
+    losses = [point.predicted_loss for point in points if point.predicted_loss > 0]
+    low, high = (math.log(min(losses)), math.log(max(losses))) if losses else (0.0, 0.0)
+    rows = []
+    for point in points:
+        share = (math.log(point.predicted_loss) - low) / (high - low or 1.0) if point.predicted_loss > 0 else 0.0
+        single = "" if point.uniform_loss is None else f"{point.uniform_loss:.5f}"
+        rows.append(
+            [
+                point.budget,
+                f"{point.bits_per_weight:.4f}",
+                bytes_text(point.counted_bytes),
+                f"{point.predicted_loss:.5f}",
+                f"{point.shadow_price:.3g}",
+                single,
+                point.uniform,
+                "█" * round(1 + 19 * share),
+            ]
+        )
+    headings = ("budget", "bits", "size", "predicted loss", "next MiB", "uniform loss", "uniform", "log loss")
+    table = columns_table("nats per token at every budget", headings, rows)
+    for column in table.columns[-2:]:
+        column.justify = "left"
+    console.print(table)
 
 
 def print_inspection(found: Inspection, console: Console) -> None:

@@ -1,0 +1,164 @@
+"""The planner's exact core beside CBC and HiGHS through PuLP, as ModelOpt and LQ-LoRA solve it, and a sweep.
+
+    make bench NAME=planner
+
+Instances shaped like large models with measured costs (planner_instances.py), three budgets each. Seconds of processor
+time for ours, of wall time for the peers, which run in a process of their own for LIMIT_S seconds at the most and get
+the programme of `planner/ilp.py`: one binary a candidate, zero gap. Their seconds include building it in PuLP. "peer"
+is null where no answer came in time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pulp
+from rich.console import Console
+
+from benchmarks.bench import machine
+from benchmarks.peers import ROOT
+from benchmarks.planner_instances import instance
+from reallm.planner.ilp import build
+from reallm.planner.knapsack import Instance, solve_knapsack
+from reallm.planner.problem import Candidate, Item, Problem
+from reallm.planner.records import canonical_json, write_text_atomic
+from reallm.report import columns_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "planner.json"
+BUDGETS, SEEDS = (2.0, 3.0, 4.0), (0, 1, 2)
+TARGETS = {"LLaMA-2-7B": 0.1, "LLaMA-3-405B": 0.5, "DeepSeek-V3": 20.0}
+LIMIT_S = 120.0
+PEER_ITEMS = 1000
+"""Larger programmes (4.5 million binaries) are not given to PuLP: it alone would need more memory than this machine."""
+SWEEP, SWEPT = 100, "LLaMA-3-405B"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure, lower is better."""
+
+    figure: str
+    unit: str
+    ours: float
+    peer_name: str
+    peer: float | None
+    ratio: float | None
+    note: str
+    versions: dict[str, str]
+    machine: str
+
+
+def as_problem(found: Instance, capacity: int) -> Problem:
+    """The same instance for PuLP."""
+    items = [
+        Item(f"m{i}", tuple(Candidate(int(b), float(c), str(n)) for n, (c, b) in enumerate(zip(*row, strict=True))))
+        for i, row in enumerate(zip(found.cost, found.nbytes, strict=True))
+    ]
+    return Problem(tuple(items), {}, capacity)
+
+
+def peer_worker(name: str, model: str, seed: int, bits: float, answer: Connection) -> None:
+    """Solve in a process of its own; sends (seconds, status, cost)."""
+    found, numel = instance(model, seed)
+    problem = as_problem(found, int(bits * numel / 8))
+    began = time.perf_counter()
+    programme, x = build(problem, scale=1e4 * len(problem.items) / float(found.cost.sum()))
+    options = {"msg": False, "gapRel": 0.0, "timeLimit": LIMIT_S, "threads": 1}
+    programme.solve(pulp.HiGHS(**options) if name == "HiGHS" else pulp.PULP_CBC_CMD(**options))
+    seconds = time.perf_counter() - began
+    if programme.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        answer.send((seconds, "no answer", None))
+        return
+    picks = [max(range(len(row)), key=lambda c: row[c].varValue or 0.0) for row in x]
+    cost = problem.cost([item.candidates[p] for item, p in zip(problem.items, picks, strict=True)])
+    answer.send((seconds, "optimal" if programme.sol_status == pulp.LpSolutionOptimal else "cut short", cost))
+
+
+def run_peer(name: str, model: str, seed: int, bits: float) -> tuple[float | None, str, float | None]:
+    """(seconds, how it ended, cost)."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=peer_worker, args=(name, model, seed, bits, sender))
+    process.start()
+    result = receiver.recv() if receiver.poll(LIMIT_S + 60) else (None, f"no answer in {LIMIT_S + 60:.0f} s", None)
+    process.kill()
+    process.join()
+    return result
+
+
+def rows() -> Iterator[Row]:
+    """A row a model and peer, then the sweep."""
+    versions = {name: version(name) for name in ("reallm", "numpy", "pulp", "highspy")}
+    for model, target in TARGETS.items():
+        seconds, costs, proved = [], {}, 0
+        for seed in SEEDS:
+            found, numel = instance(model, seed)
+            for bits in BUDGETS:
+                began = time.process_time()
+                answer = solve_knapsack(found, int(bits * numel / 8))
+                seconds.append(time.process_time() - began)
+                assert answer is not None
+                proved += answer.optimal
+                costs[seed, bits] = found.total(answer.picks[0])[0]
+        median, worst = statistics.median(seconds), max(seconds)
+        shape = f"{len(found.cost)} matrices x {found.cost.shape[1]}"
+        note = f"{proved} of {len(seconds)} proved optimal, worst {worst:.3f} s"
+        figure = f"{model}, {shape}"
+        yield Row(
+            figure, "s", median, "target", target, worst / target, f"{note}; ratio of the worst", versions, machine()
+        )
+        for name in ("HiGHS", "CBC") if len(found.cost) <= PEER_ITEMS else ():
+            theirs, how, cost = run_peer(name, model, SEEDS[0], BUDGETS[1])
+            ours = seconds[1]
+            gap = "" if cost is None else f", its cost {cost / costs[SEEDS[0], BUDGETS[1]] - 1:+.2g} of ours"
+            ratio = None if theirs is None else ours / theirs
+            yield Row(
+                f"{figure}, {BUDGETS[1]:g} bits",
+                "s",
+                ours,
+                f"PuLP {name}",
+                theirs,
+                ratio,
+                how + gap,
+                versions,
+                machine(),
+            )
+    found, numel = instance(SWEPT)
+    began = time.process_time()
+    answers = [solve_knapsack(found, int(bits * numel / 8)) for bits in np.linspace(2, 6, SWEEP)]
+    seconds_all = time.process_time() - began
+    proved = sum(answer is not None and answer.optimal for answer in answers)
+    note = f"{proved} of {SWEEP} proved optimal"
+    yield Row(
+        f"sweep of {SWEEP} budgets, {SWEPT}",
+        "s",
+        seconds_all,
+        "target",
+        60.0,
+        seconds_all / 60,
+        note,
+        versions,
+        machine(),
+    )
+
+
+def main() -> None:
+    """Run all, write and print."""
+    done = []
+    for each in rows():
+        done.append(each)
+        write_text_atomic(RESULTS, canonical_json([asdict(row) for row in done]))
+    numbers = [(f"{r.ours:.3f}", *("-" if v is None else f"{v:.4g}" for v in (r.peer, r.ratio))) for r in done]
+    lines = [[r.figure, n[0], r.peer_name, n[1], n[2], r.note] for r, n in zip(done, numbers, strict=True)]
+    headings = ("figure", "our s", "beside", "its s", "ratio", "note")
+    Console(width=200).print(columns_table(f"planner on {machine()}", headings, lines))
+
+
+if __name__ == "__main__":
+    main()
