@@ -23,10 +23,10 @@ def asymmetric(bits: int, group_size: int, **changed: object) -> dict[str, Any]:
     return {"group_0": {"targets": ["Linear"], "weights": scheme | changed}}
 
 
-def run(recipe: object) -> None:
+def run(recipe: object, most_windows: int | None = None) -> None:
     """Apply `recipe` to the model of the command line and write the answer, with an fp16 scale and a zero a group."""
     source, bits, group_size, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[5])
-    windows = load_file(sys.argv[4])["windows"]
+    windows = load_file(sys.argv[4])["windows"][:most_windows]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in windows.tolist()]
     began = time.perf_counter()
