@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.bench import ROUNDING, Bench, Row, bench_from_environment, measure_formats, mixed, planned, report, row
 from benchmarks.peers import ROOT
-from reallm.planner.candidates import Cost
+from reallm.planner.plan import Cost
 from reallm.planner.records import MeasuredTable
 from reallm.planner.uniform import uniform_plan
 

@@ -35,8 +35,7 @@ from reallm.errors import UserError
 from reallm.loading import load
 from reallm.measurement import draw, measure
 from reallm.model import load_model
-from reallm.planner.candidates import Cost
-from reallm.planner.plan import Plan
+from reallm.planner.plan import Cost, Plan
 from reallm.planner.records import (
     MeasuredTable,
     canonical_json,

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from .assembly import assemble
 from .budget import Budget, parse_budget
-from .candidates import Cost, Ties, Wishes
+from .candidates import Wishes
 from .lagrangian import runners_up
-from .optimise import optimise, smallest_bytes
-from .plan import Plan, PlanError
+from .optimise import optimise, optimise_all, smallest_bytes
+from .plan import Cost, Plan, PlanError, Ties
 from .problem import Problem
 from .records import MeasuredTable
 from .selection import Selection, select
@@ -36,24 +36,46 @@ def solve(
     `pins` ("regex=format") and `exclude` (regexes) are searched for in matrix names; `formats` restricts the candidates
     to names and patterns. Raises PlanError for a budget or wish that cannot be met, with the smallest feasible budget.
     """
-    budget = parse_budget(budget) if isinstance(budget, str) else budget
     wishes = Wishes(tuple(pins), tuple(exclude), None if formats is None else tuple(formats), ties, cost)
+    return best_plans(table, budget, wishes, 1, time_limit_s, work)[0]
+
+
+def best_plans(
+    table: MeasuredTable,
+    budget: Budget | str,
+    wishes: Wishes,
+    count: int,
+    time_limit_s: float = 60.0,
+    work: str = "",
+) -> list[Plan]:
+    """The `count` plans of least predicted loss, the best first; fewer where there are not so many.
+
+    Raises PlanError as `solve` does, and for more than one plan where candidates share codebooks.
+    """
+    budget = parse_budget(budget) if isinstance(budget, str) else budget
     selection = select(table, budget.scope, wishes)
     budget_bytes = budget.nbytes(selection.numel)
     problem = selection.problem(budget_bytes)
-    solution = optimise(problem, time_limit_s)
-    if solution is None:
-        raise too_small(budget, selection, problem, time_limit_s)
-    runners = runners_up(problem, solution.chosen, solution.price)
-    return assemble(
-        selection,
-        chosen=problem.by_name(solution.chosen),
-        runners_up={item.name: runner for item, runner in zip(problem.items, runners, strict=True)},
-        bound=solution.bound(problem),
-        budget=(budget.text, budget_bytes),
-        uniform=best_uniform(selection, problem),
-        work=work,
-    )
+    if count > 1 and problem.shared:
+        raise PlanError(f"the {count} best plans are known only without shared codebooks; leave those formats out")
+    solutions = optimise_all(problem, count) if count > 1 else [optimise(problem, time_limit_s)]
+    uniform, plans = best_uniform(selection, problem), []
+    for solution in solutions:
+        if solution is None:
+            raise too_small(budget, selection, problem, time_limit_s)
+        runners = runners_up(problem, solution.chosen, solution.price)
+        plans.append(
+            assemble(
+                selection,
+                chosen=problem.by_name(solution.chosen),
+                runners_up={item.name: runner for item, runner in zip(problem.items, runners, strict=True)},
+                bound=solution.bound(problem),
+                budget=(budget.text, budget_bytes),
+                uniform=uniform,
+                work=work,
+            )
+        )
+    return plans
 
 
 def too_small(budget: Budget, selection: Selection, problem: Problem, time_limit_s: float) -> PlanError:

@@ -52,6 +52,11 @@ def assemble(
         shared=selection.used(chosen),
         dense=tuple(sorted((m.name for m in selection.fixed), key=natural_key)),
         uniform=uniform,
+        pins=selection.wishes.pins,
+        exclude=selection.wishes.exclude,
+        formats=selection.wishes.formats,
+        ties=selection.wishes.ties,
+        cost=selection.wishes.cost,
         notes=_notes(selection, choices, bound),
     )
 

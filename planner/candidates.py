@@ -13,16 +13,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from ..kernels.codecs import FLOAT_NBYTES, FormatError
 from ..kernels.formats import Format
-from .plan import PlanError, Scope
+from .plan import Cost, Plan, PlanError, Scope, Ties
 from .records import MatrixRecord, MeasuredTable
 from .stored import DENSE_NAME, shared_key
-
-Cost = Literal["two_sided", "guided", "fisher", "relative"]
-Ties = Literal["none", "inputs", "family"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +47,11 @@ class Wishes:
     formats: tuple[str, ...] | None = None
     ties: Ties = "none"
     cost: Cost = "two_sided"
+
+    @classmethod
+    def of(cls, plan: Plan) -> Wishes:
+        """What `plan` was asked for."""
+        return cls(plan.pins, plan.exclude, plan.formats, plan.ties, plan.cost)
 
 
 def dense_format(matrix: MatrixRecord, dtype: str) -> Format:

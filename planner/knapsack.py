@@ -107,7 +107,7 @@ def solve_knapsack(instance: Instance, capacity: int, best: int = 1, max_states:
     proven = relaxed.bound
     while True:
         delta = max(delta, tolerance)
-        search = _Search(instance, relaxed, delta + tolerance, distinct=best > 1, max_states=max_states)
+        search = _Search(instance, relaxed, delta + tolerance, best=best, max_states=max_states)
         found = search.run()
         if found is None:
             return Answer((incumbent,), proven, relaxed.price, False, search.core, search.states)
@@ -189,23 +189,31 @@ def _filled(instance: Instance, relaxed: _Relaxed) -> Ints:
     return picks
 
 
-def _undominated(nbytes: Ints, cost: Floats) -> Ints:
-    """Indices of states by rising bytes and falling cost: of the others, each is beaten by one of these."""
-    order = np.argsort(nbytes, kind="stable")  # merges the runs
-    sorted_cost = cost[order]
-    before = np.minimum.accumulate(sorted_cost)[:-1]
-    kept: Ints = order[np.concatenate([[True], sorted_cost[1:] < before])] if len(order) else order
-    return kept
+def _undominated(nbytes: Ints, cost: Floats, layers: int) -> Ints:
+    """Indices of the states, by rising bytes, that fewer than `layers` others can beat in bytes and cost.
+
+    Peeled off layer by layer: a state left over is beaten by one of every layer, so it is in no `layers` best choices.
+    """
+    order: Ints = np.argsort(nbytes, kind="stable")  # merges the runs
+    left, kept = np.arange(len(order)), np.zeros(len(order), bool)
+    for _ in range(layers):
+        if not len(left):
+            break
+        costs = cost[order[left]]
+        first = np.concatenate([[True], costs[1:] < np.minimum.accumulate(costs)[:-1]])
+        kept[left[first]] = True
+        left = left[~first]
+    return order[kept]
 
 
 @dataclass(slots=True)
 class _Search:
-    """All choices of cost at most L + delta; with `distinct` off, none that another beats in bytes and cost."""
+    """Choices of cost at most L + delta, the `best` cheapest among them."""
 
     instance: Instance
     relaxed: _Relaxed
     delta: float
-    distinct: bool
+    best: int
     max_states: int
     core: int = 0
     states: int = 1
@@ -227,9 +235,8 @@ class _Search:
             keep = (weight + least[at + 1] <= slack) & (total + price * unused <= self.delta)
             place, parent = np.nonzero(keep)
             nbytes, reduced = weight[keep], total[keep]
-            if not self.distinct:
-                chosen = _undominated(nbytes, reduced - price * nbytes)
-                parent, place, nbytes, reduced = parent[chosen], place[chosen], nbytes[chosen], reduced[chosen]
+            chosen = _undominated(nbytes, reduced - price * nbytes, self.best)
+            parent, place, nbytes, reduced = parent[chosen], place[chosen], nbytes[chosen], reduced[chosen]
             self.layers.append((row, candidates, parent, place))
             self.states = max(self.states, len(nbytes))
             if len(nbytes) > self.max_states:

@@ -57,15 +57,25 @@ class Solution:
 
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
     """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
-    if not problem.shared:
-        answer = solve_knapsack(instance_of(problem), problem.capacity)
-        if answer is None:
-            return None
-        if answer.optimal:
-            chosen = [i.candidates[p] for i, p in zip(problem.items, answer.picks[0].tolist(), strict=True)]
-            lower = max(relax(problem).exact_bound(answer.price), 0.0)
-            return Solution(_fitting(problem, chosen), answer.bound, lower, answer.price, True, CORE)
+    if not problem.shared and (found := optimise_all(problem, 1))[0] is not None:
+        return found[0]
     return _by_ilp(problem.pruned(), time_limit_s)
+
+
+def optimise_all(problem: Problem, count: int) -> list[Solution | None]:
+    """The `count` cheapest choices, the best first, fewer where there are not so many; [None] when there is none.
+
+    By the exact core, so without shared codebooks. [None] also when one choice was asked for and its states ran out;
+    with more, those found so far are then not proved.
+    """
+    answer = solve_knapsack(instance_of(problem), problem.capacity, count)
+    if answer is None or (count == 1 and not answer.optimal):
+        return [None]
+    lower, solutions = max(relax(problem).exact_bound(answer.price), 0.0), list[Solution | None]()
+    for picks in answer.picks:
+        chosen = [item.candidates[pick] for item, pick in zip(problem.items, picks.tolist(), strict=True)]
+        solutions.append(Solution(_fitting(problem, chosen), answer.bound, lower, answer.price, answer.optimal, CORE))
+    return solutions
 
 
 def instance_of(problem: Problem) -> Instance:

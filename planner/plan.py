@@ -14,6 +14,8 @@ from .stored import stored_nbytes
 
 PLAN_FILE = "plan.json"
 Scope = Literal["matrices", "file"]
+Cost = Literal["two_sided", "guided", "fisher", "relative"]
+Ties = Literal["none", "inputs", "family"]
 
 
 class PlanError(ValueError):
@@ -103,6 +105,12 @@ class Plan(Record):
     dense: tuple[str, ...] = ()
     """Matrices that took no part and are left as they are."""
     uniform: Uniform | None = None
+    pins: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    formats: tuple[str, ...] | None = None
+    ties: Ties = "none"
+    cost: Cost = "two_sided"
+    """What was asked beside the budget, as `candidates.Wishes`."""
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")

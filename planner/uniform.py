@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import fsum
 
 from .assembly import assemble
-from .candidates import Cost, Wishes
+from .candidates import Wishes
 from .lagrangian import relax, shadow_price
 from .optimise import Solution
-from .plan import Plan, PlanError, Scope, Uniform
+from .plan import Cost, Plan, PlanError, Scope, Uniform
 from .problem import Candidate, Problem
 from .records import MeasuredTable
 from .selection import Selection, select

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from reallm.codegen.operations import CodegenError
 from reallm.kernels.codecs import FormatError
 from reallm.kernels.layout import LayoutError
-from reallm.planner.candidates import Cost, Ties
-from reallm.planner.plan import PlanError
+from reallm.planner.candidates import Wishes
+from reallm.planner.plan import Cost, PlanError, Ties
 from reallm.planner.records import RecordError, canonical_json, write_text_atomic
 
 from .errors import UserError
@@ -187,11 +187,13 @@ def plan(
     preset: Annotated[str | None, typer.Option(help="Only the formats of one method: gptq, qtip, lq-lora, ...")] = None,
     ties: Annotated[Ties, typer.Option(help="Matrices that must get one format.")] = "none",
     cost: Annotated[Cost, typer.Option(help="The measured cost to minimise.")] = "two_sided",
+    best: Annotated[int, typer.Option(min=1, help="Also show so many of the best plans, as changes to it.")] = 1,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds for the solver.")] = 60.0,
 ) -> None:
     """Choose every matrix's format: the least predicted loss within a budget. Seconds; needs no model."""
+    from .planning import best_plans
     from .planning import plan as run
-    from .report import print_plan
+    from .report import print_changes, print_plan
 
     result = run(
         work,
@@ -206,7 +208,43 @@ def plan(
         time_limit_s=time_limit,
     )
     print_plan(result, CONSOLE)
+    if best > 1:
+        for rank, other in enumerate(best_plans(work, budget=budget, count=best, wishes=Wishes.of(result))[1:], 2):
+            print_changes(f"plan {rank} of the best", result, other, CONSOLE)
     typer.echo(f"wrote {output}; next: reallm compile {output} -o out/", err=True)
+
+
+@app.command(epilog="Example: reallm diff plan-3.0.json plan-3.5.json")
+def diff(
+    before: Annotated[Path, typer.Argument(help="A plan.json, or an artifact.")],
+    after: Annotated[Path, typer.Argument(help="Another, of the same model.")],
+) -> None:
+    """What a second plan stores differently: bytes and predicted loss, matrix by matrix."""
+    from .planning import read_plan
+    from .report import print_changes
+
+    print_changes(f"{after} beside {before}", read_plan(before), read_plan(after), CONSOLE, most=None)
+
+
+@app.command(epilog="Example: reallm explain plan.json 'layers.0.self_attn.o_proj'")
+def explain(
+    plan: Annotated[Path, typer.Argument(help="A plan.json, or an artifact.")],
+    matrix: Annotated[
+        str | None, typer.Argument(help="REGEX of matrices; without it, the dearest and what a MiB more would buy.")
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="The measured folder, if it has moved.")] = None,
+) -> None:
+    """Why a matrix got its format: every candidate's bytes and loss, and its regret at the plan's price of a byte."""
+    from .planning import explain as run
+    from .planning import next_mib
+    from .report import alternatives_table, matrices_table, print_changes
+
+    if matrix is not None:
+        CONSOLE.print(alternatives_table(run(plan, matrix, work=work)))
+        return
+    chosen, richer = next_mib(plan, work=work)
+    CONSOLE.print(matrices_table(sorted(chosen.choices, key=lambda choice: -choice.cost)[:15], "the dearest matrices"))
+    print_changes("what a MiB more would buy", chosen, richer, CONSOLE)
 
 
 @app.command(epilog="Example: reallm sweep work/ --from 2bpw --to 5bpw --points 31 -o pareto.csv")

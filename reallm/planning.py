@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from reallm.planner.allocate import best_plans as best_plans_of
 from reallm.planner.allocate import solve
-from reallm.planner.candidates import Cost, Ties, Wishes
-from reallm.planner.plan import PLAN_FILE, Plan
+from reallm.planner.candidates import Wishes
+from reallm.planner.explain import Alternative, alternatives, next_bytes
+from reallm.planner.plan import PLAN_FILE, Cost, Plan, Ties
 from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record, write_record, write_text_atomic
 from reallm.planner.sweep import Point, as_csv, spaced
 from reallm.planner.sweep import sweep as sweep_table
@@ -92,6 +95,31 @@ def preset_formats(table: MeasuredTable, preset: str, work: str | Path) -> list[
         way_out = f"reallm measure {table.model} -o {work} --space {preset} (with the same --text) adds them"
         raise UserError(f"--preset {preset}: none of its formats was measured in {work}; {way_out}")
     return found
+
+
+def best_plans(
+    work: str | Path, *, budget: str, count: int, preset: str | None = None, wishes: Wishes | None = None
+) -> list[Plan]:
+    """The `count` plans of least predicted loss within `budget`, the best first. Errors as for `plan`."""
+    table, wishes = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure"), wishes or Wishes()
+    if preset is not None:
+        wishes = replace(wishes, formats=(*(wishes.formats or ()), *preset_formats(table, preset, work)))
+    return best_plans_of(table, budget, wishes, count, work=str(work))
+
+
+def explain(path: str | Path, matrix: str, *, work: str | Path | None = None) -> list[Alternative]:
+    """Every candidate of the matrices that the regex `matrix` finds, at the shadow price of the plan in `path`.
+
+    `work` names the measured folder if it has moved. Raises PlanError when its table is not the one planned from.
+    """
+    plan = read_plan(path)
+    return alternatives(read_record(Path(work or plan.work) / TABLE_FILE, MeasuredTable, "measure"), plan, matrix)
+
+
+def next_mib(path: str | Path, *, work: str | Path | None = None) -> tuple[Plan, Plan]:
+    """The plan in `path` and the best one with a MiB more. As `explain`."""
+    plan = read_plan(path)
+    return plan, next_bytes(read_record(Path(work or plan.work) / TABLE_FILE, MeasuredTable, "measure"), plan)
 
 
 def read_plan(path: str | Path) -> Plan:

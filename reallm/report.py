@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from reallm.planner.explain import Alternative, differences
 from reallm.planner.plan import Choice, Plan
 from reallm.planner.sweep import Point
 
@@ -95,6 +96,32 @@ def print_sweep(points: Sequence[Point], console: Console) -> None:
     console.print(table)
 
 
+def print_changes(title: str, before: Plan, after: Plan, console: Console, most: int | None = 15) -> None:
+    """Bytes and predicted loss of two plans, and the matrices that differ, at most `most` of them."""
+    changes = differences(before, after)
+    facts = [
+        ("predicted loss", f"{before.predicted_loss:.6g} -> {after.predicted_loss:.6g} nats per token"),
+        ("bytes", f"{before.counted_bytes} -> {after.counted_bytes} ({after.counted_bytes - before.counted_bytes:+d})"),
+        ("changed", f"{len(changes)} of {len(before.choices)} matrices"),
+    ]
+    console.print(facts_table(title, facts))
+    if changes:
+        shown = changes[:most]
+        rows = [[c.matrix, c.before, c.after, f"{c.nbytes:+d}", f"{c.cost:+.4g}"] for c in shown]
+        count = "all" if len(shown) == len(changes) else f"the {len(shown)} largest"
+        console.print(columns_table(f"changes, {count}", ("matrix", "before", "after", "bytes", "loss"), rows))
+
+
+def alternatives_table(found: Sequence[Alternative]) -> Table:
+    """Every candidate on a line, the chosen one marked."""
+    rows = [
+        [a.matrix, f"{a.format} *" if a.chosen else a.format, str(a.nbytes), f"{a.cost:.4g}", f"{a.regret:.4g}"]
+        for a in found
+    ]
+    title = "candidates, * the chosen one; regret: what it would lose at the plan's price of a byte"
+    return columns_table(title, ("matrix", "format", "bytes", "loss", "regret"), rows)
+
+
 def print_inspection(found: Inspection, console: Console) -> None:
     """Where every byte of an artifact's weights files is, and how wide its weights are."""
     total = sum(found.bits_histogram.values()) or 1
@@ -140,12 +167,12 @@ def histogram(choices: Sequence[Choice]) -> Table:
     return table
 
 
-def matrices_table(choices: Sequence[Choice]) -> Table:
+def matrices_table(choices: Sequence[Choice], title: str = "matrices") -> Table:
     """Every matrix on a line."""
     rows = [
         [c.matrix, f"{c.rows}x{c.cols}", c.format, str(c.nbytes), f"{_bits([c]):.3f}", f"{c.cost:.3g}"] for c in choices
     ]
-    return columns_table("matrices", ("matrix", "shape", "format", "bytes", "bits/weight", "cost"), rows)
+    return columns_table(title, ("matrix", "shape", "format", "bytes", "bits/weight", "cost"), rows)
 
 
 def families_table(choices: Sequence[Choice]) -> Table:

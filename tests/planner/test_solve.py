@@ -16,9 +16,9 @@ from reallm.kernels.formats import Format
 from reallm.kernels.layout import TensorSpec, file_bytes
 from reallm.planner.allocate import solve
 from reallm.planner.budget import parse_budget
-from reallm.planner.candidates import Ties, dense_format
+from reallm.planner.candidates import dense_format
 from reallm.planner.optimise import OPTIMAL_GAP
-from reallm.planner.plan import Plan, PlanError
+from reallm.planner.plan import Plan, PlanError, Ties
 from reallm.planner.records import MatrixRecord, MeasuredTable, canonical_json, read_record, write_record
 from reallm.planner.stored import matrix_tensors, shared_key, shared_tensor, weights_tensors
 from reallm.planner.uniform import uniform_plan

@@ -1,0 +1,93 @@
+"""Why a plan is what it is: two plans beside each other, a matrix's candidates at the plan's price, the next bytes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ..kernels.layout import natural_key
+from .allocate import best_plans
+from .budget import Budget
+from .candidates import Wishes, measured_options
+from .plan import Plan, PlanError
+from .records import MeasuredTable
+
+MIB = 1 << 20
+LEFT_OUT = "as it is"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One matrix that two plans store differently."""
+
+    matrix: str
+    before: str
+    after: str
+    nbytes: int
+    """Bytes more."""
+    cost: float
+    """Predicted loss more, nats per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One candidate of a matrix beside the one the plan chose."""
+
+    matrix: str
+    format: str
+    nbytes: int
+    cost: float
+    regret: float
+    """What choosing it instead would lose at the plan's shadow price, nats per token: 0 for the chosen one."""
+    chosen: bool
+
+
+def differences(before: Plan, after: Plan) -> list[Change]:
+    """Matrices that the plans store differently, the largest change of loss first. Raises PlanError for two models."""
+    if before.model_sha256 != after.model_sha256:
+        raise PlanError(f"the plans are of different models: {before.model} and {after.model}")
+    sides = [{c.matrix: (c.format, c.nbytes, c.cost) for c in plan.choices} for plan in (before, after)]
+    changes = []
+    for name in sorted(set(sides[0]) | set(sides[1]), key=natural_key):
+        old, new = (side.get(name, (LEFT_OUT, 0, 0.0)) for side in sides)
+        if old[0] != new[0]:
+            changes.append(Change(name, old[0], new[0], new[1] - old[1], new[2] - old[2]))
+    return sorted(changes, key=lambda change: -abs(change.cost))
+
+
+def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternative]:
+    """All measured candidates of the matrices that the regex `matrix` finds, by size. Raises PlanError."""
+    _require_table(table, plan)
+    try:
+        wanted = [choice for choice in plan.choices if re.search(matrix, choice.matrix)]
+    except re.error as error:
+        raise PlanError(f"{matrix!r} is no regular expression: {error}") from None
+    if not wanted:
+        raise PlanError(f"{matrix!r} finds no matrix of the plan; the first is {plan.choices[0].matrix}")
+    options, price, found = measured_options(table, plan.cost), plan.bound.shadow_price / MIB, []
+    sizes = {m.name: (m.rows, m.cols) for m in table.matrices}
+    for choice in wanted:
+        for name, option in options[choice.matrix].items():
+            nbytes = choice.nbytes if name == choice.format else option.format.nbytes(*sizes[choice.matrix])
+            regret = option.cost - choice.cost + price * (nbytes - choice.nbytes)
+            chosen = name == choice.format
+            found.append(Alternative(choice.matrix, name, nbytes, option.cost, 0.0 if chosen else regret, chosen))
+    return sorted(found, key=lambda a: (natural_key(a.matrix), a.nbytes, a.format))
+
+
+def next_bytes(table: MeasuredTable, plan: Plan, more: int = MIB) -> Plan:
+    """The best plan with `more` bytes on top of the budget of `plan`, all else as it was asked. Raises PlanError."""
+    _require_table(table, plan)
+    nbytes = plan.budget_bytes + more
+    if plan.scope == "file":
+        budget = Budget(f"{nbytes}B", Fraction(nbytes), "B")
+    else:
+        numel = sum(choice.rows * choice.cols for choice in plan.choices)
+        budget = Budget(f"{8 * nbytes / numel:.6g}bpw", Fraction(8 * nbytes, numel), "bpw")
+    return best_plans(table, budget, Wishes.of(plan), 1, work=plan.work)[0]
+
+
+def _require_table(table: MeasuredTable, plan: Plan) -> None:
+    if table.digest() != plan.table_sha256:
+        raise PlanError(f"the plan was made from another table than the one in {plan.work} now; plan again")
