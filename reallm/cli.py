@@ -280,7 +280,7 @@ def sweep(
     )
     print_sweep(found, CONSOLE)
     if missing := points - len(found):
-        typer.echo(f"{missing} of the budgets are smaller than any plan", err=True)
+        typer.echo(f"{missing} of {points} budgets are smaller than any plan", err=True)
     if output is not None:
         typer.echo(f"wrote {output}", err=True)
 

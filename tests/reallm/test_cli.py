@@ -24,7 +24,7 @@ from reallm.codegen import build
 from reallm.planner.plan import Plan
 from reallm.planner.records import TABLE_FILE, read_record, write_record
 
-COMMANDS = ("measure", "plan", "compile", "eval", "generate", "finetune", "inspect", "verify", "demo")
+COMMANDS = ("measure", "plan", "sweep", "diff", "explain", "compile", "eval", "generate", "finetune", "inspect", "verify", "demo")
 SPACE = "linear: [int4-g16, nf3-g16, lm2-g16, aq1x4-d4]\nembedding: [int8-g16]\n"
 
 
@@ -281,3 +281,28 @@ def test_ctrl_c_during_measure_resumes_to_the_same_table(folder: Path) -> None:
         for record in found["measurements"]:
             record.pop("seconds")
     assert once == twice
+
+
+def test_sweep_prints_and_writes_every_budget(table: Path) -> None:
+    result = run("sweep", table, "--from", "9bpw", "--to", "3bpw", "--points", "3", "-o", table / "pareto.csv")
+    assert result.exit_code == 0 and "1 of 3 budgets are smaller than any plan" in result.stderr, result.output
+    lines = (table / "pareto.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["budget", "6bpw", "9bpw"]
+    assert all(line.split(",")[0] in result.stdout for line in lines[1:])
+    assert "both ends need the same unit" in refusal("sweep", table, "--from", "3bpw", "--to", "1MiB")
+    assert "smallest plan takes" in refusal("sweep", table, "--from", "1bpw", "--to", "2bpw")
+
+
+def test_plans_are_explained_and_compared(table: Path) -> None:
+    small, large = table / "small.json", table / "large.json"
+    assert run("plan", table, "-b", "4.5bpw", "-o", small).exit_code == 0
+    shown = run("plan", table, "-b", "9bpw", "-o", large, "--best", "2")
+    assert shown.exit_code == 0 and "plan 2 of the best" in shown.stdout
+    compared = run("diff", small, large)
+    assert compared.exit_code == 0 and "2 of 2 matrices" in compared.stdout
+    explained = run("explain", small, "block.1")
+    assert explained.exit_code == 0 and "int4-g64 *" in explained.stdout and "block.0" not in explained.stdout
+    assert "what a MiB more would buy" in run("explain", small).stdout
+    assert "finds no matrix" in refusal("explain", small, "nothing")
+    write_record(table / TABLE_FILE, make_table(("other", 64, 64, "linear", {"int4-g64": 0.1})))
+    assert "made from another table" in refusal("explain", small)
