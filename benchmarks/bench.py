@@ -16,19 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import psutil
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.peers import ROOT, Peer, run_peer
 from reallm.cache import content_key
-from reallm.comparison import Comparison, compare_models
+from reallm.comparison import Comparison, RememberedLogits, compare_models
 from reallm.compiler import compile_plan
 from reallm.demo import fetch_model
 from reallm.errors import UserError
@@ -90,23 +87,6 @@ class Row:
     machine: str
 
 
-class Remembered:
-    """The base model, whose logits on a window are computed once: 200 MB a window of 1024 tokens here."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.device, self.known = model, model.device, dict[bytes, Tensor]()
-
-    def eval(self) -> None:
-        """As a model's."""
-        self.model.eval()
-
-    def __call__(self, input_ids: Tensor) -> SimpleNamespace:
-        key = input_ids.numpy().tobytes()
-        if key not in self.known:
-            self.known[key] = self.model(input_ids=input_ids).logits
-        return SimpleNamespace(logits=self.known[key])
-
-
 class Bench:
     """The base model, the tokens, and what is measured on them."""
 
@@ -124,7 +104,7 @@ class Bench:
             source.tokenizer.save_pretrained(self.base_folder)
         self.work = self.folder / "work"
         self.base = load_model(self.base_folder)
-        self.dense = Remembered(load_model(self.base_folder, dtype=torch.float32).model)
+        self.dense = RememberedLogits(load_model(self.base_folder, dtype=torch.float32).model)
         self.calibration = self.folder / "calibration.safetensors"
         save_file({"windows": draw(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
         self.windows = windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]
@@ -140,7 +120,7 @@ class Bench:
 
     def compare(self, model: PreTrainedModel) -> Comparison:
         """Perplexity and KL of `model` to the float32 base."""
-        return compare_models(cast(PreTrainedModel, self.dense), model, self.windows)
+        return compare_models(self.dense, model, self.windows)
 
     def peer(self, peer: Peer) -> Measured:
         """The result of `peer` on the base, from an earlier run or made now."""

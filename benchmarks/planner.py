@@ -2,15 +2,16 @@
 
     make bench NAME=planner
 
-Instances shaped like large models with measured costs (planner_instances.py), three budgets each. Seconds of processor
-time for ours, of wall time for the peers, which run in a process of their own for LIMIT_S seconds at the most and get
-the programme of `planner/ilp.py`: one binary a candidate, zero gap. Their seconds include building it in PuLP. "peer"
-is null where no answer came in time.
+Instances shaped like large models with measured costs (planner_instances.py), three budgets each. Seconds are of
+processor time. The peers run in a process of their own, for LIMIT_S seconds of wall time at the most, and get the
+programme of `planner/ilp.py`: one binary a candidate, zero gap. Their seconds include building it in PuLP. "peer" is
+null where no answer came.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -68,11 +69,12 @@ def peer_worker(name: str, model: str, seed: int, bits: float, answer: Connectio
     """Solve in a process of its own; sends (seconds, status, cost)."""
     found, numel = instance(model, seed)
     problem = as_problem(found, int(bits * numel / 8))
-    began = time.perf_counter()
+    began = time.process_time()
     programme, x = build(problem, scale=1e4 * len(problem.items) / float(found.cost.sum()))
     options = {"msg": False, "gapRel": 0.0, "timeLimit": LIMIT_S, "threads": 1}
     programme.solve(pulp.HiGHS(**options) if name == "HiGHS" else pulp.PULP_CBC_CMD(**options))
-    seconds = time.perf_counter() - began
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(u.ru_utime + u.ru_stime for u in usage) - began
     if programme.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         answer.send((seconds, "no answer", None))
         return

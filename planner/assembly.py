@@ -57,6 +57,7 @@ def assemble(
         formats=selection.wishes.formats,
         ties=selection.wishes.ties,
         cost=selection.wishes.cost,
+        corrections=selection.wishes.corrections,
         notes=_notes(selection, choices, bound),
     )
 

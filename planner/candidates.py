@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from ..kernels.codecs import FLOAT_NBYTES, FormatError
@@ -47,11 +47,13 @@ class Wishes:
     formats: tuple[str, ...] | None = None
     ties: Ties = "none"
     cost: Cost = "two_sided"
+    corrections: Mapping[str, float] = field(default_factory=dict)
+    """Family -> factor for the measured costs of its matrices; 1 where it is not named."""
 
     @classmethod
     def of(cls, plan: Plan) -> Wishes:
         """What `plan` was asked for."""
-        return cls(plan.pins, plan.exclude, plan.formats, plan.ties, plan.cost)
+        return cls(plan.pins, plan.exclude, plan.formats, plan.ties, plan.cost, plan.corrections)
 
 
 def dense_format(matrix: MatrixRecord, dtype: str) -> Format:
@@ -64,8 +66,11 @@ def dense_format(matrix: MatrixRecord, dtype: str) -> Format:
     )
 
 
-def measured_options(table: MeasuredTable, cost: Cost) -> Options:
-    """Every matrix's options by format name. Raises PlanError for a table that contradicts itself."""
+def measured_options(table: MeasuredTable, cost: Cost, corrections: Mapping[str, float] | None = None) -> Options:
+    """Every matrix's options by format name, costs times `corrections` of the matrix's family.
+
+    Raises PlanError for a table that contradicts itself.
+    """
     matrices = {matrix.name: matrix for matrix in table.matrices}
     sizes = {record.key: record.nbytes for record in table.shared}
     options: Options = {name: {} for name in matrices}
@@ -82,7 +87,7 @@ def measured_options(table: MeasuredTable, cost: Cost) -> Options:
         key = shared_key(fmt, matrix.family)
         if key and fmt.shared_field and sizes.get(key) != fmt.shared_field.nbytes:
             raise PlanError(f"{where}: shared codebook {key!r} is missing or of another size; measure again")
-        value: float = getattr(record, cost)
+        value: float = getattr(record, cost) * (corrections or {}).get(matrix.family, 1.0)
         options[matrix.name][fmt.name] = Option(fmt, value, key, record.codes_sha256)
     for matrix in table.matrices:
         dense = dense_format(matrix, table.dtype)

@@ -65,7 +65,8 @@ def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternat
         raise PlanError(f"{matrix!r} is no regular expression: {error}") from None
     if not wanted:
         raise PlanError(f"{matrix!r} finds no matrix of the plan; the first is {plan.choices[0].matrix}")
-    options, price, found = measured_options(table, plan.cost), plan.bound.shadow_price / MIB, []
+    options = measured_options(table, plan.cost, plan.corrections)
+    price, found = plan.bound.shadow_price / MIB, []
     sizes = {m.name: (m.rows, m.cols) for m in table.matrices}
     for choice in wanted:
         for name, option in options[choice.matrix].items():

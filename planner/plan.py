@@ -72,6 +72,21 @@ class Uniform(Record):
     cost: float
 
 
+class Measured(Record):
+    """Plans measured in memory on held-out text, this one the best of them."""
+
+    text: str
+    text_sha256: str
+    windows: int = Field(gt=0)
+    seqlen: int = Field(gt=0)
+    kl: float
+    """KL to the dense model, nats per token, of this plan."""
+    uniform_kl: float | None
+    """Of the best single format within the budget."""
+    tried: tuple[tuple[str, float, float], ...]
+    """(name, predicted loss without corrections, measured KL) of every plan measured, in turn."""
+
+
 class Plan(Record):
     """The solution of the allocation problem for one budget."""
 
@@ -111,6 +126,9 @@ class Plan(Record):
     ties: Ties = "none"
     cost: Cost = "two_sided"
     """What was asked beside the budget, as `candidates.Wishes`."""
+    corrections: Mapping[str, float] = {}
+    """Family -> factor that its measured costs were multiplied by (`plan --refit`)."""
+    measured: Measured | None = None
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")

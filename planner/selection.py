@@ -140,7 +140,7 @@ class Selection:
 
 def select(table: MeasuredTable, scope: Scope, wishes: Wishes) -> Selection:
     """Who takes part, under which name, with which options. Raises PlanError."""
-    options = choosable(table, scope, wishes, measured_options(table, wishes.cost))
+    options = choosable(table, scope, wishes, measured_options(table, wishes.cost, wishes.corrections))
     taking = sorted((m for m in table.matrices if m.name in options), key=lambda m: natural_key(m.name))
     members = {group[0].name: tuple(group) for group in groups(taking, wishes.ties)}
     fixed = tuple(m for m in table.matrices if m.name not in options)

@@ -23,7 +23,7 @@ from reallm.kernels.codecs import FormatError
 from reallm.kernels.layout import LayoutError
 from reallm.planner.candidates import Wishes
 from reallm.planner.plan import Cost, PlanError, Ties
-from reallm.planner.records import RecordError, canonical_json, write_text_atomic
+from reallm.planner.records import RecordError, canonical_json, write_record, write_text_atomic
 
 from .errors import UserError
 
@@ -188,9 +188,17 @@ def plan(
     ties: Annotated[Ties, typer.Option(help="Matrices that must get one format.")] = "none",
     cost: Annotated[Cost, typer.Option(help="The measured cost to minimise.")] = "two_sided",
     best: Annotated[int, typer.Option(min=1, help="Also show so many of the best plans, as changes to it.")] = 1,
+    refit: Annotated[
+        int, typer.Option(min=0, help="Rounds of measuring the plan and its rivals, correcting and planning again.")
+    ] = 0,
+    text: Annotated[str | None, typer.Option(help="What --refit measures on: text that measure has not seen.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of it, of 1024 tokens.")] = 8,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds for the solver.")] = 60.0,
 ) -> None:
-    """Choose every matrix's format: the least predicted loss within a budget. Seconds; needs no model."""
+    """Choose every matrix's format: the least predicted loss within a budget. Seconds; needs no model.
+
+    With --refit the plan is measured on the model too: minutes, and two copies of it in float32.
+    """
     from .planning import best_plans
     from .planning import plan as run
     from .report import print_changes, print_plan
@@ -207,6 +215,14 @@ def plan(
         cost=cost,
         time_limit_s=time_limit,
     )
+    if refit:
+        from .refit import refit as run_refit
+
+        if text is None:
+            raise UserError("--refit measures on a text that measure has not seen: name one with --text")
+        _quiet_transformers()
+        result = run_refit(result, text=text, rounds=refit, windows=windows)
+        write_record(output, result)
     print_plan(result, CONSOLE)
     if best > 1:
         for rank, other in enumerate(best_plans(work, budget=budget, count=best, wishes=Wishes.of(result))[1:], 2):

@@ -63,6 +63,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         ("shadow price", f"{bound.shadow_price:.4g} nats per token for a further MiB"),
         ("best uniform", _uniform_text(plan)),
     ]
+    facts += _measured_facts(plan)
     console.print(facts_table("plan", facts))
     console.print(histogram(plan.choices))
     for note in plan.notes:
@@ -135,6 +136,15 @@ def print_inspection(found: Inspection, console: Console) -> None:
         ("bits per weight", widths),
     ]
     console.print(facts_table(found.path, facts))
+
+
+def _measured_facts(plan: Plan) -> list[tuple[str, str]]:
+    found = plan.measured
+    if found is None:
+        return [("measured", "not yet; `reallm eval` measures an artifact, `plan --refit` measures plans")]
+    tried = "; ".join(f"{name}: predicted {loss:.5f}, measured {kl:.5f}" for name, loss, kl in found.tried)
+    where = f"{found.windows} windows of {found.seqlen} tokens of {found.text}"
+    return [("measured", f"KL {found.kl:.5f} nats per token on {where}"), ("plans measured", tried)]
 
 
 def _uniform_text(plan: Plan) -> str:

@@ -24,7 +24,20 @@ from reallm.codegen import build
 from reallm.planner.plan import Plan
 from reallm.planner.records import TABLE_FILE, read_record, write_record
 
-COMMANDS = ("measure", "plan", "sweep", "diff", "explain", "compile", "eval", "generate", "finetune", "inspect", "verify", "demo")
+COMMANDS = (
+    "measure",
+    "plan",
+    "sweep",
+    "diff",
+    "explain",
+    "compile",
+    "eval",
+    "generate",
+    "finetune",
+    "inspect",
+    "verify",
+    "demo",
+)
 SPACE = "linear: [int4-g16, nf3-g16, lm2-g16, aq1x4-d4]\nembedding: [int8-g16]\n"
 
 
