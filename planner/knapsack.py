@@ -31,7 +31,7 @@ FIRST_OPTIONS = 12
 """The first delta admits so many candidates beside the cheapest of each item."""
 GROWTH = 1.6
 """What delta is multiplied by when no choice was found: the number of states grows like exp(sqrt(delta))."""
-MAX_STATES = 4_000_000
+MAX_STATES = 1_000_000
 MAX_STEPS = 200
 ROUNDING = 1e-12
 """Relative error allowed for in sums of costs: a choice that close to the bound is looked at, never lost."""
@@ -115,7 +115,8 @@ def solve_knapsack(instance: Instance, capacity: int, best: int = 1, max_states:
         if len(ranked) >= best or delta >= most:
             picks = tuple(np.array(choice) for _, _, choice in ranked)
             return Answer(picks, ranked[0][0], relaxed.price, True, search.core, search.states)
-        proven, delta = relaxed.bound + delta, GROWTH * delta
+        proven = relaxed.bound + delta
+        delta = max(GROWTH * delta, float(relaxed.reduced[relaxed.reduced > delta].min(initial=most)))
         if best == 1 and proven < ceiling:
             delta = min(delta, ceiling - relaxed.bound)
 

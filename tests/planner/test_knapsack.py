@@ -61,6 +61,13 @@ def test_without_states_the_answer_is_feasible_and_its_bound_holds(drawn: tuple[
         assert nbytes <= capacity and answer.bound <= best * (1 + LOOSE) and best <= cost
 
 
+def test_several_best_beyond_those_that_cost_nothing() -> None:
+    """Costs of zero leave no scale to grow a first delta of zero by."""
+    instance = Instance(np.array([[0.0, 5.0], [0.0, 7.0]]), np.array([[4, 1], [4, 1]]))
+    answer = solve_knapsack(instance, 8, best=4)
+    assert answer is not None and [instance.total(picks)[0] for picks in answer.picks] == [0, 5, 7, 12]
+
+
 def test_equal_matrices_do_not_blow_up() -> None:
     """400 copies of one item: all orders of the same choices are one state."""
     cost, nbytes = (
