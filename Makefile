@@ -1,7 +1,8 @@
 # make demo | test | check | bench NAME=quality     each sets up .venv by itself, once
 #
 #   NAME=quality_peers     the peers of NAME=quality alone, kept for it
-#   NAME=ablation, presets, encoding   after NAME=quality: what each part is worth, other methods' formats, seconds
+#   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order and
+#                          cost is worth; NAME=planner: the planner beside CBC and HiGHS
 #
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:
@@ -22,7 +23,8 @@ MODEL ?=
 SPACE ?=
 PEERS ?=
 PRESETS ?=
-export TEXT TEST MODEL SPACE PEERS PRESETS
+CHANGES ?=
+export TEXT TEST MODEL SPACE PEERS PRESETS CHANGES
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,0 +1,113 @@
+"""Which cost predicts the measured loss: rank correlations over single-matrix changes of the model.
+
+    make bench NAME=proxies [MODEL=...] [TEXT=calibration] [TEST=held-out] [CHANGES=140]
+
+After NAME=quality, whose measured folder it uses. Each change stores one matrix in one format and leaves the rest as it
+is; its KL to the dense model is measured on WINDOWS windows. "ours" is 1 minus the rank correlation (Spearman 1904) of
+KL with the default cost, "peer" that of another cost, so lower is better. CHANGES takes that many, evenly spread.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from rich.console import Console
+from tqdm import tqdm
+
+from benchmarks.bench import Bench, bench_from_environment, machine
+from benchmarks.peers import ROOT
+from reallm.calibration import read_statistics
+from reallm.encoding import Encoded
+from reallm.planner.plan import Choice
+from reallm.planner.records import TABLE_FILE, MeasuredTable, canonical_json, read_record, write_text_atomic
+from reallm.planner.uniform import uniform_plan
+from reallm.refit import InMemory
+from reallm.report import columns_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "proxies.json"
+FORMATS = ("tq1.5-l12+ldl2+rot", "tq2.25-l12+ldl2+rot", "tq3-l12+ldl2+rot", "lm4-g64-dq6x64+ldl")
+BLOCKS, WINDOWS = 5, 2
+"""Blocks evenly spread over the depth, all matrices of each."""
+OURS = "two_sided"
+COSTS = ("frobenius", "relative", "plain H", "fisher", "guided", OURS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cost."""
+
+    figure: str
+    unit: str
+    ours: float
+    peer_name: str
+    peer: float
+    ratio: float
+    median_measured_over_predicted: float
+    changes: int
+    versions: dict[str, str]
+    machine: str
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Rank correlation of two lists without ties."""
+    ranks = [np.argsort(np.argsort(np.asarray(values))) for values in (a, b)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def changes(bench: Bench, table: MeasuredTable) -> list[Choice]:
+    """The single-matrix changes, of all formats and matrices of the chosen blocks, or CHANGES of them."""
+    last = max(m.block for m in bench.base.matrices if m.block is not None)
+    blocks = {round(i * last / (BLOCKS - 1)) for i in range(BLOCKS)}
+    names = {m.name for m in bench.base.matrices if m.kind == "linear" and m.block in blocks}
+    plans = [uniform_plan(table, fmt, work=str(bench.work)) for fmt in FORMATS]
+    every = [choice for plan in plans for choice in plan.choices if choice.matrix in names]
+    most = int(os.environ.get("CHANGES") or len(every))
+    return [every[i] for i in np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)]
+
+
+def measured(bench: Bench, table: MeasuredTable) -> tuple[list[float], dict[str, list[float]]]:
+    """(KL of every change, cost name -> its value for every change)."""
+    plan = uniform_plan(table, FORMATS[0], work=str(bench.work))
+    memory = InMemory(bench.base, bench.work, bench.windows[:WINDOWS], progress=False)
+    records = {(r.matrix, r.format): r for r in table.measurements}
+    statistics = Encoded(bench.work, bench.base).job.statistics
+    kls, costs = [], {name: list[float]() for name in COSTS}
+    for choice in tqdm(changes(bench, table), desc="change", unit="matrix"):
+        matrix, record = memory.matrices[choice.matrix], records[choice.matrix, choice.format]
+        kls.append(memory.loss(plan.model_copy(update={"choices": (choice,)})))
+        parameter = memory.model.get_parameter(matrix.parameter).detach()
+        error = bench.base.weight(matrix) - (parameter.T if matrix.transposed else parameter)
+        H = read_statistics(statistics, matrix.block, [matrix]).hessians[matrix.input]
+        costs["frobenius"].append(float(error.square().sum()))
+        costs["plain H"].append(float(((error @ H) * error).sum(dtype=torch.float64)))
+        for name in ("relative", "fisher", "guided", OURS):
+            costs[name].append(getattr(record, name))
+    return kls, costs
+
+
+def main() -> None:
+    """Measure, write and print."""
+    console = Console()
+    bench = bench_from_environment(console)
+    table = read_record(bench.work / TABLE_FILE, MeasuredTable, "measure")
+    kls, costs = measured(bench, table)
+    correlation = {name: spearman(values, kls) for name, values in costs.items()}
+    versions, rows = {name: version(name) for name in ("reallm", "torch")}, []
+    for name, values in costs.items():
+        ours, theirs = 1 - correlation[OURS], 1 - correlation[name]
+        ratio = float(np.median(np.array(kls) / np.array(values)))
+        figure = f"1 - rank correlation with KL, {OURS} and {name}"
+        rows.append(Row(figure, "", ours, name, theirs, ours / theirs, ratio, len(kls), versions, machine()))
+    write_text_atomic(RESULTS, canonical_json([asdict(row) for row in rows]))
+    lines = [[r.peer_name, f"{1 - r.peer:.3f}", f"{r.median_measured_over_predicted:.3g}"] for r in rows]
+    headings = ("cost", "rank correlation", "median KL / cost")
+    console.print(columns_table(f"{len(kls)} single-matrix changes", headings, lines))
+
+
+if __name__ == "__main__":
+    main()
