@@ -60,15 +60,16 @@ def main() -> None:
     console = Console()
     bench = bench_from_environment(console)
     table = measure_formats(bench, "quality", candidates())
-    write_costs(table)
+    write_costs(table, candidates())
     report("quality", rows(bench, table), RESULTS, console)
 
 
-def write_costs(table: MeasuredTable) -> None:
-    """Keep bytes and cost of every candidate of the linear layers for NAME=planner: {"gate.0": {numel, formats}}."""
+def write_costs(table: MeasuredTable, names: list[str]) -> None:
+    """Keep bytes and cost of the formats `names` of the linear layers for NAME=planner: {"gate.0": {numel, formats}}."""
     formats = defaultdict(list)
     for record in sorted(table.measurements, key=lambda r: r.nbytes):
-        formats[record.matrix].append([record.nbytes, float(f"{record.two_sided:.4g}")])
+        if record.format in names:
+            formats[record.matrix].append([record.nbytes, float(f"{record.two_sided:.4g}")])
     found = {
         f"{m.name.rpartition('.')[2].removesuffix('_proj')}.{m.block}": {"numel": m.numel, "formats": formats[m.name]}
         for m in table.matrices

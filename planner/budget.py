@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .plan import PlanError, Scope
+from .plan import Plan, PlanError, Scope
 
 MAX_BITS_PER_WEIGHT = 32
 UNIT_BYTES: Mapping[str, int] = {
@@ -43,6 +43,15 @@ class Budget:
         unit_bytes = Fraction(numel, 8) if self.unit == "bpw" else Fraction(UNIT_BYTES[self.unit.lower()])
         steps = -(-nbytes * 10_000 // unit_bytes)
         return f"{steps // 10_000}.{steps % 10_000:04d}".rstrip("0").rstrip(".") + self.unit
+
+
+def budget_of(plan: Plan, more: int = 0) -> Budget:
+    """The budget of `plan` to the byte, or one of `more` bytes beside it."""
+    nbytes = plan.budget_bytes + more
+    if plan.scope == "file":
+        return Budget(f"{nbytes}B" if more else plan.budget, Fraction(nbytes), "B")
+    bits = Fraction(8 * nbytes, sum(choice.rows * choice.cols for choice in plan.choices))
+    return Budget(f"{float(bits):.6g}bpw" if more else plan.budget, bits, "bpw")
 
 
 def parse_budget(text: str) -> Budget:

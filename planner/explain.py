@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 
 from ..kernels.layout import natural_key
 from .allocate import best_plans
-from .budget import Budget
+from .budget import budget_of
 from .candidates import Wishes, measured_options
+from .optimise import MIB
 from .plan import Plan, PlanError
 from .records import MeasuredTable
 
-MIB = 1 << 20
 LEFT_OUT = "as it is"
 
 
@@ -80,13 +79,7 @@ def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternat
 def next_bytes(table: MeasuredTable, plan: Plan, more: int = MIB) -> Plan:
     """The best plan with `more` bytes on top of the budget of `plan`, all else as it was asked. Raises PlanError."""
     _require_table(table, plan)
-    nbytes = plan.budget_bytes + more
-    if plan.scope == "file":
-        budget = Budget(f"{nbytes}B", Fraction(nbytes), "B")
-    else:
-        numel = sum(choice.rows * choice.cols for choice in plan.choices)
-        budget = Budget(f"{8 * nbytes / numel:.6g}bpw", Fraction(8 * nbytes, numel), "bpw")
-    return best_plans(table, budget, Wishes.of(plan), 1, work=plan.work)[0]
+    return best_plans(table, budget_of(plan, more), Wishes.of(plan), 1, work=plan.work)[0]
 
 
 def _require_table(table: MeasuredTable, plan: Plan) -> None:

@@ -57,6 +57,7 @@ def uniform_plan(
     scope: Scope = "matrices",
     pins: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    formats: Sequence[str] | None = None,
     cost: Cost = "two_sided",
     work: str = "",
 ) -> Plan:
@@ -64,7 +65,9 @@ def uniform_plan(
 
     Embedding and head stay dense where they were not measured in `fmt`. Raises PlanError when another matrix was not.
     """
-    selection = select(table, scope, Wishes(tuple(pins), tuple(exclude), None, "none", cost))
+    selection = select(
+        table, scope, Wishes(tuple(pins), tuple(exclude), None if formats is None else tuple(formats), "none", cost)
+    )
     unlimited = selection.problem(None)
     name = selection.canonical(fmt)
     chosen = one_format(unlimited, name, selection.optional)

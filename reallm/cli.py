@@ -199,6 +199,10 @@ def plan(
 
     With --refit the plan is measured on the model too: minutes, and two copies of it in float32.
     """
+    if refit and text is None:
+        raise UserError("--refit measures on a text that measure has not seen: name one with --text")
+    if text is not None and not refit:
+        raise UserError("--text is what --refit measures on: give --refit 2 too, or leave it out")
     from .planning import best_plans
     from .planning import plan as run
     from .report import print_changes, print_plan
@@ -218,10 +222,9 @@ def plan(
     if refit:
         from .refit import refit as run_refit
 
-        if text is None:
-            raise UserError("--refit measures on a text that measure has not seen: name one with --text")
         _quiet_transformers()
-        result = run_refit(result, text=text, rounds=refit, windows=windows)
+        assert text is not None
+        result = run_refit(result, text=text, rounds=refit, windows=windows, time_limit_s=time_limit)
         write_record(output, result)
     print_plan(result, CONSOLE)
     if best > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from reallm.planner.allocate import best_plans as best_plans_of
@@ -38,9 +37,7 @@ def plan(
     Written to `output` where given. See `reallm.planner.allocate.solve` for the wishes and the errors; RecordError when
     `work` holds no table.
     """
-    table = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure")
-    if preset is not None:
-        formats = [*(formats or ()), *preset_formats(table, preset, work)]
+    table, formats = _asked(work, formats, preset)
     result = solve(
         table,
         budget,
@@ -75,14 +72,20 @@ def sweep(
 
     Budgets that no plan fits are left out. Written to `output` as CSV where given. Wishes and errors as for `plan`.
     """
-    table = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure")
-    if preset is not None:
-        formats = [*(formats or ()), *preset_formats(table, preset, work)]
+    table, formats = _asked(work, formats, preset)
     wishes = Wishes(tuple(pins), tuple(exclude), None if formats is None else tuple(formats), ties, cost)
     found = sweep_table(table, spaced(first, last, points), wishes)
     if output is not None:
         write_text_atomic(Path(output), as_csv(found))
     return found
+
+
+def _asked(
+    work: str | Path, formats: Sequence[str] | None, preset: str | None
+) -> tuple[MeasuredTable, Sequence[str] | None]:
+    """The table in `work`, and the formats allowed."""
+    table = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure")
+    return table, formats if preset is None else [*(formats or ()), *preset_formats(table, preset, work)]
 
 
 def preset_formats(table: MeasuredTable, preset: str, work: str | Path) -> list[str]:
@@ -97,14 +100,10 @@ def preset_formats(table: MeasuredTable, preset: str, work: str | Path) -> list[
     return found
 
 
-def best_plans(
-    work: str | Path, *, budget: str, count: int, preset: str | None = None, wishes: Wishes | None = None
-) -> list[Plan]:
+def best_plans(work: str | Path, *, budget: str, count: int, wishes: Wishes | None = None) -> list[Plan]:
     """The `count` plans of least predicted loss within `budget`, the best first. Errors as for `plan`."""
-    table, wishes = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure"), wishes or Wishes()
-    if preset is not None:
-        wishes = replace(wishes, formats=(*(wishes.formats or ()), *preset_formats(table, preset, work)))
-    return best_plans_of(table, budget, wishes, count, work=str(work))
+    table = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure")
+    return best_plans_of(table, budget, wishes or Wishes(), count, work=str(work))
 
 
 def explain(path: str | Path, matrix: str, *, work: str | Path | None = None) -> list[Alternative]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reallm.planner.allocate import best_plans
+from reallm.planner.budget import budget_of
 from reallm.planner.candidates import Wishes
 from reallm.planner.plan import Choice, Measured, Plan
 from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record
@@ -128,15 +129,24 @@ def refit(
 
     uniform_kl = None
     if plan.uniform is not None:
-        rival = uniform_plan(table, plan.uniform.format, scope=plan.scope, exclude=plan.exclude, work=str(folder))
-        rival = rival.model_copy(update={"budget": plan.budget, "budget_bytes": plan.budget_bytes})
+        rival = uniform_plan(
+            table,
+            plan.uniform.format,
+            scope=plan.scope,
+            pins=plan.pins,
+            exclude=plan.exclude,
+            formats=plan.formats,
+            cost=plan.cost,
+            work=plan.work,
+        )
+        asked = {"budget": plan.budget, "budget_bytes": plan.budget_bytes, "ties": plan.ties}
+        rival = Plan.model_validate(rival.model_dump() | asked)
         uniform_kl = measured(rival, f"uniform {plan.uniform.format}")
     current, kl = plan, measured(plan, "plan")
     for number in range(1, rounds + 1):
         corrections = _corrections(current, kl, memory)
         wishes = replace(Wishes.of(plan), corrections=corrections)
-        following = best_plans(table, f"{plan.budget_bytes}B" if plan.scope == "file" else plan.budget, wishes, 1)[0]
-        following = following.model_copy(update={"work": plan.work, "budget": plan.budget})
+        following = best_plans(table, budget_of(plan), wishes, 1, time_limit_s, plan.work)[0]
         LOG.info("corrections: %s", ", ".join(f"{family} {c:.2f}" for family, c in corrections.items()))
         if _formats(following) in [_formats(one) for one, _, _ in tried]:
             break

@@ -75,6 +75,16 @@ def test_the_best_measured_plan_comes_back_with_the_record(folder: Path) -> None
     )
 
 
+def test_rivals_keep_what_was_asked(folder: Path) -> None:
+    first = plan(folder / "work", budget="6bpw").choices[0].matrix
+    start = plan(folder / "work", budget="6bpw", pins=[f"{first}$=int2-g16"], formats=["int*"])
+    best = refit(start, text=str(folder / "held.txt"), rounds=1, windows=2, seqlen=64, progress=False)
+    assert best.measured is not None and best.measured.uniform_kl is not None
+    assert (best.pins, best.formats, best.ties, best.budget) == (start.pins, start.formats, start.ties, start.budget)
+    assert next(c for c in best.choices if c.matrix == first).format == "int2-g16"
+    assert all(c.format.startswith("int") for c in best.choices)
+
+
 def test_the_calibration_text_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="what was calibrated on"):
         refit(plan(folder / "work", budget="5bpw"), text=str(folder / "text.txt"), progress=False)
