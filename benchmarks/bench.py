@@ -54,6 +54,22 @@ NSAMPLES, SEQLEN, WINDOWS, SEED = 16, 1024, 8, 0
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One figure beside its target or peer, lower is better."""
+
+    figure: str
+    unit: str
+    ours: float
+    peer_name: str
+    peer: float | None
+    """None where the peer gave no answer."""
+    ratio: float | None
+    """Ours over the peer's."""
+    versions: dict[str, str]
+    machine: str
+
+
+@dataclass(frozen=True)
 class Measured:
     """What one method costs: bits per weight, and KL to the base in nats per token."""
 

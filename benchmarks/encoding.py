@@ -10,13 +10,13 @@ same for a further candidate of a matrix, which finds rotations and factorisatio
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 
 import torch
 from rich.console import Console
 
-from benchmarks.bench import Bench, bench_from_environment, machine
+from benchmarks.bench import Bench, Figure, bench_from_environment, machine
 from benchmarks.peers import ROOT
 from reallm.codecs import Workspace, encode
 from reallm.codecs.trellis import CLIPS, SCALES
@@ -36,20 +36,6 @@ WIDTH = 4
 """Half bits a weight: two bits."""
 SHARE = 5
 """Every fifth block is encoded and its time counted five times."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure beside its target, lower is better."""
-
-    figure: str
-    unit: str
-    ours: float
-    peer_name: str
-    peer: float
-    ratio: float
-    versions: dict[str, str]
-    machine: str
 
 
 def search_seconds(matrices: list[Matrix], state_bits: int) -> float:
@@ -93,7 +79,7 @@ def main() -> None:
             for what, seconds in parts.items():
                 figure = f"{what}, all linears, 2 bits, 2^{state_bits} states"
                 ours = SHARE * seconds
-                rows.append(Row(figure, "thread s", ours, "target", target, ours / target, versions, machine()))
+                rows.append(Figure(figure, "thread s", ours, "target", target, ours / target, versions, machine()))
     write_text_atomic(RESULTS, canonical_json([asdict(row) for row in rows]))
     lines = [[r.figure, f"{r.ours:.1f}", f"{r.peer:.0f}", f"{r.ratio:.2f}"] for r in rows]
     console.print(columns_table(f"encoding on {machine()}", ("figure", "thread s", "target", "ratio"), lines))

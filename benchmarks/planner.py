@@ -23,7 +23,7 @@ import numpy as np
 import pulp
 from rich.console import Console
 
-from benchmarks.bench import machine
+from benchmarks.bench import Figure, machine
 from benchmarks.peers import ROOT
 from benchmarks.planner_instances import instance
 from reallm.planner.ilp import build
@@ -42,18 +42,10 @@ SWEEP, SWEPT = 100, "LLaMA-3-405B"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One figure, lower is better."""
+class Row(Figure):
+    """A figure, and how the solvers ended."""
 
-    figure: str
-    unit: str
-    ours: float
-    peer_name: str
-    peer: float | None
-    ratio: float | None
     note: str
-    versions: dict[str, str]
-    machine: str
 
 
 def as_problem(found: Instance, capacity: int) -> Problem:
@@ -113,7 +105,7 @@ def rows() -> Iterator[Row]:
         note = f"{proved} of {len(seconds)} proved optimal, worst {worst:.3f} s"
         figure = f"{model}, {shape}"
         yield Row(
-            figure, "s", median, "target", target, worst / target, f"{note}; ratio of the worst", versions, machine()
+            figure, "s", median, "target", target, worst / target, versions, machine(), f"{note}; ratio of the worst"
         )
         for name in ("HiGHS", "CBC") if len(found.cost) <= PEER_ITEMS else ():
             theirs, how, cost = run_peer(name, model, SEEDS[0], BUDGETS[1])
@@ -127,9 +119,9 @@ def rows() -> Iterator[Row]:
                 f"PuLP {name}",
                 theirs,
                 ratio,
-                how + gap,
                 versions,
                 machine(),
+                how + gap,
             )
     found, numel = instance(SWEPT)
     began = time.process_time()
@@ -144,9 +136,9 @@ def rows() -> Iterator[Row]:
         "target",
         60.0,
         seconds_all / 60,
-        note,
         versions,
         machine(),
+        note,
     )
 
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.bench import Bench, bench_from_environment, machine
+from benchmarks.bench import Bench, Figure, bench_from_environment, machine
 from benchmarks.peers import ROOT
 from reallm.calibration import read_statistics
 from reallm.encoding import Encoded
@@ -38,19 +38,11 @@ COSTS = ("frobenius", "relative", "plain H", "fisher", "guided", OURS)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One cost."""
+class Row(Figure):
+    """One cost beside the default."""
 
-    figure: str
-    unit: str
-    ours: float
-    peer_name: str
-    peer: float
-    ratio: float
     median_measured_over_predicted: float
     changes: int
-    versions: dict[str, str]
-    machine: str
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
@@ -102,7 +94,7 @@ def main() -> None:
         ours, theirs = 1 - correlation[OURS], 1 - correlation[name]
         ratio = float(np.median(np.array(kls) / np.array(values)))
         figure = f"1 - rank correlation with KL, {OURS} and {name}"
-        rows.append(Row(figure, "", ours, name, theirs, ours / theirs, ratio, len(kls), versions, machine()))
+        rows.append(Row(figure, "", ours, name, theirs, ours / theirs, versions, machine(), ratio, len(kls)))
     write_text_atomic(RESULTS, canonical_json([asdict(row) for row in rows]))
     lines = [[r.peer_name, f"{1 - r.peer:.3f}", f"{r.median_measured_over_predicted:.3g}"] for r in rows]
     headings = ("cost", "rank correlation", "median KL / cost")

@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def write_costs(table: MeasuredTable, names: list[str]) -> None:
-    """Keep bytes and cost of the formats `names` of the linear layers for NAME=planner: {"gate.0": {numel, formats}}."""
+    """Keep bytes and cost of linear layers in the formats `names` for NAME=planner: {"gate.0": {numel, formats}}."""
     formats = defaultdict(list)
     for record in sorted(table.measurements, key=lambda r: r.nbytes):
         if record.format in names:
