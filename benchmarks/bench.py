@@ -92,7 +92,7 @@ class Row:
     unit: str
     ours: float
     ours_bits_per_weight: float
-    ours_perplexity: float
+    ours_perplexity: float | None
     peer_name: str
     peer: float
     peer_bits_per_weight: float
@@ -180,7 +180,7 @@ def row(ours: Measured, other: Measured) -> Row:
         unit="nats per token",
         ours=ours.kl,
         ours_bits_per_weight=ours.bits_per_weight,
-        ours_perplexity=ours.perplexity,
+        ours_perplexity=ours.perplexity if math.isfinite(ours.perplexity) else None,
         peer_name=other.name,
         peer=other.kl,
         peer_bits_per_weight=other.bits_per_weight,
@@ -227,12 +227,18 @@ def mixed(bench: Bench, budget: str, cost: Cost = "two_sided") -> Plan:
     return plan(bench.work, budget=budget, formats=candidates(), cost=cost)
 
 
-def report(name: str, found: Iterable[Row], results: Path, console: Console) -> None:
-    """Write every row to `results` as it comes, and print all at the end."""
+def report(name: str, found: Iterable[Row], results: Path, console: Console, keep: bool = False) -> None:
+    """Write every row to `results` as it comes, and print all at the end.
+
+    With `keep`, rows of an earlier run that this one, of a part, has no newer of stay after the new ones.
+    """
+    earlier = json.loads(results.read_text(encoding="utf-8")) if keep and results.exists() else []
     done: list[Row] = []
     for each in found:
         done.append(each)
-        write_text_atomic(results, canonical_json([asdict(r) for r in done]))
+        known = {(r.figure, r.peer_name) for r in done}
+        kept = [old for old in earlier if (old["figure"], old["peer_name"]) not in known]
+        write_text_atomic(results, canonical_json([*(asdict(r) for r in done), *kept]))
     lines = [
         [*(f"{v:.4f}" for v in (r.ours_bits_per_weight, r.ours)), r.peer_name]
         + [f"{v:.4f}" for v in (r.peer_bits_per_weight, r.peer, r.ratio)]

@@ -5,7 +5,7 @@
 After NAME=quality, whose measured folder it adds to. A preset is shown by one of its formats everywhere, at about three
 bits (four where its package knows no other). First the preset ("ours") beside its package at the same codes and group;
 then the planner's mix ("ours") beside the preset, at the largest of the targets' budgets that is no more than the
-preset's bytes. PRESETS names some of them; all take over an hour.
+preset's bytes. PRESETS names some of them, whose rows join those of the earlier run; all take over an hour.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def main() -> None:
     console = Console()
     bench = bench_from_environment(console)
     formats = [SHOWN[preset] for preset in wanted_presets()]
-    report("presets", rows(bench, measure_formats(bench, "presets", formats)), RESULTS, console)
+    found = rows(bench, measure_formats(bench, "presets", formats))
+    report("presets", found, RESULTS, console, keep=bool(os.environ.get("PRESETS")))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@ The same table, budget and wishes give the same plan to the byte, unless the tim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .assembly import assemble
 from .budget import Budget, parse_budget
 from .candidates import Wishes
 from .lagrangian import runners_up
-from .optimise import optimise, optimise_all, smallest_bytes
-from .plan import Cost, Plan, PlanError, Ties
+from .optimise import MIB, Solution, least_stretch, optimise, optimise_all, smallest_bytes
+from .plan import Cost, LimitState, Plan, Ties
 from .problem import Problem
 from .records import MeasuredTable
+from .requirements import Requirements
 from .selection import Selection, select
 from .uniform import best_uniform
+from .units import PlanError
 
 
 def solve(
@@ -28,15 +31,18 @@ def solve(
     formats: Sequence[str] | None = None,
     ties: Ties = "none",
     cost: Cost = "two_sided",
+    requirements: Requirements | None = None,
     time_limit_s: float = 60.0,
     work: str = "",
 ) -> Plan:
     """The plan of least predicted loss within `budget` ("3.0bpw", "48MiB", ...).
 
     `pins` ("regex=format") and `exclude` (regexes) are searched for in matrix names; `formats` restricts the candidates
-    to names and patterns. Raises PlanError for a budget or wish that cannot be met, with the smallest feasible budget.
+    to names and patterns; `requirements` are further limits, and what shares the budget's memory. Raises PlanError for
+    a budget or wish that cannot be met, with the smallest feasible budget.
     """
     wishes = Wishes(tuple(pins), tuple(exclude), None if formats is None else tuple(formats), ties, cost)
+    wishes = wishes if requirements is None else replace(wishes, requirements=requirements)
     return best_plans(table, budget, wishes, 1, time_limit_s, work)[0]
 
 
@@ -56,14 +62,17 @@ def best_plans(
     selection = select(table, budget.scope, wishes)
     budget_bytes = budget.nbytes(selection.numel)
     problem = selection.problem(budget_bytes)
-    if count > 1 and problem.shared:
-        raise PlanError(f"the {count} best plans are known only without shared codebooks; leave those formats out")
+    if count > 1 and not problem.plain:
+        raise PlanError(
+            f"the {count} best plans are known only for one budget without shared codebooks; leave those formats, "
+            "pools, latency and --max-formats out"
+        )
     solutions = optimise_all(problem, count) if count > 1 else [optimise(problem, time_limit_s)]
     uniform, plans = best_uniform(selection, problem), []
     for solution in solutions:
         if solution is None:
             raise too_small(budget, selection, problem, time_limit_s)
-        runners = runners_up(problem, solution.chosen, solution.price)
+        runners = runners_up(problem, solution.chosen, solution.price, solution.prices)
         plans.append(
             assemble(
                 selection,
@@ -73,15 +82,52 @@ def best_plans(
                 budget=(budget.text, budget_bytes),
                 uniform=uniform,
                 work=work,
+                limits=_states(problem, solution),
             )
         )
     return plans
 
 
+def _states(problem: Problem, solution: Solution) -> list[LimitState]:
+    units = {"bytes": MIB, "ns": 10**6}
+    return [
+        LimitState(
+            name=limit.name,
+            unit=limit.unit,
+            capacity=limit.capacity,
+            used=problem.used(solution.chosen, n),
+            shadow_price=solution.prices[n] * units[limit.unit],
+        )
+        for n, limit in enumerate(problem.limits)
+    ]
+
+
 def too_small(budget: Budget, selection: Selection, problem: Problem, time_limit_s: float) -> PlanError:
-    """What to tell of a budget that no choice fits, with the smallest that one does."""
+    """What to tell of a problem that has no choice: the budget alone, a limit alone, or which of them together."""
+    budget_bytes = budget.nbytes(selection.numel)
     least = selection.smallest_budget(smallest_bytes(problem, time_limit_s))
+    if least > budget_bytes:
+        beside = f", {selection.reserved.nbytes} of them for what is not weights" if selection.reserved.nbytes else ""
+        return PlanError(
+            f"--budget {budget.text} is {budget_bytes} bytes, the smallest plan takes {least}{beside}: "
+            f"ask for {budget.smallest(least, selection.numel)} or more, or measure smaller formats"
+        )
+    for n, limit in enumerate(problem.limits):
+        alone = sum(min(c.uses[n] for c in item.candidates) for item in problem.items)
+        if alone > limit.capacity:
+            left = f"leaves {max(limit.capacity, 0)} {limit.unit} for the matrices that take part"
+            return PlanError(f"{limit.name} {left}; whatever the formats, they take {alone} or more: raise it")
+    stretch = least_stretch(problem, time_limit_s)
+    if stretch is None:
+        return PlanError(f"no {problem.max_formats} formats cover every matrix: raise --max-formats, or drop pins")
+    binding = (
+        [f"the budget ({stretch.nbytes} bytes for {problem.capacity})"] if stretch.nbytes > problem.capacity else []
+    )
+    for limit, used in zip(problem.limits, stretch.used, strict=True):
+        if used > limit.capacity:
+            binding.append(f"{limit.name} ({used} {limit.unit} for {limit.capacity})")
     return PlanError(
-        f"--budget {budget.text} is {budget.nbytes(selection.numel)} bytes, the smallest plan takes {least}: "
-        f"ask for {budget.smallest(least, selection.numel)} or more, or measure smaller formats"
+        f"no plan keeps all that was asked together; the nearest breaks {', '.join(binding)}: raise them by "
+        f"{100 * stretch.share:.2g}%"
+        + (f", or allow more than {problem.max_formats} formats" if problem.max_formats is not None else "")
     )

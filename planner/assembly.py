@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import fsum
 
 from ..kernels.codecs import DenseCodec
 from ..kernels.formats import Format
 from ..kernels.layout import natural_key
-from .plan import Bound, Choice, Plan, Uniform
+from .plan import Bound, Choice, LimitState, Plan, Uniform
 from .problem import Candidate
 from .selection import Selection
 from .stored import whole_stacks
@@ -23,6 +23,7 @@ def assemble(
     budget: tuple[str, int],
     uniform: Uniform | None,
     work: str,
+    limits: Sequence[LimitState] = (),
 ) -> Plan:
     """The plan for a choice by item name; `budget` is the user's text and its bytes.
 
@@ -32,7 +33,7 @@ def assemble(
     choices = _choices(selection, chosen, runners_up)
     matrices_bytes, whole_file = selection.sizes(chosen)
     counted = whole_file if selection.scope == "file" else matrices_bytes
-    if counted > budget[1]:
+    if counted + selection.reserved.nbytes > budget[1]:
         raise ArithmeticError(f"a plan of {counted} bytes for a budget of {budget[1]}")
     return Plan(
         model=table.model,
@@ -57,6 +58,9 @@ def assemble(
         formats=selection.wishes.formats,
         ties=selection.wishes.ties,
         cost=selection.wishes.cost,
+        requirements=selection.wishes.requirements,
+        reserved=selection.reserved,
+        limits=tuple(limits),
         corrections=selection.wishes.corrections,
         notes=_notes(selection, choices, bound),
     )

@@ -6,18 +6,13 @@ the whole weights file, embeddings, head, norms and headers included.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .plan import Plan, PlanError, Scope
+from .plan import Plan, Scope
+from .units import UNIT_BYTES, PlanError, parse_amount
 
 MAX_BITS_PER_WEIGHT = 32
-UNIT_BYTES: Mapping[str, int] = {
-    **{"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
-    **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
-}
 _EXPECTED = "expected a number with a unit, such as 3.0bpw, 48MiB, 4GiB, 500MB or 50331648B"
 
 
@@ -56,10 +51,10 @@ def budget_of(plan: Plan, more: int = 0) -> Budget:
 
 def parse_budget(text: str) -> Budget:
     """Read a budget. Raises PlanError that says what was found and what was expected."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if match is None:
+    found = parse_amount(text)
+    if found is None:
         raise PlanError(f"--budget {text!r}: {_EXPECTED}")
-    amount, unit = Fraction(match[1]), match[2]
+    amount, unit = found
     if amount == 0:
         raise PlanError(f"--budget {text!r} is nothing at all; {_EXPECTED}")
     if unit.lower() == "bpw":

@@ -16,9 +16,11 @@ from fnmatch import fnmatchcase
 
 from ..kernels.codecs import FLOAT_NBYTES, FormatError
 from ..kernels.formats import Format
-from .plan import Cost, Plan, PlanError, Scope, Ties
+from .plan import Cost, Plan, Scope, Ties
 from .records import MatrixRecord, MeasuredTable
-from .stored import DENSE_NAME, shared_key
+from .requirements import Requirements
+from .stored import DENSE_NAME, shared_key, stack_of
+from .units import PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Wishes:
     """What the user asks beyond the budget.
 
     `pins` are "regex=format", `exclude` regexes, both searched for in matrix names; `formats` are format names or
-    patterns with * and ?; `ties` makes matrices with the same input, or of the same family, take one format.
+    patterns with * and ?; `ties` makes matrices with the same input, all experts of a layer in the same role, or a
+    family take one format; `requirements` are what else the plan must keep.
     """
 
     pins: tuple[str, ...] = ()
@@ -47,13 +50,14 @@ class Wishes:
     formats: tuple[str, ...] | None = None
     ties: Ties = "none"
     cost: Cost = "two_sided"
+    requirements: Requirements = field(default_factory=Requirements)
     corrections: Mapping[str, float] = field(default_factory=dict)
     """Family -> factor for the measured costs of its matrices; 1 where it is not named."""
 
     @classmethod
     def of(cls, plan: Plan) -> Wishes:
         """What `plan` was asked for."""
-        return cls(plan.pins, plan.exclude, plan.formats, plan.ties, plan.cost, plan.corrections)
+        return cls(plan.pins, plan.exclude, plan.formats, plan.ties, plan.cost, plan.requirements, plan.corrections)
 
 
 def dense_format(matrix: MatrixRecord, dtype: str) -> Format:
@@ -120,7 +124,8 @@ def groups(matrices: Sequence[MatrixRecord], ties: Ties) -> list[list[MatrixReco
     """Matrices that must take one format, together; untied ones alone."""
     tied: dict[tuple[str, str], list[MatrixRecord]] = defaultdict(list)
     for matrix in matrices:
-        label = {"none": "", "inputs": matrix.input, "family": matrix.family}[ties]
+        experts = stack_of(matrix) or ""
+        label = {"none": "", "inputs": matrix.input, "experts": experts, "family": matrix.family}[ties]
         tied[("tie", label) if label else ("matrix", matrix.name)].append(matrix)
     return list(tied.values())
 

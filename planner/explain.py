@@ -10,8 +10,9 @@ from .allocate import best_plans
 from .budget import budget_of
 from .candidates import Wishes, measured_options
 from .optimise import MIB
-from .plan import Plan, PlanError
+from .plan import Plan
 from .records import MeasuredTable
+from .units import PlanError
 
 LEFT_OUT = "as it is"
 

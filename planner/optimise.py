@@ -1,23 +1,25 @@
 """Solving one allocation problem, with a proof.
 
-Without shared codebooks the exact core of `knapsack` solves it. For all else, and where the core's states run out:
-prune dominated candidates -> Lagrangian bound and a first solution -> drop what cannot be in a better one -> HiGHS on
-the rest. Either way everything is added up again in integers, beside a bound in exact arithmetic.
+With one budget and no shared codebooks the exact core of `knapsack` solves it. For all else, and where the core's
+states run out: prune dominated candidates -> Lagrangian bound and a first solution -> drop what cannot be in a better
+one -> HiGHS on the rest. Either way everything is added up again in integers, beside a bound in exact arithmetic.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Literal
 
 import numpy as np
 
+from .few_formats import few_formats
 from .ilp import SOLVER, solve_ilp, solver_version
 from .knapsack import Instance, solve_knapsack
-from .lagrangian import incumbent, reduced, relax, shadow_price
-from .plan import Bound, PlanError
-from .problem import Candidate, Problem
+from .lagrangian import Relaxation, incumbent, limit_prices, reduced, relax, shadow_price
+from .plan import Bound
+from .problem import Candidate, Item, Problem
+from .units import PlanError
 
 OPTIMAL_GAP = 1e-9
 MIB = 1 << 20
@@ -34,6 +36,8 @@ class Solution:
     price: float
     finished: bool
     solver: str = SOLVER
+    prices: tuple[float, ...] = ()
+    """Of the limits, cost per unit."""
 
     def bound(self, problem: Problem) -> Bound:
         """The proof: "optimal" only when the bounds agree with the cost."""
@@ -57,7 +61,7 @@ class Solution:
 
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
     """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
-    if not problem.shared and (found := optimise_all(problem, 1))[0] is not None:
+    if problem.plain and (found := optimise_all(problem, 1))[0] is not None:
         return found[0]
     return _by_ilp(problem.pruned(), time_limit_s)
 
@@ -65,7 +69,7 @@ def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
 def optimise_all(problem: Problem, count: int) -> list[Solution | None]:
     """The `count` cheapest choices, the best first, fewer where there are not so many; [None] when there is none.
 
-    By the exact core, so without shared codebooks. [None] also when one choice was asked for and its states ran out;
+    By the exact core, so for a plain problem. [None] also when one choice was asked for and its states ran out;
     with more, those found so far are then not proved.
     """
     answer = solve_knapsack(instance_of(problem), problem.capacity, count)
@@ -89,10 +93,11 @@ def instance_of(problem: Problem) -> Instance:
 
 
 def _by_ilp(problem: Problem, time_limit_s: float) -> Solution | None:
-    relaxation = relax(problem)
+    prices = limit_prices(problem)
+    relaxation = relax(problem, prices)
     price = shadow_price(relaxation)
     lower = max(relaxation.exact_bound(price), 0.0)
-    first = incumbent(relaxation, price)
+    first = _first(problem, relaxation, price)
     rest = problem if first is None else reduced(relaxation, price, problem.cost(first))
     result = solve_ilp(rest, time_limit_s)
     if result.status == "infeasible" and first is None:
@@ -101,18 +106,61 @@ def _by_ilp(problem: Problem, time_limit_s: float) -> Solution | None:
     if not found:
         raise PlanError(f"no plan was found within {time_limit_s:g} s; give --time-limit more seconds")
     best = min(found, key=lambda choice: (problem.cost(choice), problem.nbytes(choice)))
-    return Solution(_fitting(problem, best), result.best_bound, lower, price, result.status == "optimal")
+    finished = result.status == "optimal"
+    return Solution(_fitting(problem, best), result.best_bound, lower, price, finished, prices=prices)
+
+
+def _first(problem: Problem, relaxation: Relaxation, price: float) -> list[Candidate] | None:
+    """A good choice to start from."""
+    if problem.max_formats is None:
+        return incumbent(relaxation, price)
+
+    def solve(inner: Problem) -> list[Candidate] | None:
+        found = optimise_all(inner, 1)[0] if inner.plain else None
+        if found is not None:
+            return found.chosen
+        again = relax(inner, relaxation.prices)
+        return incumbent(again, shadow_price(again))
+
+    return few_formats(problem, problem.max_formats, relaxation.prices, solve)
 
 
 def _fitting(problem: Problem, chosen: list[Candidate]) -> list[Candidate]:
-    if problem.nbytes(chosen) > problem.capacity:
+    if not problem.fits(chosen):
         raise ArithmeticError(f"a plan of {problem.nbytes(chosen)} bytes for a capacity of {problem.capacity}")
     return chosen
 
 
 def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:
-    """The fewest bytes any choice takes."""
+    """The fewest bytes any choice takes, limits left out."""
+    problem = replace(problem, limits=(), max_formats=None, items=tuple(map(_without_uses, problem.items)))
     lightest = [min(item.candidates, key=lambda c: c.nbytes) for item in problem.items]
     result = solve_ilp(problem, time_limit_s, objective="bytes") if problem.shared else None
     chosen = list(result.chosen) if result and result.chosen else lightest
     return min(problem.nbytes(chosen), problem.nbytes(lightest))
+
+
+def _without_uses(item: Item) -> Item:
+    return Item(item.name, tuple(replace(c, uses=()) for c in item.candidates))
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """The least that all capacities must grow by, the same share each, for some choice to keep them."""
+
+    share: float
+    nbytes: int
+    """What such a choice takes of the budget."""
+    used: tuple[int, ...]
+    """And of each limit."""
+
+
+def least_stretch(problem: Problem, time_limit_s: float = 60.0) -> Stretch | None:
+    """What would have to give for an infeasible problem to have a choice; None when the formats are too few."""
+    result = solve_ilp(problem, time_limit_s, objective="stretch")
+    if result.chosen is None:
+        return None
+    chosen = list(result.chosen)
+    nbytes, used = problem.nbytes(chosen), tuple(problem.used(chosen, n) for n in range(len(problem.limits)))
+    taken = [(nbytes, problem.capacity), *((u, limit.capacity) for u, limit in zip(used, problem.limits, strict=True))]
+    return Stretch(max(0.0, *(u / max(capacity, 1) - 1 for u, capacity in taken)), nbytes, used)

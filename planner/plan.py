@@ -10,16 +10,13 @@ from pydantic import Field, model_validator
 
 from ..kernels.formats import Format
 from .records import Kind, Record
+from .requirements import Requirements, Reserved
 from .stored import stored_nbytes
 
 PLAN_FILE = "plan.json"
 Scope = Literal["matrices", "file"]
 Cost = Literal["two_sided", "guided", "fisher", "relative"]
-Ties = Literal["none", "inputs", "family"]
-
-
-class PlanError(ValueError):
-    """A plan that cannot be made as asked: names the option, what was found, what was expected, and the way out."""
+Ties = Literal["none", "inputs", "experts", "family"]
 
 
 class Choice(Record):
@@ -61,6 +58,24 @@ class Bound(Record):
     """A lower bound computed without the solver; objective can never be under it."""
     shadow_price: float
     """Loss saved per further MiB around this budget, nats per token per MiB."""
+
+
+class LimitState(Record):
+    """How far a plan uses one of the further limits it was asked to keep."""
+
+    name: str
+    unit: Literal["bytes", "ns"]
+    capacity: int
+    """What the matrices that take part may use; the rest of the model's share is taken off."""
+    used: int
+    shadow_price: float
+    """Loss saved per further MiB or millisecond, nats per token."""
+
+    @model_validator(mode="after")
+    def _check_used(self) -> Self:
+        if not 0 <= self.used <= self.capacity:
+            raise ValueError(f"{self.name}: {self.used} of {self.capacity} {self.unit} are used")
+        return self
 
 
 class Uniform(Record):
@@ -126,6 +141,11 @@ class Plan(Record):
     ties: Ties = "none"
     cost: Cost = "two_sided"
     """What was asked beside the budget, as `candidates.Wishes`."""
+    requirements: Requirements = Requirements()
+    """What it was to keep beside the budget."""
+    reserved: Reserved = Reserved()
+    """What the budget pays for beside the weights."""
+    limits: tuple[LimitState, ...] = ()
     corrections: Mapping[str, float] = {}
     """Family -> factor that its measured costs were multiplied by (`plan --refit`)."""
     measured: Measured | None = None
@@ -137,7 +157,7 @@ class Plan(Record):
         names = [choice.matrix for choice in self.choices] + list(self.dense)
         if len(set(names)) != len(names):
             raise ValueError("a matrix stands in it twice")
-        if self.matrices_bytes != nbytes or not 0 < self.counted_bytes <= self.budget_bytes:
+        if self.matrices_bytes != nbytes or not 0 < self.counted_bytes <= self.budget_bytes - self.reserved.nbytes:
             raise ValueError(f"its bytes do not add up: {nbytes} chosen, {self.matrices_bytes} planned")
         if not isclose(self.predicted_loss, sum(choice.cost for choice in self.choices), rel_tol=1e-9, abs_tol=1e-300):
             raise ValueError("its costs do not add up to the predicted loss")

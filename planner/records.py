@@ -79,6 +79,15 @@ class SharedRecord(Record):
     sha256: str
 
 
+class CacheLayer(Record):
+    """What one layer keeps of every token it has seen, for each sequence."""
+
+    values: int = Field(gt=0)
+    """Numbers a token: keys and values of all heads."""
+    window: int | None = Field(default=None, gt=0)
+    """Of how many tokens at most; None for all."""
+
+
 class MeasuredTable(Record):
     """Everything `measure` found out, and from what."""
 
@@ -98,6 +107,10 @@ class MeasuredTable(Record):
     shared: tuple[SharedRecord, ...] = ()
     bounded: Mapping[str, int] = {}
     """Format -> number of matrices that were not measured in it, as it cannot matter at the budgets asked."""
+    kv_cache: tuple[CacheLayer, ...] = ()
+    """What each layer's cache of keys and values keeps; empty where the model has none."""
+    experts_per_token: int | None = None
+    """Of each stack of experts; None where the model does not say."""
     base: Mapping[str, float] = {}
     """Measured facts worth keeping: calibration perplexity, peak RSS in bytes, seconds of each stage."""
 

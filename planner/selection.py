@@ -18,10 +18,13 @@ from .candidates import (
     measured_options,
     parsed_format,
 )
+from .limits import Meter, meters
 from .plan import Scope
 from .problem import Candidate, Item, Problem, needed
 from .records import MatrixRecord, MeasuredTable
+from .requirements import Reserved, reserved
 from .stored import dense_nbytes, matrix_tensors, shared_tensor, stack_of, weights_tensors, whole_stacks
+from .units import PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class Selection:
     members: Mapping[str, tuple[MatrixRecord, ...]]
     fixed: tuple[MatrixRecord, ...]
     shared: Mapping[str, int]
+    meters: tuple[Meter, ...]
+    reserved: Reserved
 
     @property
     def numel(self) -> int:
@@ -58,17 +63,24 @@ class Selection:
             capacity = sum(max(c.nbytes for c in item.candidates) for item in items) + sum(shared.values())
         else:
             capacity = self.capacity(budget_bytes)
-        return Problem(items, shared, capacity)
+        limits = tuple(meter.limit(self._fixed(), shared) for meter in self.meters)
+        return Problem(items, shared, capacity, limits, self.wishes.requirements.max_formats)
+
+    def _fixed(self) -> list[tuple[MatrixRecord, Format, int]]:
+        """Matrices that take no part, with their format and what they weigh."""
+        formats = [(m, dense_format(m, self.table.dtype)) for m in self.fixed]
+        return [(m, fmt, sum(map(self._weight, matrix_tensors(m, fmt)))) for m, fmt in formats]
 
     def _candidates(self, group: tuple[MatrixRecord, ...]) -> tuple[Candidate, ...]:
         return tuple(self._candidate(group, name) for name in common_formats(group, self.options))
 
     def _candidate(self, group: tuple[MatrixRecord, ...], name: str) -> Candidate:
         options = [self.options[m.name][name] for m in group]
-        specs = [spec for m, o in zip(group, options, strict=True) for spec in matrix_tensors(m, o.format)]
-        nbytes = sum(map(self._weight, specs))
+        weights = [sum(map(self._weight, matrix_tensors(m, o.format))) for m, o in zip(group, options, strict=True)]
         shared = sorted({o.shared for o in options if o.shared is not None})
-        return Candidate(nbytes, fsum(o.cost for o in options), name, tuple(shared))
+        each = list(zip(group, options, weights, strict=True))
+        uses = tuple(sum(meter.use(m, o.format, weight) for m, o, weight in each) for meter in self.meters)
+        return Candidate(sum(weights), fsum(o.cost for o in options), name, tuple(shared), uses)
 
     def _weight(self, spec: TensorSpec) -> int:
         return spec.nbytes + spec.header_bytes if self.scope == "file" else spec.nbytes
@@ -91,6 +103,9 @@ class Selection:
         """
         if self.scope == "matrices":
             return budget_bytes
+        budget_bytes -= self.reserved.nbytes
+        if budget_bytes <= 0:
+            return 0
         below = (budget_bytes - 1) // MAX_SHARD_BYTES * MAX_SHARD_BYTES
         left = max(b - file_overhead() * max_files(b) for b in (budget_bytes, below))
         return max(left - self._constant_bytes(), 0)
@@ -102,7 +117,7 @@ class Selection:
         base, files = item_bytes + self._constant_bytes(), 1
         while max_files(base + file_overhead() * files) > files:
             files += 1
-        return base + file_overhead() * files
+        return base + file_overhead() * files + self.reserved.nbytes
 
     def formats(self, chosen: Mapping[str, Candidate]) -> dict[str, Format]:
         """The format of every matrix of the model under a choice by item name."""
@@ -141,7 +156,15 @@ class Selection:
 def select(table: MeasuredTable, scope: Scope, wishes: Wishes) -> Selection:
     """Who takes part, under which name, with which options. Raises PlanError."""
     options = choosable(table, scope, wishes, measured_options(table, wishes.cost, wishes.corrections))
+    set_aside = reserved(table, wishes.requirements)
+    if set_aside.nbytes and scope == "matrices":
+        raise PlanError(
+            "--context, --adapter-rank and --workspace share the budget's memory with the whole weights file: give the "
+            "budget in MiB or GiB, not in bits per weight"
+        )
     taking = sorted((m for m in table.matrices if m.name in options), key=lambda m: natural_key(m.name))
     members = {group[0].name: tuple(group) for group in groups(taking, wishes.ties)}
     fixed = tuple(m for m in table.matrices if m.name not in options)
-    return Selection(table, scope, wishes, options, members, fixed, {r.key: r.nbytes for r in table.shared})
+    shared = {r.key: r.nbytes for r in table.shared}
+    found = meters(table, wishes.requirements)
+    return Selection(table, scope, wishes, options, members, fixed, shared, found, set_aside)

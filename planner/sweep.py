@@ -12,10 +12,11 @@ from .allocate import too_small
 from .budget import Budget, parse_budget
 from .candidates import Wishes
 from .optimise import optimise
-from .plan import Bound, PlanError
+from .plan import Bound
 from .records import MeasuredTable
 from .selection import select
 from .uniform import uniform_choices
+from .units import PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def sweep(table: MeasuredTable, budgets: Sequence[Budget], wishes: Wishes, time_
         bound: Bound = solution.bound(problem)
         chosen = problem.by_name(solution.chosen)
         matrices_bytes, _ = selection.sizes(chosen)
-        single = min((choice[:3] for choice in singles if choice[1] <= problem.capacity), default=None)
+        single = min((choice[:3] for choice in singles if problem.fits(choice[3])), default=None)
         points.append(
             Point(
                 budget=budget.text,

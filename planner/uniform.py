@@ -9,15 +9,16 @@ from .assembly import assemble
 from .candidates import Wishes
 from .lagrangian import relax, shadow_price
 from .optimise import Solution
-from .plan import Cost, Plan, PlanError, Scope, Uniform
+from .plan import Cost, Plan, Scope, Uniform
 from .problem import Candidate, Problem
 from .records import MeasuredTable
 from .selection import Selection, select
+from .units import PlanError
 
 
 def best_uniform(selection: Selection, problem: Problem) -> Uniform | None:
     """The cheapest choice with one format everywhere that fits; None when none does."""
-    fitting = [choice for choice in uniform_choices(selection, problem) if choice[1] <= problem.capacity]
+    fitting = [choice for choice in uniform_choices(selection, problem) if problem.fits(choice[3])]
     if not fitting:
         return None
     cost, _, name, chosen = min(fitting)

@@ -2,6 +2,7 @@
 
 Importing it makes transformers understand reallm's model directories; nothing heavy is imported for that. The stages
 are functions here, imported when they are first asked for: measure, plan, compile, load, evaluate, finetune.
+`Requirements` is what a plan must keep beside its budget.
 """
 
 from importlib import import_module
@@ -15,14 +16,16 @@ if TYPE_CHECKING:
     from .finetuning import finetune
     from .loading import load
     from .measurement import measure
+    from .planner.requirements import Requirements
     from .planning import plan, sweep
 
-__all__ = ["compile", "evaluate", "finetune", "load", "measure", "plan", "sweep"]
+__all__ = ["Requirements", "compile", "evaluate", "finetune", "load", "measure", "plan", "sweep"]
 
 _STAGES = {
     "measure": ("measurement", "measure"),
     "plan": ("planning", "plan"),
     "sweep": ("planning", "sweep"),
+    "Requirements": ("planner.requirements", "Requirements"),
     "compile": ("compiler", "compile_plan"),
     "load": ("loading", "load"),
     "evaluate": ("evaluation", "evaluate"),

@@ -22,8 +22,10 @@ from reallm.codegen.operations import CodegenError
 from reallm.kernels.codecs import FormatError
 from reallm.kernels.layout import LayoutError
 from reallm.planner.candidates import Wishes
-from reallm.planner.plan import Cost, PlanError, Ties
+from reallm.planner.plan import Cost, Ties
 from reallm.planner.records import RecordError, canonical_json, write_record, write_text_atomic
+from reallm.planner.requirements import KvDtype, Requirements
+from reallm.planner.units import PlanError
 
 from .errors import UserError
 
@@ -193,6 +195,18 @@ def plan(
     ] = 0,
     text: Annotated[str | None, typer.Option(help="What --refit measures on: text that measure has not seen.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of it, of 1024 tokens.")] = 8,
+    target: Annotated[str | None, typer.Option(help="Only formats it has kernels for, such as triton.")] = None,
+    max_formats: Annotated[int | None, typer.Option(min=1, help="At most so many formats in use.")] = None,
+    pool: Annotated[
+        list[str] | None, typer.Option(help="NAME=SIZE:REGEX, a device's memory for the matrices it finds; repeatable.")
+    ] = None,
+    latency: Annotated[str | None, typer.Option(help="Most time of a token's decoding, such as 20ms.")] = None,
+    device: Annotated[str | None, typer.Option(help="For --latency: h100-sxm, or a JSON file of rates.")] = None,
+    context: Annotated[int, typer.Option(min=0, help="Room in the budget for keys and values of these tokens,")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="of so many sequences at once,")] = 1,
+    kv_dtype: Annotated[KvDtype, typer.Option(help="each number in this type;")] = "bf16",
+    adapter_rank: Annotated[int, typer.Option(min=0, help="for 16-bit adapters of this rank beside the weights;")] = 0,
+    workspace: Annotated[str | None, typer.Option(help="and for activations, such as 256MiB.")] = None,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds for the solver.")] = 60.0,
 ) -> None:
     """Choose every matrix's format: the least predicted loss within a budget. Seconds; needs no model.
@@ -204,6 +218,7 @@ def plan(
     if text is not None and not refit:
         raise UserError("--text is what --refit measures on: give --refit 2 too, or leave it out")
     from .planning import best_plans
+    from .planning import device as named_device
     from .planning import plan as run
     from .report import print_changes, print_plan
 
@@ -217,6 +232,18 @@ def plan(
         preset=preset,
         ties=ties,
         cost=cost,
+        target=target,
+        requirements=Requirements(
+            pools=tuple(pool or ()),
+            latency=latency,
+            device=None if device is None else named_device(device),
+            max_formats=max_formats,
+            context=context,
+            batch=batch,
+            kv_dtype=kv_dtype,
+            adapter_rank=adapter_rank,
+            workspace=workspace,
+        ),
         time_limit_s=time_limit,
     )
     if refit:

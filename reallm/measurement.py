@@ -27,6 +27,7 @@ from .codecs import CODEC_VERSION, Workspace, encode
 from .codecs.shared import fit_shared_codebooks
 from .encoding import Job, codebook_bytes, codebook_values, one_thread
 from .errors import UserError
+from .footprint import experts_per_token, kv_cache
 from .kernels.formats import Format
 from .memory import peak_rss_bytes
 from .model import LoadedModel, Matrix, check_storable, load_model
@@ -318,6 +319,8 @@ def _table(
             "matrices": tuple(m.record() for m in loaded.matrices),
             "measurements": tuple(sorted(records, key=lambda r: (order[r.matrix], r.format))),
             "shared": tuple(shared),
+            "kv_cache": kv_cache(loaded.model),
+            "experts_per_token": experts_per_token(loaded.model),
             "base": facts,
         }
     )

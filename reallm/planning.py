@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from reallm.codegen.program import has_kernel
 from reallm.planner.allocate import best_plans as best_plans_of
 from reallm.planner.allocate import solve
 from reallm.planner.candidates import Wishes
 from reallm.planner.explain import Alternative, alternatives, next_bytes
+from reallm.planner.latency import DEVICES, KINDS, Device
 from reallm.planner.plan import PLAN_FILE, Cost, Plan, Ties
 from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record, write_record, write_text_atomic
+from reallm.planner.requirements import Requirements
 from reallm.planner.sweep import Point, as_csv, spaced
 from reallm.planner.sweep import sweep as sweep_table
 
 from .errors import UserError
+from .kernels.formats import Format
 from .space import PRESETS, load_space
+
+TARGETS: Mapping[str, Callable[[Format], bool]] = {"triton": has_kernel}
+"""Target -> whether it has a kernel for a format."""
 
 
 def plan(
@@ -29,15 +37,18 @@ def plan(
     preset: str | None = None,
     ties: Ties = "none",
     cost: Cost = "two_sided",
+    requirements: Requirements | None = None,
+    target: str | None = None,
     time_limit_s: float = 60.0,
 ) -> Plan:
     """The plan of least predicted loss within `budget` ("3.0bpw", "48MiB"), from the table `measure` left in `work`.
 
-    `preset` allows the formats of one published method only, as `space.PRESETS` names them; the rest is the same.
-    Written to `output` where given. See `reallm.planner.allocate.solve` for the wishes and the errors; RecordError when
-    `work` holds no table.
+    `preset` allows the formats of one published method only, as `space.PRESETS` names them, and `target` those that it
+    has kernels for; the rest is the same. `requirements`: pools, latency, and what shares the budget's memory. Written
+    to `output` where given. See `reallm.planner.allocate.solve` for the wishes and the errors; RecordError when `work`
+    holds no table.
     """
-    table, formats = _asked(work, formats, preset)
+    table, formats = _asked(work, formats, preset, target)
     result = solve(
         table,
         budget,
@@ -46,6 +57,7 @@ def plan(
         formats=formats,
         ties=ties,
         cost=cost,
+        requirements=requirements,
         time_limit_s=time_limit_s,
         work=str(work),
     )
@@ -67,13 +79,16 @@ def sweep(
     preset: str | None = None,
     ties: Ties = "none",
     cost: Cost = "two_sided",
+    requirements: Requirements | None = None,
+    target: str | None = None,
 ) -> list[Point]:
     """The best plan's size and predicted loss at `points` budgets from `first` to `last`, for example 2bpw to 5bpw.
 
     Budgets that no plan fits are left out. Written to `output` as CSV where given. Wishes and errors as for `plan`.
     """
-    table, formats = _asked(work, formats, preset)
-    wishes = Wishes(tuple(pins), tuple(exclude), None if formats is None else tuple(formats), ties, cost)
+    table, formats = _asked(work, formats, preset, target)
+    allowed = None if formats is None else tuple(formats)
+    wishes = Wishes(tuple(pins), tuple(exclude), allowed, ties, cost, requirements or Requirements())
     found = sweep_table(table, spaced(first, last, points), wishes)
     if output is not None:
         write_text_atomic(Path(output), as_csv(found))
@@ -81,11 +96,27 @@ def sweep(
 
 
 def _asked(
-    work: str | Path, formats: Sequence[str] | None, preset: str | None
+    work: str | Path, formats: Sequence[str] | None, preset: str | None, target: str | None
 ) -> tuple[MeasuredTable, Sequence[str] | None]:
     """The table in `work`, and the formats allowed."""
     table = read_record(Path(work) / TABLE_FILE, MeasuredTable, "measure")
-    return table, formats if preset is None else [*(formats or ()), *preset_formats(table, preset, work)]
+    if preset is not None:
+        formats = [*(formats or ()), *preset_formats(table, preset, work)]
+    return table, formats if target is None else target_formats(table, target, formats)
+
+
+def target_formats(table: MeasuredTable, target: str, formats: Sequence[str] | None) -> list[str]:
+    """Those of `formats` (None for all) in `table` that `target` has kernels for. Raises UserError for none."""
+    if target not in TARGETS:
+        raise UserError(f"--target {target}: no such target; there are {', '.join(TARGETS)}")
+    measured = sorted({record.format for record in table.measurements})
+    wanted = [name for name in measured if formats is None or any(fnmatchcase(name, f.lower()) for f in formats)]
+    found = [name for name in wanted if TARGETS[target](Format.parse(name))]
+    if not found:
+        raise UserError(
+            f"--target {target} has kernels for none of {', '.join(wanted) or 'the formats asked for'}: measure others"
+        )
+    return found
 
 
 def preset_formats(table: MeasuredTable, preset: str, work: str | Path) -> list[str]:
@@ -119,6 +150,21 @@ def next_mib(path: str | Path, *, work: str | Path | None = None) -> tuple[Plan,
     """The plan in `path` and the best one with a MiB more. As `explain`."""
     plan = read_plan(path)
     return plan, next_bytes(read_record(Path(work or plan.work) / TABLE_FILE, MeasuredTable, "measure"), plan)
+
+
+def device(name: str) -> Device:
+    """The device called `name`, or the one that the JSON file `name` describes. Raises UserError, RecordError."""
+    if name in DEVICES:
+        return DEVICES[name]
+    if not Path(name).exists():
+        raise UserError(
+            f"--device {name}: no such device or file; there are {', '.join(DEVICES)}, or a JSON file with "
+            "name, bytes_per_second, weights_per_second of each kind of codec and launch_seconds"
+        )
+    found = read_record(Path(name), Device, "plan --device")
+    if missing := sorted(set(KINDS.values()) - set(found.weights_per_second)):
+        raise UserError(f"--device {name}: weights_per_second lacks {', '.join(missing)}")
+    return found
 
 
 def read_plan(path: str | Path) -> Plan:

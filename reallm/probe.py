@@ -46,7 +46,7 @@ def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapp
     model.eval()
     try:
         with torch.no_grad(), eager_experts(model), _StackWatch(stacks, uses):
-            model(input_ids=_probe_ids(model))
+            model(input_ids=probe_ids(model))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{type(model).__name__} cannot be run on token ids alone: {reason}") from error
@@ -57,7 +57,7 @@ def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapp
     return uses
 
 
-def _probe_ids(model: PreTrainedModel) -> Tensor:
+def probe_ids(model: PreTrainedModel) -> Tensor:
     """int64 [1, PROBE_TOKENS]: different tokens spread over the vocabulary, the padding token not among them."""
     rows = model.get_input_embeddings().weight.shape[0]
     special = {getattr(model.config.get_text_config(), "pad_token_id", None)}

@@ -63,11 +63,28 @@ def print_plan(plan: Plan, console: Console) -> None:
         ("shadow price", f"{bound.shadow_price:.4g} nats per token for a further MiB"),
         ("best uniform", _uniform_text(plan)),
     ]
-    facts += _measured_facts(plan)
+    facts += _limit_facts(plan) + _measured_facts(plan)
     console.print(facts_table("plan", facts))
     console.print(histogram(plan.choices))
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
+
+
+def _limit_facts(plan: Plan) -> list[tuple[str, str]]:
+    """What the budget pays for beside the weights, and how full every further limit is."""
+    kept, facts = plan.reserved, []
+    if kept.nbytes:
+        parts = {"keys and values": kept.kv_cache_bytes, "adapters": kept.adapter_bytes}
+        parts["workspace"] = kept.workspace_bytes
+        text = ", ".join(f"{name} {bytes_text(nbytes)}" for name, nbytes in parts.items() if nbytes)
+        facts.append(("beside the weights", text))
+    for limit in plan.limits:
+        if limit.unit == "bytes":
+            used, price = f"{bytes_text(limit.used)} of {bytes_text(limit.capacity)}", "MiB"
+        else:
+            used, price = f"{limit.used / 1e6:.3f} of {limit.capacity / 1e6:.3f} ms", "ms"
+        facts.append((limit.name, f"{used}; {limit.shadow_price:.4g} nats per token for a further {price}"))
+    return facts
 
 
 def print_sweep(points: Sequence[Point], console: Console) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reallm.planner.budget import UNIT_BYTES, parse_budget
-from reallm.planner.plan import PlanError
+from reallm.planner.units import PlanError
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from strategies import make_table
 
 from reallm.kernels.formats import Format
 from reallm.planner.allocate import solve
-from reallm.planner.plan import PlanError
 from reallm.planner.records import MeasuredTable
+from reallm.planner.units import PlanError
 
 LADDER = {"int2-g8": 8.0, "nf3-g16": 2.0, "int4-g8": 0.5}
 

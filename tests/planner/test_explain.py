@@ -10,7 +10,7 @@ from strategies import make_table
 from reallm.planner.allocate import best_plans, solve
 from reallm.planner.candidates import Wishes
 from reallm.planner.explain import alternatives, differences, next_bytes
-from reallm.planner.plan import PlanError
+from reallm.planner.units import PlanError
 
 COSTS = {"uint4-g64+ldl": 0.1, "uint2-g64+ldl": 0.9, "tq4-l12+ldl2+rot": 0.01, "int8-g64": 0.001}
 TABLE = make_table(

@@ -14,9 +14,9 @@ from reallm.planner.allocate import solve
 from reallm.planner.budget import parse_budget
 from reallm.planner.candidates import Wishes
 from reallm.planner.optimise import OPTIMAL_GAP
-from reallm.planner.plan import PlanError
 from reallm.planner.records import MeasuredTable
 from reallm.planner.sweep import as_csv, spaced, sweep
+from reallm.planner.units import PlanError
 
 COSTS = {"uint4-g64+ldl": 0.1, "uint2-g64+ldl": 0.9, "tq4-l12+ldl2+rot": 0.01, "int8-g64": 0.001}
 TABLE = make_table(("blocks.0.q", 64, 128, "linear", COSTS), ("blocks.1.q", 64, 128, "linear", COSTS))

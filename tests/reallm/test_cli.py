@@ -94,7 +94,16 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
 
 def test_the_stages_are_functions_of_the_package() -> None:
     assert all(callable(getattr(reallm, name)) for name in reallm.__all__)
-    assert set(reallm.__all__) == {"measure", "plan", "sweep", "compile", "load", "evaluate", "finetune"}
+    assert set(reallm.__all__) == {
+        "measure",
+        "plan",
+        "sweep",
+        "compile",
+        "load",
+        "evaluate",
+        "finetune",
+        "Requirements",
+    }
     with pytest.raises(AttributeError, match=r"'reallm' has no attribute 'measur'"):
         _ = reallm.measur
 
@@ -304,6 +313,26 @@ def test_sweep_prints_and_writes_every_budget(table: Path) -> None:
     assert all(line.split(",")[0] in result.stdout for line in lines[1:])
     assert "both ends need the same unit" in refusal("sweep", table, "--from", "3bpw", "--to", "1MiB")
     assert "smallest plan takes" in refusal("sweep", table, "--from", "1bpw", "--to", "2bpw")
+
+
+def test_a_plan_keeps_what_is_asked_beside_the_budget(table: Path) -> None:
+    """Pools, latency, few formats and room for keys and values, as the command prints and keeps them."""
+    path = table / "asked.json"
+    limits = ("--pool", "a=100KiB:block.0", "--latency", "1s", "--device", "h100-sxm", "--max-formats", "2")
+    room = ("--adapter-rank", "2", "--workspace", "10KiB", "--target", "triton")
+    found = run("plan", table, "-b", "1MiB", "-o", path, *limits, *room)
+    assert found.exit_code == 0, found.output
+    assert all(name in found.stdout for name in ("pool a", "latency", "beside the weights"))
+    plan = read_record(path, Plan, "plan")
+    assert [limit.name for limit in plan.limits] == ["pool a", "latency"] and plan.reserved.workspace_bytes == 10240
+    assert "no such device or file" in refusal("plan", table, "-b", "1MiB", "-o", path, "--device", "abacus")
+    assert "no such target" in refusal("plan", table, "-b", "1MiB", "-o", path, "--target", "abacus")
+    assert "knows no cache" in refusal("plan", table, "-b", "1MiB", "-o", path, "--context", "10")
+    (table / "slow.json").write_text(
+        '{"name": "slow", "bytes_per_second": 1e9, "weights_per_second": {"scalar": 1e9}, "launch_seconds": 0}'
+    )
+    lacking = refusal("plan", table, "-b", "1MiB", "-o", path, "--device", table / "slow.json")
+    assert "weights_per_second lacks additive, dense" in lacking
 
 
 def test_plans_are_explained_and_compared(table: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from consistent import consistent_fields
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from reallm.kernels.codecs import (
 from reallm.kernels.formats import Format
 from reallm.kernels.packing import pack_codes, pad
 from reallm.kernels.terms import LowRank, Sparse
-from reallm.planner.problem import Candidate, Item, Problem
+from reallm.planner.problem import Candidate, Item, Limit, Problem
 from reallm.planner.records import MatrixRecord, MeasuredTable, MeasurementRecord, SharedRecord
 from reallm.planner.stored import shared_key
 
@@ -113,6 +115,25 @@ def problems(draw: st.DrawFn, max_items: int = 4, max_candidates: int = 4) -> Pr
     sizes = {key: draw(st.integers(1, 40)) * 64 for key in keys}
     most = sum(max(c.nbytes for c in item.candidates) for item in items) + sum(sizes.values())
     return Problem(tuple(items), sizes, draw(st.integers(0, most + 64)))
+
+
+@st.composite
+def limited_problems(draw: st.DrawFn) -> Problem:
+    """Small problems with up to two further limits, and perhaps a most of formats."""
+    problem = draw(problems(max_items=3))
+    count = draw(st.integers(0, 2))
+    items = tuple(
+        Item(
+            i.name, tuple(replace(c, uses=tuple(draw(st.integers(0, 50)) for _ in range(count))) for c in i.candidates)
+        )
+        for i in problem.items
+    )
+    limits = []
+    for n in range(count):
+        shared = {key: draw(st.integers(0, 20)) for key in problem.shared if draw(st.booleans())}
+        most = sum(max(c.uses[n] for c in item.candidates) for item in items) + sum(shared.values())
+        limits.append(Limit(f"limit {n}", "bytes", draw(st.integers(0, most + 5)), shared))
+    return Problem(items, problem.shared, problem.capacity, tuple(limits), draw(st.sampled_from((None, None, 1, 2))))
 
 
 NEURAL = "nd1x4-d2-c4x1-t2-w8"

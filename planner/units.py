@@ -1,0 +1,42 @@
+"""Sizes and times as users write them, read exactly; and the planner's error for whatever cannot be read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+
+UNIT_BYTES: Mapping[str, int] = {
+    **{"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+    **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+}
+UNIT_NANOSECONDS: Mapping[str, int] = {"s": 10**9, "ms": 10**6, "us": 10**3}
+_NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*"
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made as asked: names the option, what was found, what was expected, and the way out."""
+
+
+def parse_amount(text: str) -> tuple[Fraction, str] | None:
+    """(number, unit) of a text such as "4GiB"; None for any other text."""
+    match = re.fullmatch(_NUMBER, text)
+    return None if match is None else (Fraction(match[1]), match[2])
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Bytes of "4GiB", at least one. Raises PlanError that begins with `option`."""
+    return _parse(text, option, UNIT_BYTES, "a size, such as 48MiB, 4GiB or 500MB")
+
+
+def parse_nanoseconds(text: str, option: str) -> int:
+    """Nanoseconds of "20ms", at least one. Raises PlanError that begins with `option`."""
+    return _parse(text, option, UNIT_NANOSECONDS, "a time, such as 20ms or 900us")
+
+
+def _parse(text: str, option: str, units: Mapping[str, int], expected: str) -> int:
+    amount, unit = parse_amount(text) or (Fraction(0), "")
+    value = int(amount * units.get(unit.lower(), 0))
+    if value < 1:
+        raise PlanError(f"{option}: {text!r} is not {expected}")
+    return value
