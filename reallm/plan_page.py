@@ -67,10 +67,10 @@ def _heads(plan: Plan) -> list[dict[str, str]]:
     heads = [
         ("bits per weight", f"{plan.bits_per_weight:.4f}", plan.bits_per_weight),
         ("weights file", bytes_text(plan.file_bytes), plan.file_bytes),
-        ("predicted loss, nats per token", f"{plan.predicted_loss:.4g}", plan.predicted_loss),
+        ("predicted nats per token", f"{plan.predicted_loss:.4g}", plan.predicted_loss),
     ]
     if plan.measured is not None:
-        heads.append(("measured loss, nats per token", f"{plan.measured.kl:.4g}", plan.measured.kl))
+        heads.append(("measured nats per token", f"{plan.measured.kl:.4g}", plan.measured.kl))
     heads.append((f"gap {plan.bound.mip_gap:.2g}", plan.bound.status, plan.bound.mip_gap))
     return [{"name": name, "value": value, "exact": repr(exact)} for name, value, exact in heads]
 
@@ -211,7 +211,9 @@ def _bytes(findings: Findings, drawing: Drawing) -> Section:
     takeaway = f"{names[first]} takes the most, {totals[first] / plan.file_bytes:.1%} of the weights file."
     sums = {part: sum(parts.get(part, 0) for parts in families.values()) for part in PARTS}
     present = [part for part in PARTS if sums[part]]
-    takeaway += " Of all bytes " + ", ".join(f"{sums[part] / plan.file_bytes:.1%} are {part}" for part in present) + "."
+    takeaway += (
+        " Of all bytes " + ", ".join(f"{_share(sums[part] / plan.file_bytes)} are {part}" for part in present) + "."
+    )
     rows = [
         [family, *(f"{parts.get(part, 0):,}" for part in present), f"{totals[family]:,}"]
         for family, parts in families.items()
@@ -226,6 +228,10 @@ def _bytes(findings: Findings, drawing: Drawing) -> Section:
         aside,
         Table("Bytes as a table", ["", *present, "bytes"], rows),
     )
+
+
+def _share(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "under 0.1%"
 
 
 def _dearest(findings: Findings, drawing: Drawing | None) -> Section:
@@ -245,7 +251,7 @@ def _dearest(findings: Findings, drawing: Drawing | None) -> Section:
         rows.append([*row, *more] if findings.runners_up else row)
     columns = ["matrix", "format", "bytes", "loss", "runner-up"]
     columns += ["its bytes", "its loss", "regret"] if findings.runners_up else []
-    aside = "After `then`: the runner-up, next best at the plan's price of a byte."
+    aside = "The runner-up is next best at the plan's price of a byte."
     return Section("dearest", title, takeaway, drawing, aside, Table("The dearest matrices as a table", columns, rows))
 
 

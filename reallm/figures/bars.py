@@ -71,7 +71,7 @@ def dearest_bars(choices: Sequence[Choice], whole: float) -> Drawing:
         for index, choice in enumerate(choices):
             y = each * index
             share = f"{choice.cost:.4g}" + (f", {choice.cost / whole:.1%}" if whole else "")
-            formats = choice.format if choice.runner_up is None else f"{choice.format}, then {choice.runner_up}"
+            formats = choice.format if choice.runner_up is None else f"{choice.format}, runner-up {choice.runner_up}"
             name = shortened(choice.matrix, 34 if narrow else 60)
             write(axes, 0, y + 8, name, paint["ink"])
             write(axes, width, y + 8, share, paint["ink"], align="right")
@@ -80,8 +80,8 @@ def dearest_bars(choices: Sequence[Choice], whole: float) -> Drawing:
             else:
                 write(axes, text_width(name, 11) + 10, y + 8, shortened(formats, 60), paint["muted"], 10)
             bar = y + (35 if narrow else 20)
-            box(axes, 0, bar, width, 8, paint["raised"])
-            box(axes, 0, bar, width * (choice.cost / longest if longest else 0.0), 8, paint["accent"])
+            box(axes, 0, bar, width, 6, paint["raised"])
+            box(axes, 0, bar, width * (choice.cost / longest if longest else 0.0), 6, paint["accent"])
         return figure
 
     return draw

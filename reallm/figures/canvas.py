@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from .paint import Paint, plain
 
-CHARACTER = 0.62
+CHARACTER = 0.6
 """Width of a character over the size of its font, a little more than the mean of DejaVu Sans."""
 
 

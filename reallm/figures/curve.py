@@ -36,7 +36,7 @@ class Curve:
 
 
 def curve_of(points: Sequence[Point], uniforms: Sequence[UniformPoint], scope: Scope, plan: Plan | None) -> Curve:
-    """The curve of a sweep that loses something; sizes in bits per weight, or MiB or GiB of the file, as `scope` says."""
+    """The curve of a sweep that loses something; sizes in bits per weight, MiB or GiB of the file, as `scope` says."""
     large = max(point.counted_bytes for point in points) >= 4 * GIB
     unit, scale = ("GiB", GIB) if large else ("MiB", MIB)
 
