@@ -211,15 +211,15 @@ def _bytes(findings: Findings, drawing: Drawing) -> Section:
     takeaway = f"{names[first]} takes the most, {totals[first] / plan.file_bytes:.1%} of the weights file."
     sums = {part: sum(parts.get(part, 0) for parts in families.values()) for part in PARTS}
     present = [part for part in PARTS if sums[part]]
-    takeaway += (
-        " Of all bytes " + ", ".join(f"{_share(sums[part] / plan.file_bytes)} are {part}" for part in present) + "."
-    )
+    shares = [f"{_share(sums[part] / plan.file_bytes)} are {part}" for part in present]
+    takeaway += f" Of all bytes {', '.join(shares)}."
     rows = [
         [family, *(f"{parts.get(part, 0):,}" for part in present), f"{totals[family]:,}"]
         for family, parts in families.items()
     ]
     rows.append(["weights file", *(f"{sums[part]:,}" for part in present), f"{plan.file_bytes:,}"])
-    aside = "All else in the file: norms and headers" + ("." if findings.dense else ", and matrices that took no part.")
+    apart = ", and matrices that took no part" if plan.dense and not findings.dense else ""
+    aside = f"All else in the file: norms and headers{apart}."
     return Section(
         "bytes",
         "Where the bytes go",
