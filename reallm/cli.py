@@ -29,7 +29,9 @@ from .errors import UserError
 
 USER_ERRORS = (UserError, PlanError, FormatError, LayoutError, RecordError, CodegenError)
 NO_SPACE = "No space left on device"
-PLACE_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT})
+PLACE_ERRORS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT}
+)
 """A path that cannot be read or written: the user's to mend."""
 CONSOLE = Console()
 
