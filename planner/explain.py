@@ -12,6 +12,7 @@ from .candidates import Wishes, measured_options
 from .optimise import MIB
 from .plan import Plan
 from .records import MeasuredTable
+from .sweep import Point, sweep
 from .units import PlanError
 
 LEFT_OUT = "as it is"
@@ -58,7 +59,7 @@ def differences(before: Plan, after: Plan) -> list[Change]:
 
 def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternative]:
     """All measured candidates of the matrices that the regex `matrix` finds, by size. Raises PlanError."""
-    _require_table(table, plan)
+    require_table(table, plan)
     try:
         wanted = [choice for choice in plan.choices if re.search(matrix, choice.matrix)]
     except re.error as error:
@@ -79,10 +80,20 @@ def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternat
 
 def next_bytes(table: MeasuredTable, plan: Plan, more: int = MIB) -> Plan:
     """The best plan with `more` bytes on top of the budget of `plan`, all else as it was asked. Raises PlanError."""
-    _require_table(table, plan)
+    require_table(table, plan)
     return best_plans(table, budget_of(plan, more), Wishes.of(plan), 1, work=plan.work)[0]
 
 
-def _require_table(table: MeasuredTable, plan: Plan) -> None:
+def curve(table: MeasuredTable, plan: Plan, points: int = 17) -> list[Point]:
+    """The best plans from half to twice the bytes of `plan`, it among them, all else as asked. Raises PlanError."""
+    require_table(table, plan)
+    low, high = plan.counted_bytes // 2, 2 * plan.counted_bytes
+    sizes = {low + (high - low) * step // (points - 1) for step in range(points)} | {plan.budget_bytes}
+    budgets = [budget_of(plan, nbytes - plan.budget_bytes) for nbytes in sorted(sizes)]
+    return sweep(table, budgets, Wishes.of(plan))
+
+
+def require_table(table: MeasuredTable, plan: Plan) -> None:
+    """Raise PlanError unless `plan` was made from `table`."""
     if table.digest() != plan.table_sha256:
         raise PlanError(f"the plan was made from another table than the one in {plan.work} now; plan again")

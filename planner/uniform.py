@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import fsum
 
 from .assembly import assemble
@@ -14,6 +15,29 @@ from .problem import Candidate, Problem
 from .records import MeasuredTable
 from .selection import Selection, select
 from .units import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class UniformPoint:
+    """One format everywhere: its size and its predicted loss, whatever the budget."""
+
+    format: str
+    counted_bytes: int
+    """Bytes of what a budget of its scope counts, exact."""
+    bits_per_weight: float
+    predicted_loss: float
+    """Nats per token."""
+
+
+def uniform_points(table: MeasuredTable, scope: Scope, wishes: Wishes) -> list[UniformPoint]:
+    """Every format that all matrices can have, the smallest first. Raises PlanError."""
+    selection = select(table, scope, wishes)
+    problem, points = selection.problem(None), []
+    for cost, _, name, chosen in uniform_choices(selection, problem):
+        matrices_bytes, whole_file = selection.sizes(problem.by_name(chosen))
+        counted = whole_file if scope == "file" else matrices_bytes
+        points.append(UniformPoint(name, counted, 8 * matrices_bytes / selection.numel, cost))
+    return sorted(points, key=lambda point: (point.counted_bytes, point.predicted_loss, point.format))
 
 
 def best_uniform(selection: Selection, problem: Problem) -> Uniform | None:

@@ -31,7 +31,9 @@ from .errors import UserError
 
 USER_ERRORS = (UserError, PlanError, FormatError, LayoutError, RecordError, CodegenError)
 NO_SPACE = "No space left on device"
-PLACE_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT})
+PLACE_ERRORS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT}
+)
 """A path that cannot be read or written: the user's to mend."""
 CONSOLE = Console()
 
@@ -293,13 +295,34 @@ def explain(
     print_changes("what a MiB more would buy", chosen, richer, CONSOLE)
 
 
-@app.command(epilog="Example: reallm sweep work/ --from 2bpw --to 5bpw --points 31 -o pareto.csv")
+@app.command(epilog="Example: reallm report plan.json -o report.html --png figures/")
+def report(
+    plan: Annotated[Path, typer.Argument(help="A plan.json, or an artifact.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page, one .html file.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="A folder for the figures as PNG too.")] = None,
+    work: Annotated[Path | None, typer.Option(help="The measured folder, if it has moved.")] = None,
+) -> None:
+    """Draw a plan as one HTML file: bits of every matrix, loss against size, bytes, the dearest matrices, the next MiB.
+
+    The file needs nothing beside it and no network. What is drawn from the measured table (loss against size, the next
+    MiB) is left out, and said, where the table is gone. The same plan gives the same file.
+    """
+    from .reporting import report as run
+
+    findings = run(plan, output=output, work=work, png_folder=png)
+    if findings.lacking:
+        typer.echo(findings.lacking, err=True)
+    typer.echo(f"wrote {output}" + (f" and the figures in {png}" if png else ""), err=True)
+
+
+@app.command(epilog="Example: reallm sweep work/ --from 2bpw --to 5bpw --points 31 -o pareto.csv --figure pareto.png")
 def sweep(
     work: Annotated[Path, typer.Argument(help="The folder that `reallm measure` filled.")],
     first: Annotated[str, typer.Option("--from", help="The first budget, as for plan.")] = "2bpw",
     last: Annotated[str, typer.Option("--to", help="The last, in the same unit.")] = "5bpw",
     points: Annotated[int, typer.Option(min=2, help="How many, evenly spaced.")] = 21,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write them as CSV too.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw them and every single format: .png, .svg, .html.")] = None,
     pin: Annotated[list[str] | None, typer.Option(help="As for plan.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="As for plan.")] = None,
     formats: Annotated[list[str] | None, typer.Option("--format", help="As for plan.")] = None,
@@ -317,6 +340,7 @@ def sweep(
         last=last,
         points=points,
         output=output,
+        figure=figure,
         pins=pin or (),
         exclude=exclude or (),
         formats=formats,
@@ -327,8 +351,9 @@ def sweep(
     print_sweep(found, CONSOLE)
     if missing := points - len(found):
         typer.echo(f"{missing} of {points} budgets are smaller than any plan", err=True)
-    if output is not None:
-        typer.echo(f"wrote {output}", err=True)
+    for written in (output, figure):
+        if written is not None:
+            typer.echo(f"wrote {written}", err=True)
 
 
 @app.command(name="compile", epilog="Example: reallm compile plan.json -o out/")

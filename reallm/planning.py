@@ -17,6 +17,7 @@ from reallm.planner.records import TABLE_FILE, MeasuredTable, read_record, write
 from reallm.planner.requirements import Requirements
 from reallm.planner.sweep import Point, as_csv, spaced
 from reallm.planner.sweep import sweep as sweep_table
+from reallm.planner.uniform import uniform_points
 
 from .errors import UserError
 from .kernels.formats import Format
@@ -73,6 +74,7 @@ def sweep(
     last: str,
     points: int = 21,
     output: str | Path | None = None,
+    figure: str | Path | None = None,
     pins: Sequence[str] = (),
     exclude: Sequence[str] = (),
     formats: Sequence[str] | None = None,
@@ -84,14 +86,23 @@ def sweep(
 ) -> list[Point]:
     """The best plan's size and predicted loss at `points` budgets from `first` to `last`, for example 2bpw to 5bpw.
 
-    Budgets that no plan fits are left out. Written to `output` as CSV where given. Wishes and errors as for `plan`.
+    Budgets that no plan fits are left out. Written to `output` as CSV where given, drawn in `figure` (.png, .svg or
+    .html) where given. Wishes and errors as for `plan`.
     """
     table, formats = _asked(work, formats, preset, target)
     allowed = None if formats is None else tuple(formats)
     wishes = Wishes(tuple(pins), tuple(exclude), allowed, ties, cost, requirements or Requirements())
-    found = sweep_table(table, spaced(first, last, points), wishes)
+    budgets = spaced(first, last, points)
+    if figure is not None:
+        from .reporting import check_figure, write_sweep_figure
+
+        check_figure(Path(figure))
+    found = sweep_table(table, budgets, wishes)
     if output is not None:
         write_text_atomic(Path(output), as_csv(found))
+    if figure is not None:
+        scope = budgets[0].scope
+        write_sweep_figure(Path(figure), table.model, found, uniform_points(table, scope, wishes), scope)
     return found
 
 

@@ -30,6 +30,7 @@ COMMANDS = (
     "sweep",
     "diff",
     "explain",
+    "report",
     "compile",
     "eval",
     "generate",
@@ -85,7 +86,8 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom reallm.cli import app\n"
         "print(CliRunner().invoke(app, ['--help']).output)\n"
-        "print('heavy:', sorted({'torch', 'transformers', 'datasets', 'pulp'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'datasets', 'pulp', 'matplotlib', 'jinja2'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "heavy: []" in result.stdout
@@ -351,3 +353,27 @@ def test_plans_are_explained_and_compared(table: Path) -> None:
     assert not (table / "none.json").exists()
     write_record(table / TABLE_FILE, make_table(("other", 64, 64, "linear", {"int4-g64": 0.1})))
     assert "made from another table" in refusal("explain", small)
+
+
+def test_a_plan_is_reported_and_a_sweep_drawn(table: Path) -> None:
+    assert run("plan", table, "-b", "7bpw", "-o", table / "plan.json").exit_code == 0
+    result = run("report", table / "plan.json", "-o", table / "report.html", "--png", table / "figures")
+    assert result.exit_code == 0, result.output
+    assert (table / "report.html").read_text().startswith("<!doctype html>")
+    assert {"bits.png", "pareto.png"} <= {path.name for path in (table / "figures").iterdir()}
+    drawn = run("sweep", table, "--from", "5bpw", "--to", "9bpw", "--points", "3", "--figure", table / "pareto.svg")
+    assert drawn.exit_code == 0 and f"wrote {table / 'pareto.svg'}" in drawn.stderr, drawn.output
+    (table / TABLE_FILE).unlink()
+    bare = run("report", table / "plan.json", "-o", table / "bare.html")
+    assert bare.exit_code == 0 and "--work FOLDER" in bare.stderr
+
+
+def test_reports_that_cannot_be_are_refused(table: Path) -> None:
+    assert run("plan", table, "-b", "7bpw", "-o", table / "plan.json").exit_code == 0
+    assert "`reallm plan` makes it" in refusal("report", table / "none.json", "-o", table / "report.html")
+    assert "is not what `reallm plan` writes" in refusal("report", table / TABLE_FILE, "-o", table / "report.html")
+    assert "expected the name of an .html file" in refusal("report", table / "plan.json", "-o", table / "plan.json")
+    assert "/plan.json" in refusal("report", table / "plan.json", "-o", table / "plan.json" / "report.html")
+    assert "`reallm measure` makes it" in refusal("report", table / "plan.json", "--work", table / "gone")
+    assert "--figure" in refusal("sweep", table, "--from", "5bpw", "--to", "9bpw", "--figure", table / "pareto.gif")
+    assert not (table / "report.html").exists()

@@ -1,0 +1,72 @@
+"""A figure one draws on in pixels, y downwards: rectangles, text, and a key of colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .paint import Paint, plain
+
+CHARACTER = 0.6
+"""Width of a character over the size of its font, a little more than the mean of DejaVu Sans."""
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure of `width` x `height` pixels, and what to draw on."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    return figure, axes
+
+
+def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str) -> None:
+    """A filled rectangle."""
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, linewidth=0, clip_on=False))
+
+
+def write(
+    axes: Axes,
+    x: float,
+    y: float,
+    text: str,
+    colour: str,
+    size: float = 11,
+    align: Literal["left", "center", "right"] = "left",
+    rotation: float = 0,
+) -> None:
+    """One line of text: `y` is its middle, or where it begins if it stands upright (`rotation` 90)."""
+    axes.text(
+        x,
+        y,
+        plain(text),
+        color=colour,
+        fontsize=size,
+        ha="left" if rotation else align,
+        va="center_baseline",
+        rotation=rotation,
+        rotation_mode="anchor",
+    )
+
+
+def text_width(text: str, size: float) -> float:
+    """About how many pixels `text` takes."""
+    return len(text) * size * CHARACTER
+
+
+def key(axes: Axes, x: float, y: float, width: float, paint: Paint, entries: Sequence[tuple[str, str]]) -> float:
+    """Swatches with names, (role, name) each, in as many lines as `width` asks for; the y below them."""
+    left = x
+    for role, name in entries:
+        needed = 16 + text_width(name, 11) + 14
+        if left > x and left + needed - 14 > x + width:
+            left, y = x, y + 18
+        box(axes, left, y - 5, 10, 10, paint[role])
+        write(axes, left + 15, y, name, paint["muted"])
+        left += needed
+    return y + 18

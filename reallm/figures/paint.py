@@ -1,0 +1,164 @@
+"""Colours by role, in a light and a dark scheme, and figures turned into SVG and PNG with them.
+
+A drawing is a function of the colours and a width in pixels, so that one is drawn for a phone and one for a desk. SVG
+for a page is drawn with a placeholder for every role, which becomes `var(--role)`: the page's style sheet then decides,
+and one file serves both schemes. Its text stays text.
+
+The same drawing gives the same bytes: settings are matplotlib's own, whatever the user's are, and no file has a date.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import log
+from typing import Any
+from xml.etree import ElementTree
+
+from matplotlib import style
+from matplotlib.figure import Figure
+
+Paint = Mapping[str, str]
+"""Role -> colour as #rrggbb."""
+Drawing = Callable[[Paint, int], Figure]
+NARROW, WIDE = 350, 880
+"""Pixels; at 72 dots an inch a point is one too."""
+STEPS = 12
+"""Shades of the heat map."""
+_PNG_DPI = 180
+_SETTINGS: dict[str, Any] = {
+    "figure.dpi": 72,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 11,
+    "text.parse_math": False,  # a name may hold dollars
+    "axes.unicode_minus": False,
+}
+
+
+def _rgb(colour: str) -> tuple[int, ...]:
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it, 0 to 1."""
+    channels = [c / 255 for c in _rgb(colour)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2)."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _ramp(anchors: tuple[str, ...]) -> Paint:
+    """STEPS shades through `anchors` as heat0, heat1, ..., and the ink that reads best on each as on0, on1, ..."""
+    found = {}
+    for step in range(STEPS):
+        place = step / (STEPS - 1) * (len(anchors) - 1)
+        index = min(int(place), len(anchors) - 2)
+        ends = zip(_rgb(anchors[index]), _rgb(anchors[index + 1]), strict=True)
+        shade = "#" + "".join(f"{round(low + (high - low) * (place - index)):02x}" for low, high in ends)
+        found[f"heat{step}"] = shade
+        found[f"on{step}"] = _ink_on(shade)
+    return found
+
+
+def _ink_on(shade: str) -> str:
+    return max("#000000", "#ffffff", key=lambda ink: contrast(ink, shade))
+
+
+LIGHT: Paint = {
+    **{"paper": "#ffffff", "raised": "#f5f7f7", "ink": "#15191c", "muted": "#5a646b", "line": "#d8dee0"},
+    **{"accent": "#17697a", "warm": "#b23a1e"},
+    **{"codes": "#17697a", "tables": "#e3a72f", "factors": "#b23a1e", "outliers": "#7657a8"},
+    **{"transforms": "#8dbac4", "dense": "#9da6ac"},
+    **_ramp(("#eaf2ef", "#a6d3c8", "#4a9ea3", "#1f6283", "#15264d")),
+}
+DARK: Paint = {
+    **{"paper": "#111517", "raised": "#191f22", "ink": "#e9edee", "muted": "#9ca7ad", "line": "#30383c"},
+    **{"accent": "#63c1cb", "warm": "#ff9673"},
+    **{"codes": "#3d9aa6", "tables": "#ecc565", "factors": "#e5775a", "outliers": "#ad94da"},
+    **{"transforms": "#2f5560", "dense": "#6c767c"},
+    **_ramp(("#1c3137", "#22606f", "#3f9a9d", "#9ad0b4", "#f4f5d6")),
+}
+"""Both ramps are monotone in luminance, so they read in greyscale; more bits stand out more from the paper."""
+_PLACEHOLDERS: Paint = {role: f"#01{index:02x}fe" for index, role in enumerate(LIGHT)}
+_ROLES = tuple(LIGHT)
+
+
+def variables(paint: Paint) -> str:
+    """The colours as CSS declarations."""
+    return ";".join(f"--{role}:{colour}" for role, colour in paint.items())
+
+
+def plain(text: str) -> str:
+    """`text` with a sign in place of every character that cannot be printed (controls, changes of direction)."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """At most `most` characters of `text`, the middle left out."""
+    text, tail = plain(text), (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def _save(drawing: Drawing, paint: Paint, width: int, settings: Mapping[str, Any], **options: Any) -> bytes:
+    stream = io.BytesIO()
+    with style.context([_SETTINGS | dict(settings)], after_reset=True):
+        drawing(paint, width).savefig(stream, **options)
+    return stream.getvalue()
+
+
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def png(drawing: Drawing) -> bytes:
+    """The wide figure on white."""
+    return _save(drawing, LIGHT, WIDE, {}, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
+
+
+def svg(drawing: Drawing) -> bytes:
+    """The wide figure on white, its text as outlines, so that it looks the same everywhere."""
+    settings = {"svg.fonttype": "path", "svg.hashsalt": "reallm"}
+    return _save(drawing, LIGHT, WIDE, settings, format="svg", facecolor="white", metadata=_NO_METADATA)
+
+
+def inline_svg(drawing: Drawing, name: str, label: str, width: int) -> str:
+    """An element to put into a page: in the page's colours and font, `label` read out in its place.
+
+    `name` keeps its ids apart from those of the page's other figures.
+    """
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
+    data = _save(drawing, _PLACEHOLDERS, width, settings, format="svg", facecolor="none", metadata=_NO_METADATA)
+    root = ElementTree.fromstring(data)
+    for parent in root.iter():
+        for child in [c for c in parent if _local(c.tag) in ("style", "metadata")]:
+            parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {_local(key): _themed(value, name, key) for key, value in element.attrib.items()}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": plain(label)}
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+
+
+def _local(name: str) -> str:
+    """A name without its namespace, which HTML knows by itself."""
+    return name.rpartition("}")[2]
+
+
+def _themed(value: str, name: str, key: str) -> str:
+    if _local(key) == "id":
+        return f"{name}-{value}"
+    if _local(key) == "href":
+        return value.replace("#", f"#{name}-", 1)
+    value = value.replace("url(#", f"url(#{name}-")
+    return re.sub(r"#01([0-9a-f]{2})fe", lambda found: f"var(--{_ROLES[int(found[1], 16)]})", value)
+
+
+def steps(values: Sequence[float]) -> list[int]:
+    """The shade of every value, on a logarithmic scale from the least to the largest; all above zero."""
+    low, high = log(min(values)), log(max(values))
+    return [min(int(STEPS * (log(value) - low) / (high - low)), STEPS - 1) if high > low else 0 for value in values]
