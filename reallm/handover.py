@@ -61,8 +61,9 @@ def handing_over(output: Path) -> Iterator[Handover]:
 def take(path: Path) -> Tensor:
     """W[N, K] float32 that `Handover.put` wrote. Raises UserError on a machine that does not see the folder."""
     try:
-        return load_file(path)["weight"].to(torch.float32, copy=True)
+        weight: Tensor = load_file(path)["weight"].to(torch.float32, copy=True)
     except FileNotFoundError:
         what = f"the worker on {socket.gethostname()} does not see {path.parent}"
         way_out = "expected the --output folder under the same path on every machine: take one on a shared file system"
         raise UserError(f"{what}; {way_out}") from None
+    return weight

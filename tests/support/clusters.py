@@ -43,4 +43,6 @@ def _encodes(process: psutil.Process) -> bool:
         words = process.cmdline()
     except psutil.Error:
         return False
-    return bool(words) and (words[0].startswith("ray::_call") or any("popen_loky" in word for word in words))
+    return bool(words) and (
+        (words[0].startswith("ray::") and "_call" in words[0]) or any("popen_loky" in word for word in words)
+    )
