@@ -3,6 +3,7 @@
 #   NAME=quality_peers     the peers of NAME=quality alone, kept for it
 #   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order and
 #                          cost is worth; NAME=planner: the planner beside CBC and HiGHS
+#   NAME=cluster           a local Ray cluster that loses workers beside local processes (installs Ray); BLOCKS=4 of the model
 #
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:
@@ -24,7 +25,8 @@ SPACE ?=
 PEERS ?=
 PRESETS ?=
 CHANGES ?=
-export TEXT TEST MODEL SPACE PEERS PRESETS CHANGES
+BLOCKS ?=
+export TEXT TEST MODEL SPACE PEERS PRESETS CHANGES BLOCKS
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +56,7 @@ format: $(READY)
 	$(BIN)/ruff format $(SOURCES)
 
 bench: $(READY) $(BENCH_READY)
+	$(if $(filter cluster,$(NAME)),$(BIN)/pip install --quiet $(INDEX) -c constraints.txt -e ".[ray]")
 	$(BIN)/python -m benchmarks.$(NAME)
 
 $(READY): pyproject.toml constraints.txt

@@ -24,7 +24,8 @@ Shape = tuple[str, int, int]
 """(role, rows, cols)"""
 
 
-def _llama(blocks: int, hidden: int, kv: int, inner: int) -> list[list[Shape]]:
+def llama(blocks: int, hidden: int, kv: int, inner: int) -> list[list[Shape]]:
+    """Blocks of a LLaMA: `kv` rows of keys and of values, `inner` of the MLP."""
     attention = [("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden)]
     mlp = [("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)]
     return [attention + mlp for _ in range(blocks)]
@@ -41,8 +42,8 @@ def _deepseek() -> list[list[Shape]]:
 
 
 MODELS = {
-    "LLaMA-2-7B": _llama(32, 4096, 4096, 11008),
-    "LLaMA-3-405B": _llama(126, 16384, 1024, 53248),
+    "LLaMA-2-7B": llama(32, 4096, 4096, 11008),
+    "LLaMA-3-405B": llama(126, 16384, 1024, 53248),
     "DeepSeek-V3": _deepseek(),
 }
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -133,6 +134,11 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def partial_path(path: Path) -> Path:
+    """A name beside `path` to write it under, its own on every call: two machines may have a process of one number."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """`write_bytes_atomic` of `text` in UTF-8."""
     write_bytes_atomic(path, text.encode())
@@ -141,7 +147,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write a file that is either the old one or the whole new one, also under kill -9."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
         with partial.open("wb") as stream:
             stream.write(data)

@@ -7,7 +7,6 @@ all windows, appended one window at a time; `inputs.json` is written when they a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,14 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reallm.planner.records import canonical_json, write_text_atomic
+from reallm.planner.records import canonical_json, partial_path, write_text_atomic
 
 COMPLETE_FILE = "inputs.json"
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
         partial.replace(path)

@@ -2,14 +2,13 @@
 
 `<xx>/<key>.json` holds the measurement, `<xx>/<key>.safetensors` the packed fields (which may be left out to save
 disk and are then made again when a plan is compiled). Files appear whole or not at all, so kill -9 and two processes
-at once cost nothing but work done twice.
+at once, on one machine or on two that share the folder, cost nothing but work done twice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from .codecs import PackedFields
-from .planner.records import MeasurementRecord, canonical_json, write_record
+from .planner.records import MeasurementRecord, canonical_json, partial_path, write_record
 
 
 def content_key(parts: Mapping[str, object]) -> str:
@@ -64,7 +63,7 @@ class Cache:
         """Store packed fields, atomically."""
         path = self._path(key, "safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = partial_path(path)
         try:
             save_file(fields, partial)
             partial.replace(path)

@@ -27,6 +27,7 @@ from reallm.planner.records import RecordError, canonical_json, write_record, wr
 from reallm.planner.requirements import KvDtype, Requirements
 from reallm.planner.units import PlanError
 
+from .backends import Backend
 from .errors import UserError
 
 USER_ERRORS = (UserError, PlanError, FormatError, LayoutError, RecordError, CodegenError)
@@ -139,6 +140,16 @@ def measure(
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 1024,
     seed: Seed = 0,
     jobs: Annotated[int, typer.Option(help="Matrices encoded at once; -1 for every core.")] = -1,
+    backend: Annotated[
+        Backend, typer.Option(help="What encodes them: processes of this machine, or a Ray cluster.")
+    ] = "processes",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of the cluster; else RAY_ADDRESS, or the cluster this machine belongs to. All its machines "
+            "must see the output folder under the same path."
+        ),
+    ] = None,
     bpw: Annotated[
         tuple[float, float] | None,
         typer.Option(help="LEAST MOST bits per weight to plan for; leaves out candidates that cannot matter there."),
@@ -170,6 +181,8 @@ def measure(
         chat_template=chat_template,
         bpw=bpw,
         prefix=prefix,
+        backend=backend,
+        ray_address=ray_address,
     )
     base = table.base
     typer.echo(

@@ -2,24 +2,24 @@
 
 One task a matrix, so that the factorisations of its metric are made once for all formats; tasks run in parallel, each
 on one thread, which also makes their bytes independent of the number of workers. Every result goes to a content-
-addressed cache at once: an interrupted run goes on where it stopped.
+addressed cache at once: an interrupted run goes on where it stopped. Workers find weights, statistics and cache in the
+measured folder, so they may be other machines that share it (`backends`, `handover`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-import joblib
 import numpy as np
 import torch
-from joblib.externals.loky.process_executor import TerminatedWorkerError
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from .backends import Backend, Task, Workers, open_workers, run_all
 from .bounding import Anchored, anchor_of, worth_measuring
 from .cache import content_key, fields_sha256
 from .calibration import calibrate, compute_dtype
@@ -28,7 +28,9 @@ from .codecs.shared import fit_shared_codebooks
 from .encoding import Job, codebook_bytes, codebook_values, one_thread
 from .errors import UserError
 from .footprint import experts_per_token, kv_cache
+from .handover import handing_over, take
 from .kernels.formats import Format
+from .lock import alone_in
 from .memory import peak_rss_bytes
 from .model import LoadedModel, Matrix, check_storable, load_model
 from .planner.records import (
@@ -48,6 +50,7 @@ from .text import Text, load_text, shortage, windows
 
 LOG = logging.getLogger(__name__)
 STATISTICS_VERSION = 2  # part of every key: raise it whenever the statistics may change
+_Measured = tuple[list[MeasurementRecord], list[str], int]
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -79,18 +82,23 @@ def _measure_one(
 
 
 def _measure_matrix(
-    weight: NDArray[np.float32], matrix: Matrix, formats: Sequence[Format], job: Job, books: dict[str, Tensor]
-) -> tuple[list[MeasurementRecord], list[str], int]:
-    """One task: all missing formats of one matrix, on one thread.
+    weight: Path, matrix: Matrix, formats: Sequence[Format], job: Job, books: dict[str, Tensor], codec: int
+) -> _Measured:
+    """One task: all formats of one matrix that the cache lacks, on one thread; also on another machine.
 
-    Returns the records, notes for the user, and the peak memory of this process so far in bytes.
+    `weight` is a file of `handover`, `codec` the CODEC_VERSION of who asks. Returns the records, notes for the user,
+    and the peak memory of this process so far in bytes.
     """
+    if codec != CODEC_VERSION:
+        versions = f"{CODEC_VERSION}, not {codec}"
+        raise UserError(f"a worker's reallm has encoders of version {versions}; install the same on every machine")
     with one_thread():
-        W = torch.from_numpy(np.array(weight))
+        W, records = take(weight), []
         work = Workspace(job.metric(matrix))
-        records = [
-            _measure_one(W, matrix, fmt, work, job, books.get(shared_key(fmt, matrix.family) or "")) for fmt in formats
-        ]
+        for fmt in formats:
+            done = job.cache.measurement(job.key(matrix.name, fmt))  # by a worker that died, or by another machine
+            shared = books.get(shared_key(fmt, matrix.family) or "")
+            records.append(_measure_one(W, matrix, fmt, work, job, shared) if done is None else done)
     return records, [f"{matrix.name}: {note}" for note in work.notes], peak_rss_bytes()
 
 
@@ -135,41 +143,47 @@ def _codebooks(loaded: LoadedModel, space: Space, job: Job) -> tuple[dict[str, T
 
 
 def _run(
-    loaded: LoadedModel, missing: list[tuple[Matrix, list[Format]]], job: Job, books: dict[str, Tensor], jobs: int
+    loaded: LoadedModel,
+    missing: list[tuple[Matrix, list[Format]]],
+    job: Job,
+    books: dict[str, Tensor],
+    workers: Workers,
 ) -> tuple[list[MeasurementRecord], int]:
     """Encode what is missing: the records, and the peak memory of the largest process that did, in bytes."""
     found: list[MeasurementRecord] = []
     largest = 0
     sizes = {m.name: m.numel for m, _ in missing}
     total = sum(sizes[m.name] * len(formats) for m, formats in missing)
-    calls: Iterable[object] = (
-        joblib.delayed(_measure_matrix)(loaded.weight(m).numpy(), m, formats, job, books) for m, formats in missing
-    )
-    with tqdm(total=total, desc="measure", unit="w", unit_scale=True, disable=not missing, smoothing=0.05) as bar:
-        runner = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs")
-        try:
-            for records, notes, peak in runner(calls):
-                for note in notes:
-                    LOG.warning("%s", note)
-                found += records
-                bar.update(sum(sizes[record.matrix] for record in records))
-                largest = max(largest, peak)
-        except TerminatedWorkerError:
-            raise UserError(
-                "a worker process was killed (out of memory?); use --jobs 1: the same command goes on where it stopped"
-            ) from None
+    with (
+        tqdm(total=total, desc="measure", unit="w", unit_scale=True, disable=not missing, smoothing=0.05) as bar,
+        handing_over(job.cache.folder.parent) as handover,
+    ):
+
+        def tasks() -> Iterator[Task[_Measured]]:
+            for m, formats in missing:
+                own = {key: books[key] for fmt in formats if (key := shared_key(fmt, m.family)) is not None}
+                weight = handover.put(loaded, m)
+                yield Task(m.name, partial(_measure_matrix, weight, m, formats, job, own, CODEC_VERSION))
+
+        for records, notes, peak in run_all(workers, tasks()):
+            for note in notes:
+                LOG.warning("%s", note)
+            found += records
+            bar.update(sum(sizes[record.matrix] for record in records))
+            largest = max(largest, peak)
+            handover.drop(records[0].matrix)
     return found, largest
 
 
 def _bounded(
-    loaded: LoadedModel, space: Space, job: Job, books: dict[str, Tensor], jobs: int, bpw: tuple[float, float]
+    loaded: LoadedModel, space: Space, job: Job, books: dict[str, Tensor], workers: Workers, bpw: tuple[float, float]
 ) -> tuple[dict[str, tuple[Format, ...]], int]:
     """(formats worth measuring by matrix name, peak memory) after measuring every linear matrix in one format."""
     inner = [m for m in loaded.matrices if m.kind in ("linear", "expert")]
     anchors = {m.name: anchor_of(space.formats[m.kind]) for m in inner}
     first = {m.name: tuple(f for f in (anchors.get(m.name),) if f) for m in loaded.matrices}
     known, missing = _tasks(loaded, first, job)
-    found, peak = _run(loaded, missing, job, books, jobs)
+    found, peak = _run(loaded, missing, job, books, workers)
     costs = {record.matrix: record.two_sided for record in (*known, *found)}
     numel = sum(m.numel for m in inner)
     anchored = [Anchored(m, costs[m.name]) for m in inner if m.name in costs]
@@ -213,43 +227,45 @@ def measure(
     keep_codes: bool = True,
     bpw: tuple[float, float] | None = None,
     prefix: str | Path | None = None,
+    backend: Backend = "processes",
+    ray_address: str | None = None,
 ) -> MeasuredTable:
     """Measure every (matrix, format) of `space` for `model` and write the table to the folder `output`.
 
     `nsamples` windows of `seqlen` tokens of `text` calibrate; None is English text that Python itself carries. `jobs`
-    worker processes, -1 for one a core. `keep_codes=False` saves the disk of the packed candidates (about their bytes
-    together) and makes `compile` encode the chosen ones again. `bpw`, the least and the most bits per weight that will
-    be planned for, leaves out candidates that cannot matter there (see `bounding`); the table and its plans name them.
-    `prefix`, an artifact of the same model, calibrates on the inputs that its weights give every block. Costs are in
-    nats per token. Raises UserError.
+    worker processes, -1 for one a core. `backend` "ray" runs them on the cluster at `ray_address` (None: at
+    RAY_ADDRESS, or the one this machine belongs to), whose machines must see `output` under the same path.
+    `keep_codes=False` saves the disk of the packed candidates (about their bytes together) and makes `compile` encode
+    the chosen ones again. `bpw`, the least and the most bits per weight that will be planned for, leaves out candidates
+    that cannot matter there (see `bounding`); the table and its plans name them. `prefix`, an artifact of the same
+    model, calibrates on the inputs that its weights give every block. Costs are in nats per token. Raises UserError.
     """
     began = time.monotonic()
     if bpw is not None and not 0 < bpw[0] <= bpw[1]:
         raise UserError(f"--bpw {bpw[0]} {bpw[1]}: expected the least and the most bits per weight, such as 2 4")
-    before = None if prefix is None else Path(prefix)
-    chosen, output, source = load_space(space), Path(output), load_text(text)
-    loaded = load_model(model)
-    check_storable(loaded)
-    ids = draw(loaded, source, nsamples, seqlen, seed, chat_template)
-    job = Job.at(output, _identity(loaded, ids, seed, before), seed, keep_codes)
-    report = calibrate(loaded, ids, job.statistics, seed=seed, prefix=before)
-    for note in (*loaded.notes, *report.notes):
-        LOG.warning("%s", note)
-    calibrated = time.monotonic()
-    books, shared = _codebooks(loaded, chosen, job)
-    workers = joblib.cpu_count() if jobs < 0 else max(jobs, 1)
-    wanted, worker_bytes = {m.name: chosen.formats[m.kind] for m in loaded.matrices}, 0
-    if bpw is not None:
-        wanted, worker_bytes = _bounded(loaded, chosen, job, books, workers, bpw)
-    known, missing = _tasks(loaded, wanted, job)
-    records, largest = _run(loaded, missing, job, books, workers)
-    worker_bytes = max(worker_bytes, largest)
+    with open_workers(backend, jobs, ray_address) as workers:
+        before = None if prefix is None else Path(prefix)
+        chosen, output, source = load_space(space), Path(output), load_text(text)
+        loaded = load_model(model)
+        check_storable(loaded)
+        ids = draw(loaded, source, nsamples, seqlen, seed, chat_template)
+        job = Job.at(output.absolute(), _identity(loaded, ids, seed, before), seed, keep_codes)
+        report = calibrate(loaded, ids, job.statistics, seed=seed, prefix=before)
+        for note in (*loaded.notes, *report.notes):
+            LOG.warning("%s", note)
+        calibrated = time.monotonic()
+        books, shared = _codebooks(loaded, chosen, job)
+        wanted, worker_bytes = {m.name: chosen.formats[m.kind] for m in loaded.matrices}, 0
+        if bpw is not None:
+            wanted, worker_bytes = _bounded(loaded, chosen, job, books, workers, bpw)
+        known, missing = _tasks(loaded, wanted, job)
+        records, largest = _run(loaded, missing, job, books, workers)
     facts = {
         "calibration_perplexity": report.perplexity,
         "calibration_seconds": round(calibrated - began, 1),
         "measurement_seconds": round(time.monotonic() - calibrated, 1),
         "peak_rss_bytes": float(peak_rss_bytes()),
-        "worker_peak_rss_bytes": float(worker_bytes),
+        "worker_peak_rss_bytes": float(max(worker_bytes, largest)),
     }
     settings: dict[str, int | float | str | bool | None] = {
         "nsamples": len(ids),
@@ -259,9 +275,10 @@ def measure(
         "identity": job.identity,
     }
     table = _table(loaded, source, known + records, shared, settings, report.tokens, facts)
-    table = _with_earlier(table, output)
-    table = table.model_copy(update={"bounded": _unmeasured(loaded, chosen, table)})
-    write_record(output / TABLE_FILE, table)
+    with alone_in(output):  # another machine may be adding its own
+        table = _with_earlier(table, output)
+        table = table.model_copy(update={"bounded": _unmeasured(loaded, chosen, table)})
+        write_record(output / TABLE_FILE, table)
     return table
 
 

@@ -21,9 +21,10 @@ from reallm.planner.breakdown import (
     short_names,
     tally,
 )
-from reallm.planner.plan import Choice, PlanError
+from reallm.planner.plan import Choice
 from reallm.planner.records import MeasuredTable
 from reallm.planner.stored import stored_nbytes
+from reallm.planner.units import PlanError
 
 
 def choice(name: str, fmt: str, rows: int = 64, cols: int = 64, kind: str = "linear", cost: float = 0.0) -> Choice:

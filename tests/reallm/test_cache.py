@@ -12,7 +12,7 @@ import pytest
 from reallm.cache import Cache, content_key, fields_sha256
 from reallm.encoding import Job
 from reallm.kernels.formats import Format
-from reallm.planner.records import MeasurementRecord
+from reallm.planner.records import MeasurementRecord, partial_path
 
 KEY = content_key({"a": 1})
 FIELDS = {"codes": np.arange(64, dtype=np.uint8), "scales": np.zeros(128, dtype=np.uint8)}
@@ -96,3 +96,8 @@ def test_a_digest_depends_on_every_byte_and_the_order() -> None:
     assert digest != fields_sha256(dict(reversed(FIELDS.items())))
     changed = {**FIELDS, "scales": FIELDS["scales"] + np.uint8(1)}
     assert digest != fields_sha256(changed)
+
+
+def test_two_machines_with_processes_of_one_number_write_beside_each_other() -> None:
+    names = {partial_path(Path("/folder/entry.json")) for _ in range(100)}
+    assert len(names) == 100 and all(path.parent == Path("/folder") and path.suffix == ".partial" for path in names)

@@ -190,6 +190,16 @@ def test_models_and_texts_that_cannot_be_read_are_refused(folder: Path, tmp_path
     assert not (tmp_path / "work" / TABLE_FILE).exists()
 
 
+def test_workers_that_cannot_be_had_are_refused_before_anything_is_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    work = ("-o", tmp_path / "work")
+    assert "pip install 'reallm[ray]'" in refusal("measure", folder / "model", "--backend", "ray", *work)
+    assert "is for --backend ray" in refusal("measure", folder / "model", "--ray-address", "head:6379", *work)
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_nan_in_a_weight_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "model", tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")

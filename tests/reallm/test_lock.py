@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 import threading
 from pathlib import Path
+
+import pytest
 
 from reallm.finetuning.checkpoints import open_progress
 from reallm.lock import LOCK_FILE, alone_in
@@ -33,3 +38,14 @@ def test_a_locked_folder_counts_as_empty_and_keeps_its_lock(tmp_path: Path) -> N
         (tmp_path / "checkpoint-1").mkdir()
         assert open_progress(tmp_path, {"steps": 2}, resume=True) is None
         assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_FILE, "settings.json"]
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(stream: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone_in(tmp_path):
+        assert "cannot be locked (Function not implemented): let nothing else work in it" in caplog.text

@@ -9,13 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from clusters import encoders, local_cluster
 from tiny import save_tiny
 
 from reallm import measurement
@@ -25,6 +29,7 @@ from reallm.encoding import Encoded, Job, metric_of
 from reallm.errors import UserError
 from reallm.kernels.formats import Format
 from reallm.kernels.reference import decode_reference
+from reallm.lock import alone_in
 from reallm.measurement import measure
 from reallm.model import load_model
 from reallm.planner.plan import Choice
@@ -47,15 +52,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_killed_worker_names_the_way_around(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(calls: object) -> None:
-        raise TerminatedWorkerError("SIGKILL(-9)")
-
-    monkeypatch.setattr(measurement.joblib, "Parallel", lambda **options: killed)
-    with pytest.raises(UserError, match=r"killed \(out of memory\?\); use --jobs 1"):
-        run(model, tmp_path / "work")
-
-
 def test_what_the_dtype_cannot_hold_is_refused_before_calibration(model: Path, tmp_path: Path) -> None:
     loaded = load_model(model)
     norm = loaded.model.get_submodule("model.norm")
@@ -69,7 +65,7 @@ def test_what_the_dtype_cannot_hold_is_refused_before_calibration(model: Path, t
     assert not (tmp_path / "work").exists()
 
 
-def run(model: Path, output: Path, **changes: int | bool) -> MeasuredTable:
+def run(model: Path, output: Path, **changes: int | bool | str) -> MeasuredTable:
     return measure(model, text=model / "text.txt", space=model / "space.yaml", output=output, **{**SETTINGS, **changes})
 
 
@@ -170,13 +166,6 @@ def test_the_digest_of_a_table_leaves_out_what_time_it_took(whole: Path) -> None
     assert table.model_copy(update={"measurements": tuple(slower), "base": {}}).digest() == table.digest()
     dearer = [record.model_copy(update={"two_sided": record.two_sided * 2}) for record in table.measurements]
     assert table.model_copy(update={"measurements": tuple(dearer)}).digest() != table.digest()
-
-
-def test_two_workers_find_the_same_codes_as_one(model: Path, whole: Path, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    run(model, tmp_path, jobs=2)
-    assert content(tmp_path) == content(whole)
-    assert torch.get_num_threads() == threads
 
 
 def test_codebooks_do_not_depend_on_the_number_of_threads(model: Path, whole: Path, tmp_path: Path) -> None:
@@ -303,3 +292,127 @@ def test_two_processes_at_once_end_well(model: Path, whole: Path, tmp_path: Path
         assert process.returncode == 0, errors.decode()[-2000:]
     assert content(tmp_path) == content(whole)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+# -- who does it -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def killing(folder: Path, entries: int, victim: Callable[[], bool]) -> Iterator[list[float]]:
+    """Within it, `victim` is called, until it has killed, once so many measurements are in the cache."""
+    over, killed = threading.Event(), []
+
+    def watch() -> None:
+        while not over.wait(0.005) and not killed:
+            if len(list(folder.glob("cache/*/*.json"))) >= entries and victim():
+                killed.append(time.monotonic())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def kill_an_encoder() -> bool:
+    for process in encoders()[:1]:
+        process.kill()
+        return True
+    return False
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of codes and statistics."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Byte for byte, the times in the JSON left out; and nothing is left over."""
+    assert content(found) == content(expected)
+    assert files(found) == files(expected)
+    assert not list(found.glob("weights-*"))
+
+
+def test_two_workers_of_which_one_is_killed_find_the_same_bytes_as_one(
+    model: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    threads = torch.get_num_threads()
+    with killing(tmp_path, 15, kill_an_encoder) as killed:
+        run(model, tmp_path, jobs=2)
+    assert torch.get_num_threads() == threads
+    assert killed and any("its worker died (SIGKILL(-9)); started again, 1 of 3" in line for line in caplog.messages)
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
+def test_a_cluster_that_loses_a_worker_and_a_machine_finds_the_same_bytes(
+    model: Path, whole: Path, tmp_path: Path
+) -> None:
+    with local_cluster(2) as (cluster, nodes):
+
+        def kill_a_machine() -> bool:
+            cluster.remove_node(nodes[0], allow_graceful=False)
+            return True
+
+        with killing(tmp_path, 10, kill_an_encoder) as first, killing(tmp_path, 30, kill_a_machine) as second:
+            run(model, tmp_path, backend="ray", ray_address=cluster.address, jobs=-1)
+    assert first and second
+    assert_same(tmp_path, whole)
+
+
+INTERRUPTED = (  # a shell's background jobs inherit the signal ignored
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + COMMAND.replace("jobs=1", "jobs=2")
+)
+
+
+def test_ctrl_c_leaves_no_worker(model: Path, tmp_path: Path) -> None:
+    """The signal goes to the whole group, as a terminal sends it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(model), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    wait_for(process, tmp_path, "*.json", 15)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and b"KeyboardInterrupt" in errors
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # loky's own book-keeper ends a moment after
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    assert not list(tmp_path.glob("weights-*"))
+
+
+def test_a_worker_of_another_version_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = measurement._measure_matrix
+
+    def older(*arguments: object) -> object:
+        return task(*arguments[:-1], measurement.CODEC_VERSION - 1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measurement, "_measure_matrix", older)
+    with pytest.raises(UserError, match="install the same on every machine"):
+        run(model, tmp_path)
+
+
+def test_a_table_that_another_machine_writes_meanwhile_is_joined(
+    model: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run of one format comes to its end while another holds the folder, which then leaves a table of all."""
+    work, space = tmp_path / "work", tmp_path / "one.yaml"
+    shutil.copytree(whole, work)
+    (work / TABLE_FILE).unlink()
+    space.write_text("linear: [int3-g16]\n")
+    ours = threading.Thread(
+        target=measure, args=[model], kwargs={"text": model / "text.txt", "space": space, "output": work, **SETTINGS}
+    )
+    with alone_in(work):
+        ours.start()
+        while "another process is at work" not in caplog.text:
+            assert ours.is_alive()
+            time.sleep(0.01)
+        shutil.copy(whole / TABLE_FILE, work)
+    ours.join()
+    assert content(work)["measurements"] == content(whole)["measurements"]
