@@ -1,6 +1,6 @@
 """What measuring a large model would take on many machines: on paper, from seconds measured on matrices that fit here.
 
-    python -m benchmarks.cluster_paper     the two bounds that benchmarks/results/encoding.json alone gives; seconds
+    python -m benchmarks.cluster_paper     two bounds and the fit between them; about a minute
 
 Encoding W[N, K] in the first format of a matrix takes s1 thread seconds, in a further one s2:
 
@@ -10,7 +10,7 @@ Encoding W[N, K] in the first format of a matrix takes s1 thread seconds, in a f
 a to d are fitted, in relative error, to SHAPES measured now and to benchmarks/results/encoding.json (all linears of
 SmolLM2-135M). That file alone leaves open how its seconds beside the search split: all of them in proportion to the
 matrix (a; c) is the least a larger one can take, none (b; d) the most. All candidates of the default space are counted
-as this format. Bytes of a task: m x 4 (NK + N^2 + K^2), m as measured on the largest of SHAPES. Machines are filled
+as this format. Bytes of a task: m x 4 (NK + N^2 + K^2), m the largest measured. Machines are filled
 task by task, the longest first, while cores and memory last; a core is as fast with its neighbours busy. Calibration
 runs on the one machine that asks, at the rate measured here for two cores times CORES / 2, and takes
 
@@ -46,7 +46,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "cluster_paper.json"
 ENCODING = ROOT / "benchmarks" / "results" / "encoding.json"
 FORMAT = "tq2-l12+ldl2+rot"
 SHAPES = ((512, 512), (512, 2048), (2048, 512), (1024, 1024))
-"""The largest last: its memory is what the process grows by."""
 SMOLLM2 = llama(30, 576, 192, 1536)
 PAPER = {"LLaMA-3-70B": llama(80, 8192, 1024, 28672), "LLaMA-3-405B": MODELS["LLaMA-3-405B"]}
 MACHINES = (8, 64)
@@ -134,8 +133,8 @@ def measured_scaling() -> Scaling:
     once = whole["encoder, all linears, 2 bits, 2^12 states"] - again
     a, far_a = _fit(_again, [(f["again"], [s]) for s, f in found.items()] + [(again, _sizes(SMOLLM2))])
     c, far_c = _fit(_once, [(f["first"] - f["again"], [s]) for s, f in found.items()] + [(once, _sizes(SMOLLM2))])
-    rows, cols = SHAPES[-1]
-    return Scaling(a, c, found[rows, cols]["bytes"] / (4 * (rows * cols + rows**2 + cols**2)), max(far_a, far_c))
+    copies = max(f["bytes"] / (4 * (rows * cols + rows**2 + cols**2)) for (rows, cols), f in found.items())
+    return Scaling(a, c, copies, max(far_a, far_c))
 
 
 def bounds() -> dict[str, Scaling]:
@@ -210,8 +209,9 @@ def makespan(tasks: Iterable[tuple[float, float]], machines: int) -> float:
 
 
 def main() -> None:
-    """Estimate by both bounds, write and print."""
-    rows = [{"bound": name, **asdict(e)} for name, s in bounds().items() for e in estimates(s, FLOPS_PER_S)]
+    """Estimate by both bounds and by the fit, write and print."""
+    found = {**bounds(), "fitted": measured_scaling()}
+    rows = [{"scaling": name, **asdict(s), **asdict(e)} for name, s in found.items() for e in estimates(s, FLOPS_PER_S)]
     write_text_atomic(RESULTS, canonical_json(rows))
     print(canonical_json(rows))
 
