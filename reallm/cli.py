@@ -448,7 +448,10 @@ def finetune(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     text: Text = None,
     teacher: Annotated[str | None, typer.Option(help="The dense model, if it has moved since it was measured.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the factors of matrices that have none yet.")] = 8,
+    train: Annotated[
+        str, typer.Option(help="What: factors (more bytes), scales and norms (none), separated by commas.")
+    ] = "factors,scales,norms",
+    rank: Annotated[int, typer.Option(min=0, help="Of the factors of matrices that have none yet; 0 adds none.")] = 8,
     factor_dtype: Annotated[FactorDtype, typer.Option(help="How those are stored.")] = "i8",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
@@ -475,6 +478,7 @@ def finetune(
         text=text,
         output=output,
         teacher=teacher,
+        train=[part.strip() for part in train.split(",") if part.strip()],
         rank=rank,
         factor_dtype=factor_dtype,
         steps=steps,

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .card import model_card
 from .codecs.stored import store
@@ -78,6 +79,8 @@ class Compilation:
     codes: CodeSource
     digests: dict[str, str] = field(default_factory=dict)
     """Tensor name -> sha256, filled while writing."""
+    tuned: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that take the place of the model's own of that name, in the model's dtype."""
 
     def __post_init__(self) -> None:
         self.matrices = {matrix.name: matrix for matrix in self.loaded.matrices}
@@ -142,7 +145,7 @@ class Compilation:
             matrix, field_name = owner[spec.name]
             data = self.fields(matrix)[field_name] if field_name else self.codes.shared(matrix)
         else:
-            data = _float_bytes(self.loaded, spec)
+            data = _float_bytes(self.loaded, spec, self.tuned)
         self.digests[spec.name] = hashlib.sha256(data.tobytes()).hexdigest()
         return data
 
@@ -214,9 +217,9 @@ def _check_choices(plan: Plan, matrices: Mapping[str, Matrix]) -> None:
             )
 
 
-def _float_bytes(loaded: LoadedModel, spec: TensorSpec) -> Bytes:
-    """A tensor of the model itself, in the dtype planned for it. Raises UserError if that would lose bits."""
-    tensor = loaded.model.state_dict()[spec.name].detach()
+def _float_bytes(loaded: LoadedModel, spec: TensorSpec, tuned: Mapping[str, Tensor]) -> Bytes:
+    """A tensor of the model itself, or tuned, in the dtype planned. Raises UserError if that would lose bits."""
+    tensor = tuned[spec.name] if spec.name in tuned else loaded.model.state_dict()[spec.name].detach()
     result = tensor.to(_TORCH[spec.dtype])
     if spec.name in loaded.other_tensors() and not torch.equal(result.to(tensor.dtype), tensor):
         raise UserError(

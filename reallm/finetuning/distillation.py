@@ -22,7 +22,6 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import UserError
-from .factors import Modules, factors_of
 
 WARM_UP_SHARE = 0.03
 MAX_EVALUATION_STEPS = 50
@@ -43,14 +42,12 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class Student(nn.Module):
-    """The artifact's model with its factors as the only parameters, so that a checkpoint holds nothing else."""
+    """The artifact's model with what is trained as the only parameters, so that a checkpoint holds nothing else."""
 
-    def __init__(self, model: PreTrainedModel, modules: Modules) -> None:
+    def __init__(self, model: PreTrainedModel, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple, so that it is no child of this module
-        pairs = [factors_of(module) for module in modules.values()]
-        self.left = nn.ParameterList([left for left, _ in pairs])
-        self.right = nn.ParameterList([right for _, right in pairs])
+        self.trained = nn.ParameterList(parameters)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids [batch, seqlen] to logits [batch, seqlen, vocabulary]."""

@@ -21,19 +21,19 @@ from ..codecs.metric import Metric, Workspace
 from ..kernels.codecs import DenseCodec
 from ..kernels.terms import LowRank
 from ..model import LoadedModel
-from ..runtime.low_rank import LowRankTraining
 from ..runtime.replace import packed_modules
+from ..runtime.scale_training import ScaleTraining
 
-Modules = Mapping[str, LowRankTraining]
+Modules = Mapping[str, ScaleTraining]
 Snapshot = dict[str, tuple[Tensor, Tensor]]
 
 
-def trainable_modules(model: nn.Module) -> dict[str, LowRankTraining]:
-    """Every compressed linear of `model` by name; embeddings and experts have no factors to train."""
+def trainable_modules(model: nn.Module) -> dict[str, ScaleTraining]:
+    """Every compressed linear of `model` by name; embeddings and experts have nothing to train."""
     return {
         name: module
         for name, module in packed_modules(model)
-        if isinstance(module, LowRankTraining) and not isinstance(module.format.codec, DenseCodec)
+        if isinstance(module, ScaleTraining) and not isinstance(module.format.codec, DenseCodec)
     }
 
 
@@ -58,16 +58,17 @@ def _adder(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     return add
 
 
-def start_factors(original: LoadedModel, modules: Modules, moments: Mapping[str, Tensor], term: LowRank) -> None:
+def start_factors(original: LoadedModel, modules: Modules, moments: Mapping[str, Tensor], term: LowRank | None) -> None:
     """Make the factors of every module trainable; where there are none, those of `term`, rounded as they are stored.
 
-    A rank beyond the matrix's own is cut to it.
+    A rank beyond the matrix's own is cut to it. Without a `term` every module must have factors.
     """
     matrices = {matrix.name: matrix for matrix in original.matrices}
     for name, module in modules.items():
         if module.format.low_rank:
             module.train_low_rank()
             continue
+        assert term is not None
         own = LowRank(min(term.rank, module.rows, module.cols), term.dtype)
         error = original.weight(matrices[name]).cpu() - module.decode_now(torch.float32).cpu()
         metric = Metric(hessian=torch.diag(moments[name]), fisher=moments[name].expand(module.rows, -1))
@@ -76,14 +77,14 @@ def start_factors(original: LoadedModel, modules: Modules, moments: Mapping[str,
         set_factors(module, found.left, found.right)
 
 
-def factors_of(module: LowRankTraining) -> tuple[nn.Parameter, nn.Parameter]:
+def factors_of(module: ScaleTraining) -> tuple[nn.Parameter, nn.Parameter]:
     """L and R of a module whose factors are being trained. Raises ValueError if they are not."""
     if module.left_factor is None or module.right_factor is None:
         raise ValueError("no low-rank factors are being trained; call train_low_rank() first")
     return module.left_factor, module.right_factor
 
 
-def set_factors(module: LowRankTraining, left: Tensor, right: Tensor) -> None:
+def set_factors(module: ScaleTraining, left: Tensor, right: Tensor) -> None:
     """Overwrite the values of the factors being trained."""
     own_left, own_right = factors_of(module)
     with torch.no_grad():
@@ -104,7 +105,8 @@ def restore(modules: Modules, factors: Snapshot) -> None:
         set_factors(modules[name], left, right)
 
 
-def fold_all(modules: Modules, term: LowRank) -> None:
+def fold_all(modules: Modules, term: LowRank | None) -> None:
     """Write all factors back into the fields; new ones in the dtype of `term`. ValueError if one is not finite."""
     for module in modules.values():
-        module.fold(module.format.low_rank.dtype if module.format.low_rank else term.dtype)
+        own = module.format.low_rank or term
+        module.fold(None if own is None else own.dtype)

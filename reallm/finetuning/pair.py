@@ -22,6 +22,7 @@ from ..model import LoadedModel, load_model
 from ..planner.plan import Plan
 from ..text import Text, windows
 from .factors import Modules, trainable_modules
+from .trained import Part, check_parts
 
 HELD_OUT_WINDOWS = 8
 HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
@@ -31,6 +32,7 @@ HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
 class Training:
     """The settings of one run, all of which decide its result."""
 
+    train: tuple[Part, ...] = ("factors", "scales", "norms")
     rank: int = 8
     factor_dtype: Literal["f16", "i8", "i4"] = "i8"
     steps: int = 200
@@ -40,8 +42,9 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MAX_RANK:
-            raise UserError(f"--rank {self.rank}: expected 1 to {MAX_RANK}")
+        object.__setattr__(self, "train", check_parts(self.train))
+        if not 0 <= self.rank <= MAX_RANK:
+            raise UserError(f"--rank {self.rank}: expected 0 to {MAX_RANK}")
         if self.factor_dtype not in ("f16", "i8", "i4"):
             raise UserError(f"--factor-dtype {self.factor_dtype}: expected f16, i8 or i4")
         if self.steps < 1 or self.batch_size < 1:
@@ -52,9 +55,9 @@ class Training:
             raise UserError(f"--seqlen {self.seqlen}: expected at least 8 tokens")
 
     @property
-    def term(self) -> LowRank:
-        """The low-rank term of a matrix that has none yet."""
-        return LowRank(self.rank, self.factor_dtype)
+    def term(self) -> LowRank | None:
+        """The low-rank term of a matrix that has none yet; None for none."""
+        return LowRank(self.rank, self.factor_dtype) if self.rank and "factors" in self.train else None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def open_pair(
     original.model.to(device=place, dtype=dtype)
     modules = trainable_modules(model)
     if not modules:
-        raise UserError(f"{artifact} has no compressed linear, so there are no factors to train")
+        raise UserError(f"{artifact} has no compressed linear, so there is nothing to train")
     held_out = min(HELD_OUT_WINDOWS, max(1, len(tokens) // HELD_OUT_SHARE))
     return Pair(original, model, modules, tokens[:-held_out], tokens[-held_out:], _mask_token(original))
 

@@ -10,10 +10,12 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..compiler import Compilation, write_artifact
@@ -26,8 +28,9 @@ from ..text import Text, load_text
 from ..verification import read_plan
 from .checkpoints import Progress, open_progress, progress_folder, read_settings
 from .distillation import Distillation, FinalEvaluation, Student, training_arguments, training_order
-from .factors import column_moments, fold_all, restore, snapshot, start_factors
+from .factors import column_moments
 from .pair import Pair, Training, open_pair
+from .trained import Trained, check_parts
 from .tuned import TrainedCodes, tuned_plan
 
 LOG = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ def finetune(
     text: str | None = None,
     output: Path | str,
     teacher: Path | str | None = None,
+    train: Sequence[str] = ("factors", "scales", "norms"),
     rank: int = 8,
     factor_dtype: Literal["f16", "i8", "i4"] = "i8",
     steps: int = 200,
@@ -65,14 +69,16 @@ def finetune(
     kernels: bool = True,
     force: bool = False,
 ) -> Path:
-    """Train the low-rank factors of `artifact` against the model it was made from, into the artifact `output`.
+    """Train `artifact` against the model it was made from, into the artifact `output`.
 
-    A compressed linear without a low-rank term gets one of `rank` in `factor_dtype`. `teacher` is that model, if it has
-    moved since. One step is `batch_size` windows of `seqlen` tokens. An interrupted run goes on at its last checkpoint,
-    in `<output>.partial`, unless `resume` is false. Raises UserError; when nothing was gained, nothing is written.
+    `train` names what: "factors", "scales", "norms" (see `trained`). With factors, a compressed linear without a
+    low-rank term gets one of `rank` in `factor_dtype`; 0 adds none, and then not one byte is added. `teacher` is that
+    model, if it has moved since. One step is `batch_size` windows of `seqlen` tokens. An interrupted run goes on at its
+    last checkpoint, in `<output>.partial`, unless `resume` is false. Raises UserError; when nothing was gained, nothing
+    is written.
     """
     began, output = time.perf_counter(), Path(output)
-    training = Training(rank, factor_dtype, steps, batch_size, seqlen, learning_rate, seed)
+    training = Training(check_parts(train), rank, factor_dtype, steps, batch_size, seqlen, learning_rate, seed)
     check_output(output, force)
     if not is_artifact(artifact):
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
@@ -84,7 +90,8 @@ def finetune(
     with alone_in(folder):
         check_output(output, force)  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
-        gain = train_pair(pair, training, folder, checkpoint, gradient_checkpointing)
+        trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype)
+        gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing)
         after = min(gain.started, gain.trained)
         if not after < gain.before * (1 - LEAST_GAIN):
             shutil.rmtree(folder)
@@ -95,7 +102,9 @@ def finetune(
         codes = TrainedCodes(pair.model)
         new = tuned_plan(plan, pair.original, codes, _notes(pair, training, source, gain))
         pair.original.model.to("cpu")
-        write_artifact(Compilation(new, pair.original, codes), output, force=force, kernels=kernels)
+        write_artifact(
+            Compilation(new, pair.original, codes, tuned=trained.tensors()), output, force=force, kernels=kernels
+        )
         shutil.rmtree(folder)
     _report(plan, new, gain, time.perf_counter() - began)
     return output
@@ -104,29 +113,31 @@ def finetune(
 def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str) -> dict[str, int | float | str]:
     """What makes two runs the same run."""
     return asdict(training) | {
+        "train": ",".join(training.train),
         "artifact_sha256": sha256_file(Path(artifact) / MANIFEST_FILE),
         "model_sha256": plan.model_sha256,
         "text_sha256": source.sha256,
     }
 
 
-def train_pair(pair: Pair, training: Training, folder: Path, checkpoint: Path | None, checkpointing: bool) -> Gain:
-    """Train, and leave the better of the trained and the fresh factors folded into the model."""
+def train_pair(
+    pair: Pair, trained: Trained, training: Training, folder: Path, checkpoint: Path | None, checkpointing: bool
+) -> Gain:
+    """Train, and leave the better of the trained and the fresh state folded into the model."""
     _freeze(pair, checkpointing)
     before = pair.divergence(training.seed)
     sample = pair.inputs(pair.train[:MOMENT_WINDOWS], training.seed)
-    moments = column_moments(pair.model, pair.modules, sample)
-    start_factors(pair.original, pair.modules, moments, training.term)
-    fresh = snapshot(pair.modules)
-    started = pair.divergence(training.seed)
-    LOG.info("held-out KL %.4f nats per token, %.4f with fresh factors", before, started)
-    _trainer(pair, training, folder).train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trained = _folded(pair, training)
-    if not trained < started:
-        LOG.warning("training did not help (%.4f): the untrained factors are kept", trained)
-        restore(pair.modules, fresh)
-        fold_all(pair.modules, training.term)
-    return Gain(before, started, trained)
+    moments = column_moments(pair.model, pair.modules, sample) if training.term else {}
+    parameters = trained.start(pair.original, moments)
+    started = pair.divergence(training.seed) if training.term else before
+    LOG.info("held-out KL %.4f nats per token, %.4f untrained", before, started)
+    trainer = _trainer(pair, parameters, training, folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    after = _folded(pair, trained, training)
+    if not after < started:
+        LOG.warning("training did not help (%.4f): the untrained state is kept", after)
+        trained.fresh()
+    return Gain(before, started, after)
 
 
 def _freeze(pair: Pair, checkpointing: bool) -> None:
@@ -141,11 +152,11 @@ def _freeze(pair: Pair, checkpointing: bool) -> None:
                 module.training = True  # the layer's own flag only: its dropout stays off
 
 
-def _trainer(pair: Pair, training: Training, folder: Path) -> Distillation:
+def _trainer(pair: Pair, parameters: Sequence[nn.Parameter], training: Training, folder: Path) -> Distillation:
     order = training_order(len(pair.train), training.steps * training.batch_size, training.seed)
     show = LOG.isEnabledFor(logging.INFO)
     return Distillation(
-        Student(pair.model, pair.modules),
+        Student(pair.model, parameters),
         pair.original.model,
         arguments=training_arguments(
             folder,
@@ -161,12 +172,12 @@ def _trainer(pair: Pair, training: Training, folder: Path) -> Distillation:
     )
 
 
-def _folded(pair: Pair, training: Training) -> float:
-    """Held-out divergence with the trained factors as they will be stored; infinite if they cannot be."""
-    if not all(bool(factor.isfinite().all()) for pair_of in snapshot(pair.modules).values() for factor in pair_of):
+def _folded(pair: Pair, trained: Trained, training: Training) -> float:
+    """Held-out divergence with what was trained as it will be stored; infinite if it cannot be."""
+    if not trained.finite():
         return math.inf
     try:
-        fold_all(pair.modules, training.term)
+        trained.fold()
     except ValueError:  # beyond fp16
         return math.inf
     return pair.divergence(training.seed)
@@ -178,11 +189,11 @@ def _notes(pair: Pair, training: Training, source: Text, gain: Gain) -> list[str
         f"trained for {training.steps} steps of {training.batch_size} x {training.seqlen} tokens at learning rate "
         f"{training.learning_rate:g} on {source.description}"
         if gain.trained < gain.started
-        else f"set by SVD, weighted by {source.description}; training did not lower the KL further"
+        else f"left as they started, new factors by SVD on {source.description}; training did not lower the KL further"
     )
     after = min(gain.started, gain.trained)
     return [
-        f"the low-rank factors of {len(pair.modules)} matrices were {how}",
+        f"{', '.join(training.train)} of {len(pair.modules)} matrices were {how}",
         f"KL to the original on {len(pair.held_out)} held-out windows of that text: {gain.before:.4f} nats per token "
         f"before, {after:.4f} after",
         "costs, bound and predicted loss are those of the codes before that",

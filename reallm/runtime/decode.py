@@ -313,6 +313,44 @@ def decode(
     return weight.to(dtype)
 
 
+def decode_coded(fmt: Format, fields: Fields, rows: int, cols: int, *, shared: Tensor | None = None) -> Tensor:
+    """The codes as if every scale were one, before any transform is undone: float32 [rows, cols].
+
+    For formats with a field `scales` (see `scale_count`). Raises ValueError on a missing field or one of a wrong size.
+    """
+    stored = _with_shared(fmt, fields, rows, cols, shared)
+    count = scale_count(fmt, rows, cols)
+    ones = fields["scales"].new_zeros(fields["scales"].numel())
+    ones[: 2 * count] = torch.ones(count, dtype=torch.float16, device=ones.device).view(torch.uint8)
+    books = {} if shared is None or not fmt.shared_field else {fmt.shared_field.name: shared}
+    read = _Reader(stored, {**fields, **books, "scales": ones}, rows, None)
+    return _codes(fmt, read, rows, cols)
+
+
+def decode_scales(fmt: Format, fields: Fields, rows: int, cols: int) -> Tensor:
+    """The scales as they are stored, float32 [count]."""
+    return read_floats(fields["scales"], "f16", scale_count(fmt, rows, cols))
+
+
+def scale_count(fmt: Format, rows: int, cols: int) -> int:
+    """How many fp16 scales the format stores by themselves; 0 where it has none, or quantises them again."""
+    return next((field.count for field in fmt.fields(rows, cols) if field.name == "scales"), 0)
+
+
+def spread_scales(fmt: Format, scales: Tensor, rows: int, cols: int) -> Tensor:
+    """Scales [count] as they multiply the codes: [rows, cols], [rows, 1], or [cols] where all rows have the same."""
+    if isinstance(fmt.codec, ScalarCodec):
+        return _spread(scales.view(rows, -1), fmt.codec.group_width(cols), cols)
+    return scales[:, None] if isinstance(fmt.codec, AdditiveCodec) else scales.repeat_interleave(TILE)[:cols]
+
+
+def decode_transform(fmt: Format, fields: Fields, rows: int, cols: int, weight: Tensor) -> Tensor:
+    """The transform undone, and the sparse outliers added, of scaled codes [rows, cols]; differentiable in `weight`."""
+    read = _Reader(fmt.fields(rows, cols), fields, rows, None)
+    weight = _untransform(fmt, read, weight)
+    return _add_sparse(read, weight) if fmt.sparse else weight
+
+
 def decode_factors(fmt: Format, fields: Fields, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """L [rows, rank] and R [rank, cols] in float32; both have rank 0 where the format has no low-rank term."""
     if fmt.low_rank is None:

@@ -80,7 +80,7 @@ class LowRankTraining(Packed):
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
         """W_hat [rows, cols], without the low-rank term while that is being trained."""
-        if not self.in_training:
+        if self.left_factor is None:
             return super().decode_now(dtype)
         fields, shared = self.fields, self.shared_codebooks
         return decode(self.format, fields, self.rows, self.cols, dtype=dtype, shared=shared, low_rank=False)
@@ -92,7 +92,7 @@ class LowRankTraining(Packed):
         return nn.functional.linear(inner, self.left_factor.to(inputs.dtype))
 
 
-def _bytes(values: Tensor) -> Tensor:
+def packed_bytes(values: Tensor) -> Tensor:
     """The bit pattern of `values`, zero-padded as a field: uint8 [aligned]."""
     raw = values.contiguous().reshape(-1).view(torch.uint8)
     result = raw.new_zeros(aligned(raw.numel()))
@@ -106,7 +106,7 @@ def _rounded(factor: Tensor, dim: int, term: LowRank) -> tuple[Tensor, Tensor]:
     scales = (factor.abs().amax(dim=dim, keepdim=True) / largest).to(torch.float16)
     codes = (factor / scales.float().clamp(min=2.0**-24)).round().clamp(-largest, largest)
     if term.dtype == "i8":
-        return _bytes(codes.to(torch.int8)), scales
+        return packed_bytes(codes.to(torch.int8)), scales
     packed = pack_codes((codes + term.offset).nan_to_num().to(torch.uint8).cpu().numpy(), 4)
     return torch.from_numpy(packed).to(factor.device), scales
 
@@ -121,4 +121,4 @@ def pack_factors(left: Tensor, right: Tensor, term: LowRank) -> dict[str, Tensor
         floats = {"left_scales": left_scales, "right_scales": right_scales}
     if not all(bool(torch.isfinite(values).all()) for values in floats.values()):
         raise ValueError("a low-rank factor is not finite in fp16; train with a smaller learning rate")
-    return codes | {name: _bytes(values) for name, values in floats.items()}
+    return codes | {name: packed_bytes(values) for name, values in floats.items()}

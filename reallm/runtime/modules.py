@@ -17,21 +17,23 @@ from torch.nn.functional import embedding, linear
 from ..kernels.formats import Format
 from .decode import decode
 from .generated import packed_linear, takes_kernel
-from .low_rank import LowRankTraining
 from .packed import DecodeMode, Decoding, Packed, Shared
+from .scale_training import ScaleTraining
 from .weight import REFUSAL, FrozenWeightError, frozen
 
 
-class CompressedLinear(LowRankTraining, nn.Linear):  # type: ignore[override]  # weight: a property, not a Parameter
+class CompressedLinear(ScaleTraining, nn.Linear):  # type: ignore[override]  # weight: a property, not a Parameter
     """y = x W_hat^T + b, in the dtype of x."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """x [..., in_features] to y [..., out_features]."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        if not self.in_training and takes_kernel(self, input):
+        if self.in_training:
+            result = self.training_output(input)
+            return result if bias is None else result + bias
+        if takes_kernel(self, input):
             return packed_linear(self, input, bias)
-        result = linear(input, self.dense(input.dtype), bias)
-        return result + self.low_rank_output(input) if self.in_training else result
+        return linear(input, self.dense(input.dtype), bias)
 
 
 class CompressedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # weight: a property, not a Parameter

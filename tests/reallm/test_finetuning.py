@@ -26,6 +26,7 @@ from reallm.finetuning.checkpoints import WHOLE_FILE
 from reallm.finetuning.distillation import Distillation, divergence, training_order
 from reallm.finetuning.pair import Training, open_pair
 from reallm.finetuning.stage import train_pair
+from reallm.finetuning.trained import Trained
 from reallm.kernels.formats import Format
 from reallm.model import Matrix, load_model
 from reallm.planner.stored import shared_key
@@ -121,7 +122,8 @@ def test_the_artifact_comes_nearer_to_the_original(llama: Path, tuned: Path, tex
 def test_training_lowers_the_divergence_beyond_that_of_fresh_factors(llama: Path, text: str, tmp_path: Path) -> None:
     training = Training(rank=4, steps=12, batch_size=2, seqlen=SEQLEN, learning_rate=3e-3)
     pair = open_pair(llama, read_plan(llama), None, load_text(text), training, "cpu")
-    gain = train_pair(pair, training, tmp_path, None, False)
+    trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype)
+    gain = train_pair(pair, trained, training, tmp_path, None, False)
     assert gain.trained < 0.95 * gain.started < 0.95 * gain.before
     assert pair.divergence(training.seed) == gain.trained  # the trained factors are those in the model
 
@@ -138,6 +140,41 @@ def test_formats_bytes_and_codes_of_the_new_plan(llama: Path, tuned: Path) -> No
         assert read_bytes(before[codes]).tobytes() == read_bytes(after[codes]).tobytes()
     assert any("trained for 12 steps" in note for note in new.notes)
     assert "held-out windows" in (tuned / "README.md").read_text()
+
+
+@pytest.mark.parametrize("fmt", ["tq2-l8+ldl+rot", "int2-g16", "nf2-g16-dq4x16"])
+def test_scales_and_norms_take_not_one_byte_more(fmt: str, text: str, tmp_path: Path) -> None:
+    artifact = pack("llama", tmp_path, linears(fmt))
+    parts = ("scales", "norms")
+    tuned = finetune(artifact, text=text, output=tmp_path / "tuned", **RUN | {"train": parts, "rank": 0})
+    old, new, before, after = read_plan(artifact), read_plan(tuned), read_tensors(artifact), read_tensors(tuned)
+    assert verify(tuned).deep
+    assert (new.file_bytes, new.budget, new.bits_per_weight) == (old.file_bytes, old.budget, old.bits_per_weight)
+    assert [c.format for c in new.choices] == [c.format for c in old.choices]
+    changed = {name.rpartition(".")[2] for name in after if bytes_of(before[name]) != bytes_of(after[name])}
+    assert changed == ({"weight"} if "dq" in fmt else {"weight", "scales"})  # the norms' weights, and no codes
+    assert kl(tuned, tmp_path / "model", text) < 0.95 * kl(artifact, tmp_path / "model", text)
+    again = finetune(
+        tuned, text=text, output=tmp_path / "again", **RUN | {"train": ("factors",), "rank": 1, "steps": 4}
+    )
+    norms = [name for name in after if name.endswith("norm.weight")]
+    assert norms and all(bytes_of(after[n]) == bytes_of(read_tensors(again)[n]) for n in norms)  # they are carried on
+
+
+def bytes_of(tensor: Any) -> bytes:
+    return read_bytes(tensor).tobytes()
+
+
+def test_norms_that_are_one_plus_their_weight_are_trained_too(text: str, tmp_path: Path) -> None:
+    artifact = pack("gemma2", tmp_path, linears("int3-g16"))
+    tuned = finetune(artifact, text=text, output=tmp_path / "tuned", **RUN | {"train": ("norms",), "rank": 0})
+    assert kl(tuned, tmp_path / "model", text) < kl(artifact, tmp_path / "model", text)
+
+
+def test_without_rank_there_may_be_no_factors_to_train(text: str, tmp_path: Path) -> None:
+    artifact = pack("llama", tmp_path, linears("int2-g16"))
+    with pytest.raises(UserError, match="--train factors: the artifact has nothing of that; give --rank 8"):
+        finetune(artifact, text=text, output=tmp_path / "tuned", **RUN | {"train": ("factors",), "rank": 0})
 
 
 def test_tuned_again_it_keeps_its_size(tuned: Path, text: str, tmp_path: Path) -> None:
@@ -224,7 +261,8 @@ def test_another_run_starts_anew(
     with monkeypatch.context() as patch, pytest.raises(StopError):
         stop_after(patch, 3)
         finetune(llama, text=text, output=tmp_path / "tuned", **run | change | {"batch_size": 4, "steps": 9})
-    assert [path.name for path in (tmp_path / "tuned.partial").glob("checkpoint-*")] == ["checkpoint-3"]
+    kept = sorted(path.name for path in (tmp_path / "tuned.partial").glob("checkpoint-*"))
+    assert kept[-1] == "checkpoint-3" and "checkpoint-1" not in kept  # the last, and the best if it is another
 
 
 def test_gradient_checkpointing_gives_the_same_factors(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
@@ -274,7 +312,9 @@ def test_mistakes_are_told_before_anything_is_written(llama: Path, text: str, tm
         ({"text": str(short)}, "short.txt: one window of 32 tokens found, two needed"),
         ({"text": str(tmp_path / "no.txt")}, "no.txt does not exist"),
         ({"seqlen": 4096}, "--seqlen 4096: this model takes 1 to 256"),
-        ({"rank": 0}, "--rank 0: expected 1 to 1024"),
+        ({"rank": -1}, "--rank -1: expected 0 to 1024"),
+        ({"train": ("factors", "biases")}, "--train biases: expected factors, scales, norms"),
+        ({"train": ()}, "--train: nothing is to be trained"),
         ({"factor_dtype": "f8"}, "--factor-dtype f8: expected f16, i8 or i4"),
         ({"steps": 0}, "--steps 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),

@@ -1,0 +1,158 @@
+"""What is being trained of a packed model, as one thing to start, fold back into its bytes, and start over.
+
+- factors   the low-rank terms, new ones where a matrix has none and the rank is not 0 (`factors`)
+- scales    a gain on every fp16 scale that a format stores by itself: not one byte more
+- norms     a gain on every weight of a normalisation: not one byte more
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..kernels.formats import Format
+from ..kernels.terms import LowRank
+from ..model import LoadedModel
+from .factors import Modules, Snapshot, fold_all, restore, snapshot, start_factors
+
+Part = Literal["factors", "scales", "norms"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def check_parts(parts: Sequence[str]) -> tuple[Part, ...]:
+    """`parts` in their own order, each once. Raises UserError for an unknown one, or none."""
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UserError(f"--train {unknown[0]}: expected {', '.join(PARTS)}")
+    if not parts:
+        raise UserError(f"--train: nothing is to be trained; expected one or more of {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in parts)
+
+
+class _Gain(nn.Module):
+    """w + unit * gain, gain float32 and 0 at first; unit is the effective weight, which is 1 + w in Gemma's norms."""
+
+    def __init__(self, weight: Tensor, about_one: bool) -> None:
+        super().__init__()
+        self.unit = torch.ones_like(weight) if about_one else weight.detach().clone()
+        self.gain = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight in use, in the dtype of `weight`."""
+        return (weight.float() + self.unit.float() * self.gain).to(weight.dtype)
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of `model` that normalise with a weight of one dimension, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+        and module.weight.ndim == 1  # as was asked for above
+    }
+
+
+@dataclass
+class Trained:
+    """The parts being trained of one packed model."""
+
+    model: PreTrainedModel
+    modules: Modules
+    parts: tuple[Part, ...]
+    term: LowRank | None
+    """Of the new factors; None for none."""
+    stored: torch.dtype
+    """The dtype in which norms are stored."""
+    _before: dict[str, tuple[Format, dict[str, Tensor]]] = field(default_factory=dict)
+    _norms_before: dict[str, Tensor] = field(default_factory=dict)
+    _fresh: Snapshot = field(default_factory=dict)
+
+    def start(self, original: LoadedModel, moments: Mapping[str, Tensor]) -> list[nn.Parameter]:
+        """Make every part trainable; the parameters. Raises UserError when there is none."""
+        self._before = {n: (m.format, {k: raw.clone() for k, raw in m.fields.items()}) for n, m in self.modules.items()}
+        self._norms_before = {name: norm.weight.detach().clone() for name, norm in norms_of(self.model).items()}  # type: ignore[operator]
+        if "factors" in self.parts:
+            start_factors(original, self._with_factors(), moments, self.term)
+            self._fresh = snapshot(self._with_factors())
+        if "scales" in self.parts:
+            for module in self.modules.values():
+                if module.has_scales:
+                    module.train_scales()
+        if "norms" in self.parts:
+            for norm in norms_of(self.model).values():
+                about_one = "gemma" in type(norm).__name__.lower()
+                parametrize.register_parametrization(norm, "weight", _Gain(norm.weight, about_one), unsafe=True)  # type: ignore[arg-type]
+        found = [parameter for parameter in self._parameters() if parameter is not None]
+        if not found:
+            raise UserError(
+                f"--train {','.join(self.parts)}: the artifact has nothing of that; give --rank 8 for new factors, or "
+                "train scales and norms"
+            )
+        return found
+
+    def _parameters(self) -> list[nn.Parameter | None]:
+        own = [p for m in self.modules.values() for p in (m.left_factor, m.right_factor, m.scale_gain)]
+        return own + [gain.gain for gain in self._gains().values()]
+
+    def _gains(self) -> dict[str, _Gain]:
+        found = {}
+        for name, module in self.model.named_modules():
+            if parametrize.is_parametrized(module, "weight"):
+                gain = module.parametrizations.weight[0]
+                if isinstance(gain, _Gain):
+                    found[name] = gain
+        return found
+
+    def _with_factors(self) -> Modules:
+        return {name: m for name, m in self.modules.items() if self.term is not None or m.format.low_rank}
+
+    def finite(self) -> bool:
+        """Whether every value being trained is."""
+        return all(bool(p.isfinite().all()) for p in self._parameters() if p is not None)
+
+    def fold(self) -> None:
+        """Write what was trained back into bytes. Raises ValueError for a value that cannot be stored."""
+        if "factors" in self.parts:
+            fold_all(self._with_factors(), self.term)
+        for module in self.modules.values():
+            if module.scale_gain is not None:
+                module.fold_scales()
+        values = {name: self.model.get_submodule(name).weight.detach().clone() for name in self._gains()}
+        self._drop_gains()
+        for name, value in values.items():
+            self._set_norm(name, value)
+
+    def fresh(self) -> None:
+        """Go back to where training started, new factors folded in."""
+        self._drop_gains()
+        for name, module in self.modules.items():
+            module.revert(*self._before[name])
+        for name, value in self._norms_before.items():
+            self._set_norm(name, value)
+        if self._fresh:
+            restore(self.modules, self._fresh)
+            fold_all(self._with_factors(), self.term)
+
+    def _drop_gains(self) -> None:
+        for name in self._gains():
+            parametrize.remove_parametrizations(self.model.get_submodule(name), "weight", leave_parametrized=False)
+
+    @torch.no_grad()
+    def _set_norm(self, name: str, value: Tensor) -> None:
+        weight = self.model.get_submodule(name).weight
+        assert isinstance(weight, nn.Parameter)
+        weight.copy_(value.to(self.stored))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> value of every norm's weight as the artifact stores it."""
+        return {
+            f"{name}.weight": norm.weight.detach().to("cpu", self.stored)  # type: ignore[operator]
+            for name, norm in norms_of(self.model).items()
+        }

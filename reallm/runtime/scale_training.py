@@ -1,0 +1,101 @@
+"""Trainable scales of a packed matrix, and the way back into its bytes: better weights that take not one byte more.
+
+    y = T(codes * (scales * gain)) x + L R x        gain, one a stored scale, starts at 1; the codes stay as they are
+
+Tuning scales beside norms is what block-wise methods do after their codes are fixed (AQLM, arXiv 2401.06118; OmniQuant,
+arXiv 2308.13137). Where all rows share their scales, as in rotated trellis codes, they multiply the rotated input, so
+that no gradient of a whole weight is ever formed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..kernels.codecs import AdditiveCodec, ScalarCodec
+from ..kernels.formats import Format
+from .decode import decode_coded, decode_factors, decode_scales, decode_transform, scale_count, spread_scales
+from .low_rank import LowRankTraining, packed_bytes
+from .packed import DecodeMode
+from .rotation import rotate, unrotate
+
+
+class ScaleTraining(LowRankTraining):
+    """A packed matrix whose scales can be trained, beside its low-rank term."""
+
+    scale_gain: nn.Parameter | None
+    _coded: tuple[Tensor, Tensor] | None
+
+    def start_decoding(self, mode: DecodeMode, dtype: torch.dtype) -> None:
+        """As for every packed matrix; nothing is being trained yet."""
+        super().start_decoding(mode, dtype)
+        self.register_parameter("scale_gain", None)
+        self._coded = None
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether there are scales to train."""
+        return scale_count(self.format, self.rows, self.cols) > 0
+
+    def train_scales(self) -> nn.Parameter:
+        """Make a gain on every stored scale trainable, float32 ones [count]. Raises ValueError where there is none."""
+        if not self.has_scales:
+            raise ValueError(f"format {self.format.name} stores no scales by themselves, so there are none to train")
+        scales = decode_scales(self.format, self.fields, self.rows, self.cols)
+        coded = decode_coded(self.format, self.fields, self.rows, self.cols, shared=self.shared_codebooks)
+        self._coded = (coded.to(self.decoded.dtype), scales)  # no buffers: neither saved nor counted
+        self.scale_gain = nn.Parameter(torch.ones_like(scales))
+        self.forget()
+        return self.scale_gain
+
+    def fold_scales(self) -> None:
+        """Write the trained scales back into their field.
+
+        Raises ValueError if they are not being trained or one is not finite in fp16.
+        """
+        if self.scale_gain is None or self._coded is None:
+            raise ValueError("no scales are being trained; call train_scales() first")
+        scales = (self._coded[1] * self.scale_gain.detach()).to(torch.float16)
+        if not bool(scales.isfinite().all()):
+            raise ValueError("a scale is not finite in fp16; train with a smaller learning rate")
+        self.scale_gain, self._coded = None, None
+        self.write([("scales", packed_bytes(scales))])
+        self.forget()
+
+    def revert(self, fmt: Format, fields: dict[str, Tensor]) -> None:
+        """Give up whatever is being trained, and take on a format and its fields."""
+        self.left_factor = self.right_factor = self.scale_gain = self._coded = None
+        for name in self.fields:
+            self._buffers.pop(name, None)
+        self.format = fmt
+        for name, raw in fields.items():
+            self.register_buffer(name, raw.clone())
+        self.forget()
+
+    @property
+    def in_training(self) -> bool:
+        """Whether factors or scales are being trained."""
+        return self.left_factor is not None or self.scale_gain is not None
+
+    def training_output(self, inputs: Tensor) -> Tensor:
+        """x W_hat^T for x [..., cols], with what is being trained in it: [..., rows]."""
+        if self.scale_gain is None:
+            result = linear(inputs, self.dense(inputs.dtype))
+        else:
+            result = self._scaled_output(inputs)
+            if self.left_factor is None and self.format.low_rank:
+                left, right = decode_factors(self.format, self.fields, self.rows, self.cols)
+                result = result + linear(linear(inputs, right.to(inputs.dtype)), left.to(inputs.dtype))
+        return result if self.left_factor is None else result + self.low_rank_output(inputs)
+
+    def _scaled_output(self, inputs: Tensor) -> Tensor:
+        assert self.scale_gain is not None and self._coded is not None
+        fmt, coded = self.format, self._coded[0].to(inputs.dtype)
+        spread = spread_scales(fmt, self._coded[1] * self.scale_gain, self.rows, self.cols).to(inputs.dtype)
+        by_row = isinstance(fmt.codec, ScalarCodec | AdditiveCodec)
+        if by_row or fmt.sparse or fmt.permuted or fmt.channel_scales:
+            weight = decode_transform(fmt, self.fields, self.rows, self.cols, (coded * spread).float())
+            return linear(inputs, weight.to(inputs.dtype))
+        inner = linear((rotate(inputs) if fmt.rotated else inputs) * spread, coded)
+        return unrotate(inner) if fmt.rotated else inner
