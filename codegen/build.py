@@ -26,7 +26,7 @@ from typing import Any, Literal
 from reallm.planner.plan import Plan
 from reallm.planner.records import canonical_json, write_text_atomic
 
-from .emit import emit, pointers, scalars
+from .emit import constants, emit, pointers, scalars
 from .operations import CodegenError
 from .passes import run_passes
 from .program import KernelSpec, Program, lower_plan
@@ -39,7 +39,7 @@ MANIFEST_FILE = "manifest.json"
 MAX_WORKERS = 4
 COMPILE_SECONDS = 1800
 WITHOUT = "--no-kernels makes the artifact without them"
-_POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "i8": "*i8"}
+_POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "i8": "*i8", "i32": "*i32", "i64": "*i64"}
 
 
 def emit_kernels(
@@ -119,7 +119,8 @@ def _job(spec: KernelSpec, place: Path, target: str, activation: str) -> dict[st
         "source": str(place / f"{spec.name}.py"),
         "function": spec.function,
         "pointers": len(tensors),
-        "signature": signature | dict.fromkeys(scalars(spec), "i32"),
+        "signature": signature | dict.fromkeys(scalars(spec), "i32") | dict.fromkeys(constants(spec), "constexpr"),
+        "constants": dict.fromkeys(constants(spec), "cuda"),
         "capability": int(target[3:]),
         "num_warps": spec.tile.num_warps,
         "outputs": outputs,

@@ -32,7 +32,7 @@ def compile_one(job: dict[str, Any]) -> dict[str, Any]:
     function = load(job["source"], job["function"])
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(job["pointers"])}
     compiled = triton.compile(
-        ASTSource(function, job["signature"], {}, aligned),
+        ASTSource(function, job["signature"], job["constants"], aligned),
         target=GPUTarget("cuda", job["capability"], 32),
         options={"num_warps": job["num_warps"], "enable_fp_fusion": True},
     )
