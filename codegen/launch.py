@@ -189,7 +189,7 @@ def _run(spec: KernelSpec, call: _Call, many: bool) -> None:
             spec = _for_batch(spec, call, many)
             down, across = -(-call.rows // spec.tile.block_n), -(-count // spec.batch)
             if "part" in dict(pointers(spec)):
-                call.splits = _splits(spec, call, down * across)
+                call.splits = splits_for(spec, call.rows, call.cols, count)
                 tensors["part"] = call.new(call.splits, count, call.rows)
             grid, sizes = (down, across, call.splits), (count, call.rows, call.cols)
     arguments = [tensors[name] for name, _ in pointers(spec)]
@@ -235,13 +235,13 @@ def _for_batch(spec: KernelSpec, call: _Call, many: bool) -> KernelSpec:
     return replace(spec, batch=batch)
 
 
-def _splits(spec: KernelSpec, call: _Call, instances: int) -> int:
-    """How many instances share out the columns; a scalar or additive product leaves them to one."""
+def splits_for(spec: KernelSpec, rows: int, cols: int, count: int) -> int:
+    """How many instances share out the columns of a product with `count` rows of x; one where nothing adds parts up."""
     if not spec.widths:
         return 1
+    instances = -(-rows // spec.tile.block_n) * -(-count // spec.batch)
     wanted = WANTED_WARPS // (instances * spec.tile.num_warps)
-    blocks = -(-call.cols // TILE)
-    return max(1, min(wanted, MAX_SPLITS, blocks // LEAST_BLOCKS))
+    return max(1, min(wanted, MAX_SPLITS, -(-cols // TILE) // LEAST_BLOCKS))
 
 
 def _tables(spec: KernelSpec, call: _Call) -> dict[str, torch.Tensor]:

@@ -112,7 +112,8 @@ def _loop(width: int, step: str, inside: list[str], state_bits: int) -> list[str
         f"# blocks of {width / 2:g} bits a weight: steps of {bits} bits for {values} weight{'s' * (values > 1)}",
         *address_lines(width, state_bits),
         f"begin = tl.load(index + {RUNS_AT + width})",
-        f"for turn in range(begin + split, tl.load(index + {RUNS_AT + width + 1}), {step}):",
+        f"end = tl.load(index + {RUNS_AT + width + 1})",
+        f"for turn in tl.range(begin + split, end, {step}, num_stages=1):",
         *(f"    {line}" for line in inside),
     ]
 
@@ -180,7 +181,7 @@ def gemm_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
         "unit = tl.load(index).to(tl.float32, bitcast=True)  # a power of two, no less than any scale",
         f"column = tl.arange(0, {TILE})",
         f"x_at = ready + tl.minimum(m, batch - 1)[:, None].to(tl.int64) * (across * {TILE}) + column[None, :]",
-        f"total = tl.zeros(({block_m}, {block_n}), tl.float32)",
+        f"total = tl.zeros(({block_n}, {block_m}), tl.float32)",
     ]
     for width in spec.widths:
         inside = [
@@ -193,12 +194,12 @@ def gemm_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
         for column, name in enumerate(names):
             half = f"byte_sum({product(width, decode.state_bits, column)}, {HALF_BITS:#x}, DEVICE).to(tl.uint16)"
             inside.append(f"{name} = {half}.to(tl.float16, bitcast=True) - {HALF_1024 + CODE_MEAN}.0")
-        inside.append(f"right = tl.reshape({_joined(names)}, ({block_n}, {TILE}))")
-        inside.append("total = tl.dot(left, tl.trans(right), total)")
+        inside.append(f"weights = tl.reshape({_joined(names)}, ({block_n}, {TILE}))")
+        inside.append("total = tl.dot(weights, tl.trans(left), total)")
         lines += _loop(width, "splits", inside, decode.state_bits)
     lines += [
-        "place = (split * batch + m).to(tl.int64)[:, None] * rows + n[None, :]",
-        "inside = (m < batch)[:, None] & (n < rows)[None, :]",
+        "place = (split * batch + m).to(tl.int64)[None, :] * rows + n[:, None]",
+        "inside = (m < batch)[None, :] & (n < rows)[:, None]",
         f"tl.store(part + place, total * (unit * {CODE_UNIT!r}), mask=inside)",
     ]
     return lines
