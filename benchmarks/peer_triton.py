@@ -147,9 +147,8 @@ def main() -> None:
     for name in sys.argv[3:]:
         method, setting = name.split()
         versions = {package: version(package) for package in (method, "triton")}
-        settings = (
-            gemlite(int(setting), rows, cols) if method == "gemlite" else aqlm(int(setting.partition("x")[0]), cols)
-        )
+        sizes = [int(size) for size in setting.split("x")]
+        settings = gemlite(sizes[0], rows, cols) if method == "gemlite" else aqlm(sizes[0], sizes[1], cols)
         for found in settings:
             file = f"{len(entries)}.cubin"
             (output / file).write_bytes(found.pop("cubin"))

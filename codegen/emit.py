@@ -12,6 +12,7 @@ from functools import cache
 from importlib.resources import files
 from string import Template
 
+from .gemm import GemmWriter
 from .gemv import GemvWriter
 from .operations import (
     AddBias,
@@ -44,7 +45,11 @@ def pointers(spec: KernelSpec) -> Pointers:
     """The kernel's tensors in the order of its arguments, and the dtype each points to ("x": that of x)."""
     reads = [DERIVED.get(name, (name, dtype)) for op in spec.operations for name, dtype in op.reads]
     extra = [pair for operation in spec.operations for pair in _extra(operation)]
-    if spec.span and any(isinstance(op, Unpack) and op.bits in PAIR_BITS for op in spec.operations):
+    if (
+        spec.span
+        and spec.function == "gemv"
+        and any(isinstance(op, Unpack) and op.bits in PAIR_BITS for op in spec.operations)
+    ):
         extra = [("pairs", "i64") if pair == ("levels", "f32") else pair for pair in extra]
     if spec.function == "project":
         return (("x", "x"), ("t", "f32"), *reads)
@@ -105,7 +110,7 @@ def emit(spec: KernelSpec) -> str:
         return _head(spec) + emit_prepare(spec, first, names)
     if spec.function == "finish":
         return _head(spec) + emit_finish(spec, names)
-    return _emit_spans(spec) if spec.span else _emit_gemv(spec)
+    return _emit_spans(spec) if spec.span and spec.function == "gemv" else _emit_gemv(spec)
 
 
 def _listing(spec: KernelSpec) -> str:
@@ -181,12 +186,13 @@ def _emit_spans(spec: KernelSpec) -> str:
 
 def _emit_gemv(spec: KernelSpec) -> str:
     width = chunk_width(next(operation for operation in spec.operations if isinstance(operation, Unpack)))
-    writer = GemvWriter(spec, width)
+    writer = GemmWriter(spec, width) if spec.function == "gemm" else GemvWriter(spec, width)
     for operation in spec.operations:
         writer.write(operation)
     writer.finish()
     return _template("gemv.txt").substitute(
         name=spec.name,
+        function=spec.function,
         listing=_listing(spec),
         arguments=", ".join(name for name, _ in pointers(spec)),
         block_n=spec.tile.block_n,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reallm.kernels.codecs import TILE, Field, TrellisCodec
+from reallm.kernels.codecs import TILE, Field
 from reallm.kernels.formats import Format
 from reallm.kernels.hadamard import signs
 from reallm.kernels.lattice import absolute_vectors, odd_minuses, root_words
@@ -48,11 +48,6 @@ LEAST_BLOCKS = 4
 """Blocks of columns that one instance takes at least."""
 
 
-def has_gemm(fmt: Format) -> bool:
-    """Whether many rows of x have a kernel of their own; the other formats decode for every MAX_BATCH rows."""
-    return isinstance(fmt.codec, TrellisCodec)
-
-
 @cache
 def kernels_for(
     fmt: Format, rows: int, cols: int, bias: bool = False, tile: Tile | None = None, prefill: bool = False
@@ -61,7 +56,8 @@ def kernels_for(
 
     `tile` replaces the one of `passes.choose_tiles`; `prefill` asks for the GEMM. Raises CodegenError for a dense format.
     """
-    program = Program((MatrixProgram("matrix", rows, cols, fmt, lower(fmt, bias, prefill), tile),))
+    operations = lower(fmt, bias, prefill)
+    program = Program((MatrixProgram("matrix", rows, cols, fmt, operations, tile, prefill=prefill),))
     return run_passes(program).matrices[0].kernels
 
 
@@ -143,7 +139,7 @@ def multiply(
     if not flat.shape[0]:
         return y
     found = derive(fmt, fields, rows, cols) if derived is None else derived
-    many = has_gemm(fmt) and flat.shape[0] > MAX_BATCH if prefill is None else prefill
+    many = flat.shape[0] > MAX_BATCH if prefill is None else prefill
     call = _Call(
         rows, cols, tensors | found.tensors, fmt.low_rank.rank if fmt.low_rank else 0, found.widths, kept=_kept(x)
     )

@@ -33,7 +33,7 @@ from .operations import (
     Unpack,
     Unrotate,
 )
-from .program import SPAN, KernelSpec, MatrixProgram, Program, Tile, chunk_width, verify_program
+from .program import GEMM_BATCH, SPAN, KernelSpec, MatrixProgram, Program, Tile, chunk_width, verify_program
 from .rotations import CHUNK
 from .spans import takes_span
 from .trellis import standard_widths
@@ -56,7 +56,9 @@ SPAN_ROWS = (4, 2)
 SPAN_TURN = 2 * 32 * SPAN
 """Columns of two turns of a warp."""
 PREFILL_TILE = Tile(128, 16, 4)
-"""One row of W a thread."""
+"""Of a trellis and many rows of x: one row of W a thread."""
+GEMM_TILE = Tile(64, 64, 4)
+"""Of the other codecs and many rows of x: 32 weights a thread."""
 WARP_ENTRIES = 256
 """Of a vector that is rotated or finished, for each warp."""
 PROJECT_TILE = Tile(1, 1024, 4)
@@ -117,7 +119,9 @@ def trellis_tile(rows: int, prefill: bool) -> Tile:
 
 def _own_tile(matrix: MatrixProgram) -> Tile:
     if any(isinstance(operation, Trellis) for operation in matrix.operations):
-        return trellis_tile(matrix.rows, not any(isinstance(operation, Centre) for operation in matrix.operations))
+        return trellis_tile(matrix.rows, matrix.prefill)
+    if matrix.prefill:
+        return GEMM_TILE
     if takes_span(matrix.operations, matrix.cols):
         return span_tile(matrix.rows, matrix.cols)
     return tile_for(matrix.rows, matrix.cols)
@@ -137,17 +141,20 @@ def choose_tiles(program: Program) -> Program:
 
 def _core_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], tile: Tile) -> KernelSpec:
     """The kernel that decodes and multiplies; it also finishes where nothing is transformed."""
+    batch = GEMM_BATCH if matrix.prefill else 1
     if isinstance(trellis := operations[0], Trellis):
         widths = standard_widths(trellis.state_bits)
-        return KernelSpec(f"tq-l{trellis.state_bits}", operations, tile, aligned=True, even=True, widths=widths)
+        label = f"tq-l{trellis.state_bits}"
+        return KernelSpec(label, operations, tile, aligned=True, even=True, batch=batch, widths=widths)
     unpack = next(operation for operation in operations if isinstance(operation, Unpack))
     whole = isinstance(operations[-1], Store)
     fmt = replace(matrix.format, feedback="", clipping=False, plain_svd=False) if whole else Format(matrix.format.codec)
     label = fmt.name.replace("-shared", "") + ("" if whole else "-part")
     label += "-bias" if any(isinstance(operation, AddBias) for operation in operations) else ""
-    span = SPAN if takes_span(operations, matrix.cols) and tile.block_k >= SPAN else 0
+    spans = takes_span(operations, matrix.cols) and tile.block_k >= SPAN and not matrix.prefill
     aligned = matrix.cols % chunk_width(unpack) == 0
-    return KernelSpec(label, operations, tile, aligned, even=matrix.cols % tile.block_k == 0, span=span)
+    even = matrix.cols % tile.block_k == 0
+    return KernelSpec(label, operations, tile, aligned, even, batch, span=SPAN if spans else 0)
 
 
 def _project_kernel(matrix: MatrixProgram, project: Project) -> KernelSpec:

@@ -123,6 +123,8 @@ class MatrixProgram:
     operations: tuple[Operation, ...]
     tile: Tile | None = None
     kernels: tuple[KernelSpec, ...] = ()
+    prefill: bool = False
+    """For many rows of x: a GEMM."""
 
     def __str__(self) -> str:
         lines = [f"matrix {self.name} [{self.rows}, {self.cols}] {self.format.name}"]

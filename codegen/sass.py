@@ -113,8 +113,9 @@ def load_bits(opcode: str) -> int:
     return next((_LOAD_BITS[part] for part in parts if part in _LOAD_BITS), 32)
 
 
-def lint(code: Code) -> tuple[str, ...]:
-    """What is wrong with a kernel's code, in words: spills, local memory, narrow loads in loops, too much of a GPU."""
+def lint(code: Code, product: bool = True) -> tuple[str, ...]:
+    """What is wrong with a kernel's code, in words: spills, local memory, atomics, too much of a GPU; in the loops of a
+    `product`, which reads codes, also narrow loads."""
     usage, faults = code.usage, []
     if usage.stack_bytes or usage.local_bytes:
         faults.append(f"{usage.stack_bytes} bytes of stack and {usage.local_bytes} of local memory")
@@ -124,7 +125,7 @@ def lint(code: Code) -> tuple[str, ...]:
         faults.append(f"{usage.registers} registers, more than {MAX_REGISTERS}")
     if usage.shared_bytes > MAX_SHARED_BYTES:
         faults.append(f"{usage.shared_bytes} bytes of shared memory, more than {MAX_SHARED_BYTES}")
-    for first, end in code.loops:
+    for first, end in code.loops if product else ():
         bits = [load_bits(opcode) for opcode in code.opcodes[first:end] if load_bits(opcode)]
         narrow = sum(b for b in bits if b <= NARROW_BITS)
         if narrow * 4 > sum(bits):

@@ -1,7 +1,6 @@
 """Generated kernels: the codes are read as they lie, and no weight is ever decoded to memory.
 
-Used on CUDA without autograd, for at most MAX_BATCH rows (generation), for any number where the format has a GEMM;
-anything else takes the decoded weight. Before the first use on a device a small matrix is multiplied both ways; if that
+Used on CUDA without autograd, for any number of rows; anything else takes the decoded weight. Before the first use on a device a small matrix is multiplied both ways; if that
 fails or differs, one warning says so and the portable path is taken from then on.
 """
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..codegen.derived import derive
-from ..codegen.launch import MAX_BATCH, has_gemm, multiply
+from ..codegen.launch import multiply
 from ..codegen.program import has_kernel
 from ..kernels.codecs import TrellisCodec
 from ..kernels.formats import Format
@@ -37,9 +36,10 @@ def takes_kernel(packed: Packed, inputs: Tensor) -> bool:
     """Whether `packed_linear` may be used for these inputs [..., cols]."""
     if not (inputs.is_cuda or _interpreted()) or torch.is_grad_enabled() or inputs.dtype not in _DTYPES:
         return False
-    fmt, numel = packed.format, inputs.numel()
-    fits = numel > 0 and has_kernel(fmt) and (numel <= MAX_BATCH * packed.cols or has_gemm(fmt))
-    return fits and kernels_work(inputs.device, _PROBES[isinstance(fmt.codec, TrellisCodec) or fmt.transformed])
+    fmt = packed.format
+    if inputs.numel() == 0 or not has_kernel(fmt):
+        return False
+    return kernels_work(inputs.device, _PROBES[isinstance(fmt.codec, TrellisCodec) or fmt.transformed])
 
 
 def packed_linear(packed: Packed, inputs: Tensor, bias: Tensor | None) -> Tensor:
