@@ -3,9 +3,9 @@
     make bench NAME=triton_kernels
 
 All kernels are compiled by the same Triton for SHAPE and one row of x in bf16 or half precision. Without a GPU the
-machine code is counted: instructions of all threads, loops turn by turn, over the weights. gemlite's gemv_revsplitK takes the
-best of its own list of settings; AQLM's kernel the best of 1 to 8 warps. With a GPU each product is timed instead.
-The lint of our machine code must be clean, or nothing is reported.
+machine code is counted: instructions of all threads, loops turn by turn, over the weights. gemlite's gemv_revsplitK
+takes the best of its own list of settings; AQLM's kernel the best of 1 to 8 warps. With a GPU each product of ours is
+timed instead, beside torch's. The lint of our machine code must be clean, or nothing is reported.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def kernels_for(
 ) -> tuple[KernelSpec, ...]:
     """The kernels, in order, that compute y = W_hat x for a matrix [rows, cols] stored as `fmt`.
 
-    `tile` replaces the one of `passes.choose_tiles`; `prefill` asks for the GEMM. Raises CodegenError for a dense format.
+    `tile` replaces the one of `passes.choose_tiles`; `prefill` asks for the GEMM. Raises CodegenError for a format
+    without kernels.
     """
     operations = lower(fmt, bias, prefill)
     program = Program((MatrixProgram("matrix", rows, cols, fmt, operations, tile, prefill=prefill),))

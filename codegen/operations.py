@@ -27,8 +27,8 @@ Read: TypeAlias = tuple[str, str]
 
 
 LIFT = 76
-"""Binary logarithm of what x is multiplied by where codes are read as denormal floats, see `trellis`: products are normal
-floats for x of 2^-52 to 2^52."""
+"""Binary logarithm of what x is multiplied by where codes are read as denormal floats, see `trellis`: products are
+normal floats for x of 2^-52 to 2^52."""
 
 
 class CodegenError(ValueError):
@@ -82,6 +82,24 @@ class Prepare:
 
     def __str__(self) -> str:
         return f"prepare {self.label}" + (f" times 2^{self.lift}" if self.lift else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """x' of the matrix `leader`, which has the same input and prepares it in the same way."""
+
+    leader: str
+    rotated: bool
+
+    takes: ClassVar[Value] = "words"
+    gives: ClassVar[Value] = "words"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return ()
+
+    def __str__(self) -> str:
+        return f"reuse x' of {self.leader}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +395,7 @@ class Store:
 Operation: TypeAlias = (
     Project
     | Prepare
+    | Reuse
     | Trellis
     | Unpack
     | Levels

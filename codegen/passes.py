@@ -1,8 +1,9 @@
 """The passes: each takes a program and gives a better one; the verifier runs before the first and after every one.
 
 1. hoist_row_scales  a scale shared by a whole row multiplies the finished sum, not every weight.
-2. choose_tiles      BLOCK_N, BLOCK_K and num_warps for each matrix, by the costs below.
-3. share_kernels     the operations are cut into kernels; matrices with equal specifications share one.
+2. share_inputs      matrices that share an input (q, k, v; gate, up) and its rotation have it prepared once.
+3. choose_tiles      BLOCK_N, BLOCK_K and num_warps for each matrix, by the costs below.
+4. share_kernels     the operations are cut into kernels; matrices with equal specifications share one.
 
 The projection t = R x is a kernel of its own. Computed inside the GEMV it would be read by each of the N / BLOCK_N
 instances: N / BLOCK_N * rank * K * bytes, for N = 576, K = 1536, r16 in fp16 and BLOCK_N = 2 some 14 MB against the
@@ -17,6 +18,7 @@ from itertools import chain
 
 from reallm.kernels.formats import Format
 
+from .dataflow import shared_inputs
 from .operations import (
     AddBias,
     AddLowRank,
@@ -27,6 +29,7 @@ from .operations import (
     Operation,
     Prepare,
     Project,
+    Reuse,
     RowScale,
     Store,
     Trellis,
@@ -87,6 +90,20 @@ def hoist_row_scales(program: Program) -> Program:
     return _map(program, hoist)
 
 
+def share_inputs(program: Program) -> Program:
+    """The first matrix of each input prepares it for those behind it; a permutation or scales are a matrix's own."""
+    inputs = shared_inputs(matrix.name for matrix in program.matrices)
+    leaders: dict[tuple[str, Prepare], str] = {}
+
+    def reuse(matrix: MatrixProgram, operation: Operation) -> Operation:
+        if not isinstance(operation, Prepare) or operation.reads:
+            return operation
+        leader = leaders.setdefault((inputs[matrix.name], operation), matrix.name)
+        return operation if leader == matrix.name else Reuse(leader, operation.rotated)
+
+    return _map(program, lambda m: replace(m, operations=tuple(reuse(m, operation) for operation in m.operations)))
+
+
 def _warps(block_n: int, block_k: int) -> int:
     return max(1, min(MAX_WARPS, block_n * block_k // (32 * THREAD_WEIGHTS)))
 
@@ -110,7 +127,7 @@ def tile_for(rows: int, cols: int) -> Tile:
 
 
 def trellis_tile(rows: int, prefill: bool) -> Tile:
-    """The tile of a trellis product: a thread with more rows reads x less often, one with fewer starts more instances."""
+    """The tile of a trellis product: threads with more rows read x less often, with fewer there are more instances."""
     if prefill:
         return PREFILL_TILE
     block_n = next((block for block in TRELLIS_ROWS if rows >= WANTED_INSTANCES // 8 * block), TRELLIS_ROWS[-1])
@@ -200,8 +217,11 @@ def _finish_part(operation: Operation) -> str:
 def cut(matrix: MatrixProgram) -> tuple[KernelSpec, ...]:
     """The kernels of a matrix in order: projection, preparation, product, what finishes it."""
     tile, kernels, rest = matrix.tile or _own_tile(matrix), [], list(matrix.operations)
-    while rest and isinstance(first := rest[0], Project | Prepare):
-        kernels.append(_project_kernel(matrix, first) if isinstance(first, Project) else _prepare_kernel(matrix, first))
+    while rest and isinstance(first := rest[0], Project | Prepare | Reuse):
+        if isinstance(first, Project):
+            kernels.append(_project_kernel(matrix, first))
+        elif isinstance(first, Prepare):
+            kernels.append(_prepare_kernel(matrix, first))
         rest.pop(0)
     end = next((at for at, operation in enumerate(rest) if isinstance(operation, Centre | Unrotate)), len(rest))
     kernels.append(_core_kernel(matrix, tuple(rest[:end]), tile))
@@ -217,6 +237,7 @@ def share_kernels(program: Program) -> Program:
 
 PASSES: tuple[tuple[str, Callable[[Program], Program]], ...] = (
     ("hoist_row_scales", hoist_row_scales),
+    ("share_inputs", share_inputs),
     ("choose_tiles", choose_tiles),
     ("share_kernels", share_kernels),
 )

@@ -43,6 +43,7 @@ from .operations import (
     Operation,
     Prepare,
     Project,
+    Reuse,
     RowLevels,
     RowScale,
     Store,
@@ -212,9 +213,11 @@ def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:
 
 def verify_program(program: Program) -> None:
     """Raise CodegenError, naming the matrix, unless each matrix's operations compute W_hat x from its stored fields."""
+    earlier: dict[str, MatrixProgram] = {}
     for matrix in program.matrices:
-        for fault in _faults(matrix):
+        for fault in (*_faults(matrix), *_reuse_faults(matrix, earlier)):
             raise CodegenError(f"program of {matrix.name!r} ({matrix.format.name}): {fault}")
+        earlier[matrix.name] = matrix
     names = [kernel.name for kernel in program.kernels]
     if len(set(names)) != len(names):
         raise CodegenError(f"two different kernels share a name among {', '.join(names)}")
@@ -228,6 +231,21 @@ def _faults(matrix: MatrixProgram) -> list[str]:
         *_field_faults(matrix),
         *_kernel_faults(matrix),
     ]
+
+
+def _reuse_faults(matrix: MatrixProgram, earlier: dict[str, MatrixProgram]) -> list[str]:
+    faults = []
+    for operation in matrix.operations:
+        if isinstance(operation, Reuse):
+            leader = earlier.get(operation.leader)
+            made = [op for op in leader.operations if isinstance(op, Prepare)] if leader else []
+            if (
+                not leader
+                or leader.cols != matrix.cols
+                or [(op.rotated, op.reads) for op in made] != [(operation.rotated, ())]
+            ):
+                faults.append(f"{operation}, which no earlier matrix of {matrix.cols} columns makes for others")
+    return faults
 
 
 def _kind_faults(operations: tuple[Operation, ...]) -> list[str]:
@@ -250,7 +268,7 @@ def _order_faults(operations: tuple[Operation, ...]) -> list[str]:
     projected = [op.dtype for op in operations if isinstance(op, Project)]
     if projected != [op.dtype for op in operations if isinstance(op, AddLowRank)]:
         faults.append("has a projection without its low-rank term, or the reverse")
-    rotated = [op.rotated for op in operations if isinstance(op, Prepare)]
+    rotated = [op.rotated for op in operations if isinstance(op, Prepare | Reuse)]
     if rotated != [op.rotated for op in operations if isinstance(op, Unrotate)]:
         faults.append("rotates its input and not its output, or the reverse")
     if any(isinstance(op, Centre) for op in operations) and not any(isinstance(op, Trellis) for op in operations):
@@ -278,6 +296,7 @@ def _kernel_faults(matrix: MatrixProgram) -> list[str]:
     if tile and any(size < 1 or size & (size - 1) for size in (tile.block_n, tile.block_k, tile.num_warps)):
         faults.append(f"tile {tile} is not made of powers of two")
     run = tuple(operation for kernel in matrix.kernels for operation in kernel.operations)
-    if matrix.kernels and run != matrix.operations:
+    own = tuple(operation for operation in matrix.operations if not isinstance(operation, Reuse))
+    if matrix.kernels and run != own:
         faults.append("its kernels do not run its operations in order")
     return faults

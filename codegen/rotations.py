@@ -114,8 +114,8 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare, names: list[str]) -> str:
     return (
         '@triton.jit(do_not_specialize=["cols", "pieces"])\n'
         f"def prepare({', '.join(names)}, cols, pieces):\n"
-        f"    # x [batch, cols], ready float32 [batch, cols in whole blocks], norms float32 [batch]; one instance: {whole}\n"
-        "    # entries of a row of x\n"
+        "    # x [batch, cols], ready float32 [batch, cols in whole blocks], norms float32 [batch]\n"
+        f"    # one instance: {whole} entries of a row\n"
         f"{indent(lines, 4)}\n"
     )
 

@@ -1,7 +1,7 @@
-"""The writer of a scalar GEMV whose rows are whole spans of SPAN columns: a thread takes one span of each row at a time.
+"""The writer of a scalar GEMV whose rows are whole spans of SPAN columns; a thread takes a span of each row at a time.
 
-All tensors are [CHUNKS], one entry a thread, and every row and column of the tile has lines of its own, so that each code
-lies at a place known when the kernel is compiled. Codes come in 64-bit loads, each serves two words.
+All tensors are [CHUNKS], one entry a thread, and every row and column of the tile has lines of its own, so that each
+code lies at a place known when the kernel is compiled. Codes come in 64-bit loads, each serves two words.
 
     integers     A code is masked where it lies and its bits are taken for those of a float: code 2^p 2^-149, a denormal
                  number that FMA multiplies exactly. x is multiplied by 2^(LIFT - p) once for all rows. The zero point,

@@ -168,7 +168,7 @@ def _joined(names: list[str]) -> str:
 def gemm_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
     """The body of y_part[split, m, n] for blocks of `spec.batch` rows of x, by tensor cores in half precision.
 
-    x' scale is brought into the range of half precision by the largest scale's power of two, the first entry of `index`.
+    x' scale is brought into half precision's range by the power of two of the largest scale, the first of `index`.
     """
     block_n, block_m = spec.tile.block_n, spec.batch
     if block_m < TILE:

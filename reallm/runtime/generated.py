@@ -1,7 +1,8 @@
 """Generated kernels: the codes are read as they lie, and no weight is ever decoded to memory.
 
-Used on CUDA without autograd, for any number of rows; anything else takes the decoded weight. Before the first use on a device a small matrix is multiplied both ways; if that
-fails or differs, one warning says so and the portable path is taken from then on.
+Used on CUDA without autograd, for any number of rows; anything else takes the decoded weight. Before the first use on a
+device a small matrix is multiplied both ways; if that fails or differs, one warning says so and the portable path is
+taken from then on.
 """
 
 from __future__ import annotations

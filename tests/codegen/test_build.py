@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 

@@ -20,12 +20,22 @@ from reallm.codegen.operations import (
     GroupScale,
     Levels,
     Operation,
+    Prepare,
     Project,
     RowScale,
     Store,
     Unpack,
 )
-from reallm.codegen.passes import BLOCKS_K, BLOCKS_N, MAX_WARPS, PASSES, hoist_row_scales, run_passes, tile_for
+from reallm.codegen.passes import (
+    BLOCKS_K,
+    BLOCKS_N,
+    MAX_WARPS,
+    PASSES,
+    hoist_row_scales,
+    run_passes,
+    share_inputs,
+    tile_for,
+)
 from reallm.codegen.program import MatrixProgram, Program, Tile, has_kernel, lower, lower_plan, verify_program
 from reallm.kernels.formats import Format
 
@@ -142,6 +152,23 @@ def test_row_scales_move_behind_the_dot_and_group_scales_stay() -> None:
     kinds = [[type(op) for op in entry.operations] for entry in hoisted.matrices]
     assert [RowScale in kind for kind in kinds] == [True, True, False]
     assert [kind[kind.index(Dot) + 1] for kind in kinds[:2]] == [RowScale, RowScale]
+
+
+def test_the_rotation_of_a_shared_input_is_made_once() -> None:
+    rotated, permuted = "tq2-l12+ldl2+rot", "tq2-l12+rot+perm"
+    plan = plan_of(
+        ("layers.0.q_proj", rotated, 64, 96),
+        ("layers.0.k_proj", "tq3-l10+rot", 32, 96),
+        ("layers.0.v_proj", permuted, 32, 96),
+        ("layers.0.o_proj", rotated, 96, 64),
+        ("layers.1.q_proj", rotated, 64, 96),
+    )
+    shared = share_inputs(lower_plan(plan))
+    made = [any(isinstance(op, Prepare) for op in entry.operations) for entry in shared.matrices]
+    assert made == [True, False, True, True, True]
+    verify_program(shared)
+    with pytest.raises(CodegenError, match="which no earlier matrix of 96 columns makes"):
+        verify_program(Program(shared.matrices[1:]))
 
 
 def test_equal_specifications_share_a_kernel() -> None:

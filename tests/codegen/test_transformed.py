@@ -1,4 +1,4 @@
-"""Generated kernels of trellis, lattice, table, rotated, permuted and sparse formats compute the reference's product."""
+"""Generated kernels of trellis, lattice, table, rotated and sparse formats compute the reference's product."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def coded_magnitudes(fmt: Format, rows: int, cols: int, packed: Packed) -> NDArr
     plain = np.abs(decode_reference(Format(fmt.codec), fields, rows, cols))
     codec = fmt.codec
     if isinstance(codec, ScalarCodec) and codec.table in ("int", "uint"):
-        # sums of code * x, less zero * x: each code and zero is at most 2^bits - 1; an int has its scale over 2^(bits-1)
+        # sums of code * x, less zero * x: codes and zeros are under 2^bits; an int's scale is over 2^(bits-1)
         largest = (2 << codec.bits) / (1 if codec.table == "uint" else 1 << (codec.bits - 1))
         ones = pack_codes(np.ones(rows * cols, np.int64), codec.bits)
         zeros = {"zeros": pack_codes(np.zeros(rows * codec.group_count(cols), np.int64), codec.bits)}
