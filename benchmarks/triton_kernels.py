@@ -90,6 +90,8 @@ def peer_costs() -> dict[str, tuple[float, str, dict[str, str]]]:
         environment.pop("PYTHONPATH", None)
         subprocess.run([python, str(script), json.dumps(SHAPE), scratch, *names], check=True, env=environment)
         for entry in json.loads(Path(scratch, "kernels.json").read_text(encoding="utf-8")):
+            if entry["versions"]["triton"] != version("triton"):
+                raise RuntimeError(f"the peers have Triton {entry['versions']['triton']}, not {version('triton')}")
             code = read_code(Path(scratch, entry["file"]))
             value = code.count([1.0] * len(code.loops)) * entry["threads"] / entry["weights"]
             best = found.get(entry["name"])

@@ -173,15 +173,15 @@ def _run(spec: KernelSpec, call: _Call, many: bool) -> None:
     match spec.function:
         case "project":
             tensors["t"] = call.new(count, call.rank)
-            grid, sizes = (call.rank, count), (call.rank, call.cols)
+            grid, sizes = (count, call.rank), (call.rank, call.cols)
         case "prepare":
             if _take_prepared(spec, call):
                 return
             shares, pieces = _shares(spec, call.cols)
-            grid, sizes = (shares, count), (call.cols, pieces)
+            grid, sizes = (count, shares), (call.cols, pieces)
         case "finish":
             shares, pieces = _shares(spec, call.rows)
-            grid, sizes = (shares, count), (count, call.rows, call.cols, pieces, call.splits)
+            grid, sizes = (count, shares), (count, call.rows, call.cols, pieces, call.splits)
         case _:
             spec = _for_batch(spec, call, many)
             down, across = -(-call.rows // spec.tile.block_n), -(-count // spec.batch)

@@ -82,8 +82,8 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare, names: list[str]) -> str:
     rotates."""
     size, whole = spec.tile.block_k, spec.tile.block_n * spec.tile.block_k
     lines = [
-        "first = tl.program_id(0)",
-        "m = tl.program_id(1)",
+        "m = tl.program_id(0)",
+        "first = tl.program_id(1)",
         "origin = x + m.to(tl.int64) * cols",
         f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}",
         "goal = ready + m.to(tl.int64) * padded",
@@ -135,7 +135,7 @@ def sparse_lines(sums: list[str], rows_of_x: list[str]) -> list[str]:
     ]
     for total, m in zip(sums, rows_of_x, strict=True):
         lines.append(
-            f"    {total} += outlier * tl.load(x + {m} * cols + column, mask=entry < many, other=0).to(tl.float32)"
+            f"    {total} += outlier * tl.load(x + {m}.to(tl.int64) * cols + column, mask=entry < many, other=0).to(tl.float32)"
         )
     return lines
 
@@ -167,7 +167,7 @@ def _finish_step(spec: KernelSpec, operation: Operation) -> list[str]:
                 f"for r in range(0, {rank}):",
                 f"    there = row * {rank} + r",
                 *(f"    {line}" for line in factor_lines(dtype, "there", "", "factor")),
-                f"    total += factor * tl.load(t + m * {rank} + r)",
+                f"    total += factor * tl.load(t + m.to(tl.int64) * {rank} + r)",
             ]
         case AddBias():
             return ["total += tl.load(bias + row).to(tl.float32)"]
@@ -200,8 +200,8 @@ def emit_finish(spec: KernelSpec, names: list[str]) -> str:
     """The function that makes y of the parts; the tile is as for `emit_prepare`."""
     whole = spec.tile.block_n * spec.tile.block_k
     lines = [
-        "first = tl.program_id(0)",
-        "m = tl.program_id(1)",
+        "m = tl.program_id(0)",
+        "first = tl.program_id(1)",
         f"n = first * {whole} + tl.arange(0, {whole})  # [{whole}]",
         "row = tl.minimum(n, rows - 1)",
         f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}",
