@@ -134,9 +134,8 @@ def sparse_lines(sums: list[str], rows_of_x: list[str]) -> list[str]:
         "    outlier = tl.load(sparse_values + there, mask=entry < many, other=0).to(tl.float32)",
     ]
     for total, m in zip(sums, rows_of_x, strict=True):
-        lines.append(
-            f"    {total} += outlier * tl.load(x + {m}.to(tl.int64) * cols + column, mask=entry < many, other=0).to(tl.float32)"
-        )
+        entry = f"tl.load(x + {m}.to(tl.int64) * cols + column, mask=entry < many, other=0)"
+        lines.append(f"    {total} += outlier * {entry}.to(tl.float32)")
     return lines
 
 
