@@ -50,9 +50,9 @@ def trellis_index(
     starts = np.cumsum(words) - words
     order = np.argsort(wide, kind="stable")
     largest = float(np.abs(scales[wide > 0].astype(np.float32)).max(initial=0.0)) or 1.0
-    unit = np.float32(2.0 ** np.ceil(np.log2(largest)))
+    unit = np.array([2.0 ** np.ceil(np.log2(largest))], np.float32)
     runs = np.searchsorted(wide[order], np.arange(MAX_WIDTH + 1))
-    result = np.concatenate([unit[None].view(np.int32), runs, order, starts[order]]).astype(np.int32)
+    result = np.concatenate([unit.view(np.int32), runs, order, starts[order]]).astype(np.int32)
     assert len(result) == ORDER_AT + 2 * len(wide) and RUNS_AT + MAX_WIDTH + 1 == ORDER_AT
     return result
 

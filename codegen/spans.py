@@ -50,12 +50,13 @@ def pair_table(name: TableName, bits: int) -> NDArray[np.float32]:
     An index has the bits of each plane together, the widest lowest, as `_index_lines` makes it.
     """
     codes_together = 4 if bits == 2 else 2
-    index, codes, at, shift = np.arange(1 << bits * codes_together), 0, 0, 0
+    index = np.arange(1 << bits * codes_together)
+    codes, at, shift = np.zeros((len(index), codes_together), np.int64), 0, 0
     for width in plane_widths(bits):
         places = at + width * np.arange(codes_together)
         codes = codes | ((index[:, None] >> places) & ((1 << width) - 1)) << shift
         at, shift = at + width * codes_together, shift + width
-    result = table(name, bits)[codes]
+    result: NDArray[np.float32] = table(name, bits)[codes]
     result.setflags(write=False)
     return result
 

@@ -16,7 +16,7 @@ from reallm.codegen import build
 from reallm.codegen.build import compile_kernels, emit_kernels
 from reallm.codegen.check import check_sources
 from reallm.codegen.emit import emit
-from reallm.codegen.launch import MAX_BATCH, kernels_for
+from reallm.codegen.launch import GEMM_BATCHES, MAX_BATCH, kernels_for
 from reallm.codegen.operations import CodegenError
 from reallm.codegen.sass import lint, read_code
 from reallm.kernels.formats import Format
@@ -90,6 +90,15 @@ def test_the_machine_code_of_every_kernel_is_clean(built: Path) -> None:
 def test_the_code_of_the_largest_tile_and_batch_is_clean(tmp_path: Path, name: str) -> None:
     last = next(s for s in kernels_for(Format.parse(name), 49152, 4096, True) if s.function == "gemv")
     spec = replace(last, batch=MAX_BATCH)
+    (tmp_path / f"{spec.name}.py").write_text(emit(spec))
+    compile_kernels([spec], tmp_path, ["sm_80"], "bf16")
+    assert_clean(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tq3-l12+rot", "lm4-g64-dq6x64+r8"])
+def test_the_code_of_a_gemm_is_clean(tmp_path: Path, name: str) -> None:
+    every = kernels_for(Format.parse(name), 4096, 4096, True, prefill=True)
+    spec = replace(next(s for s in every if s.function == "gemm"), batch=GEMM_BATCHES[-1])
     (tmp_path / f"{spec.name}.py").write_text(emit(spec))
     compile_kernels([spec], tmp_path, ["sm_80"], "bf16")
     assert_clean(tmp_path)
