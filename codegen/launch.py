@@ -134,6 +134,7 @@ def multiply(
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device) if out is None else out
     _check_call(x, y, rows, cols, bias)
     flat = x.reshape(-1, cols).contiguous()
+    flat = flat.clone() if flat.data_ptr() % 16 else flat  # kernels load eight bytes at once
     tensors = {"x": flat, "y": y, **_views(fmt, fields, rows, cols, x.device)}
     if bias is not None:
         tensors["bias"] = bias.to(x.dtype).contiguous()
