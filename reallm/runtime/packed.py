@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..codegen.derived import Derived
 from ..kernels.codecs import Field
 from ..kernels.formats import Format
 from .decode import decode
@@ -96,6 +97,8 @@ class Packed(Decoding):
     rows: int
     cols: int
     _shared: Shared
+    derived: Derived | None = None
+    """What generated kernels read in place of some fields; made at their first use."""
 
     def hold(
         self,
@@ -122,6 +125,11 @@ class Packed(Decoding):
     def shared_codebooks(self) -> Tensor | None:
         """The shared codebooks, uint8, where the format has them."""
         return None if self._shared is None else self._shared[0][self._shared[1]]
+
+    def forget(self) -> None:
+        """Drop the kept weight and what was derived for kernels."""
+        super().forget()
+        self.derived = None
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
         """W_hat [rows, cols]."""
