@@ -202,7 +202,7 @@ def _identities(model: PreTrainedModel) -> Iterator[object]:
     """What must stay as it is for a compiled step to stay valid."""
     for name, module in model.named_modules():
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        yield name, type(module), bool(hooked), module.training
+        yield name, type(module), bool(hooked), module.training, "prepare_inputs_for_generation" in vars(module)
         if isinstance(module, Packed):
             yield id(module.native), module.decoded.dtype  # made anew when a field is replaced
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -83,12 +83,14 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _check_plain(model: PreTrainedModel) -> None:
-    """Nobody hangs on the modules, and all of it is in memory here."""
+    """Nobody hangs on the modules or has replaced a method, and all of it is in memory here."""
     if model.training:
         _refuse("the model is in training mode")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             _refuse(f"{name or 'the model'} has a hook")
+    if replaced := {"prepare_inputs_for_generation", "__call__"} & vars(model).keys():
+        _refuse(f"its {min(replaced)} was replaced")
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
     if devices != {"cpu"}:
         _refuse(f"it is on {', '.join(sorted(devices))}")

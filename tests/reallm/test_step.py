@@ -61,7 +61,7 @@ def test_half_precision_weights_are_read_as_they_are(architecture: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("window", [1, 7, PROMPT])
+@pytest.mark.parametrize("window", [7, PROMPT])
 def test_sliding_windows(window: int) -> None:
     agree(tiny_model("mistral", settings={"sliding_window": window}))
 
@@ -184,6 +184,10 @@ def with_another_part(model: PreTrainedModel) -> None:
     model.model.layers[0].adapter = torch.nn.Linear(48, 48)
 
 
+def with_another_method(model: PreTrainedModel) -> None:
+    model.prepare_inputs_for_generation = lambda *_: {}
+
+
 def in_training(model: PreTrainedModel) -> None:
     model.train()
 
@@ -200,6 +204,7 @@ def with_one_layer_less(model: PreTrainedModel) -> None:
         (with_layer_norm, "input_layernorm is no norm it knows"),
         (with_another_part, "the parts adapter too many"),
         (in_training, "training mode"),
+        (with_another_method, "prepare_inputs_for_generation was replaced"),
         (with_one_layer_less, "layers"),
     ],
 )
