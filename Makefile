@@ -2,7 +2,8 @@
 #
 #   NAME=quality_peers     the peers of NAME=quality alone, kept for it
 #   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order and
-#                          cost is worth; NAME=planner: the planner beside CBC and HiGHS
+#                          cost is worth; NAME=planner: the planner beside CBC and HiGHS;
+#                          NAME=kernels: products on the CPU beside torch, aten and AQLM
 #
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:

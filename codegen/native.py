@@ -60,12 +60,14 @@ def _compiler() -> str | None:
 @cache
 def library(name: str) -> ctypes.CDLL | None:
     """The library built from `name`.cpp, or None, having said why once, if it cannot be built here."""
-    return _library(name, (SOURCES / f"{name}.cpp").read_text("utf-8"), FLAGS, f"{name} runs in torch, many times slower")
+    return _library(
+        name, (SOURCES / f"{name}.cpp").read_text("utf-8"), FLAGS, f"{name} runs in torch, many times slower"
+    )
 
 
 @cache
 def generated(name: str, text: str) -> ctypes.CDLL | None:
-    """The library built from a generated `text`, which may include the headers of kernels/native; None as for `library`.
+    """The library built from a generated `text`, which may include headers of kernels/native; None as for `library`.
 
     Why not is said once for all of them.
     """
@@ -112,7 +114,7 @@ def _reason(error: Exception) -> str:
 
 
 def _built(source: Path | str, compiler: str, flags: tuple[str, ...], file: str) -> Path:
-    """The library built from a file or a text: from the cache, or made now, in a temporary folder if it is read-only."""
+    """The library built from a file or a text: from the cache, or made now; elsewhere if that cannot be written."""
     folder = cache_folder() / "native"
     if (folder / file).exists():
         return folder / file

@@ -2,8 +2,6 @@
 // lowest; in a plane, codes follow each other from the lowest bit of each byte on.
 #pragma once
 
-#include <type_traits>
-
 #include "simd.hpp"
 
 namespace reallm {
@@ -54,52 +52,42 @@ REALLM_INLINE U plane_part(const uint8_t* from) {
   }
 }
 
-// The planes of one matrix of `total` codes.
+// Where codes of a matrix begin in each plane; group i is the i-th 32 codes from there.
 template <int bits>
 struct Planes {
   const uint8_t* plane[4];
 
-  Planes(const void* from, int64_t total) {
+  // From code `first` on, a multiple of 32, of a matrix of `total` codes.
+  Planes(const void* from, uint64_t total, uint64_t first) {
     const uint8_t* next = static_cast<const uint8_t*>(from);
     int i = 0;
     for (int width = 8; width > 0; width /= 2) {
       if (!(bits & width)) continue;
-      plane[i++] = next;
+      plane[i++] = next + first / 8 * width;
       next += 4 * ((total * width + 31) / 32);
     }
   }
 
-  // Codes at + kLanes part .. + kLanes; `at` is a multiple of kGroup.
+  // Codes kLanes part .. + kLanes of a group.
   template <int part>
-  REALLM_INLINE U codes(int64_t at) const {
+  REALLM_INLINE U codes(uint64_t group) const {
     U value = U{};
     int i = 0, shift = 0;
-    each<8, part>(at, i, shift, value);
-    each<4, part>(at, i, shift, value);
-    each<2, part>(at, i, shift, value);
-    each<1, part>(at, i, shift, value);
+    each<8, part>(group, i, shift, value);
+    each<4, part>(group, i, shift, value);
+    each<2, part>(group, i, shift, value);
+    each<1, part>(group, i, shift, value);
     return value;
   }
 
  private:
   template <int width, int part>
-  REALLM_INLINE void each(int64_t at, int& i, int& shift, U& value) const {
+  REALLM_INLINE void each(uint64_t group, int& i, int& shift, U& value) const {
     if constexpr ((bits & width) != 0) {
-      value |= plane_part<width, part>(plane[i++] + at / 8 * width) << uint32_t(shift);
+      value |= plane_part<width, part>(plane[i++] + group * (4 * width)) << uint32_t(shift);
       shift += width;
     }
   }
 };
-
-// Calls work(part as a constant) for every part of a group.
-template <class Work>
-REALLM_INLINE void each_part(const Work& work) {
-  work(std::integral_constant<int, 0>());
-  work(std::integral_constant<int, 1>());
-  if constexpr (kParts == 4) {
-    work(std::integral_constant<int, 2>());
-    work(std::integral_constant<int, 3>());
-  }
-}
 
 }  // namespace reallm

@@ -16,7 +16,6 @@ namespace reallm {
 
 constexpr int64_t kPad = 32;
 constexpr int64_t kPanelFloats = 48 << 10;  // 192 KiB
-constexpr int64_t kSparseBatch = 4;
 
 inline int64_t padded(int64_t cols) { return (cols + kPad - 1) / kPad * kPad; }
 
@@ -44,7 +43,7 @@ struct Linear {
       if constexpr (Codec::kSums > 0)
         for (int64_t g = 0; g * Codec::kSums < width; g++) {
           float total = 0;
-          for (int64_t j = g * Codec::kSums; j < (g + 1) * Codec::kSums && j < width; j++) total += xc[j];
+          for (int64_t j = g * Codec::kSums; j < width && j - g * Codec::kSums < Codec::kSums; j++) total += xc[j];
           xc[width + g] = total;
         }
     }

@@ -7,6 +7,8 @@
 // of a code, one product of a word. Partial-dot tables would need one load a word too, and have to be built for every x.
 #pragma once
 
+#include <type_traits>
+
 #include "codes.hpp"
 #include "kernel.hpp"
 #include "linear.hpp"
@@ -25,7 +27,7 @@ REALLM_INLINE const uint8_t* row_codes(const void* stored, int64_t rows, int64_t
 template <int books, int bits, int dim>
 struct Additive {
   static constexpr int64_t kSums = 0;
-  static constexpr int kRows = 4;
+  static constexpr int kRows = 8;
   using Code = std::conditional_t<(bits <= 8), uint8_t, uint16_t>;
   using Word = std::conditional_t<dim == 8, F8, F4>;
 

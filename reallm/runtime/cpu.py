@@ -255,7 +255,7 @@ def native_matrix(
 
 
 def can_multiply(inputs: Tensor) -> bool:
-    """Whether native kernels may take `inputs`: a plain CPU tensor of a dtype they know that no gradient is wanted of."""
+    """Whether native kernels may take `inputs`: plain, on the CPU, of a dtype they know, and no gradient is wanted."""
     plain = type(inputs) in (Tensor, torch.nn.Parameter) and inputs.device.type == "cpu" and inputs.dtype in _KINDS
     return plain and not (torch.is_grad_enabled() and inputs.requires_grad) and not torch.compiler.is_compiling()
 
