@@ -26,33 +26,44 @@ inline void write_float(void* to, int kind, int64_t i, float value) {
   store(bytes + 2 * i, uint16_t(value == value ? rounded >> 16 : pattern >> 16 | 0x40));
 }
 
-// What a batch is cut into: rows of y for one row of x, otherwise rows of x for everything but the codes.
 constexpr int64_t kPartsPerThread = 4;
+constexpr int64_t kBatch = 512;           // rows of x at once: what is kept for them stays small
+constexpr int64_t kSmallProduct = 1 << 17;  // products of weights and x under which waking a thread costs more
+
+inline int64_t float_bytes(int kind) { return kind == kFloat32 ? 4 : 2; }
+
+inline void some_rows(const Operand& op, const void* x, void* y, int kind, int64_t batch, int threads) {
+  const bool plain = kind == kFloat32;
+  float* xc = scratch<5>(batch * op.prepared);
+  float* xf = plain ? nullptr : scratch<6>(batch * (op.cols + op.rows));
+  float* yf = plain ? static_cast<float*>(y) : xf + batch * op.cols;
+  const float* in = plain ? static_cast<const float*>(x) : xf;
+  const int64_t parts = threads > 1 ? threads * kPartsPerThread : 1, cuts = batch < parts ? batch : parts;
+  pool().parallel(cuts, threads, [&](int64_t i) {
+    const int64_t a = batch * i / cuts, b = batch * (i + 1) / cuts;
+    for (int64_t j = a * op.cols; !plain && j < b * op.cols; j++) xf[j] = read_float(x, kind, j);
+    op.kernels->prepare(op, in + a * op.cols, xc + a * op.prepared, b - a);
+  });
+  pool().parallel(parts, threads, [&](int64_t i) {
+    const int64_t a = part_start(op.rows, parts, i), b = part_start(op.rows, parts, i + 1);
+    if (a < b) op.kernels->dot(op, xc, yf, batch, a, b);
+  });
+  pool().parallel(cuts, threads, [&](int64_t i) {
+    const int64_t a = batch * i / cuts, b = batch * (i + 1) / cuts;
+    op.kernels->finish(op, in + a * op.cols, yf + a * op.rows, b - a);
+    for (int64_t j = a * op.rows; !plain && j < b * op.rows; j++) write_float(y, kind, j, yf[j]);
+  });
+}
 
 // y [batch, rows] = x [batch, cols] W_hat^T + bias, both of `kind`. Returns 0, or 1 without memory.
 inline int linear(const Operand& op, const void* x, void* y, int kind, int64_t batch, int threads) {
   try {
-    const bool plain = kind == kFloat32;
-    float* xc = scratch<5>(batch * op.prepared);
-    float* xf = plain ? nullptr : scratch<6>(batch * (op.cols + op.rows));
-    float* yf = plain ? static_cast<float*>(y) : xf + batch * op.cols;
-    const float* in = plain ? static_cast<const float*>(x) : xf;
-    const int64_t parts = threads > 1 ? threads * kPartsPerThread : 1;
-    const int64_t cuts = batch < parts ? batch : parts;
-    pool().parallel(cuts, threads, [&](int64_t i) {
-      const int64_t a = batch * i / cuts, b = batch * (i + 1) / cuts;
-      for (int64_t j = a * op.cols; !plain && j < b * op.cols; j++) xf[j] = read_float(x, kind, j);
-      op.kernels->prepare(op, in + a * op.cols, xc + a * op.prepared, b - a);
-    });
-    pool().parallel(parts, threads, [&](int64_t i) {
-      const int64_t a = part_start(op.rows, parts, i), b = part_start(op.rows, parts, i + 1);
-      if (a < b) op.kernels->dot(op, xc, yf, batch, a, b);
-    });
-    pool().parallel(cuts, threads, [&](int64_t i) {
-      const int64_t a = batch * i / cuts, b = batch * (i + 1) / cuts;
-      op.kernels->finish(op, in + a * op.cols, yf + a * op.rows, b - a);
-      for (int64_t j = a * op.rows; !plain && j < b * op.rows; j++) write_float(y, kind, j, yf[j]);
-    });
+    if (op.rows * op.cols * batch < kSmallProduct) threads = 1;
+    for (int64_t first = 0; first < batch; first += kBatch) {
+      const int64_t count = first + kBatch < batch ? kBatch : batch - first;
+      some_rows(op, static_cast<const uint8_t*>(x) + first * op.cols * float_bytes(kind),
+                static_cast<uint8_t*>(y) + first * op.rows * float_bytes(kind), kind, count, threads);
+    }
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -29,11 +29,11 @@ class CompressedLinear(LowRankTraining, nn.Linear):  # type: ignore[override]  #
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """x [..., in_features] to y [..., out_features]."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
+        if not self.in_training and takes_kernel(self, input):
+            return packed_linear(self, input, bias)
         if not self.in_training and can_multiply(input) and (native := self.native):
             product = native.linear(input)
             return product if bias is None else product + bias
-        if not self.in_training and takes_kernel(self, input):
-            return packed_linear(self, input, bias)
         result = linear(input, self.dense(input.dtype), bias)
         return result + self.low_rank_output(input) if self.in_training else result
 

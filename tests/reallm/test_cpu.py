@@ -104,6 +104,11 @@ def test_products_at_the_shapes_of_a_model(name: str, rows: int, cols: int) -> N
 
 
 @needs_compiler
+def test_more_rows_of_x_than_are_taken_at_once() -> None:
+    check("nf4-g64", 17, 64, 1100, 0)
+
+
+@needs_compiler
 @pytest.mark.parametrize("width", range(16))
 def test_every_width_that_a_trellis_can_have(width: int) -> None:
     fmt, rows, cols = Format.parse("tq6-l16"), 35, 64
@@ -133,7 +138,7 @@ def test_lower_tiers_give_the_same_products(name: str, fresh: None, monkeypatch:
 @needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     for name in ("tq2-l12+ldl2+rot", "nf4-g64"):
-        _, _, matrix = packed_matrix(name, 200, 96, 0)
+        _, _, matrix = packed_matrix(name, 1600, 96, 0)
         for batch in (1, 7):
             x = torch.randn(batch, 96)
             alone = product(matrix, x)
