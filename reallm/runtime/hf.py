@@ -22,7 +22,6 @@ from ..kernels.layout import LayoutError
 from ..kernels.weights import StoredTensor, read_header
 from .record import METHOD, QuantizationRecord, read_quantization
 from .replace import install, packed_tensors
-from .step_generate import use_step
 
 
 class ReallmConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -84,6 +83,8 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
             if not getattr(raw, "_is_hf_initialized", False) or raw.is_meta:
                 raise UserError(f"tensor {name!r} was not loaded: its file is incomplete, or it was sent to disk")
         if model.can_generate():
+            from .step_generate import use_step  # which imports transformers, and this file is loaded amid that
+
             use_step(model)
         return model
 
