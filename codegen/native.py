@@ -31,7 +31,8 @@ TIERS: dict[str, tuple[str, ...]] = {
 }
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi", "-ffp-contract=off")
 GENERATED_FLAGS = (*FLAGS, "-pthread")
-BUILD_SECONDS = 120
+BUILD_SECONDS = 900
+"""Seconds of processor time are a few; a busy machine may take minutes, and giving up costs far more."""
 
 
 def machine_tier() -> str:
