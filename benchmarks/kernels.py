@@ -1,6 +1,6 @@
 """The native CPU kernels beside torch, aten's int4 and tables of partial dots as AQLM's CPU kernel has them.
 
-    make bench NAME=kernels
+    make bench NAME=kernels [THREADS=1,2]
 
 One row of x times a matrix, at the shapes of SmolLM2-135M's linears and at 4096 x 4096, in processor time of the
 calling thread: with two threads it computes its share and waits for the rest, so its time is that of the product. Each
@@ -11,6 +11,7 @@ the same width in all blocks. AQLM's kernel (peer_numba.py) runs in the peers' e
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -185,7 +186,7 @@ def main() -> None:
     console = Console()
     found: list[Row] = []
     with torch.inference_mode(), NumbaPeer() as numba:
-        for threads in (1, 2):
+        for threads in map(int, os.environ.get("THREADS", "1,2").split(",")):
             for rows, cols in SHAPES:
                 found += rows_of(rows, cols, threads, numba)
     write_text_atomic(RESULTS, canonical_json([asdict(row) for row in found]))
@@ -200,7 +201,11 @@ def main() -> None:
         )
         for row in found
     ]
-    console.print(columns_table(("matrix", "threads", "10^9 weights/s", "peer", "its", "ratio of times"), lines))
+    console.print(
+        columns_table(
+            "Products on the CPU", ("matrix", "threads", "10^9 weights/s", "peer", "its", "ratio of times"), lines
+        )
+    )
 
 
 def _billions(row: Row) -> str:

@@ -110,8 +110,13 @@ def _warn(message: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error)
-    return next((line for line in said.splitlines() if line.strip()), type(error).__name__)
+    """What went wrong, without what differs from source to source."""
+    if isinstance(error, subprocess.CalledProcessError):
+        said = next((line for line in error.stderr.splitlines() if line.strip()), "")
+        return said or f"{error.cmd[0]} ended with exit code {error.returncode}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} took over {BUILD_SECONDS} s"
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _built(source: Path | str, compiler: str, flags: tuple[str, ...], file: str) -> Path:
