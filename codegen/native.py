@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +32,7 @@ TIERS: dict[str, tuple[str, ...]] = {
 }
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi", "-ffp-contract=off")
 GENERATED_FLAGS = (*FLAGS, "-pthread")
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 BUILD_SECONDS = 900
 """Seconds of processor time are a few; a busy machine may take minutes, and giving up costs far more."""
 
@@ -75,9 +77,16 @@ def generated(name: str, text: str) -> ctypes.CDLL | None:
     return _library(name, text, GENERATED_FLAGS, "matrices run on decoded weights, as large as the original's")
 
 
-@cache
-def _headers() -> str:
-    return "\n".join(path.read_text("utf-8") for path in sorted(SOURCES.glob("*.hpp")))
+def _headers(text: str) -> dict[str, str]:
+    """The headers of kernels/native that `text` includes, directly or not: name -> source, in order of names."""
+    found: dict[str, str] = {}
+    wanted = _INCLUDE.findall(text)
+    while wanted:
+        name = wanted.pop()
+        if name not in found and (SOURCES / name).exists():
+            found[name] = (SOURCES / name).read_text("utf-8")
+            wanted += _INCLUDE.findall(found[name])
+    return dict(sorted(found.items()))
 
 
 def _library(name: str, text: str, flags: tuple[str, ...], otherwise: str) -> ctypes.CDLL | None:
@@ -89,8 +98,9 @@ def _library(name: str, text: str, flags: tuple[str, ...], otherwise: str) -> ct
         _warn(f"no C++ compiler (g++ or clang++): {otherwise}")
         return None
     flags = (*flags, *TIERS[tier])
-    headers = _headers() if '#include "' in text else ""
-    key = hashlib.sha256("\n".join([text, headers, *flags, _version(compiler)]).encode()).hexdigest()[:20]
+    key = hashlib.sha256("\n".join([text, *_headers(text).values(), *flags, _version(compiler)]).encode()).hexdigest()[
+        :20
+    ]
     try:
         return ctypes.CDLL(str(_built(text, compiler, flags, f"{name}-{tier}-{key}.so")))
     except (OSError, subprocess.SubprocessError) as error:

@@ -34,6 +34,14 @@ def test_formats_that_differ_in_data_alone_share_a_kernel() -> None:
     assert kernel_for(Format.parse("nd1x4-d2-c8x1-t3-w8")) is None
 
 
+def test_a_build_is_known_by_the_headers_it_includes() -> None:
+    kernel = kernel_for(Format.parse("tq2-l12"))
+    assert kernel is not None
+    found = native._headers(emit(kernel))
+    assert {"entry.hpp", "kernel.hpp", "linear.hpp", "simd.hpp", "threads.hpp", "trellis.hpp"} <= found.keys()
+    assert not any(name.startswith(("step", "scalar", "vectors")) for name in found)
+
+
 @pytest.mark.skipif(native._compiler() != "/usr/bin/g++", reason="the flags of the tier are g++'s on x86")
 @pytest.mark.parametrize("name", ["tq2-l12", "nf4-g64", "uint3-g64", "e8p4"])
 def test_the_avx512_tier_compiles(name: str, tmp_path: Path) -> None:
