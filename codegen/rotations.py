@@ -89,7 +89,7 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare, names: list[str]) -> str:
         "goal = ready + m.to(tl.int64) * padded",
         *_norm_lines(prepare),
     ]
-    factor = f"{2.0**prepare.lift!r} / norm" if prepare.lift else "1 / norm"
+    factor = "(1 / norm)" + (f" * {2.0**prepare.lift!r}" if prepare.lift else "")  # one after the other: no overflow
     if prepare.rotated:
         lines += [
             *_mixing(spec, "base_in + own * pieces + other"),
@@ -97,7 +97,7 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare, names: list[str]) -> str:
             *(f"    {line}" for line in _value_lines(prepare, "value", "")),
             "    value *= tl.load(signs_in + k)",
             "    total += weight[:, None] * value[None, :]",
-            f"total *= {factor}",
+            f"total = total * {factor}",
             *butterfly_lines(spec.tile.block_n, size, "total"),
             f"k = first * {whole} + tl.arange(0, {whole})",
             "tl.store(goal + k, total, mask=k < cols)",
@@ -109,7 +109,7 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare, names: list[str]) -> str:
         lines += [
             f"k = first * {size} + tl.arange(0, {size})",
             *_value_lines(prepare, "value", ", mask=k < cols, other=0"),
-            f"tl.store(goal + k, value * ({factor}), mask=k < padded)",
+            f"tl.store(goal + k, value * {factor}, mask=k < padded)",
         ]
     return (
         '@triton.jit(do_not_specialize=["cols", "pieces"])\n'
