@@ -5,7 +5,8 @@
 After `make demo`, whose model (Q4_1 GGUF) and artifact it takes; two more artifacts hold the embedding, which is the
 head too, in fewer bits. Each contender reads PROMPT tokens and takes the likeliest next DECODED times, by `generate`
 (llama.cpp: see peer_llama.py), in turns, ROUNDS times; the median of its rounds counts. transformers runs the
-uncompressed model in bfloat16 and float32; it reads the long prompt in the first PREFILL_ROUNDS rounds only.
+uncompressed model in bfloat16 and float32; it reads the long prompt in the first round only. Tokens a
+second are of wall time; with one thread also of processor time, which other work on the machine moves less.
 """
 
 from __future__ import annotations
@@ -39,44 +40,53 @@ from reallm.report import columns_table
 RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
 FOLDER = ROOT / ".bench" / "decode"
 PROMPT, DECODED, PREFILL = 64, 48, 512
-PREFILL_ROUNDS = 2
 THREADS = (2, 1)
+MEASURES = {2: "2 threads", 1: "1 thread", 0: "1 thread, processor time"}
 HEADS = ("int8-g64", "lm4-g64-dq6x64+ldl")
 """Formats of embedding and head beside the one the demo planned."""
 BASE = "torch bfloat16"
 
 
+Seconds = tuple[float, float]
+"""Of wall time, of processor time."""
+
+
 @dataclass
 class Contender:
-    """Seconds of decoding DECODED tokens after PROMPT, or of reading a prompt of PREFILL tokens."""
+    """Seconds of decoding DECODED tokens after PROMPT, and of reading a prompt of PREFILL tokens."""
 
     name: str
-    decode: Callable[[int], float]
-    prefill: Callable[[int], float]
+    decode: Callable[[int], Seconds]
+    prefill: Callable[[int], Seconds]
     bits: float
     """A weight of the matrices inside the blocks."""
-    seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    seconds: dict[tuple[str, int], list[Seconds]] = field(default_factory=dict)
 
     def rate(self, what: str, threads: int) -> float:
-        """Tokens a second, by the median round."""
+        """Tokens a second, by the median round; `threads` 0 is one thread by processor time."""
         count = DECODED if what == "decode" else PREFILL
-        return count / statistics.median(self.seconds[what, threads])
+        return count / statistics.median(taken[not threads] for taken in self.seconds[what, threads or 1])
 
 
 class Clock:
     """A streamer that remembers when each token came."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: list[Seconds] = []
 
     def put(self, _: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
+
+    def between(self, first: int, last: int) -> Seconds:
+        """What passed from one token to another."""
+        wall, processor = (end - start for start, end in zip(self.times[first], self.times[last], strict=True))
+        return wall, processor
 
     def end(self) -> None:
         """Nothing to do."""
 
 
-def generated_seconds(model: PreTrainedModel, prompt: int, tokens: int) -> Clock:
+def generated(model: PreTrainedModel, prompt: int, tokens: int) -> Clock:
     """When the prompt was handed over and each of `tokens` tokens came."""
     clock = Clock()
     ids = 10 + torch.arange(prompt)[None] % 1000
@@ -88,15 +98,13 @@ def generated_seconds(model: PreTrainedModel, prompt: int, tokens: int) -> Clock
 def ours(name: str, model: PreTrainedModel, bits: float) -> Contender:
     """A transformers model; the first token after the prompt belongs to the prompt."""
 
-    def decode(threads: int) -> float:
+    def decode(threads: int) -> Seconds:
         torch.set_num_threads(threads)
-        times = generated_seconds(model, PROMPT, DECODED + 1).times
-        return times[-1] - times[1]
+        return generated(model, PROMPT, DECODED + 1).between(1, -1)
 
-    def prefill(threads: int) -> float:
+    def prefill(threads: int) -> Seconds:
         torch.set_num_threads(threads)
-        times = generated_seconds(model, PREFILL, 1).times
-        return times[1] - times[0]
+        return generated(model, PREFILL, 1).between(0, 1)
 
     return Contender(name, decode, prefill, bits)
 
@@ -104,13 +112,14 @@ def ours(name: str, model: PreTrainedModel, bits: float) -> Contender:
 def llama(model: Path, process: subprocess.Popen[str]) -> Contender:
     """llama.cpp, in a process of its own."""
 
-    def ask(request: str) -> float:
+    def ask(request: str) -> Seconds:
         assert process.stdin and process.stdout
         process.stdin.write(f"{request}\n")
         process.stdin.flush()
-        return float(process.stdout.readline())
+        wall, processor = map(float, process.stdout.readline().split())
+        return wall, processor
 
-    def decode(threads: int) -> float:
+    def decode(threads: int) -> Seconds:
         return ask(f"decode {threads} {PROMPT} {DECODED}")
 
     return Contender("llama.cpp Q4_1", decode, lambda threads: ask(f"prefill {threads} {PREFILL}"), 5.0)
@@ -143,8 +152,8 @@ def race(contenders: list[Contender], rounds: int, console: Console) -> None:
         for threads in THREADS:
             for each in contenders:
                 for what, run in (("decode", each.decode), ("prefill", each.prefill)):
-                    if what == "prefill" and turn > PREFILL_ROUNDS and each.name.startswith("torch"):
-                        continue  # ten times longer than everything else
+                    if what == "prefill" and turn != 1 and each.name.startswith("torch"):
+                        continue  # several times longer than everything else
                     taken = run(threads)
                     if turn:
                         each.seconds.setdefault((what, threads), []).append(taken)
@@ -154,13 +163,13 @@ def race(contenders: list[Contender], rounds: int, console: Console) -> None:
 def rows(contenders: list[Contender], versions: dict[str, str]) -> Iterator[Figure]:
     """Each of ours beside each peer, in tokens a second: more is better."""
     mine = [each for each in contenders if each.name.startswith("reallm")]
-    for what, threads in ((what, threads) for what in ("decode", "prefill") for threads in THREADS):
+    for what, threads in ((what, threads) for what in ("decode", "prefill") for threads in MEASURES):
         for own in mine:
             for peer in contenders:
                 if peer not in mine:
                     a, b = own.rate(what, threads), peer.rate(what, threads)
                     tokens = f"{DECODED} tokens after {PROMPT}" if what == "decode" else f"{PREFILL} tokens of prompt"
-                    figure = f"{what}, {tokens}, {threads} threads: {own.name}"
+                    figure = f"{what}, {tokens}, {MEASURES[threads]}: {own.name}"
                     yield Figure(figure, "tokens/s", a, peer.name, b, a / b, versions, machine())
 
 
@@ -179,10 +188,10 @@ def main() -> None:
     found = list(rows(contenders, versions))
     write_text_atomic(RESULTS, canonical_json([asdict(row) for row in found]))
     lines = [
-        [each.name, f"{each.bits:.2f}", *(f"{each.rate(w, t):.1f}" for w in ("decode", "prefill") for t in THREADS)]
+        [each.name, f"{each.bits:.2f}", *(f"{each.rate(w, t):.1f}" for w in ("decode", "prefill") for t in MEASURES)]
         for each in contenders
     ]
-    heads = ("", "bits", *(f"{w}, {t} threads" for w in ("decode", "prefill") for t in THREADS))
+    heads = ("", "bits", *(f"{w}, {label}" for w in ("decode", "prefill") for label in MEASURES.values()))
     console.print(columns_table(f"tokens a second on {machine()}", heads, lines))
 
 

@@ -2,8 +2,9 @@
 
     python peer_llama.py MODEL.gguf
 
-Says its versions first. Then each line `prefill THREADS TOKENS` or `decode THREADS PROMPT TOKENS` is answered by
-seconds: of reading that many tokens, or of taking the likeliest token and reading it, that many times, after a prompt.
+Says its version first. Then each line `prefill THREADS TOKENS` or `decode THREADS PROMPT TOKENS` is answered by
+seconds of wall and of processor time: of reading that many tokens, or of taking the likeliest token and reading it,
+that many times, after a prompt.
 Straight calls of llama.cpp's own functions: no sampling, no tokens to text, no copies of logits.
 """
 
@@ -41,24 +42,28 @@ class Peer:
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
         """The logits after `tokens`, a view."""
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
-        if llama_cpp.llama_decode(self.context, batch):
+        given = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
+        if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(given, len(tokens))):
             raise SystemExit("llama_decode failed")
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), (self.vocabulary,))
 
 
-def seconds(peer: Peer, what: str, threads: int, *counts: int) -> float:
+def now() -> tuple[float, float]:
+    """Wall and processor time."""
+    return time.perf_counter(), time.process_time()
+
+
+def seconds(peer: Peer, what: str, threads: int, *counts: int) -> list[float]:
     """Of one request."""
     peer.start(threads)
     prompt = [10 + index % 1000 for index in range(counts[0])]
-    began = time.perf_counter()
+    began = now()
     logits = peer.read(prompt)
-    if what == "prefill":
-        return time.perf_counter() - began
-    began = time.perf_counter()
-    for _ in range(counts[1]):
-        logits = peer.read([int(logits.argmax())])
-    return time.perf_counter() - began
+    if what == "decode":
+        began = now()
+        for _ in range(counts[1]):
+            logits = peer.read([int(logits.argmax())])
+    return [end - start for start, end in zip(began, now(), strict=True)]
 
 
 def main() -> None:
@@ -66,7 +71,7 @@ def main() -> None:
     print(json.dumps({"llama-cpp-python": llama_cpp.__version__}), flush=True)
     for line in sys.stdin:
         what, *numbers = line.split()
-        print(seconds(peer, what, *map(int, numbers)), flush=True)
+        print(*seconds(peer, what, *map(int, numbers)), flush=True)
 
 
 if __name__ == "__main__":

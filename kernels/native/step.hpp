@@ -56,11 +56,11 @@ template <int W, bool PLUS>
 inline void norm_row(const float* x, const float* weight, float eps, float* y) {
   F8 squares = all(0.0f);
   int i = 0;
-  for (; i + kLanes <= W; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+  for (; i + kEight <= W; i += kEight) squares = fma(load(x + i), load(x + i), squares);
   float total = sum(squares);
   for (; i < W; i++) total += x[i] * x[i];
   const float factor = 1.0f / sqrtf(total / W + eps);
-  for (i = 0; i + kLanes <= W; i += kLanes) {
+  for (i = 0; i + kEight <= W; i += kEight) {
     const F8 w = load(weight + i);
     store(y + i, load(x + i) * all(factor) * (PLUS ? w + all(1.0f) : w));
   }
@@ -104,7 +104,7 @@ inline void gate(const Run& run, const float* a, const float* b, float* y, const
   over_tokens(run, [&](int64_t first, int64_t count) {
     const int64_t start = first * W, n = count * W;
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
+    for (; i + kEight <= n; i += kEight)
       store(y + start + i, activation(load(a + start + i)) * load(b + start + i));
     for (; i < n; i++) y[start + i] = activation(all(a[start + i]))[0] * b[start + i];
   });
@@ -234,14 +234,14 @@ struct Attend {
     for (int64_t i = 0; i < from - start && i < columns; i++) s[i] = -INFINITY;
     for (int64_t i = position + 1 - start > 0 ? position + 1 - start : 0; i < columns; i++) s[i] = -INFINITY;
     F8 top = all(-INFINITY);
-    for (int64_t i = 0; i < columns; i += kLanes) top = pick(load(s + i) > top, load(s + i), top);
+    for (int64_t i = 0; i < columns; i += kEight) top = pick(load(s + i) > top, load(s + i), top);
     const float peak = largest(top) > high ? largest(top) : high;
     if (peak == -INFINITY) {
       for (int64_t i = 0; i < columns; i++) s[i] = 0.0f;
       return;
     }
     F8 added = all(0.0f);
-    for (int64_t i = 0; i < columns; i += kLanes) {
+    for (int64_t i = 0; i < columns; i += kEight) {
       const F8 e = exponential(load(s + i) - all(peak));
       store(s + i, e);
       added += e;

@@ -14,17 +14,17 @@ inline void product_tile(const float* a, int64_t lda, const T* b, int64_t ldb, i
                          bool add) {
   F8 total[R][V];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) total[r][v] = add ? load(c + r * ldc + v * kLanes) : all(0.0f);
+    for (int v = 0; v < V; v++) total[r][v] = add ? load(c + r * ldc + v * kEight) : all(0.0f);
   for (int64_t k = 0; k < depth; k++) {
     F8 column[V];
-    for (int v = 0; v < V; v++) column[v] = load(b + k * ldb + v * kLanes);
+    for (int v = 0; v < V; v++) column[v] = load(b + k * ldb + v * kEight);
     for (int r = 0; r < R; r++) {
       const F8 x = all(a[r * lda + k]);
       for (int v = 0; v < V; v++) total[r][v] = fma(x, column[v], total[r][v]);
     }
   }
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) store(c + r * ldc + v * kLanes, total[r][v]);
+    for (int v = 0; v < V; v++) store(c + r * ldc + v * kEight, total[r][v]);
 }
 
 // `cols` is a multiple of kWide. One row of A goes 64 columns at a time, to have enough sums in flight.
@@ -35,22 +35,6 @@ inline void product(const float* a, int64_t lda, const T* b, int64_t ldb, int64_
   if (R == 1)
     for (; j + 4 * kWide <= cols; j += 4 * kWide) product_tile<R, 8>(a, lda, b + j, ldb, depth, c + j, ldc, add);
   for (; j < cols; j += kWide) product_tile<R, 2>(a, lda, b + j, ldb, depth, c + j, ldc, add);
-}
-
-// The same for any number of rows.
-template <class T>
-inline void product_rows(int64_t rows, const float* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, float* c,
-                         int64_t ldc, int64_t cols, bool add) {
-  for (; rows >= kRows; rows -= kRows, a += kRows * lda, c += kRows * ldc)
-    product<kRows>(a, lda, b, ldb, depth, c, ldc, cols, add);
-  switch (rows) {
-    case 1: return product<1>(a, lda, b, ldb, depth, c, ldc, cols, add);
-    case 2: return product<2>(a, lda, b, ldb, depth, c, ldc, cols, add);
-    case 3: return product<3>(a, lda, b, ldb, depth, c, ldc, cols, add);
-    case 4: return product<4>(a, lda, b, ldb, depth, c, ldc, cols, add);
-    case 5: return product<5>(a, lda, b, ldb, depth, c, ldc, cols, add);
-    default: return;
-  }
 }
 
 }  // namespace step

@@ -21,20 +21,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..codegen.graph import Weight
-from ..codegen.native import generated, library
+from ..codegen.native import generated
 from ..codegen.step import CacheDtype, StepProgram, emit_step
 from ..codegen.step_passes import run_step_passes
-from .cpu import Operand
+from ..kernels.formats import Format
+from .cpu import NativeMatrix, Operand, native_matrix
 from .modules import TiedHead
 from .packed import Packed
-from .step_model import DTYPES, StepUnsupportedError, read_step, rotary_table
+from .step_model import StepUnsupportedError, read_step, rotary_table
 
 POSITION_UNIT = 64
 """Capacities are multiples of it; the source wants multiples of 16."""
 PROMPT_TOKENS = 512
 """Tokens of a prompt that go through at once; scratch memory grows with it."""
-DENSE_KEY = 1
-"""Of the input of an uncompressed matrix, which is taken as it is."""
+NO_NATIVE = "there is no native code to be had"
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,8 +63,8 @@ class _Run(ctypes.Structure):
 class Step:
     """One model's step and the cache of one text; not for several threads at once."""
 
-    def __init__(self, model: PreTrainedModel, program: StepProgram, native: ctypes.CDLL, dense: ctypes.CDLL) -> None:
-        self.model, self.program, self.native, self.dense = model, program, native, dense
+    def __init__(self, model: PreTrainedModel, program: StepProgram, native: ctypes.CDLL) -> None:
+        self.model, self.program, self.native = model, program, native
         self.vocabulary = program.weights[-1].rows
         self.position = self.capacity = 0
         self._biases: dict[str, Tensor] = {}
@@ -74,6 +75,7 @@ class Step:
     def _bind(self) -> None:
         """Point at the model's matrices. Raises StepUnsupportedError where a group's matrices read different inputs."""
         self._held: list[object] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         operands = (Operand * len(self.program.weights))()
         for index, weight in enumerate(self.program.weights):
             operands[index] = self._operand(weight)
@@ -86,7 +88,9 @@ class Step:
         self._scratch = torch.empty(0)
 
     def refresh(self) -> None:
-        """Read the weights of norms and the biases, which the step has copies of, anew: they may have been trained."""
+        """Read anew what the step has copies of, such as the weights of norms: they may have been trained."""
+        for copy, original in self._copies:
+            copy.copy_(original)
         modules: list[Any] = [self.model.get_submodule(name) for name in self.program.vectors]
         self._norms = [module.weight.detach().to(torch.float32, copy=True).contiguous() for module in modules]
         for operand, weight in zip(self._operands, self.program.weights, strict=True):
@@ -101,21 +105,22 @@ class Step:
         holder = module._source[0] if isinstance(module, TiedHead) else module
         native = holder.native if isinstance(holder, Packed) else None
         if native is None or (isinstance(module, nn.Embedding) and not native.looks_up):
-            operand = self._dense(holder.dense() if isinstance(holder, Packed) else holder.weight.detach())
-        else:
-            operand = Operand.from_buffer_copy(native.operand)
-            self._held.append(native)
-        return operand
+            native = self._dense(holder.dense() if isinstance(holder, Packed) else holder.weight.detach())
+        self._held.append(native)
+        return Operand.from_buffer_copy(native.operand)
 
-    def _keep(self, tensor: Tensor) -> int:
-        """The address of `tensor`, which stays alive."""
-        self._held.append(tensor)
-        return tensor.data_ptr()
-
-    def _dense(self, weight: Tensor) -> Operand:
-        rows, cols = weight.shape
-        kernels = self.dense.reallm_dense(list(DTYPES).index(weight.dtype))
-        return Operand(kernels, rows, cols, cols, DENSE_KEY, codes=self._keep(weight.contiguous()))
+    def _dense(self, weight: Tensor) -> NativeMatrix:
+        """The uncompressed matrix where it lies; if its bytes are no whole field, a copy that `refresh` renews."""
+        fmt, (rows, cols) = Format.parse(_FORMATS[weight.dtype]), weight.shape
+        raw = weight.contiguous().view(torch.uint8).reshape(-1)
+        if missing := fmt.nbytes(rows, cols) - raw.numel():
+            padded = torch.cat([raw, raw.new_zeros(missing)])
+            self._copies.append((padded[: raw.numel()], raw))
+            raw = padded
+        native = native_matrix(fmt, {"values": raw}, rows, cols)
+        if native is None:
+            raise StepUnsupportedError(NO_NATIVE)
+        return native
 
     def outdated(self) -> bool:
         """Whether a module or tensor of the model was replaced, moved, or hooked on to since the step was compiled."""
@@ -182,15 +187,14 @@ class Step:
 def compile_step(model: PreTrainedModel, cache: CacheDtype = "f32") -> Step:
     """The compiled step of `model`, with its weights bound. Raises StepUnsupportedError, saying why there is none."""
     program = emit_step(run_step_passes(read_step(model)), cache)
-    native, dense = generated("step", program.source), library("dense")
-    if native is None or dense is None:
-        raise StepUnsupportedError("there is no native code to be had")
+    native = generated("step", program.source)
+    if native is None:
+        raise StepUnsupportedError(NO_NATIVE)
     native.reallm_step_abi.restype = ctypes.c_int64
-    dense.reallm_dense.restype = ctypes.c_void_p
     native.reallm_step.restype = None
     if native.reallm_step_abi() != ctypes.sizeof(_Run) * 65536 + ctypes.sizeof(Operand):
         raise StepUnsupportedError("its C++ and Python disagree about the layout of a run")
-    return Step(model, program, native, dense)
+    return Step(model, program, native)
 
 
 def _pointers(tensors: list[Tensor]) -> Any:
