@@ -129,8 +129,12 @@ def _without_times(value: object) -> object:
 
 
 def compare(left: Path, right: Path) -> tuple[int, int, list[str]]:
-    """(files alike to the byte, JSON files alike without the times, files that differ or that one lacks)."""
-    names = {str(p.relative_to(folder)) for folder in (left, right) for p in folder.rglob("*") if p.is_file()}
+    """(files alike to the byte, JSON files alike without the times, files that differ or that one lacks).
+
+    What a killed worker was writing stays behind as a hidden partial file, which nothing reads: it is no result.
+    """
+    found = [(folder, path) for folder in (left, right) for path in folder.rglob("*") if path.is_file()]
+    names = {str(path.relative_to(folder)) for folder, path in found if path.suffix != ".partial"}
     alike, timed, different = 0, 0, []
     for name in sorted(names):
         one, other = left / name, right / name

@@ -1,6 +1,6 @@
 """The presets, a published method each, beside their own packages from PyPI and beside the planner's mix.
 
-    make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out] [PRESETS=gptq,qtip]
+    make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out] [PRESETS=gptq,qtip] [PEERS=GPTQ]
 
 After NAME=quality, whose measured folder it adds to. A preset is shown by one of its formats everywhere, at about three
 bits (four where its package knows no other). First the preset ("ours") beside its package at the same codes and group;
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from benchmarks.bench import Bench, Row, bench_from_environment, measure_formats, mixed, planned, report, row
-from benchmarks.peers import ROOT, Peer
+from benchmarks.peers import ROOT, Peer, wanted_peers
 from benchmarks.quality import TARGETS
 from reallm.planner.records import MeasuredTable
 from reallm.planner.uniform import uniform_plan
@@ -59,7 +59,7 @@ def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
     for preset in wanted_presets():
         uniform = uniform_plan(table, SHOWN[preset], work=str(bench.work))
         found = planned(bench, f"{preset} {SHOWN[preset]}", uniform)
-        if preset in OWN_PEERS:
+        if OWN_PEERS.get(preset) in wanted_peers():
             yield row(found, bench.peer(OWN_PEERS[preset]))
         budget = max(bits for bits in BUDGETS if bits <= uniform.bits_per_weight)
         yield row(planned(bench, "reallm", mixed(bench, f"{budget}bpw")), found)

@@ -1,7 +1,7 @@
 """Kernels of an artifact: sources, objects compiled for GPUs that need not be present, and a manifest of them all.
 
     OUT/kernels/<kernel>.py              generated source
-    OUT/kernels/<kernel>.<target>.cubin  compiled object, batch 1, for each target
+    OUT/kernels/<kernel>.<target>.cubin  compiled object, batch 1, for each target; .hsaco for AMD's
     OUT/kernels/<kernel>.sm_80.ptx       portable form of the lowest target, for GPUs newer than all of them
     OUT/kernels/manifest.json            sha256 of every file, toolchain, and which kernels each matrix runs
 
@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,20 +27,20 @@ from typing import Any, Literal
 from reallm.planner.plan import Plan
 from reallm.planner.records import canonical_json, write_text_atomic
 
-from .emit import emit, pointers, scalars
+from .emit import constants, emit, pointers, scalars
 from .operations import CodegenError
 from .passes import run_passes
 from .program import KernelSpec, Program, lower_plan
 
 Activation = Literal["f16", "bf16", "f32"]
-TARGETS = ("sm_80", "sm_90")
+TARGETS = ("sm_80", "sm_90", "gfx942")
 PTX_TARGET = "sm_80"
 """PTX of sm_90 is that of sm_90a, which no later GPU takes."""
 MANIFEST_FILE = "manifest.json"
 MAX_WORKERS = 4
 COMPILE_SECONDS = 1800
 WITHOUT = "--no-kernels makes the artifact without them"
-_POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "i8": "*i8"}
+_POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "i8": "*i8", "i32": "*i32", "i64": "*i64"}
 
 
 def emit_kernels(
@@ -57,8 +58,8 @@ def emit_kernels(
     unknown target or when a kernel does not compile.
     """
     for target in targets:
-        if not (target.startswith("sm_") and target[3:].isdigit()):
-            raise CodegenError(f"target {target!r}: expected the name of an NVIDIA GPU such as sm_80 or sm_90")
+        if not re.fullmatch(r"sm_\d{2,3}|gfx\d{3,4}[a-f]?", target):
+            raise CodegenError(f"target {target!r}: expected the name of a GPU such as sm_80, sm_90 or gfx942")
     program = run_passes(lower_plan(plan, biased))
     place = Path(folder) / "kernels"
     place.mkdir(parents=True, exist_ok=True)
@@ -112,15 +113,17 @@ def _job(spec: KernelSpec, place: Path, target: str, activation: str) -> dict[st
     """What `worker.compile_one` needs to know."""
     tensors = pointers(spec)
     signature = {name: _pointer(activation if dtype == "x" else dtype) for name, dtype in tensors}
-    outputs = {"cubin": str(place / f"{spec.name}.{target}.cubin")}
+    amd = target.startswith("gfx")
+    outputs = {"hsaco" if amd else "cubin": str(place / f"{spec.name}.{target}.{'hsaco' if amd else 'cubin'}")}
     if target == PTX_TARGET:
         outputs["ptx"] = str(place / f"{spec.name}.{target}.ptx")
     return {
         "source": str(place / f"{spec.name}.py"),
         "function": spec.function,
         "pointers": len(tensors),
-        "signature": signature | dict.fromkeys(scalars(spec), "i32"),
-        "capability": int(target[3:]),
+        "signature": signature | dict.fromkeys(scalars(spec), "i32") | dict.fromkeys(constants(spec), "constexpr"),
+        "constants": dict.fromkeys(constants(spec), "hip" if amd else "cuda"),
+        "target": ["hip", target, 64] if amd else ["cuda", int(target[3:]), 32],
         "num_warps": spec.tile.num_warps,
         "outputs": outputs,
     }

@@ -12,37 +12,123 @@ from functools import cache
 from importlib.resources import files
 from string import Template
 
+from .gemm import GemmWriter
 from .gemv import GemvWriter
-from .operations import AddBias, AddLowRank, Levels, Unpack
+from .operations import (
+    AddBias,
+    AddLowRank,
+    AddSparse,
+    Centre,
+    Dot,
+    Lattice,
+    Levels,
+    Operation,
+    Prepare,
+    Project,
+    Store,
+    Trellis,
+    Unpack,
+    Unrotate,
+)
 from .program import KernelSpec, chunk_width
-from .snippets import indent
+from .rotations import emit_finish, emit_prepare
+from .snippets import code_lines, indent, planes
+from .spans import FOUR, PAIR_BITS, SpanWriter
+from .trellis import emit_trellis
+
+Pointers = tuple[tuple[str, str], ...]
+DERIVED = {"widths": ("index", "i32"), "sparse_counts": ("sparse_offsets", "i32")}
+"""Stored field -> what kernels get in its place, see `derived`."""
 
 
-def pointers(spec: KernelSpec) -> tuple[tuple[str, str], ...]:
+def pointers(spec: KernelSpec) -> Pointers:
     """The kernel's tensors in the order of its arguments, and the dtype each points to ("x": that of x)."""
-    reads = [pair for operation in spec.operations for pair in operation.reads]
+    reads = [DERIVED.get(name, (name, dtype)) for op in spec.operations for name, dtype in op.reads]
+    extra = [pair for operation in spec.operations for pair in _extra(operation)]
+    if (
+        spec.span
+        and spec.function == "gemv"
+        and any(isinstance(op, Unpack) and op.bits in PAIR_BITS for op in spec.operations)
+    ):
+        extra = [("pairs", "i64") if pair == ("levels", "f32") else pair for pair in extra]
     if spec.function == "project":
         return (("x", "x"), ("t", "f32"), *reads)
-    extra = []
-    for operation in spec.operations:
-        if isinstance(operation, Levels) and operation.table != "int":
-            extra.append(("levels", "f32"))
-        elif isinstance(operation, AddLowRank):
-            extra.append(("t", "f32"))
-        elif isinstance(operation, AddBias):
-            extra.append(("bias", "x"))
-    return (("x", "x"), ("y", "x"), *reads, *extra)
+    if spec.function == "prepare":
+        return (("x", "x"), ("ready", "f32"), ("norms", "f32"), *reads, *extra)
+    if spec.function == "finish":
+        return (("part", "f32"), ("y", "x"), *reads, *extra)
+    ends = (("x", "x"), ("y", "x")) if isinstance(spec.operations[-1], Store) else (("ready", "f32"), ("part", "f32"))
+    return (*ends, *reads, *(pair for pair in extra if pair not in ends))
+
+
+def _extra(operation: Operation) -> Pointers:
+    """Tensors that an operation reads beside stored fields."""
+    match operation:
+        case Levels(table) if table != "int":
+            return (("levels", "f32"),)
+        case Lattice(bits):
+            return (("grid", "f32"), ("roots", "f32")) if bits == 3 else (("grid", "f32"),)
+        case Prepare(rotated=True):
+            return (("base_in", "f32"), ("signs_in", "f32"))
+        case Centre():
+            return (("ready", "f32"),)
+        case Unrotate(rotated):
+            return (("norms", "f32"), *((("base_out", "f32"), ("signs_out", "f32")) if rotated else ()))
+        case AddSparse():
+            return (("x", "x"),)
+        case AddLowRank():
+            return (("t", "f32"),)
+        case AddBias():
+            return (("bias", "x"),)
+    return ()
 
 
 def scalars(spec: KernelSpec) -> tuple[str, ...]:
     """The kernel's whole-number arguments, behind the tensors."""
-    return ("rank", "cols") if spec.function == "project" else ("batch", "rows", "cols")
+    special = {
+        "project": ("rank", "cols"),
+        "prepare": ("cols", "pieces"),
+        "finish": ("batch", "rows", "cols", "pieces", "splits"),
+    }
+    return special.get(spec.function, ("batch", "rows", "cols"))
+
+
+def constants(spec: KernelSpec) -> tuple[str, ...]:
+    """The kernel's compile-time arguments, last: DEVICE is "cuda", "hip" or "portable"."""
+    return ("DEVICE",) if any(isinstance(operation, Trellis) for operation in spec.operations) else ()
 
 
 @cache
 def emit(spec: KernelSpec) -> str:
     """Triton source of `spec`, the same text for the same specification on every machine."""
-    return _emit_project(spec) if spec.function == "project" else _emit_gemv(spec)
+    names, first = [name for name, _ in pointers(spec)], spec.operations[0]
+    if spec.function == "project":
+        return _emit_project(spec)
+    if isinstance(first, Trellis):
+        return _head(spec) + emit_trellis(spec, first, names)
+    if isinstance(first, Prepare):
+        return _head(spec) + emit_prepare(spec, first, names)
+    if spec.function == "finish":
+        return _head(spec) + emit_finish(spec, names)
+    return _emit_spans(spec) if spec.span and spec.function == "gemv" else _emit_gemv(spec)
+
+
+def _listing(spec: KernelSpec) -> str:
+    return indent([f"{operation.gives:<7}= {operation}" for operation in spec.operations], 4)
+
+
+def _head(spec: KernelSpec) -> str:
+    """What stands before a function: what it computes, and its imports."""
+    meaning = {
+        "prepare": "x' of the transformed matrix",
+        "finish": "y of the parts of a transformed product",
+        "gemv": "part[s, m, n] = sum_k ready[m, k] C[n, k], for few rows of x",
+        "gemm": "part[s, m, n] = sum_k ready[m, k] C[n, k], for many rows of x",
+    }
+    return (
+        f'"""{spec.name}: {meaning[spec.function]}, generated by reallm; do not edit.\n\n{_listing(spec)}\n"""\n\n'
+        "import triton\nimport triton.language as tl\n\n\n"
+    )
 
 
 @cache
@@ -58,18 +144,56 @@ def _emit_project(spec: KernelSpec) -> str:
         arguments=", ".join(names),
         block_k=spec.tile.block_k,
         setup="    cols = cols // 8 * 8  # as it is: says that rows start on whole vectors" if spec.aligned else "",
+        factor=indent(_factor_lines(spec), 8),
         scale="".join(scales),
+    )
+
+
+def _factor_lines(spec: KernelSpec) -> list[str]:
+    """Lines that load a stretch of the factor R."""
+    project, mask = spec.operations[0], ", mask=inside, other=0"
+    if isinstance(project, Project) and project.dtype == "i4":
+        lines = code_lines(planes("right", 4), "factor_at", mask, "factor")
+        return ["factor_at = component * cols + k", *lines, "factor = (factor - 8).to(tl.float32)"]
+    return [f"factor = tl.load(right + component * cols + k{mask}).to(tl.float32)"]
+
+
+def _emit_spans(spec: KernelSpec) -> str:
+    writer = GemvWriter(spec, spec.span)
+    loop = SpanWriter(spec, writer.source, writer.stride)
+    loop.write()
+    writer.tail = loop.tail()
+    end = next(index for index, operation in enumerate(spec.operations) if isinstance(operation, Dot))
+    for operation in spec.operations[end + 1 :]:
+        writer.write(operation)
+    writer.finish()
+    return _template("spans.txt").substitute(
+        name=spec.name,
+        listing=_listing(spec),
+        four=FOUR,
+        arguments=", ".join(name for name, _ in pointers(spec)),
+        block_n=spec.tile.block_n,
+        block_k=spec.tile.block_k,
+        chunks=spec.tile.block_k // spec.span,
+        span=spec.span,
+        batch=spec.batch,
+        live="" if spec.even else "        live = place < spans",
+        setup=indent([*writer.setup, *loop.setup], 4),
+        body=indent(loop.body, 8),
+        tail=indent(writer.tail, 4),
     )
 
 
 def _emit_gemv(spec: KernelSpec) -> str:
     width = chunk_width(next(operation for operation in spec.operations if isinstance(operation, Unpack)))
-    writer = GemvWriter(spec, width)
+    writer = GemmWriter(spec, width) if spec.function == "gemm" else GemvWriter(spec, width)
     for operation in spec.operations:
         writer.write(operation)
+    writer.finish()
     return _template("gemv.txt").substitute(
         name=spec.name,
-        listing=indent([f"{operation.gives:<7}= {operation}" for operation in spec.operations], 4),
+        function=spec.function,
+        listing=_listing(spec),
         arguments=", ".join(name for name, _ in pointers(spec)),
         block_n=spec.tile.block_n,
         block_k=spec.tile.block_k,

@@ -7,23 +7,29 @@ Names in the text: `row` [BLOCK_N], `place` [CHUNKS] and `k` [CHUNKS, WIDTH] are
 from __future__ import annotations
 
 from reallm.kernels.codecs import DoubleQuant
+from reallm.kernels.lattice import RESIDUAL_SCALE, SHIFT
 from reallm.kernels.tables import TableName
 
 from .operations import (
     AddBias,
     AddLowRank,
+    AddSparse,
     Codebooks,
     CodegenError,
+    ColumnScale,
     Dot,
     GroupScale,
+    Lattice,
     Levels,
     Offset,
     Operation,
+    RowLevels,
     RowScale,
     Store,
     Unpack,
 )
 from .program import KernelSpec
+from .rotations import BLOCK_TILE, factor_lines, sparse_lines
 from .snippets import chunk_lines, code_lines, divide, plane_lines, planes, scale_lines, scale_setup
 
 RANK_BLOCK = 64
@@ -39,6 +45,10 @@ class GemvWriter:
         self.setup: list[str] = []
         self.body: list[str] = []
         self.tail: list[str] = []
+        self.source, self.stride = "x", "cols"
+        if not isinstance(spec.operations[-1], Store):
+            self.source, self.stride = "ready", "padded"
+            self.setup.append(f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}")
         if spec.aligned:
             self.setup.append(f"cols = cols // {width} * {width}  # as it is: says that rows are whole chunks")
         if not spec.even:
@@ -55,14 +65,26 @@ class GemvWriter:
                 self._offset(bits, group_size)
             case Codebooks():
                 self._codebooks(operation)
+            case RowLevels(bits):
+                self.body.append(f"value = tl.load(levels + row[:, None, None] * {1 << bits} + code).to(tl.float32)")
+            case Lattice(bits):
+                self._lattice(bits)
+            case ColumnScale(block):
+                part = divide("place", block // self.width)
+                here = "" if self.spec.even else ", mask=begun, other=0"
+                self.body.append(f"scale = tl.load(scales + {part}[None, :]{here}).to(tl.float32)")
+                self.body.append("value = value * scale[:, :, None]")
             case GroupScale(group_size, double_quant):
                 self._group_scale(group_size, double_quant)
             case Dot():
                 self._dot()
             case RowScale(double_quant):
                 self._row_scale(double_quant)
-            case AddLowRank(rank):
-                self._low_rank(rank)
+            case AddSparse():
+                count = range(self.spec.batch)
+                self.tail += sparse_lines([f"sum_{m}" for m in count], [f"row_{m}" for m in count])
+            case AddLowRank(rank, dtype):
+                self._low_rank(rank, dtype)
             case AddBias():
                 self.tail.append("shift = tl.load(bias + row).to(tl.float32)")
                 self.tail += [f"sum_{m} += shift" for m in range(self.spec.batch)]
@@ -79,7 +101,7 @@ class GemvWriter:
 
     def _unpack(self, operation: Unpack) -> None:
         parts = planes("codes", operation.bits)
-        if operation.dim > 1:
+        if operation.dim > 1:  # one code for all columns of a chunk
             self.setup.append(f"groups = (cols + {operation.dim - 1}) // {operation.dim}")
             self.setup += plane_lines("codes", operation.bits, f"groups * {operation.count}")
             for index in range(operation.count):
@@ -126,6 +148,20 @@ class GemvWriter:
             word = f"(code_{index} + {index << operation.bits}){CUBE} * {operation.dim} + lane[None, None, :]"
             self.body.append(f"value {'+=' if index else '='} tl.load(codebooks + {word}).to(tl.float32)")
 
+    def _lattice(self, bits: int) -> None:
+        self.body += _word_lines("code_0", "value")
+        if bits == 2:
+            return
+        second = 8 if bits == 3 else 16
+        self.setup += plane_lines("residuals", second, "groups")
+        self.body.append("rest_at = row[:, None] * groups + place[None, :]")
+        self.body += code_lines(planes("residuals", second), "rest_at", self._mask(False), "rest")
+        if bits == 3:
+            self.body.append(f"word = tl.load(roots + rest{CUBE} * 8 + lane[None, None, :])")
+        else:
+            self.body += _word_lines("rest", "word")
+        self.body.append(f"value += word * {RESIDUAL_SCALE[bits]!r}")
+
     def _dot(self) -> None:
         tile, mask = self.spec.tile, "" if self.spec.even else ", mask=inside, other=0"
         shape = f"({tile.block_n}, {tile.block_k // self.width}, {self.width})"
@@ -134,7 +170,7 @@ class GemvWriter:
                 f"row_{m} = tl.minimum(first + {m}, batch - 1)" if self.spec.batch > 1 else "row_0 = first"
             )
             self.setup.append(f"total_{m} = tl.zeros({shape}, tl.float32)")
-            self.body.append(f"x_{m} = tl.load(x + row_{m} * cols + k{mask}).to(tl.float32)")
+            self.body.append(f"x_{m} = tl.load({self.source} + row_{m} * {self.stride} + k{mask}).to(tl.float32)")
             self.body.append(f"total_{m} += value * x_{m}[None, :, :]")
             self.tail.append(f"sum_{m} = tl.sum(tl.sum(total_{m}, 2), 1)")
 
@@ -143,13 +179,16 @@ class GemvWriter:
         self.tail += scale_lines(double, "row", "")
         self.tail += [f"sum_{m} *= scale" for m in range(self.spec.batch)]
 
-    def _low_rank(self, rank: int) -> None:
+    def _low_rank(self, rank: int, dtype: str) -> None:
         block = min(RANK_BLOCK, 1 << (rank - 1).bit_length())
         self.tail += [
             f"for start in range(0, {rank}, {block}):",
             f"    r = start + tl.arange(0, {block})",
-            f"    factor = tl.load(left + row[:, None] * {rank} + r[None, :], mask=(r < {rank})[None, :], other=0)",
-            "    factor = factor.to(tl.float32)",
+            f"    factor_at = row[:, None] * {rank} + r[None, :]",
+            *(
+                f"    {line}"
+                for line in factor_lines(dtype, "factor_at", f", mask=(r < {rank})[None, :], other=0", "factor")
+            ),
         ]
         for m in range(self.spec.batch):
             self.tail.append(f"    t_{m} = tl.load(t + row_{m} * {rank} + r, mask=r < {rank}, other=0)")
@@ -159,6 +198,30 @@ class GemvWriter:
         for m in range(self.spec.batch):
             limit = "rows" if self.spec.batch == 1 else f"tl.where(first + {m} < batch, rows, 0)"
             self.tail.append(f"tl.store(y + row_{m} * rows + n, sum_{m}.to(y.dtype.element_ty), mask=n < {limit})")
+
+    def finish(self) -> None:
+        """Append the lines that hand the sums to `finish`, where the operations end before a store."""
+        if isinstance(self.spec.operations[-1], Store):
+            return
+        for m in range(self.spec.batch):
+            limit = "rows" if self.spec.batch == 1 else f"tl.where(first + {m} < batch, rows, 0)"
+            self.tail.append(f"tl.store(part + row_{m} * rows + n, sum_{m}, mask=n < {limit})")
+
+
+def _word_lines(code: str, target: str) -> list[str]:
+    """Lines that set `target` [BLOCK_N, CHUNKS, 8] to the E8P words of `code` [BLOCK_N, CHUNKS].
+
+    `grid` [256, 8] holds the vectors a, the last entry negative where the signs hold an odd number of minuses.
+    """
+    return [
+        f"minus = ({code} >> 1) & 127",
+        "odd = minus ^ (minus >> 4)",
+        "odd = odd ^ (odd >> 2)",
+        "minus = minus | (((odd ^ (odd >> 1)) & 1) << 7)",
+        f"{target} = tl.load(grid + ({code} >> 8){CUBE} * 8 + lane[None, None, :])",
+        f"{target} = tl.where((minus{CUBE} >> lane[None, None, :]) & 1 != 0, -{target}, {target})",
+        f"{target} += (({code} & 1).to(tl.float32) * {2 * SHIFT!r} - {SHIFT!r}){CUBE}",
+    ]
 
 
 def _level_line(table: TableName, bits: int) -> str:

@@ -11,38 +11,54 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from reallm.kernels.codecs import Field
+import numpy as np
+
+from reallm.kernels.codecs import TILE, Field
 from reallm.kernels.formats import Format
+from reallm.kernels.hadamard import signs
+from reallm.kernels.lattice import absolute_vectors, odd_minuses, root_words
 from reallm.kernels.tables import TableName, table
 from reallm.planner.records import write_text_atomic
 
-from .emit import emit, pointers
-from .operations import CodegenError, Levels
+from .derived import Derived, derive
+from .emit import constants, emit, pointers
+from .operations import CodegenError, Lattice, Levels, Prepare, Unrotate
 from .passes import run_passes
 from .program import KernelSpec, MatrixProgram, Program, Tile, lower
+from .spans import PAIR_BITS, pair_table
+from .turning import turning
 
 if TYPE_CHECKING:
     import torch
 
 MAX_BATCH = 4
-"""Rows of x one instance takes; more of them become more instances."""
+"""Rows of x one instance of a GEMV takes; more of them become more instances, or a GEMM."""
+GEMM_BATCHES = (16, 32, 64)
+"""Rows of x that an instance of a GEMM may take."""
+WANTED_WARPS = 1024
+"""Of a trellis product, about ten for each multiprocessor."""
+MAX_SPLITS = 16
+LEAST_BLOCKS = 4
+"""Blocks of columns that one instance takes at least."""
 
 
 @cache
 def kernels_for(
-    fmt: Format, rows: int, cols: int, bias: bool = False, tile: Tile | None = None
+    fmt: Format, rows: int, cols: int, bias: bool = False, tile: Tile | None = None, prefill: bool = False
 ) -> tuple[KernelSpec, ...]:
     """The kernels, in order, that compute y = W_hat x for a matrix [rows, cols] stored as `fmt`.
 
-    `tile` replaces the one of `passes.tile_for`. Raises CodegenError for a dense format.
+    `tile` replaces the one of `passes.choose_tiles`; `prefill` asks for the GEMM. Raises CodegenError for a format
+    without kernels.
     """
-    program = Program((MatrixProgram("matrix", rows, cols, fmt, lower(fmt, bias), tile),))
+    operations = lower(fmt, bias, prefill)
+    program = Program((MatrixProgram("matrix", rows, cols, fmt, operations, tile, prefill=prefill),))
     return run_passes(program).matrices[0].kernels
 
 
@@ -73,7 +89,28 @@ def _import(path: Path, name: str) -> ModuleType:
     return module
 
 
-def gemv(
+@dataclass
+class _Call:
+    """One product under way: what its kernels read and write, by name."""
+
+    rows: int
+    cols: int
+    tensors: dict[str, torch.Tensor]
+    rank: int
+    widths: tuple[int, ...]
+    splits: int = 1
+    kept: dict[Any, torch.Tensor] = field(default_factory=dict)
+    """What other products of the same x may use."""
+
+    @property
+    def count(self) -> int:
+        return self.tensors["x"].shape[0]
+
+    def new(self, *shape: int) -> torch.Tensor:
+        return self.tensors["x"].new_empty(shape, dtype=_float32())
+
+
+def multiply(
     fmt: Format,
     fields: Mapping[str, torch.Tensor],
     x: torch.Tensor,
@@ -82,48 +119,178 @@ def gemv(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
+    derived: Derived | None = None,
+    prefill: bool | None = None,
 ) -> torch.Tensor:
     """y = x W_hat^T (+ bias) with generated kernels: [..., rows] in the dtype of x [..., cols], summed in float32.
 
     `fields` holds each of `fmt.fields(rows, cols)` (and a shared codebook under its field's name) as uint8
-    [field.nbytes] on the device of x. `out`, contiguous and of the result's shape, is filled if given; `tile` is for
-    tuning. Meant for few rows of x: the codes are decoded once for every MAX_BATCH of them. Raises CodegenError on a
-    wrong shape, dtype or device, and for a dense format.
+    [field.nbytes] on the device of x. `out`, contiguous and of the result's shape, is filled if given; `derived` is
+    what `derive` made of the same fields before; `tile` and `prefill` are for tuning. Raises CodegenError on a wrong
+    shape, dtype or device, and for a format without kernels.
     """
     import torch
 
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device) if out is None else out
     _check_call(x, y, rows, cols, bias)
     flat = x.reshape(-1, cols).contiguous()
+    flat = flat.clone() if flat.data_ptr() % 16 else flat  # kernels load eight bytes at once
     tensors = {"x": flat, "y": y, **_views(fmt, fields, rows, cols, x.device)}
     if bias is not None:
         tensors["bias"] = bias.to(x.dtype).contiguous()
-    if flat.shape[0]:
-        with torch.cuda.device(x.device.index if x.is_cuda else -1):
-            for spec in kernels_for(fmt, rows, cols, bias is not None, tile):
-                _run(spec, tensors, fmt, rows, cols)
+    if not flat.shape[0]:
+        return y
+    found = derive(fmt, fields, rows, cols) if derived is None else derived
+    many = flat.shape[0] > MAX_BATCH if prefill is None else prefill
+    call = _Call(
+        rows, cols, tensors | found.tensors, fmt.low_rank.rank if fmt.low_rank else 0, found.widths, kept=_kept(x)
+    )
+    with torch.cuda.device(x.device.index if x.is_cuda else -1):
+        for spec in kernels_for(fmt, rows, cols, bias is not None, tile, many):
+            _run(spec, call, many)
     return y
 
 
-def _run(spec: KernelSpec, tensors: dict[str, torch.Tensor], fmt: Format, rows: int, cols: int) -> None:
-    """Launch one kernel over all rows of x; a projection leaves its t among `tensors`."""
+def _kept(x: torch.Tensor) -> dict[Any, torch.Tensor]:
+    """What earlier products made of the same tensor and other matrices can use: it lives as long as x, unchanged.
+
+    A rotation of q, k and v's shared input is thus made once.
+    """
+    if x.is_inference():
+        return {}  # its changes are not counted
+    version, kept = getattr(x, "_reallm_kept", (None, {}))
+    if version != x._version:
+        kept = {}
+        x._reallm_kept = (x._version, kept)  # type: ignore[attr-defined]
+    return kept
+
+
+def _run(spec: KernelSpec, call: _Call, many: bool) -> None:
+    """Launch one kernel over all rows of x; what later ones read is left among the tensors."""
+    tensors, count = call.tensors, call.count
+    tensors |= _tables(spec, call)
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    match spec.function:
+        case "project":
+            tensors["t"] = call.new(count, call.rank)
+            grid, sizes = (count, call.rank), (call.rank, call.cols)
+        case "prepare":
+            if _take_prepared(spec, call):
+                return
+            shares, pieces = _shares(spec, call.cols)
+            grid, sizes = (count, shares), (call.cols, pieces)
+        case "finish":
+            shares, pieces = _shares(spec, call.rows)
+            grid, sizes = (count, shares), (count, call.rows, call.cols, pieces, call.splits)
+        case _:
+            spec = _for_batch(spec, call, many)
+            down, across = -(-call.rows // spec.tile.block_n), -(-count // spec.batch)
+            if "part" in dict(pointers(spec)):
+                call.splits = splits_for(spec, call.rows, call.cols, count)
+                tensors["part"] = call.new(call.splits, count, call.rows)
+            grid, sizes = (down, across, call.splits), (count, call.rows, call.cols)
+    arguments = [tensors[name] for name, _ in pointers(spec)]
+    options: dict[str, Any] = dict.fromkeys(constants(spec), device_path(tensors["x"].device))
+    load_kernel(spec)[grid](*arguments, *sizes, **options, num_warps=spec.tile.num_warps, enable_fp_fusion=True)
+
+
+def device_path(device: torch.device) -> str:
+    """What DEVICE is on `device`; "portable" where there is no assembler, as in the interpreter."""
     import torch
 
-    x = tensors["x"]
-    count = x.shape[0]
-    if spec.function == "project":
-        rank = fmt.low_rank.rank if fmt.low_rank else 0
-        tensors["t"] = torch.empty((count, rank), dtype=torch.float32, device=x.device)
-        grid: tuple[int, int] = (rank, count)
-        sizes: tuple[int, ...] = (rank, cols)
-    else:
-        spec = replace(spec, batch=min(count, MAX_BATCH))
-        grid, sizes = (-(-rows // spec.tile.block_n), -(-count // spec.batch)), (count, rows, cols)
-        for operation in spec.operations:
-            if isinstance(operation, Levels):
-                tensors["levels"] = _levels(operation.table, operation.bits, x.device)
-    arguments = [tensors[name] for name, _ in pointers(spec)]
-    load_kernel(spec)[grid](*arguments, *sizes, num_warps=spec.tile.num_warps, enable_fp_fusion=True)
+    return "portable" if device.type != "cuda" else "hip" if torch.version.hip else "cuda"
+
+
+def _shares(spec: KernelSpec, order: int) -> tuple[int, int]:
+    """(instances that share out a vector of `order` entries, pieces of its rotation)."""
+    if any(name.startswith("base") for name, _ in pointers(spec)):
+        pieces = order // spec.tile.block_k
+        return -(-pieces // spec.tile.block_n), pieces
+    padded = -(-order // TILE) * TILE if spec.function == "prepare" else order
+    return -(-padded // spec.tile.block_k), 1
+
+
+def _take_prepared(spec: KernelSpec, call: _Call) -> bool:
+    """Whether x' of another product of the same x serves; makes room for it otherwise."""
+    shared = not any(operation.reads for operation in spec.operations)
+    if shared and (spec, "ready") in call.kept:
+        call.tensors |= {name: call.kept[spec, name] for name in ("ready", "norms")}
+        return True
+    call.tensors["ready"] = call.new(call.count, -(-call.cols // TILE) * TILE)
+    call.tensors["norms"] = call.new(call.count)
+    if shared:
+        call.kept.update({(spec, name): call.tensors[name] for name in ("ready", "norms")})
+    return False
+
+
+def _for_batch(spec: KernelSpec, call: _Call, many: bool) -> KernelSpec:
+    """The specification for this many rows of x, and for the widths of this trellis."""
+    limits = GEMM_BATCHES if many else range(1, MAX_BATCH + 1)
+    batch = next((limit for limit in limits if limit >= call.count), limits[-1])
+    if spec.widths and not set(call.widths) <= set(spec.widths):
+        spec = replace(spec, widths=tuple(sorted({*spec.widths, *call.widths})))
+    return replace(spec, batch=batch)
+
+
+def splits_for(spec: KernelSpec, rows: int, cols: int, count: int) -> int:
+    """How many instances share out the columns of a product with `count` rows of x; one where nothing adds parts up."""
+    if not spec.widths:
+        return 1
+    instances = -(-rows // spec.tile.block_n) * -(-count // spec.batch)
+    wanted = WANTED_WARPS // (instances * spec.tile.num_warps)
+    return max(1, min(wanted, MAX_SPLITS, -(-cols // TILE) // LEAST_BLOCKS))
+
+
+def _tables(spec: KernelSpec, call: _Call) -> dict[str, torch.Tensor]:
+    """Constant tensors that the kernel reads."""
+    result: dict[str, torch.Tensor] = {}
+    device = call.tensors["x"].device
+    for operation in spec.operations:
+        if isinstance(operation, Levels) and operation.table != "int":
+            result["levels"] = _levels(operation.table, operation.bits, device)
+            if operation.bits in PAIR_BITS:
+                result["pairs"] = _pairs(operation.table, operation.bits, device)
+        elif isinstance(operation, Lattice):
+            result["grid"], result["roots"] = _lattice(device)
+        elif isinstance(operation, Prepare) and operation.rotated:
+            result["base_in"], result["signs_in"] = _rotation(call.cols, device)
+        elif isinstance(operation, Unrotate) and operation.rotated:
+            result["base_out"], result["signs_out"] = _rotation(call.rows, device)
+    return result
+
+
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32
+
+
+@cache
+def _lattice(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The vectors of E8P, the last entry negative where the signs hold an odd number of minuses, and the roots."""
+    import torch
+
+    grid = absolute_vectors().copy()
+    grid[odd_minuses(), -1] *= -1
+    return tuple(torch.from_numpy(a.copy()).to(device, torch.float32) for a in (grid, root_words()))  # type: ignore[return-value]
+
+
+@cache
+def _rotation(order: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(base, signs) of a rotation, float32."""
+    import torch
+
+    base, _ = turning(order)
+    return torch.from_numpy(base.copy()).to(device), torch.from_numpy(signs(order).copy()).to(device, torch.float32)
+
+
+@cache
+def _pairs(name: TableName, bits: int, device: torch.device) -> torch.Tensor:
+    """`pair_table`, two floats in each 64-bit word."""
+    import torch
+
+    return torch.from_numpy(pair_table(name, bits).reshape(-1).view(np.int64).copy()).to(device)
 
 
 @cache

@@ -3,8 +3,11 @@
 Each operation turns one kind of value into another; `program.verify_program` checks that the kinds meet. Shapes are
 those of one tile, BLOCK_N rows by BLOCK_K columns of W[N, K]:
 
-    words    packed fields, as 32-bit words          values   decoded weights, float32 [BLOCK_N, BLOCK_K]
+    words    packed fields, as 32-bit words          values   decoded weights [BLOCK_N, BLOCK_K]
     codes    whole numbers [BLOCK_N, BLOCK_K/dim]    sums     float32 [BLOCK_N], one for each row of x
+
+A transformed matrix W = T^-1(C) is multiplied as T'^-1(C (T x)): `Prepare` makes T x, `Unrotate` undoes the rotation of
+the output.
 
 Formulas are those of `reallm.kernels.formats`; an operation names the stored fields it reads and their dtypes.
 """
@@ -23,6 +26,11 @@ Read: TypeAlias = tuple[str, str]
 """A stored field and its dtype, as in `kernels.formats.Field`."""
 
 
+LIFT = 76
+"""Binary logarithm of what x is multiplied by where codes are read as denormal floats, see `trellis`: products are
+normal floats for x of 2^-52 to 2^52."""
+
+
 class CodegenError(ValueError):
     """A program that cannot be, or a kernel that cannot be built or called as asked."""
 
@@ -38,11 +46,128 @@ class Project:
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        scales = (("left_scales", "f16"), ("right_scales", "f16")) if self.dtype == "i8" else ()
-        return (("right", self.dtype), *scales)
+        scales = (("left_scales", "f16"), ("right_scales", "f16")) if self.dtype != "f16" else ()
+        return (("right", stored_factor(self.dtype)), *scales)
 
     def __str__(self) -> str:
         return f"project {self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """x' = R_K P (channel_scales * x) / norm, float32 [M, K padded to whole blocks]; norm [M] is a power of two.
+
+    P x [j] = x[permutation[j]]. The norm brings the largest entry of a row of x to between 1 and 2, so that x' fits
+    half precision whatever the model's activations are; then x' is multiplied by 2^lift.
+    """
+
+    rotated: bool = False
+    permuted: bool = False
+    channel_scales: bool = False
+    lift: int = 0
+
+    takes: ClassVar[Value] = "words"
+    gives: ClassVar[Value] = "words"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        permutation = (("permutation", "u16"),) if self.permuted else ()
+        return (*permutation, *((("channel_scales", "f16"),) if self.channel_scales else ()))
+
+    @property
+    def label(self) -> str:
+        """The steps in the order they are done."""
+        steps = {"cs": self.channel_scales, "perm": self.permuted, "rot": self.rotated}
+        return "-".join(name for name, wanted in steps.items() if wanted) or "plain"
+
+    def __str__(self) -> str:
+        return f"prepare {self.label}" + (f" times 2^{self.lift}" if self.lift else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """x' of the matrix `leader`, which has the same input and prepares it in the same way."""
+
+    leader: str
+    rotated: bool
+
+    takes: ClassVar[Value] = "words"
+    gives: ClassVar[Value] = "words"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return ()
+
+    def __str__(self) -> str:
+        return f"reuse x' of {self.leader}"
+
+
+@dataclass(frozen=True, slots=True)
+class Trellis:
+    """What the states of a bitshift trellis of 2^state_bits states stand for, as whole numbers (`kernels.trellis`)."""
+
+    state_bits: int
+
+    takes: ClassVar[Value] = "words"
+    gives: ClassVar[Value] = "values"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return (("words", "u32"), ("widths", "u4"))
+
+    def __str__(self) -> str:
+        return f"trellis 2^{self.state_bits}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """The word of 8 weights of E8P, and of its residual codebook, that each code stands for (`kernels.lattice`)."""
+
+    bits: int
+
+    takes: ClassVar[Value] = "codes"
+    gives: ClassVar[Value] = "values"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return (("residuals", "u8" if self.bits == 3 else "u16"),) if self.bits > 2 else ()
+
+    def __str__(self) -> str:
+        return f"lattice e8p{self.bits}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowLevels:
+    """The level of the row's own table of 2^bits that each code stands for."""
+
+    bits: int
+
+    takes: ClassVar[Value] = "codes"
+    gives: ClassVar[Value] = "values"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return (("levels", "f16"),)
+
+    def __str__(self) -> str:
+        return f"row_levels {self.bits}"
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnScale:
+    """values * scale of their block of `block` columns, the same in every row."""
+
+    block: int
+
+    takes: ClassVar[Value] = "values"
+    gives: ClassVar[Value] = "values"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return (("scales", "f16"),)
+
+    def __str__(self) -> str:
+        return f"column_scale per {self.block}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +296,55 @@ class RowScale:
 
 
 @dataclass(frozen=True, slots=True)
+class Centre:
+    """sums - mean * sum_k scale_k x'_k: the mean of the values of a trellis, which `Dot` left in."""
+
+    mean: float
+
+    takes: ClassVar[Value] = "sums"
+    gives: ClassVar[Value] = "sums"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return (("scales", "f16"),)
+
+    def __str__(self) -> str:
+        return f"centre {self.mean:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Unrotate:
+    """R_N^T sums, and the norm of `Prepare` multiplied back."""
+
+    rotated: bool
+
+    takes: ClassVar[Value] = "sums"
+    gives: ClassVar[Value] = "sums"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return ()
+
+    def __str__(self) -> str:
+        return "unrotate" if self.rotated else "renorm"
+
+
+@dataclass(frozen=True, slots=True)
+class AddSparse:
+    """sums + S x, S the outliers kept apart, by rows."""
+
+    takes: ClassVar[Value] = "sums"
+    gives: ClassVar[Value] = "sums"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return (("sparse_counts", "u16"), ("sparse_cols", "u16"), ("sparse_values", "f16"))
+
+    def __str__(self) -> str:
+        return "add_sparse"
+
+
+@dataclass(frozen=True, slots=True)
 class AddLowRank:
     """sums + L t with t from `Project`."""
 
@@ -182,7 +356,7 @@ class AddLowRank:
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        return (("left", self.dtype),)
+        return (("left", stored_factor(self.dtype)),)
 
     def __str__(self) -> str:
         return f"add_low_rank {self.rank} {self.dtype}"
@@ -219,8 +393,32 @@ class Store:
 
 
 Operation: TypeAlias = (
-    Project | Unpack | Levels | Offset | Codebooks | GroupScale | Dot | RowScale | AddLowRank | AddBias | Store
+    Project
+    | Prepare
+    | Reuse
+    | Trellis
+    | Unpack
+    | Levels
+    | Offset
+    | Codebooks
+    | Lattice
+    | RowLevels
+    | GroupScale
+    | ColumnScale
+    | Dot
+    | RowScale
+    | Centre
+    | Unrotate
+    | AddLowRank
+    | AddSparse
+    | AddBias
+    | Store
 )
+
+
+def stored_factor(dtype: str) -> str:
+    """How a factor of a low-rank term is stored: 4-bit ones as codes."""
+    return "u4" if dtype == "i4" else dtype
 
 
 def scale_reads(double_quant: DoubleQuant | None) -> tuple[Read, ...]:

@@ -1,8 +1,9 @@
 """The passes: each takes a program and gives a better one; the verifier runs before the first and after every one.
 
 1. hoist_row_scales  a scale shared by a whole row multiplies the finished sum, not every weight.
-2. choose_tiles      BLOCK_N, BLOCK_K and num_warps for each matrix, by the costs below.
-3. share_kernels     the operations are cut into kernels; matrices with equal specifications share one.
+2. share_inputs      matrices that share an input (q, k, v; gate, up) and its rotation have it prepared once.
+3. choose_tiles      BLOCK_N, BLOCK_K and num_warps for each matrix, by the costs below.
+4. share_kernels     the operations are cut into kernels; matrices with equal specifications share one.
 
 The projection t = R x is a kernel of its own. Computed inside the GEMV it would be read by each of the N / BLOCK_N
 instances: N / BLOCK_N * rank * K * bytes, for N = 576, K = 1536, r16 in fp16 and BLOCK_N = 2 some 14 MB against the
@@ -15,8 +16,31 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 
-from .operations import AddBias, Dot, GroupScale, Operation, Project, RowScale, Unpack
-from .program import KernelSpec, MatrixProgram, Program, Tile, chunk_width, verify_program
+from reallm.kernels.formats import Format
+
+from .dataflow import shared_inputs
+from .operations import (
+    AddBias,
+    AddLowRank,
+    AddSparse,
+    Centre,
+    Dot,
+    GroupScale,
+    Operation,
+    Prepare,
+    Project,
+    Reuse,
+    RowScale,
+    Store,
+    Trellis,
+    Unpack,
+    Unrotate,
+)
+from .program import GEMM_BATCH, SPAN, KernelSpec, MatrixProgram, Program, Tile, chunk_width, verify_program
+from .rotations import CHUNK
+from .spans import takes_span
+from .trellis import standard_widths
+from .turning import turning
 
 BLOCKS_N = (8, 4, 2, 1)
 """With more rows and MAX_BATCH rows of x the sums of a thread would not fit its registers."""
@@ -28,6 +52,18 @@ THREAD_WEIGHTS = 16
 MAX_WARPS = 8
 TURN_INSTRUCTIONS, WEIGHT_INSTRUCTIONS = 40, 9
 """Of one turn of the loop over K: for each warp, and for each weight of a thread (4-bit INT g64 in sm_80 code)."""
+TRELLIS_ROWS = (128, 64, 32)
+"""Rows of W of an instance of one warp: each thread has four, two or one."""
+SPAN_ROWS = (4, 2)
+"""Rows of W of an instance of a product by spans."""
+SPAN_TURN = 2 * 32 * SPAN
+"""Columns of two turns of a warp."""
+PREFILL_TILE = Tile(128, 16, 4)
+"""Of a trellis and many rows of x: one row of W a thread."""
+GEMM_TILE = Tile(64, 64, 4)
+"""Of the other codecs and many rows of x: 32 weights a thread."""
+WARP_ENTRIES = 256
+"""Of a vector that is rotated or finished, for each warp."""
 PROJECT_TILE = Tile(1, 1024, 4)
 PROJECT_CHUNK = 8
 
@@ -54,6 +90,20 @@ def hoist_row_scales(program: Program) -> Program:
     return _map(program, hoist)
 
 
+def share_inputs(program: Program) -> Program:
+    """The first matrix of each input prepares it for those behind it; a permutation or scales are a matrix's own."""
+    inputs = shared_inputs(matrix.name for matrix in program.matrices)
+    leaders: dict[tuple[str, Prepare], str] = {}
+
+    def reuse(matrix: MatrixProgram, operation: Operation) -> Operation:
+        if not isinstance(operation, Prepare) or operation.reads:
+            return operation
+        leader = leaders.setdefault((inputs[matrix.name], operation), matrix.name)
+        return operation if leader == matrix.name else Reuse(leader, operation.rotated)
+
+    return _map(program, lambda m: replace(m, operations=tuple(reuse(m, operation) for operation in m.operations)))
+
+
 def _warps(block_n: int, block_k: int) -> int:
     return max(1, min(MAX_WARPS, block_n * block_k // (32 * THREAD_WEIGHTS)))
 
@@ -76,38 +126,118 @@ def tile_for(rows: int, cols: int) -> Tile:
     return Tile(block_n, block_k, _warps(block_n, block_k))
 
 
+def trellis_tile(rows: int, prefill: bool) -> Tile:
+    """The tile of a trellis product: threads with more rows read x less often, with fewer there are more instances."""
+    if prefill:
+        return PREFILL_TILE
+    block_n = next((block for block in TRELLIS_ROWS if rows >= WANTED_INSTANCES // 8 * block), TRELLIS_ROWS[-1])
+    return Tile(block_n, 16, 1)
+
+
+def _own_tile(matrix: MatrixProgram) -> Tile:
+    if any(isinstance(operation, Trellis) for operation in matrix.operations):
+        return trellis_tile(matrix.rows, matrix.prefill)
+    if matrix.prefill:
+        return GEMM_TILE
+    if takes_span(matrix.operations, matrix.cols):
+        return span_tile(matrix.rows, matrix.cols)
+    return tile_for(matrix.rows, matrix.cols)
+
+
+def span_tile(rows: int, cols: int) -> Tile:
+    """The tile of a product by spans: SPAN_ROWS rows share each x; one warp for each SPAN_TURN columns."""
+    block_n = next((block for block in SPAN_ROWS if rows >= WANTED_INSTANCES * block), SPAN_ROWS[-1])
+    warps = next((count for count in (4, 2) if cols >= count * SPAN_TURN), 1)
+    return Tile(block_n, 32 * SPAN * warps, warps)
+
+
 def choose_tiles(program: Program) -> Program:
     """Give every matrix that has none its tile."""
-    return _map(program, lambda matrix: replace(matrix, tile=matrix.tile or tile_for(matrix.rows, matrix.cols)))
+    return _map(program, lambda matrix: replace(matrix, tile=matrix.tile or _own_tile(matrix)))
 
 
-def _gemv_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], tile: Tile) -> KernelSpec:
+def _core_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], tile: Tile) -> KernelSpec:
+    """The kernel that decodes and multiplies; it also finishes where nothing is transformed."""
+    batch = GEMM_BATCH if matrix.prefill else 1
+    if isinstance(trellis := operations[0], Trellis):
+        widths = standard_widths(trellis.state_bits)
+        label = f"tq-l{trellis.state_bits}"
+        return KernelSpec(label, operations, tile, aligned=True, even=True, batch=batch, widths=widths)
     unpack = next(operation for operation in operations if isinstance(operation, Unpack))
-    label = replace(matrix.format, feedback="", clipping=False, plain_svd=False).name.replace("-shared", "")
+    whole = isinstance(operations[-1], Store)
+    fmt = replace(matrix.format, feedback="", clipping=False, plain_svd=False) if whole else Format(matrix.format.codec)
+    label = fmt.name.replace("-shared", "") + ("" if whole else "-part")
     label += "-bias" if any(isinstance(operation, AddBias) for operation in operations) else ""
+    spans = takes_span(operations, matrix.cols) and tile.block_k >= SPAN and not matrix.prefill
     aligned = matrix.cols % chunk_width(unpack) == 0
-    return KernelSpec(label, operations, tile, aligned, even=matrix.cols % tile.block_k == 0)
+    even = matrix.cols % tile.block_k == 0
+    return KernelSpec(label, operations, tile, aligned, even, batch, span=SPAN if spans else 0)
 
 
 def _project_kernel(matrix: MatrixProgram, project: Project) -> KernelSpec:
     return KernelSpec(project.dtype, (project,), PROJECT_TILE, matrix.cols % PROJECT_CHUNK == 0, even=False)
 
 
+def _piece_tile(order: int, rotated: bool) -> Tile:
+    """What an instance of `prepare` or `finish` makes: pieces of a rotation, or a chunk of a vector."""
+    if not rotated:
+        return Tile(1, CHUNK, CHUNK // WARP_ENTRIES)
+    base, size = turning(order)
+    pieces = min(max(1, WARP_ENTRIES // size), 1 << (len(base) - 1).bit_length())
+    return Tile(pieces, size, max(1, min(MAX_WARPS, pieces * size // WARP_ENTRIES)))
+
+
+def _prepare_kernel(matrix: MatrixProgram, prepare: Prepare) -> KernelSpec:
+    label = prepare.label + ("-lifted" if prepare.lift else "")
+    return KernelSpec(label, (prepare,), _piece_tile(matrix.cols, prepare.rotated), aligned=True, even=True)
+
+
+def _finish_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...]) -> KernelSpec:
+    parts = [_finish_part(operation) for operation in operations]
+    rotated = any(isinstance(operation, Unrotate) and operation.rotated for operation in operations)
+    label = "-".join(part for part in parts if part)
+    return KernelSpec(label, operations, _piece_tile(matrix.rows, rotated), aligned=True, even=True)
+
+
+def _finish_part(operation: Operation) -> str:
+    match operation:
+        case Centre():
+            return "centre"
+        case Unrotate(rotated):
+            return "rot" if rotated else "plain"
+        case AddSparse():
+            return "o"
+        case AddLowRank(rank, dtype):
+            return f"r{rank}{'' if dtype == 'f16' else dtype}"
+        case AddBias():
+            return "bias"
+    return ""
+
+
+def cut(matrix: MatrixProgram) -> tuple[KernelSpec, ...]:
+    """The kernels of a matrix in order: projection, preparation, product, what finishes it."""
+    tile, kernels, rest = matrix.tile or _own_tile(matrix), [], list(matrix.operations)
+    while rest and isinstance(first := rest[0], Project | Prepare | Reuse):
+        if isinstance(first, Project):
+            kernels.append(_project_kernel(matrix, first))
+        elif isinstance(first, Prepare):
+            kernels.append(_prepare_kernel(matrix, first))
+        rest.pop(0)
+    end = next((at for at, operation in enumerate(rest) if isinstance(operation, Centre | Unrotate)), len(rest))
+    kernels.append(_core_kernel(matrix, tuple(rest[:end]), tile))
+    if end < len(rest):
+        kernels.append(_finish_kernel(matrix, tuple(rest[end:])))
+    return tuple(kernels)
+
+
 def share_kernels(program: Program) -> Program:
     """Cut each matrix's operations into kernels; equal specifications are one kernel from here on."""
-
-    def cut(matrix: MatrixProgram) -> MatrixProgram:
-        tile = matrix.tile or tile_for(matrix.rows, matrix.cols)
-        projects = tuple(op for op in matrix.operations if isinstance(op, Project))
-        rest = matrix.operations[len(projects) :]
-        first = tuple(_project_kernel(matrix, project) for project in projects)
-        return replace(matrix, kernels=(*first, _gemv_kernel(matrix, rest, tile)))
-
-    return _map(program, cut)
+    return _map(program, lambda matrix: replace(matrix, kernels=cut(matrix)))
 
 
 PASSES: tuple[tuple[str, Callable[[Program], Program]], ...] = (
     ("hoist_row_scales", hoist_row_scales),
+    ("share_inputs", share_inputs),
     ("choose_tiles", choose_tiles),
     ("share_kernels", share_kernels),
 )

@@ -10,27 +10,52 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from reallm.kernels.codecs import AdditiveCodec, DenseCodec, ScalarCodec
+from reallm.kernels.codecs import (
+    TILE,
+    AdditiveCodec,
+    AnyCodec,
+    DenseCodec,
+    KMeansCodec,
+    LatticeCodec,
+    NeuralCodec,
+    ScalarCodec,
+    TrellisCodec,
+)
 from reallm.kernels.formats import Format
 from reallm.kernels.packing import WORD_BITS, plane_widths
+from reallm.kernels.trellis import CODE_MEAN, CODE_UNIT
 from reallm.planner.plan import Plan
 
 from .operations import (
+    LIFT,
     AddBias,
     AddLowRank,
+    AddSparse,
+    Centre,
     Codebooks,
     CodegenError,
+    ColumnScale,
     Dot,
     GroupScale,
+    Lattice,
     Levels,
     Offset,
     Operation,
+    Prepare,
     Project,
+    Reuse,
+    RowLevels,
     RowScale,
     Store,
+    Trellis,
     Unpack,
+    Unrotate,
 )
 
+SPAN = 32
+"""Columns that a thread takes at a time where rows are whole spans: whole words of every plane."""
+GEMM_BATCH = 16
+"""Rows of x from which on one instance is a GEMM: the least that tensor cores take."""
 MAX_CODES = 2**31
 """Codes of one matrix, so that every index of a chunk fits 32 bits."""
 
@@ -52,7 +77,8 @@ class KernelSpec:
     """Everything a generated kernel is specialised on; equal specs give byte-equal sources.
 
     `label` is the format without what no kernel can see (feedback, sharing of codebooks). `aligned` says that a row
-    is whole chunks (see `chunk_width`), `even` that it is whole tiles, `batch` how many rows of x one instance takes.
+    is whole chunks (see `chunk_width`), `even` that it is whole tiles, `batch` how many rows of x one instance takes:
+    GEMM_BATCH or more make a GEMM. `widths` are the widths of blocks that a trellis kernel can decode.
     """
 
     label: str
@@ -61,18 +87,30 @@ class KernelSpec:
     aligned: bool
     even: bool
     batch: int = 1
+    widths: tuple[int, ...] = ()
+    span: int = 0
+    """SPAN where a scalar product has rows of whole spans (`spans`), else 0."""
 
     @property
     def function(self) -> str:
         """The kernel's name in its source."""
-        return "project" if isinstance(self.operations[0], Project) else "gemv"
+        match self.operations[0]:
+            case Project():
+                return "project"
+            case Prepare():
+                return "prepare"
+            case Centre() | Unrotate():
+                return "finish"
+        return "gemm" if self.batch >= GEMM_BATCH else "gemv"
 
     @property
     def name(self) -> str:
         """Unique in a program; also the stem of its files."""
         facts = ("" if self.aligned else "-unaligned") + ("" if self.even else "-tail")
         batch = f"-m{self.batch}" if self.batch > 1 else ""
-        return f"{self.function}-{self.label.replace('+', '-')}-{self.tile}{facts}{batch}"
+        widths = "-b" + "_".join(str(width) for width in self.widths) if self.widths else ""
+        span = f"-s{self.span}" if self.span else ""
+        return f"{self.function}-{self.label.replace('+', '-')}-{self.tile}{facts}{span}{batch}{widths}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +124,8 @@ class MatrixProgram:
     operations: tuple[Operation, ...]
     tile: Tile | None = None
     kernels: tuple[KernelSpec, ...] = ()
+    prefill: bool = False
+    """For many rows of x: a GEMM."""
 
     def __str__(self) -> str:
         lines = [f"matrix {self.name} [{self.rows}, {self.cols}] {self.format.name}"]
@@ -117,29 +157,47 @@ def chunk_width(unpack: Unpack) -> int:
 
 def has_kernel(fmt: Format) -> bool:
     """Whether kernels can be generated for `fmt`; the others run on their decoded weight."""
-    plain = isinstance(fmt.codec, ScalarCodec | AdditiveCodec) and not fmt.transformed and fmt.sparse is None
-    return plain and (fmt.low_rank is None or fmt.low_rank.dtype != "i4")
+    return not isinstance(fmt.codec, DenseCodec | NeuralCodec)
 
 
-def lower(fmt: Format, bias: bool = False) -> tuple[Operation, ...]:
-    """The operations of a compressed format, unoptimised. Raises CodegenError for a dense one."""
-    codec = fmt.codec
-    decode: tuple[Operation, ...]
-    if isinstance(codec, DenseCodec):
+def _decode(codec: AnyCodec) -> tuple[Operation, ...]:
+    """From words to scaled values."""
+    match codec:
+        case AdditiveCodec(count, bits, dim):
+            return (Unpack(bits, count, dim), Codebooks(count, bits, dim), GroupScale(0))
+        case KMeansCodec(bits):
+            return (Unpack(bits), RowLevels(bits))
+        case LatticeCodec(bits):
+            return (Unpack(16, 1, 8), Lattice(bits), ColumnScale(TILE))
+        case TrellisCodec():
+            return (Trellis(codec.state_bits), ColumnScale(TILE))
+        case ScalarCodec():
+            uint = codec.table == "uint"
+            level = Offset(codec.bits, codec.group_size) if uint else Levels(codec.table, codec.bits)
+            return (Unpack(codec.bits), level, GroupScale(codec.group_size, codec.double_quant))
+    raise CodegenError(f"codec {codec.name!r} has no generated kernel; use the decoded weight")
+
+
+def lower(fmt: Format, bias: bool = False, prefill: bool = False) -> tuple[Operation, ...]:
+    """The operations of a compressed format, unoptimised. Raises CodegenError for one without kernels.
+
+    `prefill` is for many rows of x: a GEMM decodes the values of a trellis around their mean.
+    """
+    if isinstance(fmt.codec, DenseCodec):
         raise CodegenError(f"format {fmt.name!r} is dense: there is nothing to decode; call torch")
-    if not has_kernel(fmt) or not isinstance(codec, ScalarCodec | AdditiveCodec):
-        raise CodegenError(f"format {fmt.name!r} has no generated kernel yet; use the decoded weight")
-    if isinstance(codec, AdditiveCodec):
-        count, bits, dim = codec.num_codebooks, codec.codebook_bits, codec.dim
-        decode = (Unpack(bits, count, dim), Codebooks(count, bits, dim), GroupScale(0))
-    else:
-        uint = codec.table == "uint"
-        level = Offset(codec.bits, codec.group_size) if uint else Levels(codec.table, codec.bits)
-        decode = (Unpack(codec.bits), level, GroupScale(codec.group_size, codec.double_quant))
-    low = fmt.low_rank
-    project = (Project(low.dtype),) if low else ()
-    added = (AddLowRank(low.rank, low.dtype),) if low else ()
-    return (*project, *decode, Dot(), *added, *((AddBias(),) if bias else ()), Store())
+    if not has_kernel(fmt):
+        raise CodegenError(f"format {fmt.name!r} has no generated kernel; use the decoded weight")
+    low, trellis = fmt.low_rank, isinstance(fmt.codec, TrellisCodec)
+    before: tuple[Operation, ...] = (Project(low.dtype),) if low else ()
+    after: tuple[Operation, ...] = ()
+    if fmt.transformed or trellis:
+        before += (Prepare(fmt.rotated, fmt.permuted, fmt.channel_scales, LIFT if trellis else 0),)
+        after = (Centre(CODE_MEAN * CODE_UNIT / 2.0**LIFT),) if trellis and not prefill else ()
+        after += (Unrotate(fmt.rotated),)
+    after += (AddSparse(),) if fmt.sparse else ()
+    after += (AddLowRank(low.rank, low.dtype),) if low else ()
+    after += (AddBias(),) if bias else ()
+    return (*before, *_decode(fmt.codec), Dot(), *after, Store())
 
 
 def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:
@@ -155,9 +213,11 @@ def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:
 
 def verify_program(program: Program) -> None:
     """Raise CodegenError, naming the matrix, unless each matrix's operations compute W_hat x from its stored fields."""
+    earlier: dict[str, MatrixProgram] = {}
     for matrix in program.matrices:
-        for fault in _faults(matrix):
+        for fault in (*_faults(matrix), *_reuse_faults(matrix, earlier)):
             raise CodegenError(f"program of {matrix.name!r} ({matrix.format.name}): {fault}")
+        earlier[matrix.name] = matrix
     names = [kernel.name for kernel in program.kernels]
     if len(set(names)) != len(names):
         raise CodegenError(f"two different kernels share a name among {', '.join(names)}")
@@ -173,6 +233,21 @@ def _faults(matrix: MatrixProgram) -> list[str]:
     ]
 
 
+def _reuse_faults(matrix: MatrixProgram, earlier: dict[str, MatrixProgram]) -> list[str]:
+    faults = []
+    for operation in matrix.operations:
+        if isinstance(operation, Reuse):
+            leader = earlier.get(operation.leader)
+            made = [op for op in leader.operations if isinstance(op, Prepare)] if leader else []
+            if (
+                not leader
+                or leader.cols != matrix.cols
+                or [(op.rotated, op.reads) for op in made] != [(operation.rotated, ())]
+            ):
+                faults.append(f"{operation}, which no earlier matrix of {matrix.cols} columns makes for others")
+    return faults
+
+
 def _kind_faults(operations: tuple[Operation, ...]) -> list[str]:
     kind, faults = "words", []
     for operation in operations:
@@ -184,7 +259,8 @@ def _kind_faults(operations: tuple[Operation, ...]) -> list[str]:
 
 def _order_faults(operations: tuple[Operation, ...]) -> list[str]:
     faults = []
-    scales = [index for index, op in enumerate(operations) if isinstance(op, GroupScale | RowScale)]
+    kinds = GroupScale | RowScale | ColumnScale | RowLevels
+    scales = [index for index, op in enumerate(operations) if isinstance(op, kinds)]
     if len(scales) != 1:
         faults.append(f"has {len(scales)} scales, not one")
     elif isinstance(operations[scales[0]], RowScale) and not isinstance(operations[scales[0] - 1], Dot):
@@ -192,6 +268,11 @@ def _order_faults(operations: tuple[Operation, ...]) -> list[str]:
     projected = [op.dtype for op in operations if isinstance(op, Project)]
     if projected != [op.dtype for op in operations if isinstance(op, AddLowRank)]:
         faults.append("has a projection without its low-rank term, or the reverse")
+    rotated = [op.rotated for op in operations if isinstance(op, Prepare | Reuse)]
+    if rotated != [op.rotated for op in operations if isinstance(op, Unrotate)]:
+        faults.append("rotates its input and not its output, or the reverse")
+    if any(isinstance(op, Centre) for op in operations) and not any(isinstance(op, Trellis) for op in operations):
+        faults.append("subtracts a mean that nothing left in")
     return faults
 
 
@@ -215,6 +296,7 @@ def _kernel_faults(matrix: MatrixProgram) -> list[str]:
     if tile and any(size < 1 or size & (size - 1) for size in (tile.block_n, tile.block_k, tile.num_warps)):
         faults.append(f"tile {tile} is not made of powers of two")
     run = tuple(operation for kernel in matrix.kernels for operation in kernel.operations)
-    if matrix.kernels and run != matrix.operations:
+    own = tuple(operation for operation in matrix.operations if not isinstance(operation, Reuse))
+    if matrix.kernels and run != own:
         faults.append("its kernels do not run its operations in order")
     return faults

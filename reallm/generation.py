@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UserError
 from .opening import open_model
+from .runtime.step_generate import use_step
+from .runtime.step_model import StepUnsupportedError
 
 
 def generate(
@@ -18,18 +20,22 @@ def generate(
     max_new_tokens: int = 40,
     temperature: float = 0.0,
     chat: bool = False,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> str:
     """`prompt` and what the model at `path` adds, at most `max_new_tokens` tokens; with `chat` only the answer.
 
-    `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. Raises UserError for a
-    model that does not generate, a prompt without tokens and a chat without a template.
+    `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. On the CPU the compiled
+    decode step does the work where it can. `dtype` is what transformers' loop computes in otherwise, and what is not
+    packed is kept in (default: float32 for the one, as stored for the other). Raises UserError for a model that does
+    not generate, a prompt without tokens and a chat without a template.
     """
     opened = open_model(path, dtype, device)
     if not opened.model.can_generate():
         raise UserError(f"{path} is {type(opened.model).__name__}, which does not generate; expected a causal model")
+    if dtype is None and not _stepping(opened.model):
+        opened = open_model(path, "float32", device)
     inputs = _tokens(prompt, opened.tokenizer, chat, path).to(opened.model.device)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
@@ -44,6 +50,15 @@ def generate(
     added = output[0, inputs.shape[1] :]
     answer: str = opened.tokenizer.decode(added if chat else output[0], skip_special_tokens=True)
     return answer
+
+
+def _stepping(model: PreTrainedModel) -> bool:
+    """Whether `model.generate` now uses the compiled step."""
+    try:
+        use_step(model).ready()
+    except StepUnsupportedError:
+        return False  # generate will say why
+    return True
 
 
 def _tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, path: str | Path) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import UserError
 from .folder import is_artifact, read_config
 from .runtime.packed import DecodeMode
-from .runtime.replace import decode_all, set_decode_mode
+from .runtime.replace import get_ready, set_decode_mode
 from .source import load_tokenizer, locate
 from .verification import verify as verify_artifact
 
@@ -28,8 +28,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model in evaluation mode, and its tokenizer if the artifact has one.
 
-    `dtype` is what it computes in (default: the dtype it was compiled from). `decode` "load" keeps the decoded weights,
-    as large as the original model; "call" keeps only the packed ones and decodes at every call. `verify` hashes every
+    `dtype` is what it computes in (default: the dtype it was compiled from). On the CPU
+    matrices are multiplied as they are packed; where that cannot be done, `decode` "load" keeps the decoded weights, as
+    large as the original model, and "call" keeps only the packed ones and decodes at every call. `verify` hashes every
     byte first; without it only headers and sizes are checked. Nothing in the folder is executed. Raises UserError.
     """
     folder = Path(path)
@@ -42,8 +43,7 @@ def load(
     )
     set_decode_mode(model, decode)
     model.to(torch.device(device)).eval()
-    if decode == "load":
-        decode_all(model)
+    get_ready(model)
     return model, load_tokenizer(locate(folder))
 
 

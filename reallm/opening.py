@@ -26,19 +26,21 @@ class Opened:
     sizes: Sizes
 
 
-def open_model(path: str | Path, dtype: str = "float32", device: str = "cpu") -> Opened:
-    """The model at `path` in `dtype` ("float32", ...) on `device`. Raises UserError when it cannot be had, or without
-    a tokenizer, which everything that runs a model needs.
+def open_model(path: str | Path, dtype: str | None = "float32", device: str = "cpu") -> Opened:
+    """The model at `path` in `dtype` ("float32", ...; None: its own) on `device`.
+
+    Raises UserError when it cannot be had, or without a tokenizer, which everything that runs a model needs.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    kind = DTYPES[dtype] if dtype else None
     if is_artifact(path):
-        model, tokenizer = load(path, device=_device(device), dtype=DTYPES[dtype])
+        model, tokenizer = load(path, device=_device(device), dtype=kind)
         sizes = artifact_sizes(Path(path))
     else:
         loaded = load_model(path)
         tokenizer, sizes = loaded.tokenizer, model_sizes(loaded)
-        model = loaded.model.to(device=_device(device), dtype=DTYPES[dtype])
+        model = loaded.model.to(device=_device(device), dtype=kind)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer; put its tokenizer files into the folder")
     return Opened(model.eval(), tokenizer, sizes)

@@ -82,6 +82,10 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         for name, raw in packed_tensors(model).items():
             if not getattr(raw, "_is_hf_initialized", False) or raw.is_meta:
                 raise UserError(f"tensor {name!r} was not loaded: its file is incomplete, or it was sent to disk")
+        if model.can_generate():
+            from .step_generate import use_step  # which imports transformers, and this file is loaded amid that
+
+            use_step(model)
         return model
 
 

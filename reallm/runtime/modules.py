@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from ..kernels.formats import Format
+from .cpu import can_look_up, can_multiply
 from .decode import decode
 from .generated import packed_linear, takes_kernel
 from .packed import DecodeMode, Decoding, Packed, Shared
@@ -33,21 +34,32 @@ class CompressedLinear(ScaleTraining, nn.Linear):  # type: ignore[override]  # w
             return result if bias is None else result + bias
         if takes_kernel(self, input):
             return packed_linear(self, input, bias)
+        if can_multiply(input) and (native := self.native):
+            product = native.linear(input)
+            return product if bias is None else product + bias
         return linear(input, self.dense(input.dtype), bias)
 
 
 class CompressedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # weight: a property, not a Parameter
-    """Rows of W_hat; with decode "call" only the rows asked for are decoded."""
+    """Rows of W_hat; natively, and with decode "call", only the rows asked for are decoded."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Token ids [...] to [..., embedding_dim]."""
+        dtype = self.decoded.dtype
+        if can_look_up(input, dtype) and (native := self.native) and native.looks_up:
+            return native.lookup(input, dtype)
         if self.mode == "load":
             return embedding(input, self.dense(), self.padding_idx)
-        dtype, select = self.decoded.dtype, input.reshape(-1)
+        select = input.reshape(-1)
         rows = decode(
             self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.shared_codebooks, select=select
         )
         return rows.view(*input.shape, self.cols)
+
+    def get_ready(self) -> None:
+        """As for every packed matrix; rows of a rotated one come out of its decoded weight."""
+        if self.native is None or not self.native.looks_up:
+            super(Packed, self).get_ready()
 
 
 class TiedHead(nn.Linear):
@@ -64,6 +76,9 @@ class TiedHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """x [..., in_features] to logits [..., out_features]."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
+        if can_multiply(input) and (native := self._source[0].native):
+            product = native.linear(input)
+            return product if bias is None else product + bias
         return linear(input, self._source[0].dense(input.dtype), bias)
 
     def __setattr__(self, name: str, value: Any) -> None:

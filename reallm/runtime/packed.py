@@ -1,5 +1,6 @@
 """The packed matrix as a torch module: its fields are uint8 buffers, its weight is decoded when asked for.
 
+On the CPU products need no decoded weight (`cpu`); whatever else asks for it decodes it.
 Two ways to decode, with the same result to the bit: "load" keeps the decoded weight from its first use on (a buffer
 that is never saved), "call" decodes at every call and keeps nothing. Casts and moves of the module cannot touch the
 fields' bytes; they drop the kept weight, which is decoded anew in the new dtype and on the new device.
@@ -14,8 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..codegen.derived import Derived
 from ..kernels.codecs import Field
 from ..kernels.formats import Format
+from .cpu import NativeMatrix, native_matrix
 from .decode import decode
 from .weight import REFUSAL, FrozenWeightError, frozen
 
@@ -50,6 +53,11 @@ class Decoding(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 kept = self.decoded = self.decode_now(kept.dtype)
         return kept if dtype is None else kept.to(dtype)
+
+    def get_ready(self) -> None:
+        """Make now what the first use would make and keep."""
+        if self.mode == "load":
+            self.dense()
 
     def forget(self) -> None:
         """Drop the kept weight; the next use decodes it again."""
@@ -96,6 +104,10 @@ class Packed(Decoding):
     rows: int
     cols: int
     _shared: Shared
+    derived: Derived | None = None
+    """What generated kernels read in place of some fields; made at their first use."""
+    _native: NativeMatrix | Literal[False] | None
+    """Made at its first use; False where there is no kernel."""
 
     def hold(
         self,
@@ -108,7 +120,7 @@ class Packed(Decoding):
         shared: Shared = None,
     ) -> None:
         """Make the (still empty) buffers of a matrix [rows, cols]."""
-        self.format, self.rows, self.cols, self._shared = fmt, rows, cols, shared
+        self.format, self.rows, self.cols, self._shared, self._native = fmt, rows, cols, shared, None
         self.start_decoding(mode, dtype)
         for field in fmt.fields(rows, cols):
             self.register_buffer(field.name, torch.empty(field.nbytes, dtype=torch.uint8))
@@ -122,6 +134,29 @@ class Packed(Decoding):
     def shared_codebooks(self) -> Tensor | None:
         """The shared codebooks, uint8, where the format has them."""
         return None if self._shared is None else self._shared[0][self._shared[1]]
+
+    @property
+    def native(self) -> NativeMatrix | None:
+        """The matrix for native kernels, without a bias; None off the CPU and where no kernel can be had.
+
+        Raises ValueError for fields that contradict themselves.
+        """
+        if self._native is None:
+            fields, shared = self.fields, self.shared_codebooks
+            if any(raw.device.type != "cpu" for raw in fields.values()):
+                return None
+            self._native = native_matrix(self.format, fields, self.rows, self.cols, shared) or False
+        return self._native or None
+
+    def get_ready(self) -> None:
+        """Make now what the first use would make and keep: with a native kernel, no decoded weight."""
+        if self.native is None:
+            super().get_ready()
+
+    def forget(self) -> None:
+        """Drop the kept weight and what was made of the fields; the next use makes them again."""
+        super().forget()
+        self._native, self.derived = None, None
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
         """W_hat [rows, cols]."""

@@ -170,8 +170,8 @@ def set_decode_mode(model: nn.Module, mode: DecodeMode) -> None:
             module.forget()
 
 
-def decode_all(model: nn.Module) -> None:
-    """Decode what is to be kept now, not at its first use."""
+def get_ready(model: nn.Module) -> None:
+    """Build kernels and decode what is to be kept now, not at the first use."""
     for module in model.modules():
-        if isinstance(module, Decoding) and module.mode == "load":
-            module.dense()
+        if isinstance(module, Decoding) and not isinstance(module, PackedExpert):
+            module.get_ready()

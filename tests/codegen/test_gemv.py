@@ -87,7 +87,7 @@ def test_every_kind_of_low_rank_term(check: Check, rank: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_every_dtype_and_number_of_rows_of_x(check: Check, batch: int, dtype: str) -> None:
     check(random_call("lm3-g32+r8", 5, 96, batch, dtype, bias=True))
 
@@ -135,7 +135,7 @@ low_ranks = st.none() | st.builds(LowRank, st.integers(1, 20), st.sampled_from([
     st.builds(Format, scalars | additives, low_ranks, st.sampled_from(["", "ldl"])),
     st.integers(1, 6),
     st.integers(1, 150),
-    st.integers(1, 5),
+    st.integers(1, 4),
     st.sampled_from(["float16", "bfloat16", "float32"]),
     st.booleans(),
     st.sampled_from([SMALL, Tile(4, 128, 1)]),

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packed_fields import random_fields, sum_bound
+from packed_fields import product_bound, random_fields, sum_bound
 
-from reallm.codegen.launch import gemv, kernels_for, load_kernel
+from reallm.codegen.launch import MAX_BATCH, kernels_for, load_kernel, multiply
 from reallm.codegen.operations import CodegenError
+from reallm.kernels.codecs import TrellisCodec
 from reallm.kernels.formats import Format
 from reallm.kernels.reference import decode_reference
 
@@ -33,29 +34,36 @@ def fields(rows: int = 4, cols: int = 64) -> dict[str, torch.Tensor]:
 )
 def test_wrong_activations_are_refused(x: torch.Tensor, message: str) -> None:
     with pytest.raises(CodegenError, match=message):
-        gemv(FORMAT, fields(), x, 4, 64)
+        multiply(FORMAT, fields(), x, 4, 64)
 
 
 def test_wrong_fields_are_refused_before_any_kernel_reads_them() -> None:
     x = torch.zeros(1, 64)
     with pytest.raises(CodegenError, match="'codes': found nothing"):
-        gemv(FORMAT, {"scales": fields()["scales"]}, x, 4, 64)
+        multiply(FORMAT, {"scales": fields()["scales"]}, x, 4, 64)
     with pytest.raises(CodegenError, match=r"'codes': found torch\.uint8"):
-        gemv(FORMAT, fields() | {"codes": torch.zeros(64, dtype=torch.uint8)}, x, 4, 64)
+        multiply(FORMAT, fields() | {"codes": torch.zeros(64, dtype=torch.uint8)}, x, 4, 64)
     with pytest.raises(CodegenError, match=r"'scales': found torch\.float16"):
-        gemv(FORMAT, fields() | {"scales": torch.zeros(32, dtype=torch.float16)}, x, 4, 64)
+        multiply(FORMAT, fields() | {"scales": torch.zeros(32, dtype=torch.float16)}, x, 4, 64)
 
 
 def test_wrong_bias_and_output_are_refused() -> None:
     x = torch.zeros(1, 64)
     with pytest.raises(CodegenError, match=r"bias: found \(3,\)"):
-        gemv(FORMAT, fields(), x, 4, 64, torch.zeros(3))
+        multiply(FORMAT, fields(), x, 4, 64, torch.zeros(3))
     with pytest.raises(CodegenError, match="out: found"):
-        gemv(FORMAT, fields(), x, 4, 64, out=torch.zeros(1, 5))
+        multiply(FORMAT, fields(), x, 4, 64, out=torch.zeros(1, 5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_misaligned_activations_are_copied() -> None:
+    on_device = {name: raw.cuda() for name, raw in fields().items()}
+    x = torch.randn(65, device="cuda", dtype=torch.float16)[1:][None]
+    assert torch.equal(multiply(FORMAT, on_device, x, 4, 64), multiply(FORMAT, on_device, x.clone(), 4, 64))
 
 
 def test_no_rows_of_x_give_no_rows_of_y() -> None:
-    assert gemv(FORMAT, fields(), torch.zeros(2, 0, 64), 4, 64).shape == (2, 0, 4)
+    assert multiply(FORMAT, fields(), torch.zeros(2, 0, 64), 4, 64).shape == (2, 0, 4)
 
 
 def test_a_dense_format_is_refused() -> None:
@@ -86,5 +94,20 @@ def test_on_a_cuda_device(name: str, rows: int, cols: int, batch: int) -> None:
     weights = decode_reference(fmt, packed, rows, cols)
     out = torch.full((batch, rows), float("nan"), device="cuda")
     on_device = {key: torch.from_numpy(raw).cuda() for key, raw in packed.items()}
-    y = gemv(fmt, on_device, torch.from_numpy(x).cuda(), rows, cols, out=out).cpu().double().numpy()
+    y = multiply(fmt, on_device, torch.from_numpy(x).cuda(), rows, cols, out=out).cpu().double().numpy()
     assert np.all(np.abs(y - x.astype(np.float64) @ weights.T) <= sum_bound(fmt, rows, cols, packed, x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["tq2.25-l12+rot", "tq3-l12+r8i4+o5", "e8p3+rot", "km3+o5", "lm4-g32+perm+cs+rot"])
+@pytest.mark.parametrize(("rows", "cols", "batch"), [(576, 1536, 1), (192, 576, 3), (33, 77, 7)])
+def test_transformed_formats_on_a_cuda_device(name: str, rows: int, cols: int, batch: int) -> None:
+    fmt = Format.parse(name)
+    packed = random_fields(fmt, rows, cols, 0)
+    x = np.random.default_rng(0).normal(size=(batch, cols)).astype(np.float32)
+    on_device = {key: torch.from_numpy(raw).cuda() for key, raw in packed.items()}
+    out = torch.full((batch, rows), float("nan"), device="cuda")
+    y = multiply(fmt, on_device, torch.from_numpy(x).cuda(), rows, cols, out=out).cpu().double().numpy()
+    half = isinstance(fmt.codec, TrellisCodec) and batch > MAX_BATCH
+    bound = product_bound(fmt, rows, cols, packed, x, half)
+    assert np.all(np.abs(y - x.astype(np.float64) @ decode_reference(fmt, packed, rows, cols).T) <= bound)

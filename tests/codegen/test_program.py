@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plans import plan_of
 from strategies import formats
 
-from reallm.codegen.emit import emit, pointers
+from reallm.codegen.emit import DERIVED, emit, pointers
 from reallm.codegen.operations import (
     AddLowRank,
     CodegenError,
@@ -20,12 +20,22 @@ from reallm.codegen.operations import (
     GroupScale,
     Levels,
     Operation,
+    Prepare,
     Project,
     RowScale,
     Store,
     Unpack,
 )
-from reallm.codegen.passes import BLOCKS_K, BLOCKS_N, MAX_WARPS, PASSES, hoist_row_scales, run_passes, tile_for
+from reallm.codegen.passes import (
+    BLOCKS_K,
+    BLOCKS_N,
+    MAX_WARPS,
+    PASSES,
+    hoist_row_scales,
+    run_passes,
+    share_inputs,
+    tile_for,
+)
 from reallm.codegen.program import MatrixProgram, Program, Tile, has_kernel, lower, lower_plan, verify_program
 from reallm.kernels.formats import Format
 
@@ -36,6 +46,10 @@ MIXED = plan_of(
     ("layers.0.o_proj", "bf16", 576, 576),
     ("layers.0.up_proj", "aq2x8-d8-shared+r8i8", 1536, 576),
     ("layers.0.down_proj", "int4-g64", 576, 1536),
+    ("layers.1.q_proj", "tq2.25-l12+ldl2+rot+o5+r8i4", 576, 576),
+    ("layers.1.k_proj", "tq3-l12+ldl2+rot", 192, 576),
+    ("layers.1.o_proj", "e8p3+ldl+perm", 576, 576),
+    ("layers.1.up_proj", "km3", 1536, 576),
 )
 
 
@@ -54,7 +68,7 @@ def test_program_prints_as_before() -> None:
     assert text == (GOLDEN / "program.txt").read_text()
 
 
-@pytest.mark.parametrize("name", ["nf3-g64+r16", "aq2x8-d8", "uint5-g24-dq6x64"])
+@pytest.mark.parametrize("name", ["nf3-g64+r16", "aq2x8-d8", "uint5-g24-dq6x64", "tq2-l12+rot"])
 def test_source_prints_as_before(name: str) -> None:
     kernels = run_passes(Program((matrix(name, 576, 576),))).kernels
     assert "\n".join(emit(kernel) for kernel in kernels) == (GOLDEN / f"{name}.py.txt").read_text()
@@ -62,16 +76,24 @@ def test_source_prints_as_before(name: str) -> None:
 
 @given(formats.filter(lambda fmt: not has_kernel(fmt)))
 def test_a_format_without_kernels_is_refused_and_left_out_of_a_program(fmt: Format) -> None:
-    with pytest.raises(CodegenError, match=r"no generated kernel yet|is dense"):
+    with pytest.raises(CodegenError, match=r"no generated kernel|is dense"):
         lower(fmt)
 
 
-@given(formats.filter(has_kernel), st.integers(1, 4096), st.integers(1, 4096))
-def test_every_format_with_kernels_has_a_verified_program(fmt: Format, rows: int, cols: int) -> None:
-    program = run_passes(Program((MatrixProgram("m", rows, cols, fmt, lower(fmt, bias=True)),)))
+ORDERS = (1, 12, 77, 96, 576, 1536, 4096)
+"""Of rotations: a base for every number would take gigabytes."""
+MADE = {"x", "y", "t", "bias", "ready", "norms", "part", "base_in", "base_out", "signs_in", "signs_out"}
+TABLES = {"pairs", "grid", "roots"}
+
+
+@given(formats.filter(has_kernel), st.sampled_from(ORDERS), st.sampled_from(ORDERS), st.booleans())
+def test_every_format_with_kernels_has_a_verified_program(fmt: Format, rows: int, cols: int, prefill: bool) -> None:
+    program = run_passes(Program((MatrixProgram("m", rows, cols, fmt, lower(fmt, bias=True, prefill=prefill)),)))
     stored = {field.name for field in fmt.fields(rows, cols)} | ({"codebooks"} if fmt.shared_field else set())
-    passed = [name for kernel in program.kernels for name, _ in pointers(kernel)]
-    assert stored == set(passed) - {"x", "y", "t", "levels", "bias"}
+    expected = {DERIVED.get(name, (name, ""))[0] for name in stored}
+    passed = {name for kernel in program.kernels for name, _ in pointers(kernel)}
+    tables = TABLES if "levels" in stored else TABLES | {"levels"}
+    assert expected == passed - MADE - tables
     for kernel in program.kernels:
         compile(emit(kernel), kernel.name, "exec")
 
@@ -130,6 +152,23 @@ def test_row_scales_move_behind_the_dot_and_group_scales_stay() -> None:
     kinds = [[type(op) for op in entry.operations] for entry in hoisted.matrices]
     assert [RowScale in kind for kind in kinds] == [True, True, False]
     assert [kind[kind.index(Dot) + 1] for kind in kinds[:2]] == [RowScale, RowScale]
+
+
+def test_the_rotation_of_a_shared_input_is_made_once() -> None:
+    rotated, permuted = "tq2-l12+ldl2+rot", "tq2-l12+rot+perm"
+    plan = plan_of(
+        ("layers.0.q_proj", rotated, 64, 96),
+        ("layers.0.k_proj", "tq3-l10+rot", 32, 96),
+        ("layers.0.v_proj", permuted, 32, 96),
+        ("layers.0.o_proj", rotated, 96, 64),
+        ("layers.1.q_proj", rotated, 64, 96),
+    )
+    shared = share_inputs(lower_plan(plan))
+    made = [any(isinstance(op, Prepare) for op in entry.operations) for entry in shared.matrices]
+    assert made == [True, False, True, True, True]
+    verify_program(shared)
+    with pytest.raises(CodegenError, match="which no earlier matrix of 96 columns makes"):
+        verify_program(Program(shared.matrices[1:]))
 
 
 def test_equal_specifications_share_a_kernel() -> None:

@@ -30,6 +30,7 @@ class Call:
     x: NDArray[np.float32]
     bias: NDArray[np.float32] | None = None
     tile: Tile | None = None
+    prefill: bool | None = None
 
 
 def start(cache: Path) -> None:
@@ -43,7 +44,7 @@ def run(call: Call) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[n
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 
-    from reallm.codegen.launch import gemv, kernels_for, load_kernel
+    from reallm.codegen.launch import kernels_for, load_kernel, multiply
 
     torch.set_num_threads(1)
     fmt, dtype = Format.parse(call.format), getattr(torch, call.dtype)
@@ -54,6 +55,6 @@ def run(call: Call) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[n
     out = torch.full((x.shape[0], call.rows), float("nan"), dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        y = gemv(fmt, fields, x, call.rows, call.cols, bias, out, call.tile)
+        y = multiply(fmt, fields, x, call.rows, call.cols, bias, out, call.tile, prefill=call.prefill)
     assert y is out
     return y.double().numpy(), x.double().numpy(), None if bias is None else bias.double().numpy()

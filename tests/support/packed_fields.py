@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from consistent import consistent_fields
 from numpy.typing import NDArray
 
-from reallm.kernels.codecs import Field
+from reallm.kernels.codecs import TILE, Field, LatticeCodec, ScalarCodec, TrellisCodec
 from reallm.kernels.formats import Format
-from reallm.kernels.packing import pack_codes, pad
+from reallm.kernels.hadamard import rotation
+from reallm.kernels.packing import pack_codes, pad, unpack_codes
 from reallm.kernels.reference import decode_reference
+from reallm.kernels.trellis import CODE_UNIT
 
 Packed = dict[str, NDArray[np.uint8]]
-DTYPES = {"f16": "<f2", "f32": "<f4", "i8": "i1"}
+DTYPES = {"f16": "<f2", "f32": "<f4", "i8": "i1", "u4": "u1"}
+UNIT = 2.0**-24
+"""Relative error of a rounding to float32."""
 
 
 def stored_fields(fmt: Format, rows: int, cols: int) -> tuple[Field, ...]:
@@ -24,6 +31,8 @@ def random_fields(fmt: Format, rows: int, cols: int, seed: int) -> Packed:
     rng = np.random.default_rng(seed)
     packed = {}
     for field in stored_fields(fmt, rows, cols):
+        if field.dtype == "u32":
+            continue  # of the consistent ones
         if field.dtype[0] == "u":
             bits = int(field.dtype[1:])
             packed[field.name] = pack_codes(rng.integers(0, 1 << bits, field.count), bits)
@@ -33,7 +42,7 @@ def random_fields(fmt: Format, rows: int, cols: int, seed: int) -> Packed:
             values = rng.normal(scale=0.1, size=field.count)
             values = np.abs(values) if field.name in ("scale_min", "scale_ranges") else values
             packed[field.name] = pad(values.astype(DTYPES[field.dtype]).tobytes())
-    return packed
+    return packed | consistent_fields(fmt, rows, cols, rng)
 
 
 def absolute_fields(fmt: Format, rows: int, cols: int, packed: Packed) -> Packed:
@@ -46,6 +55,64 @@ def absolute_fields(fmt: Format, rows: int, cols: int, packed: Packed) -> Packed
     return result
 
 
+def coded_magnitudes(fmt: Format, rows: int, cols: int, packed: Packed) -> NDArray[np.float64]:
+    """The largest that the parts of each coded weight add up to in magnitude, [rows, cols]."""
+    fields = absolute_fields(fmt, rows, cols, packed)
+    if isinstance(fmt.codec, TrellisCodec | LatticeCodec):
+        # a trellis sums codes of 0 to 1020 and takes the mean from the sum; words of e8p4 are at most 2.75 * 1.27
+        largest = 1020 * CODE_UNIT if isinstance(fmt.codec, TrellisCodec) else 4.0
+        scales = fields["scales"].view("<f2")[: -(-cols // TILE)].astype(np.float64)
+        return np.broadcast_to(largest * scales.repeat(TILE)[:cols], (rows, cols))
+    plain = np.abs(decode_reference(Format(fmt.codec), fields, rows, cols))
+    codec = fmt.codec
+    if isinstance(codec, ScalarCodec) and codec.table in ("int", "uint"):
+        # sums of code * x, less zero * x: codes and zeros are under 2^bits; an int's scale is over 2^(bits-1)
+        largest = (2 << codec.bits) / (1 if codec.table == "uint" else 1 << (codec.bits - 1))
+        ones = pack_codes(np.ones(rows * cols, np.int64), codec.bits)
+        zeros = {"zeros": pack_codes(np.zeros(rows * codec.group_count(cols), np.int64), codec.bits)}
+        scales = decode_reference(Format(replace(codec, table="uint")), {**fields, **zeros, "codes": ones}, rows, cols)
+        return np.maximum(plain, largest * scales)
+    return plain
+
+
+def product_bound(
+    fmt: Format, rows: int, cols: int, packed: Packed, x: NDArray[np.floating], half: bool = False
+) -> NDArray[np.float64]:
+    """By how much x W_hat^T of a transformed or sparse format in float32 may be off, [batch, rows]; as `sum_bound`.
+
+    Each of the three linear maps (rotation of x, codes, rotation of the sums) passes on the error of the one before
+    and adds its own: at most (terms + 16) u of the sum of its terms' magnitudes. `half`: x' scale is rounded to half
+    precision, 2^-11 of it and 2^-24 of the largest scale and of norm, which is at most the largest entry of x.
+    """
+    z = np.abs(x).astype(np.float64)
+    z = z * packed["channel_scales"].view("<f2")[:cols] if fmt.channel_scales else z
+    z = z[:, unpack_codes(packed["permutation"], 16, cols)] if fmt.permuted else z
+    turn_in = np.abs(rotation(cols)) if fmt.rotated else np.eye(cols)
+    turn_out = np.abs(rotation(rows)) if fmt.rotated else np.eye(rows)
+    coded = coded_magnitudes(fmt, rows, cols, packed)
+    ready = z @ turn_in.T
+    error = (cols + 16) * UNIT * ready @ coded.T + (cols + 40) * UNIT * ready @ coded.T
+    if half:
+        largest = np.abs(packed["scales"].view("<f2")[: -(-cols // TILE)].astype(np.float64)).max()
+        floor = 2.0**-24 * 2 * largest * z.max(1, keepdims=True) * 1020 * CODE_UNIT * cols
+        error = error + 2.0**-11 * ready @ coded.T + floor
+    error = error @ turn_out + (rows + 16) * UNIT * (ready @ coded.T) @ turn_out
+    rest = replace(fmt, rotated=False, permuted=False, channel_scales=False)
+    plain = replace(rest, low_rank=None, sparse=None)
+    fields = absolute_fields(rest, rows, cols, packed)
+    added = np.abs(decode_reference(rest, fields, rows, cols) - decode_reference(plain, fields, rows, cols))
+    if fmt.low_rank and fmt.low_rank.dtype == "i4":
+        added = added + low_rank_i4(rows, cols, fmt.low_rank.rank, packed)
+    terms = cols + (fmt.low_rank.rank if fmt.low_rank else 0) + 40
+    return error + terms * UNIT * (np.abs(x) @ added.T + (ready @ coded.T) @ turn_out)
+
+
+def low_rank_i4(rows: int, cols: int, rank: int, packed: Packed) -> NDArray[np.float64]:
+    """The largest that the products of int4 factors add up to, [rows, cols]: codes are -8 to 7."""
+    scales = [np.abs(packed[name].view("<f2")[:rank].astype(np.float64)) for name in ("left_scales", "right_scales")]
+    return np.full((rows, cols), 64.0 * float(scales[0] @ scales[1]))
+
+
 def sum_bound(fmt: Format, rows: int, cols: int, packed: Packed, x: NDArray[np.floating]) -> NDArray[np.float64]:
     """By how much x W_hat^T in float32 may be off, [batch, rows].
 
@@ -55,7 +122,7 @@ def sum_bound(fmt: Format, rows: int, cols: int, packed: Packed, x: NDArray[np.f
     """
     fields = absolute_fields(fmt, rows, cols, packed)
     plain = decode_reference(Format(fmt.codec), fields, rows, cols)
-    magnitudes = np.abs(plain) + (decode_reference(fmt, fields, rows, cols) - plain)
+    magnitudes = coded_magnitudes(fmt, rows, cols, packed) + (decode_reference(fmt, fields, rows, cols) - plain)
     rank = fmt.low_rank.rank if fmt.low_rank else 0
     bound: NDArray[np.float64] = (cols + rank + 12) * 2.0**-24 * (np.abs(x).astype(np.float64) @ magnitudes.T)
     return bound

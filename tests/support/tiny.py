@@ -6,7 +6,7 @@ bytes and 5 special tokens), three heads of 16 share one key-value head where th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM as MaskedLM
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -58,6 +59,7 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral": lambda: MistralConfig(**_LLAMA, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**_LLAMA),
     "qwen3": lambda: Qwen3Config(**_LLAMA | {"tie_word_embeddings": True}),
+    "gemma": lambda: GemmaConfig(**_LLAMA | {"tie_word_embeddings": True}),
     "gemma2": lambda: Gemma2Config(**_GEMMA),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
     "phi3": lambda: Phi3Config(**_LLAMA),
@@ -98,12 +100,21 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 ARCHITECTURES = tuple(_CONFIGS)
 
 
-def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    architecture: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    settings: Mapping[str, object] | None = None,
+) -> PreTrainedModel:
     """A random model of `architecture` (one of ARCHITECTURES) in evaluation mode; the same for the same seed.
+
+    `settings` go over those of its configuration.
 
     Biases and norm weights are random as well, so that a test notices one that is lost.
     """
     config = _CONFIGS[architecture]()
+    if settings:
+        config = type(config)(**config.to_dict() | dict(settings))
     auto = MaskedLM if architecture == "roberta" else CausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

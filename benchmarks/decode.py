@@ -1,0 +1,199 @@
+"""Speed of decoding and of reading a prompt on the CPU: reallm's artifacts beside torch and llama.cpp, in one run.
+
+    make bench NAME=decode [DEMO=demo] [ROUNDS=7]
+
+After `make demo`, whose model (Q4_1 GGUF) and artifact it takes; two more artifacts hold the embedding, which is the
+head too, in fewer bits. Each contender reads PROMPT tokens and takes the likeliest next DECODED times, by `generate`
+(llama.cpp: see peer_llama.py), in turns, ROUNDS times; the median of its rounds counts. transformers runs the
+uncompressed model in bfloat16 and float32; it reads the long prompt in the first round only. Tokens a
+second are of wall time; with one thread also of processor time, which other work on the machine moves less.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from json import loads
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import reallm
+from benchmarks.bench import Figure, machine
+from benchmarks.peers import PYTHON, ROOT
+from reallm.codegen.native import machine_tier
+from reallm.demo import MODEL_FILE
+from reallm.model import load_model
+from reallm.planner.plan import Plan
+from reallm.planner.records import canonical_json, read_record, write_text_atomic
+from reallm.report import columns_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
+FOLDER = ROOT / ".bench" / "decode"
+PROMPT, DECODED, PREFILL = 64, 48, 512
+THREADS = (2, 1)
+MEASURES = {2: "2 threads", 1: "1 thread", 0: "1 thread, processor time"}
+HEADS = ("int8-g64", "lm4-g64-dq6x64+ldl")
+"""Formats of embedding and head beside the one the demo planned."""
+BASE = "torch bfloat16"
+
+
+Seconds = tuple[float, float]
+"""Of wall time, of processor time."""
+
+
+@dataclass
+class Contender:
+    """Seconds of decoding DECODED tokens after PROMPT, and of reading a prompt of PREFILL tokens."""
+
+    name: str
+    decode: Callable[[int], Seconds]
+    prefill: Callable[[int], Seconds]
+    bits: float
+    """A weight of the matrices inside the blocks."""
+    seconds: dict[tuple[str, int], list[Seconds]] = field(default_factory=dict)
+
+    def rate(self, what: str, threads: int) -> float:
+        """Tokens a second, by the median round; `threads` 0 is one thread by processor time."""
+        count = DECODED if what == "decode" else PREFILL
+        return count / statistics.median(taken[not threads] for taken in self.seconds[what, threads or 1])
+
+
+class Clock:
+    """A streamer that remembers when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[Seconds] = []
+
+    def put(self, _: Tensor) -> None:
+        self.times.append((time.perf_counter(), time.process_time()))
+
+    def between(self, first: int, last: int) -> Seconds:
+        """What passed from one token to another."""
+        wall, processor = (end - start for start, end in zip(self.times[first], self.times[last], strict=True))
+        return wall, processor
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+def generated(model: PreTrainedModel, prompt: int, tokens: int) -> Clock:
+    """When the prompt was handed over and each of `tokens` tokens came."""
+    clock = Clock()
+    ids = 10 + torch.arange(prompt)[None] % 1000
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "streamer": clock}
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **settings)
+    return clock
+
+
+def ours(name: str, model: PreTrainedModel, bits: float) -> Contender:
+    """A transformers model; the first token after the prompt belongs to the prompt."""
+
+    def decode(threads: int) -> Seconds:
+        torch.set_num_threads(threads)
+        return generated(model, PROMPT, DECODED + 1).between(1, -1)
+
+    def prefill(threads: int) -> Seconds:
+        torch.set_num_threads(threads)
+        return generated(model, PREFILL, 1).between(0, 1)
+
+    return Contender(name, decode, prefill, bits)
+
+
+def llama(model: Path, process: subprocess.Popen[str]) -> Contender:
+    """llama.cpp, in a process of its own."""
+
+    def ask(request: str) -> Seconds:
+        assert process.stdin and process.stdout
+        process.stdin.write(f"{request}\n")
+        process.stdin.flush()
+        wall, processor = map(float, process.stdout.readline().split())
+        return wall, processor
+
+    def decode(threads: int) -> Seconds:
+        return ask(f"decode {threads} {PROMPT} {DECODED}")
+
+    return Contender("llama.cpp Q4_1", decode, lambda threads: ask(f"prefill {threads} {PREFILL}"), 5.0)
+
+
+def artifacts(demo: Path) -> Iterator[Contender]:
+    """The demo's artifact, and the same matrices with other formats of the embedding."""
+    plan = read_record(demo / "plan.json", Plan, "plan")
+    model, _ = reallm.load(demo / "out", verify=False)
+    yield ours(f"reallm {plan.bits_per_weight:.2f} bits", model, plan.bits_per_weight)
+    same = [f"{choice.matrix}={choice.format}" for choice in plan.choices]
+    for fmt in HEADS:
+        folder, path = FOLDER / fmt, FOLDER / f"{fmt}.json"
+        reallm.plan(demo / "work", budget="8bpw", pins=[*same, f"model.embed_tokens={fmt}"], output=path)
+        if not folder.exists():
+            reallm.compile(path, folder, kernels=False)
+        model, _ = reallm.load(folder, verify=False)
+        yield ours(f"reallm {plan.bits_per_weight:.2f} bits, head {fmt}", model, plan.bits_per_weight)
+
+
+def torch_models(demo: Path) -> Iterator[Contender]:
+    """The model as it was, in the two dtypes torch is used in."""
+    for name, dtype in ((BASE, torch.bfloat16), ("torch float32", torch.float32)):
+        yield ours(name, load_model(demo / MODEL_FILE, dtype=dtype).model, 8.0 * dtype.itemsize)
+
+
+def race(contenders: list[Contender], rounds: int, console: Console) -> None:
+    """All contenders in turn, `rounds` times, after one round that does not count."""
+    for turn in range(rounds + 1):
+        for threads in THREADS:
+            for each in contenders:
+                for what, run in (("decode", each.decode), ("prefill", each.prefill)):
+                    if what == "prefill" and turn != 1 and each.name.startswith("torch"):
+                        continue  # several times longer than everything else
+                    taken = run(threads)
+                    if turn:
+                        each.seconds.setdefault((what, threads), []).append(taken)
+        console.print(f"round {turn} of {rounds}", highlight=False)
+
+
+def rows(contenders: list[Contender], versions: dict[str, str]) -> Iterator[Figure]:
+    """Each of ours beside each peer, in tokens a second: more is better."""
+    mine = [each for each in contenders if each.name.startswith("reallm")]
+    for what, threads in ((what, threads) for what in ("decode", "prefill") for threads in MEASURES):
+        for own in mine:
+            for peer in contenders:
+                if peer not in mine:
+                    a, b = own.rate(what, threads), peer.rate(what, threads)
+                    tokens = f"{DECODED} tokens after {PROMPT}" if what == "decode" else f"{PREFILL} tokens of prompt"
+                    figure = f"{what}, {tokens}, {MEASURES[threads]}: {own.name}"
+                    yield Figure(figure, "tokens/s", a, peer.name, b, a / b, versions, machine())
+
+
+def main() -> None:
+    """Run, write and print."""
+    console, demo = Console(), Path(os.environ.get("DEMO") or "demo")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    versions = {name: version(name) for name in ("reallm", "torch", "transformers")} | {"tier": machine_tier()}
+    command = [str(PYTHON), str(ROOT / "benchmarks" / "peer_llama.py"), str(demo / MODEL_FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdin
+        versions |= loads(process.stdout.readline())
+        contenders = [*artifacts(demo), *torch_models(demo), llama(demo / MODEL_FILE, process)]
+        race(contenders, int(os.environ.get("ROUNDS") or 7), console)
+        process.stdin.close()
+    found = list(rows(contenders, versions))
+    write_text_atomic(RESULTS, canonical_json([asdict(row) for row in found]))
+    lines = [
+        [each.name, f"{each.bits:.2f}", *(f"{each.rate(w, t):.1f}" for w in ("decode", "prefill") for t in MEASURES)]
+        for each in contenders
+    ]
+    heads = ("", "bits", *(f"{w}, {label}" for w in ("decode", "prefill") for label in MEASURES.values()))
+    console.print(columns_table(f"tokens a second on {machine()}", heads, lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The native CPU kernels beside torch, aten's int4 and tables of partial dots as AQLM's CPU kernel has them.
+
+    make bench NAME=kernels [THREADS=1,2]
+
+One row of x times a matrix, at the shapes of SmolLM2-135M's linears and at 4096 x 4096, in processor time of the
+calling thread: with two threads it computes its share and waits for the rest, so its time is that of the product. Each
+product is timed ROUNDS times, all methods in turn, and the median is kept. Matrices are random; those of a trellis have
+the same width in all blocks. AQLM's kernel (peer_numba.py) runs in the peers' environment, one thread, for aq2x8-d8.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.bench import Figure, machine
+from benchmarks.peers import PYTHON, ROOT
+from reallm.kernels.codecs import Field, TrellisCodec
+from reallm.kernels.formats import Format
+from reallm.kernels.packing import pack_codes, pad
+from reallm.planner.records import canonical_json, write_text_atomic
+from reallm.report import columns_table
+from reallm.runtime.cpu import NativeMatrix, native_matrix
+
+RESULTS = ROOT / "benchmarks" / "results" / "kernels.json"
+SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096))
+TRELLIS = ("tq1-l12+rot", "tq2-l12+rot", "tq2.5-l12+rot", "tq3-l12+rot", "tq4-l12+rot")
+FORMATS = (*TRELLIS, "int4-g64", "nf4-g64", "int8-g64", "aq1x8-d8", "aq2x8-d8", "e8p2", "km3")
+NUMBA_FORMAT = "aq2x8-d8"
+ROUNDS, ROUND_SECONDS = 9, 0.01
+INT4_GROUP = 64
+Timer = Callable[[], float]
+"""Processor seconds of one product."""
+
+
+@dataclass(frozen=True)
+class Row(Figure):
+    """Nanoseconds per 1000 weights, and what they come to."""
+
+    threads: int
+    weights_per_second: float
+    peer_weights_per_second: float | None
+
+
+def timer(product: Callable[[], object]) -> Timer:
+    """Times `product`, as often as ROUND_SECONDS allow."""
+    product()
+    began, count = time.thread_time(), 0
+    while time.thread_time() - began < ROUND_SECONDS:
+        product()
+        count += 1
+
+    def once() -> float:
+        start = time.thread_time()
+        for _ in range(count):
+            product()
+        return (time.thread_time() - start) / count
+
+    return once
+
+
+def _field(field: Field, codec: object, rng: np.random.Generator) -> Tensor:
+    if field.name == "widths" and isinstance(codec, TrellisCodec):
+        return torch.from_numpy(pack_codes(np.full(field.count, codec.eighths // 4), 4))
+    if field.dtype[0] == "u":
+        return torch.from_numpy(rng.integers(0, 256, field.nbytes).astype(np.uint8))
+    return torch.from_numpy(pad(rng.standard_normal(field.count).astype("<f2").tobytes()))
+
+
+def our_matrix(name: str, rows: int, cols: int) -> NativeMatrix:
+    """A random matrix. Raises RuntimeError where it has no kernel."""
+    fmt, rng = Format.parse(name), np.random.default_rng(0)
+    fields = {field.name: _field(field, fmt.codec, rng) for field in fmt.fields(rows, cols)}
+    matrix = native_matrix(fmt, fields, rows, cols)
+    if matrix is None:
+        raise RuntimeError(f"{name} has no native kernel here")
+    return matrix
+
+
+def aten_int4(rows: int, cols: int) -> Timer | None:
+    """aten's kernel for groups of INT4_GROUP, or None where this torch has none."""
+    operations = torch.ops.aten
+    if not hasattr(operations, "_weight_int4pack_mm_for_cpu"):
+        return None
+    codes = torch.randint(0, 16, (rows, cols), dtype=torch.int32)
+    packed = operations._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.randn(cols // INT4_GROUP, rows, 2, dtype=torch.bfloat16)
+    x = torch.randn(1, cols, dtype=torch.bfloat16)
+    return timer(lambda: operations._weight_int4pack_mm_for_cpu(x, packed, INT4_GROUP, scales))
+
+
+class NumbaPeer(AbstractContextManager["NumbaPeer"]):
+    """peer_numba.py in a process of its own: asked for a shape, it answers with the seconds of one product."""
+
+    def __init__(self) -> None:
+        command = [str(PYTHON), str(ROOT / "benchmarks" / "peer_numba.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.version = self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return str(json.loads(self.process.stdout.readline()))
+
+    def timer(self, rows: int, cols: int) -> Timer:
+        def once() -> float:
+            assert self.process.stdin is not None
+            self.process.stdin.write(f"{rows} {cols}\n")
+            self.process.stdin.flush()
+            return float(self._answer())
+
+        once()
+        return once
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def timers(rows: int, cols: int, threads: int, numba: NumbaPeer) -> tuple[dict[str, Timer], dict[str, Timer]]:
+    """Ours by format, and the peers'."""
+    x = torch.randn(1, cols)
+    ours = {}
+    for name in FORMATS:
+        matrix = our_matrix(name, rows, cols)
+        ours[name] = timer(lambda matrix=matrix: matrix.linear(x))  # type: ignore[misc]
+    peers: dict[str, Timer] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, inputs = torch.randn(rows, cols, dtype=dtype), x.to(dtype)
+        name = f"torch {str(dtype).removeprefix('torch.')}"
+        peers[name] = timer(lambda weight=weight, inputs=inputs: linear(inputs, weight))  # type: ignore[misc]
+    if int4 := aten_int4(rows, cols):
+        peers["aten int4 g64"] = int4
+    if threads == 1:
+        peers["numba"] = numba.timer(rows, cols)
+    return ours, peers
+
+
+def rows_of(rows: int, cols: int, threads: int, numba: NumbaPeer) -> Iterator[Row]:
+    """One shape: every format beside torch's bfloat16, and the others beside the format they resemble."""
+    torch.set_num_threads(threads)
+    ours, peers = timers(rows, cols, threads, numba)
+    every = {**{("ours", k): v for k, v in ours.items()}, **{("peer", k): v for k, v in peers.items()}}
+    seen: dict[tuple[str, str], list[float]] = {key: [] for key in every}
+    for _ in range(ROUNDS):
+        for key, once in every.items():
+            seen[key].append(once())
+    found = {key: statistics.median(values) / (rows * cols) * 1e12 for key, values in seen.items()}
+    versions = {"torch": torch.__version__, "numba": numba.version}
+    pairs = [(name, peer) for name in FORMATS for peer in ("torch bfloat16", "torch float32")]
+    pairs += [(name, "aten int4 g64") for name in ("int4-g64", "nf4-g64", "tq4-l12+rot")]
+    pairs += [(NUMBA_FORMAT, "numba")]
+    for name, peer_name in pairs:
+        us, peer = found["ours", name], found.get(("peer", peer_name))
+        yield Row(
+            figure=f"{name} [{rows}, {cols}]",
+            unit="ns per 1000 weights",
+            ours=us,
+            peer_name=peer_name,
+            peer=peer,
+            ratio=us / peer if peer else None,
+            versions=versions,
+            machine=machine(),
+            threads=threads,
+            weights_per_second=1e12 / us,
+            peer_weights_per_second=1e12 / peer if peer else None,
+        )
+
+
+def main() -> None:
+    console = Console()
+    found: list[Row] = []
+    with torch.inference_mode(), NumbaPeer() as numba:
+        for threads in map(int, os.environ.get("THREADS", "1,2").split(",")):
+            for rows, cols in SHAPES:
+                found += rows_of(rows, cols, threads, numba)
+    write_text_atomic(RESULTS, canonical_json([asdict(row) for row in found]))
+    lines = [
+        (
+            row.figure,
+            str(row.threads),
+            f"{row.weights_per_second / 1e9:.1f}",
+            row.peer_name,
+            _billions(row),
+            _ratio(row),
+        )
+        for row in found
+    ]
+    console.print(
+        columns_table(
+            "Products on the CPU", ("matrix", "threads", "10^9 weights/s", "peer", "its", "ratio of times"), lines
+        )
+    )
+
+
+def _billions(row: Row) -> str:
+    return "" if row.peer_weights_per_second is None else f"{row.peer_weights_per_second / 1e9:.1f}"
+
+
+def _ratio(row: Row) -> str:
+    return "" if row.ratio is None else f"{row.ratio:.2f}"
+
+
+if __name__ == "__main__":
+    main()

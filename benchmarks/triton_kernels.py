@@ -1,0 +1,172 @@
+"""The generated Triton kernels beside gemlite's and AQLM's: instructions a weight and bytes, or seconds where a GPU is.
+
+    make bench NAME=triton_kernels
+
+All kernels are compiled by the same Triton for SHAPE and one row of x in bf16 or half precision. Without a GPU the
+machine code is counted: instructions of all threads, loops turn by turn, over the weights. gemlite's gemv_revsplitK
+takes the best of its own list of settings; AQLM's kernel the best of 1 to 8 warps. With a GPU each product of ours is
+timed instead, beside torch's. The lint of our machine code must be clean, or nothing is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.bench import Figure, machine
+from benchmarks.peers import PYTHON, ROOT
+from reallm.codegen.build import compile_kernels
+from reallm.codegen.cost import Cost, product_cost
+from reallm.codegen.emit import emit
+from reallm.codegen.launch import kernels_for, multiply, splits_for
+from reallm.codegen.program import KernelSpec
+from reallm.codegen.sass import lint, read_code
+from reallm.kernels.formats import Format
+from reallm.planner.records import canonical_json, write_text_atomic
+from reallm.report import columns_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "triton_kernels.json"
+SHAPE = (4096, 4096)
+TARGET = "sm_80"
+OURS = {
+    2: ("tq2-l12+ldl2+rot", "uint2-g64", "lm2-g64"),
+    3: ("tq3-l12+ldl2+rot", "uint3-g64", "lm3-g64"),
+    4: ("tq4-l12+ldl2+rot", "uint4-g64", "lm4-g64"),
+}
+PEERS = {2: ("gemlite 2", "aqlm 2x8"), 3: ("aqlm 2x12",), 4: ("gemlite 4", "aqlm 4x8")}
+"""gemlite has no three bits, and AQLM's kernel takes a power of two of codebooks."""
+
+
+@dataclass(frozen=True)
+class Row(Figure):
+    """A figure, and what else is known of our kernel."""
+
+    note: str
+
+
+def core(name: str) -> KernelSpec:
+    """The kernel of a format that decodes and multiplies."""
+    specs = kernels_for(Format.parse(name), *SHAPE)
+    return next(spec for spec in specs if spec.function == "gemv")
+
+
+def our_costs(names: list[str]) -> dict[str, tuple[Cost, str]]:
+    """Cost and what cuobjdump says of each format's kernel. Raises RuntimeError where the lint finds a fault."""
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        specs = {name: core(name) for name in names}
+        for spec in set(specs.values()):
+            (place / f"{spec.name}.py").write_text(emit(spec), encoding="utf-8")
+        compile_kernels(sorted(set(specs.values()), key=lambda spec: spec.name), place, [TARGET], "bf16")
+        for name, spec in specs.items():
+            code, fmt = read_code(place / f"{spec.name}.{TARGET}.cubin"), Format.parse(name)
+            if faults := lint(code):
+                raise RuntimeError(f"{spec.name}: {'; '.join(faults)}")
+            width = fmt.codec.eighths // 4 if spec.widths else 0  # type: ignore[union-attr]  # of a trellis
+            cost = product_cost(spec, code, fmt, *SHAPE, splits_for(spec, *SHAPE, 1), width)
+            found[name] = cost, f"{code.usage.registers} registers, {cost.moved_over_packed:.3f} x packed bytes moved"
+    return found
+
+
+def peer_costs() -> dict[str, tuple[float, str, dict[str, str]]]:
+    """By peer: the fewest instructions a weight of its settings, which one, and versions."""
+    names = sorted({name for names in PEERS.values() for name in names})
+    python, script = os.environ.get("PEER_PYTHON") or str(PYTHON), ROOT / "benchmarks" / "peer_triton.py"
+    found: dict[str, tuple[float, str, dict[str, str]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"}
+        environment.pop("PYTHONPATH", None)
+        subprocess.run([python, str(script), json.dumps(SHAPE), scratch, *names], check=True, env=environment)
+        for entry in json.loads(Path(scratch, "kernels.json").read_text(encoding="utf-8")):
+            if entry["versions"]["triton"] != version("triton"):
+                raise RuntimeError(f"the peers have Triton {entry['versions']['triton']}, not {version('triton')}")
+            code = read_code(Path(scratch, entry["file"]))
+            value = code.count([1.0] * len(code.loops)) * entry["threads"] / entry["weights"]
+            best = found.get(entry["name"])
+            if best is None or value < best[0]:
+                found[entry["name"]] = value, entry["note"], entry["versions"]
+    return found
+
+
+def counted() -> Iterator[Row]:
+    """Instructions a weight, ours beside each peer's."""
+    ours = our_costs([name for names in OURS.values() for name in names])
+    theirs = peer_costs()
+    versions = {"reallm": version("reallm"), "triton": version("triton")}
+    for bits, names in OURS.items():
+        for name in names:
+            cost, note = ours[name]
+            for peer in PEERS[bits]:
+                value, setting, peer_versions = theirs[peer]
+                yield Row(
+                    f"{name} of {SHAPE[0]} x {SHAPE[1]}, {TARGET}",
+                    "instructions a weight",
+                    cost.instructions_per_weight,
+                    f"{peer} bits" if peer.startswith("gemlite") else peer,
+                    value,
+                    cost.instructions_per_weight / value,
+                    versions | peer_versions,
+                    machine(),
+                    f"{note}; its setting {setting}",
+                )
+
+
+def timed() -> Iterator[Row]:
+    """Microseconds of each product of ours on the GPU here, beside torch's of the same shape in bf16."""
+    rows, cols = SHAPE
+    x = torch.randn(1, cols, device="cuda", dtype=torch.bfloat16)
+    dense = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
+    base = _microseconds(lambda: torch.nn.functional.linear(x, dense))
+    for names in OURS.values():
+        for name in names:
+            fmt = Format.parse(name)
+            fields = {f.name: torch.zeros(f.nbytes, dtype=torch.uint8, device="cuda") for f in fmt.fields(rows, cols)}
+            if "widths" in fields:
+                width = fmt.codec.eighths // 4  # type: ignore[union-attr]
+                fields["widths"][: cols // 32] = width * 17
+            ours = _microseconds(lambda fmt=fmt, fields=fields: multiply(fmt, fields, x, rows, cols))  # type: ignore[misc]
+            device = torch.cuda.get_device_name()
+            versions = {"reallm": version("reallm"), "triton": version("triton"), "torch": torch.__version__}
+            figure = f"{name} of {rows} x {cols}, one row of x"
+            yield Row(figure, "us", ours, "torch bf16", base, ours / base, versions, f"{machine()}, {device}", "")
+
+
+def _microseconds(call: object) -> float:
+    """Median of 50 calls after 10."""
+    times = []
+    for index in range(60):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()  # type: ignore[operator]
+        end.record()
+        torch.cuda.synchronize()
+        if index >= 10:
+            times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Count or time, write and print."""
+    done = []
+    for row in timed() if torch.cuda.is_available() else counted():
+        done.append(row)
+        write_text_atomic(RESULTS, canonical_json([asdict(r) for r in done]))
+    lines = [[r.figure, f"{r.ours:.2f}", r.peer_name, f"{r.peer:.2f}", f"{r.ratio:.2f}", r.note] for r in done]
+    headings = ("figure", done[0].unit, "beside", "its", "ratio", "note")
+    Console(width=220).print(columns_table(f"Triton kernels on {machine()}", headings, lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

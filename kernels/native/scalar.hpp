@@ -1,0 +1,231 @@
+// One code a weight: integers, tables of levels and rows with tables of their own, scaled by groups of a row.
+//
+//   table      W = level[code] scale             int, uint   W = (code - zero) scale, with zero = 2^(bits - 1) for int
+//   double     scale = scale_min + scale_code / (2^c - 1) range           km          W = level_n[code]
+//
+// 32 codes are read at once where rows are whole groups of 32 codes and scales change only between them; other rows are
+// unpacked to bytes first. A scale multiplies the finished sum of its group. The zero of integers is taken off there
+// too, by the sum of the group's x (`prepare` lays them behind xc).
+#pragma once
+
+#include "codes.hpp"
+#include "kernel.hpp"
+#include "linear.hpp"
+
+namespace reallm {
+
+enum class Table { integers, levels, row_levels };
+
+// Levels by code: in registers up to 4 bits, otherwise gathered from memory. `table` holds max(8, 2^bits) floats.
+template <int bits>
+struct Levels {
+  const float* table;
+#if defined(REALLM_AVX512)
+  __m512 low;
+#elif defined(REALLM_AVX2)
+  __m256 low;
+  __m256i bytes[4];  // of 16 levels, byte i of each, twice
+#endif
+
+  REALLM_INLINE explicit Levels(const float* from) : table(from) {
+#if defined(REALLM_AVX512)
+    if constexpr (bits == 4) low = load<__m512>(from);
+    else low = _mm512_maskz_broadcast_f32x8(0xFFFF, load<__m256>(from));
+#elif defined(REALLM_AVX2)
+    low = load<__m256>(from);
+    if constexpr (bits == 4) {
+      const __m128i gather = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      __m128 part[4];
+      for (int i = 0; i < 4; i++) part[i] = _mm_castsi128_ps(_mm_shuffle_epi8(load<__m128i>(from + 4 * i), gather));
+      _MM_TRANSPOSE4_PS(part[0], part[1], part[2], part[3]);
+      for (int i = 0; i < 4; i++) bytes[i] = _mm256_broadcastsi128_si256(_mm_castps_si128(part[i]));
+    }
+#endif
+  }
+
+  REALLM_INLINE F operator()(U code) const {
+#if defined(REALLM_AVX512)
+    if constexpr (bits <= 4) return (F)_mm512_maskz_permutexvar_ps(0xFFFF, (__m512i)code, low);
+    return (F)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, (__m512i)code, table, 4);
+#elif defined(REALLM_AVX2)
+    if constexpr (bits < 4) return (F)_mm256_permutevar8x32_ps(low, (__m256i)code);
+    return (F)_mm256_i32gather_ps(table, (__m256i)code, 4);
+#else
+    F value;
+    for (int l = 0; l < kLanes; l++) value[l] = table[code[l]];
+    return value;
+#endif
+  }
+
+#if defined(REALLM_AVX2)
+  // The levels of 32 codes of 4 bits: each byte of a float is looked up by itself, then they are put together. Codes are
+  // first laid out so that what the unpacking of each half leaves is in order.
+  REALLM_INLINE void sixteen(const uint8_t* from, F* values) const {
+    const __m256i pick = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
+                                          2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+    const __m256i twice = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load<__m128i>(from)), pick);
+    const __m256i even = _mm256_and_si256(twice, _mm256_set1_epi16(0x000F));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(twice, 4), _mm256_set1_epi16(0x0F00));
+    const __m256i code = _mm256_or_si256(even, odd);
+    __m256i byte[4];
+    for (int i = 0; i < 4; i++) byte[i] = _mm256_shuffle_epi8(bytes[i], code);
+    const __m256i low01 = _mm256_unpacklo_epi8(byte[0], byte[1]), low23 = _mm256_unpacklo_epi8(byte[2], byte[3]);
+    const __m256i high01 = _mm256_unpackhi_epi8(byte[0], byte[1]), high23 = _mm256_unpackhi_epi8(byte[2], byte[3]);
+    values[0] = (F)_mm256_unpacklo_epi16(low01, low23);
+    values[1] = (F)_mm256_unpackhi_epi16(low01, low23);
+    values[2] = (F)_mm256_unpacklo_epi16(high01, high23);
+    values[3] = (F)_mm256_unpackhi_epi16(high01, high23);
+  }
+#endif
+};
+
+// `stored_zeros`: uint. `double_bits` of a scale's code, 0 for fp16 scales; `double_block` scales share a range.
+template <Table table, int bits, int group_size, bool stored_zeros, int double_bits, int double_block>
+struct Scalar {
+  static constexpr bool kIntegers = table == Table::integers, kOwnLevels = table == Table::row_levels;
+  static constexpr bool kWholeGroups = kOwnLevels || group_size % kGroup == 0;
+  static constexpr int64_t kSums = !kIntegers ? 0 : group_size == 0 ? int64_t(1) << 40 : kWholeGroups ? group_size : kGroup;
+  static constexpr float kUnit = kIntegers && !stored_zeros ? 1.0f / (1 << (bits - 1)) : 1.0f;  // of a code
+  static constexpr float kZero = 1 << (bits - 1);                                              // of int
+
+  static int64_t groups(const Operand& op) { return group_size ? (op.cols + group_size - 1) / group_size : 1; }
+  static int64_t group_width(const Operand& op) { return group_size && group_size < op.cols ? group_size : op.cols; }
+  // Whether codes can be read where they lie, and scales change only between groups of 32.
+  static bool whole(const Operand& op) { return op.cols % kGroup == 0 && kWholeGroups; }
+
+  // What belongs to one row: scales and zeros, one a group, or a table.
+  struct Row {
+    float *scales, *zeros, *levels;
+
+    explicit Row(const Operand& op) {
+      const int64_t count = (groups(op) + 15) / 16 * 16;
+      scales = scratch<3>(2 * count + 16);
+      zeros = scales + count;
+      levels = zeros + count;
+    }
+
+    REALLM_INLINE Levels<bits> read(const Operand& op, int64_t n) const {
+      if constexpr (kOwnLevels) {
+        halves(op.scales, n << bits, 1 << bits, levels);
+        return Levels<bits>(levels);
+      }
+      const int64_t count = groups(op), first = n * count;
+      if constexpr (double_bits == 0) {
+        halves(op.scales, first, count, scales);
+      } else {
+        uint8_t* codes = reinterpret_cast<uint8_t*>(zeros);
+        unpack(op.scale_codes, double_bits, op.rows * count, first, count, codes);
+        constexpr float steps = (1 << double_bits) - 1;
+        for (int64_t g = 0; g < count; g++)
+          scales[g] = op.scale_min + codes[g] / steps * half_at(op.scale_ranges, (first + g) / double_block);
+      }
+      if constexpr (stored_zeros) {
+        uint8_t* codes = reinterpret_cast<uint8_t*>(zeros) + 3 * count;  // each is read before it is overwritten
+        unpack(op.zeros, bits, op.rows * count, first, count, codes);
+        for (int64_t g = 0; g < count; g++) zeros[g] = codes[g];
+      }
+      return Levels<bits>(kIntegers ? scales : op.table);  // integers use none
+    }
+
+    // Of the sum of a row of integers: sum_g scale_g zero_g (sum of the x of the group).
+    REALLM_INLINE float offset(const float* x_sums, int64_t count) const {
+      float total;
+      if constexpr (stored_zeros)
+        for (int64_t g = 0; g < count; g++) scales[g] *= zeros[g];
+      product_tile<1, 1>(scales, 0, x_sums, 0, count, &total, 0, false);
+      return stored_zeros ? total : total * kZero;
+    }
+  };
+
+  // Values of 32 codes, without scale and zero.
+  REALLM_INLINE static void values(const Planes<bits>& planes, uint64_t group, const Levels<bits>& level, F* to) {
+#if defined(REALLM_AVX2)
+    if constexpr (!kIntegers && bits == 4) return level.sixteen(planes.plane[0] + group * 16, to);
+#endif
+    to[0] = value<0>(planes, group, level);
+    to[1] = value<1>(planes, group, level);
+    if constexpr (kParts == 4) {
+      to[2] = value<2>(planes, group, level);
+      to[3] = value<3>(planes, group, level);
+    }
+  }
+
+  template <int part>
+  REALLM_INLINE static F value(const Planes<bits>& planes, uint64_t group, const Levels<bits>& level) {
+    const U code = planes.template codes<part>(group);
+    if constexpr (kIntegers) return to_float(code);
+    else return level(code);
+  }
+
+  static void gemv(const Operand& op, const float* xc, float* yc, int64_t first, int64_t last) {
+    if (!whole(op)) return gemv_any(op, xc, yc, first, last);
+    const int64_t count = kOwnLevels ? 1 : groups(op), all = op.cols / kGroup;
+    const int64_t steps = kOwnLevels ? all : group_width(op) / kGroup;
+    const float* x_sums = xc + padded(op.cols);
+    const Row row(op);
+    for (int64_t n = first; n < last; n++) {
+      const Planes<bits> planes(op.codes, op.rows * op.cols, n * op.cols);
+      const Levels<bits> level = row.read(op, n);
+      const float *x = xc, *scales = row.scales;
+      F total = F{};
+      int64_t at = 0;
+      for (int64_t g = 0; g < count; g++) {
+        F even = F{}, odd = F{}, v[kParts];
+        const int64_t end = at + steps < all ? at + steps : all;
+        for (; at < end; at++, x += kGroup) {
+          values(planes, at, level, v);
+          even = fma(v[0], load<F>(x), even);
+          odd = fma(v[1], load<F>(x + kLanes), odd);
+          if constexpr (kParts == 4) {
+            even = fma(v[2], load<F>(x + 2 * kLanes), even);
+            odd = fma(v[3], load<F>(x + 3 * kLanes), odd);
+          }
+        }
+        total = kOwnLevels ? even + odd : fma(even + odd, spread(scales[g]), total);
+      }
+      float result = sum(total);
+      if constexpr (kIntegers) result -= row.offset(x_sums, count);
+      yc[n] = result * kUnit;
+    }
+  }
+
+  static void gemv_any(const Operand& op, const float* xc, float* yc, int64_t first, int64_t last) {
+    const int64_t width = padded(op.cols);
+    float* panel = scratch<1>(width);
+    for (int64_t n = first; n < last; n++) {
+      decode(op, n, n + 1, panel, width);
+      product(xc, width, 1, panel, width, 1, width, yc + n, 1);
+    }
+  }
+
+  static void decode(const Operand& op, int64_t first, int64_t last, float* panel, int64_t stride) {
+    const int64_t cols = op.cols, width = group_width(op);
+    const bool straight = cols % kGroup == 0;
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch<4>(padded(cols) / 4 + 16));
+    const Row row(op);
+    for (int64_t n = first; n < last; n++, panel += stride) {
+      const Levels<bits> level = row.read(op, n);
+      if (straight) {
+        const Planes<bits> planes(op.codes, op.rows * cols, n * cols);
+        F v[kParts];
+        for (int64_t at = 0; at < cols / kGroup; at++) {
+          values(planes, at, level, v);
+          for (int i = 0; i < kParts; i++) store(panel + at * kGroup + i * kLanes, v[i]);
+        }
+      } else {
+        unpack(op.codes, bits, op.rows * cols, n * cols, cols, bytes);
+        for (int64_t j = 0; j < cols; j++) panel[j] = kIntegers ? bytes[j] : level.table[bytes[j]];
+      }
+      for (int64_t g = 0; !kOwnLevels && g < groups(op); g++) {
+        const float scale = row.scales[g] * kUnit;
+        float zero = 0;
+        if constexpr (kIntegers) zero = stored_zeros ? row.zeros[g] : kZero;
+        const int64_t end = (g + 1) * width < cols ? (g + 1) * width : cols;
+        for (int64_t j = g * width; j < end; j++) panel[j] = (panel[j] - zero) * scale;
+      }
+      for (int64_t j = cols; j < stride; j++) panel[j] = 0;
+    }
+  }
+};
+
+}  // namespace reallm

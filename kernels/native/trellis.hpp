@@ -1,0 +1,195 @@
+// The bitshift trellis (kernels/trellis.py): weights of a tile of 16 x 16 from a ring of 16 `width` bytes.
+//
+// A row of a tile takes `width` bytes of the ring, the last row first, and the state of each of its weights is `state_bits`
+// of them at an offset that the width fixes. So a row is read once, every lane shifts out its own state, one product
+// and the sum of its bytes give the code. The rows at the ring's end run on into its start: they are read from a copy.
+//
+//   yc[n] = 2^-7 sum_b scale_b sum_c (bytesum(state M) - 510) x[b, c]
+//
+// Blocks of columns are the outer loop, because that is how words are stored; sums of up to kChunk rows stay in the
+// first cache, kLanes partial sums a row. The 510 is taken off once, by the sum of the scaled x.
+#pragma once
+
+#include "linear.hpp"
+#include "simd.hpp"
+
+namespace reallm {
+
+#define REALLM_TAKE __attribute__((always_inline))
+
+constexpr int kTile = 16, kChains = 8;
+constexpr uint32_t kMultipliers[] = {0x83DCD12D, 0x9E3779B1};
+
+template <int width, int state_bits>
+struct Steps {
+  static constexpr int values = width % 2 ? 2 : 1, bits = width * values / 2;
+  static constexpr int parts = kTile / kLanes;
+
+  // First bit of the state of column c, in the row's bytes.
+  static constexpr int place(int c) { return bits * (kTile / values - 1 - c / values); }
+  // Byte from which part h (kLanes columns) is read.
+  static constexpr int byte(int h) { return place(kLanes * h + kLanes - 1) / 8; }
+  // Whether one 32-bit word holds all states of part h; otherwise each lane picks its own bytes of 16.
+  static constexpr bool narrow(int h) { return place(kLanes * h) - 8 * byte(h) + state_bits <= 32; }
+  static constexpr bool narrow() { return narrow(0) && narrow(parts - 1); }
+  static constexpr int reach = narrow() ? byte(0) + 4 : 16;
+  // Rows whose bytes reach over the end of the ring.
+  static constexpr int tail_rows = (reach + width - 1) / width - 1 < kTile ? (reach + width - 1) / width - 1 : kTile;
+};
+
+// The bytes of a ring that go on from its end at its start.
+constexpr int kSeam = 16;
+
+// Calls take(row, part, code) for every row of the tile at `ring` and part of kLanes columns, with bytesum(state M).
+template <int state_bits, class Take>
+inline void each_row_of(int width, const uint8_t* ring, const Take& take) {
+  const int values = width % 2 ? 2 : 1, bits = width * values / 2;
+  uint8_t bytes[kTile * 15 + kSeam];
+  memcpy(bytes, ring, kTile * width);
+  for (int i = 0; i < kSeam; i++) bytes[kTile * width + i] = ring[i % (kTile * width)];
+  for (int row = 0; row < kTile; row++)
+    for (int h = 0; h < kTile / kLanes; h++) {
+      U code;
+      for (int l = 0; l < kLanes; l++) {
+        const int place = bits * (kTile / values - 1 - (kLanes * h + l) / values);
+        const uint8_t* at = bytes + (kTile - 1 - row) * width + place / 8;
+        const uint32_t state = uint32_t(at[0] | at[1] << 8 | at[2] << 16) >> place % 8 & ((1u << state_bits) - 1);
+        code[l] = state * kMultipliers[l % values];
+      }
+      take(row, h, to_float(sum_of_pairs(pair_sums(code))));
+    }
+}
+
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+// The same for a width known beforehand.
+template <int width, int state_bits, class Take>
+REALLM_INLINE void each_row(const uint8_t* ring, const Take& take) {
+  typedef Steps<width, state_bits> S;
+  U shift[S::parts], pick[S::parts], factor;
+  for (int h = 0; h < S::parts; h++)
+    for (int l = 0; l < kLanes; l++) {
+      const int place = S::place(kLanes * h + l), byte = place / 8;
+      shift[h][l] = S::narrow() ? place - 8 * S::byte(h) : place % 8;
+      pick[h][l] = 0x80000000u | (byte + 2) << 16 | (byte + 1) << 8 | byte;  // 3 bytes hold 7 + state_bits bits
+    }
+  for (int l = 0; l < kLanes; l++) factor[l] = kMultipliers[l % S::values];
+  alignas(32) uint8_t tail[S::tail_rows * width + kSeam];
+  memcpy(tail, ring + (kTile - S::tail_rows) * width, S::tail_rows * width);
+  memcpy(tail + S::tail_rows * width, ring, kSeam);
+  const U mask = spread((uint32_t(1) << state_bits) - 1);
+  // Step by step for kChains vectors: one alone would wait for itself, some 25 cycles from load to sum.
+  constexpr int rows = kChains / S::parts;
+#pragma GCC unroll 16
+  for (int first = 0; first < kTile; first += rows) {
+    U v[kChains];
+    F code[kChains];
+    for (int i = 0; i < kChains; i++) {
+      const int row = first + i / S::parts;
+      const uint8_t* at =
+          row < S::tail_rows ? tail + (S::tail_rows - 1 - row) * width : ring + (kTile - 1 - row) * width;
+      if constexpr (S::narrow()) {
+        v[i] = spread(load<uint32_t>(at + S::byte(i % S::parts)));
+      } else {
+#if defined(REALLM_AVX512)
+        v[i] = (U)_mm512_maskz_broadcast_i32x4(0xFFFF, load<__m128i>(at));
+        v[i] = (U)_mm512_shuffle_epi8((__m512i)v[i], (__m512i)pick[i % S::parts]);
+#else
+        v[i] = (U)_mm256_broadcastsi128_si256(load<__m128i>(at));
+        v[i] = (U)_mm256_shuffle_epi8((__m256i)v[i], (__m256i)pick[i % S::parts]);
+#endif
+      }
+    }
+    for (int i = 0; i < kChains; i++) v[i] = v[i] >> shift[i % S::parts];
+    for (int i = 0; i < kChains; i++) v[i] = v[i] & mask;
+    for (int i = 0; i < kChains; i++) v[i] = v[i] * factor;
+    for (int i = 0; i < kChains; i++) v[i] = pair_sums(v[i]);
+    for (int i = 0; i < kChains; i++) v[i] = sum_of_pairs(v[i]);
+    for (int i = 0; i < kChains; i++) code[i] = to_float(v[i]);
+    for (int i = 0; i < kChains; i++) take(first + i / S::parts, i % S::parts, code[i]);
+  }
+}
+#endif
+
+template <int state_bits>
+struct Trellis {
+  static constexpr int kChunk = 32;  // tiles
+  static constexpr int64_t kSums = 0;
+  static constexpr float kMean = 510, kUnit = 1.0f / 128;
+
+  // Calls take(i, row, part, code) for `count` tiles of `width` from `ring` on. By value: what the loop needs must be in
+  // registers, not behind a pointer that a store may change.
+  template <class Take>
+  REALLM_INLINE static void each_tile(int width, const uint8_t* ring, int64_t count, const Take take) {
+    switch (width) {
+      case 0: break;
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+#define REALLM_WIDTH(w)                                                      \
+  case w:                                                                    \
+    if constexpr (Steps<w, state_bits>::bits <= state_bits)                  \
+      for (int64_t i = 0; i < count; i++, ring += kTile * w)                 \
+        each_row<w, state_bits>(ring, [=](int row, int h, F code) REALLM_TAKE { take(i, row, h, code); }); \
+    break;
+      REALLM_WIDTH(1) REALLM_WIDTH(2) REALLM_WIDTH(3) REALLM_WIDTH(4) REALLM_WIDTH(5)
+      REALLM_WIDTH(6) REALLM_WIDTH(7) REALLM_WIDTH(8) REALLM_WIDTH(10) REALLM_WIDTH(12)
+#undef REALLM_WIDTH
+#endif
+      default:
+        for (int64_t i = 0; i < count; i++, ring += kTile * width)
+          each_row_of<state_bits>(width, ring, [=](int row, int h, F code) { take(i, row, h, code); });
+    }
+  }
+
+  static const uint8_t* ring(const Operand& op, int64_t block, int64_t tile) {
+    return static_cast<const uint8_t*>(op.codes) + 4 * op.starts[block] + tile * kTile * op.widths[block];
+  }
+
+  static int64_t blocks(const Operand& op) { return (op.cols + kTile - 1) / kTile; }
+
+  static void gemv(const Operand& op, const float* xc, float* yc, int64_t first, int64_t last) {
+    const int64_t end = (last + kTile - 1) / kTile;
+    for (int64_t tile = first / kTile; tile < end; tile += kChunk)
+      chunk(op, xc, yc, tile, tile + kChunk < end ? tile + kChunk : end, last);
+  }
+
+  static void chunk(const Operand& op, const float* xc, float* yc, int64_t tile, int64_t end, int64_t last) {
+    alignas(64) float sums[kChunk * kTile * kLanes];
+    memset(sums, 0, sizeof(float) * (end - tile) * kTile * kLanes);
+    F total = F{};
+    for (int64_t block = 0; block < blocks(op); block++) {
+      const F scale = spread(half_at(op.scales, block) * kUnit);
+      const F x = load<F>(xc + block * kTile) * scale, y = load<F>(xc + block * kTile + kTile - kLanes) * scale;
+      if (op.widths[block]) total += kLanes == kTile ? x : x + y;
+      float* const to = sums;
+      each_tile(op.widths[block], ring(op, block, tile), end - tile, [=](int64_t i, int row, int h, F code) REALLM_TAKE {
+        float* sum = to + (i * kTile + row) * kLanes;
+        store(sum, fma(code, h ? y : x, load<F>(sum)));
+      });
+    }
+    const float mean = kMean * reallm::sum(total);
+    for (int64_t row = tile * kTile; row < end * kTile && row < last; row++)
+      yc[row] = reallm::sum(load<F>(sums + (row - tile * kTile) * kLanes)) - mean;
+  }
+
+  static void decode(const Operand& op, int64_t first, int64_t last, float* panel, int64_t stride) {
+    const int64_t tile = first / kTile, end = (last + kTile - 1) / kTile, skip = first - tile * kTile;
+    const bool whole = skip == 0 && last == end * kTile;
+    float* tiles = whole ? panel : scratch<3>((end - tile) * kTile * kTile);
+    for (int64_t block = 0; block < blocks(op); block++) {
+      const F scale = spread(half_at(op.scales, block) * kUnit), offset = spread(-kMean) * scale;
+      float* const to = whole ? panel + block * kTile : tiles;
+      const int64_t step = whole ? stride : kTile;
+      if (op.widths[block] == 0)
+        for (int64_t row = 0; row < (end - tile) * kTile; row++) memset(to + row * step, 0, sizeof(float) * kTile);
+      each_tile(op.widths[block], ring(op, block, tile), end - tile, [=](int64_t i, int row, int h, F code) REALLM_TAKE {
+        store(to + (i * kTile + row) * step + h * kLanes, fma(code, scale, offset));
+      });
+      for (int64_t n = first; !whole && n < last; n++)
+        memcpy(panel + (n - first) * stride + block * kTile, tiles + (n - first + skip) * kTile, sizeof(float) * kTile);
+    }
+    const int64_t written = blocks(op) * kTile;
+    for (int64_t n = 0; n < last - first && written < stride; n++)
+      memset(panel + n * stride + written, 0, sizeof(float) * (stride - written));
+  }
+};
+
+}  // namespace reallm
