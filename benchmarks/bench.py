@@ -40,7 +40,7 @@ from reallm.planner.records import (
     write_text_atomic,
 )
 from reallm.planning import plan
-from reallm.report import columns_table
+from reallm.printing import columns_table
 from reallm.space import load_space
 from reallm.text import load_text, windows
 

@@ -32,7 +32,7 @@ from reallm.demo import fetch_model
 from reallm.measurement import measure
 from reallm.model import load_model
 from reallm.planner.records import MeasuredTable, canonical_json, write_text_atomic
-from reallm.report import columns_table
+from reallm.printing import columns_table
 from tests.support.clusters import encoders, local_cluster
 
 FOLDER = ROOT / ".bench" / "cluster"

@@ -35,7 +35,7 @@ from reallm.demo import MODEL_FILE
 from reallm.model import load_model
 from reallm.planner.plan import Plan
 from reallm.planner.records import canonical_json, read_record, write_text_atomic
-from reallm.report import columns_table
+from reallm.printing import columns_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
 FOLDER = ROOT / ".bench" / "decode"

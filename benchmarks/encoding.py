@@ -27,7 +27,7 @@ from reallm.kernels.codecs import TILE
 from reallm.kernels.formats import Format
 from reallm.model import Matrix
 from reallm.planner.records import TABLE_FILE, MeasuredTable, canonical_json, read_record, write_text_atomic
-from reallm.report import columns_table
+from reallm.printing import columns_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "encoding.json"
 TARGETS = {10: 60.0, 12: 180.0}

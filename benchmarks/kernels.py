@@ -32,7 +32,7 @@ from reallm.kernels.codecs import Field, TrellisCodec
 from reallm.kernels.formats import Format
 from reallm.kernels.packing import pack_codes, pad
 from reallm.planner.records import canonical_json, write_text_atomic
-from reallm.report import columns_table
+from reallm.printing import columns_table
 from reallm.runtime.cpu import NativeMatrix, native_matrix
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.json"

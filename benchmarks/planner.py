@@ -30,7 +30,7 @@ from reallm.planner.ilp import build
 from reallm.planner.knapsack import Instance, solve_knapsack
 from reallm.planner.problem import Candidate, Item, Problem
 from reallm.planner.records import canonical_json, write_text_atomic
-from reallm.report import columns_table
+from reallm.printing import columns_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "planner.json"
 BUDGETS, SEEDS = (2.0, 3.0, 4.0), (0, 1, 2)

@@ -26,8 +26,8 @@ from reallm.encoding import Encoded
 from reallm.planner.plan import Choice
 from reallm.planner.records import TABLE_FILE, MeasuredTable, canonical_json, read_record, write_text_atomic
 from reallm.planner.uniform import uniform_plan
+from reallm.printing import columns_table
 from reallm.refit import InMemory
-from reallm.report import columns_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "proxies.json"
 FORMATS = ("tq1.5-l12+ldl2+rot", "tq2.25-l12+ldl2+rot", "tq3-l12+ldl2+rot", "lm4-g64-dq6x64+ldl")

@@ -34,7 +34,7 @@ from reallm.codegen.program import KernelSpec
 from reallm.codegen.sass import lint, read_code
 from reallm.kernels.formats import Format
 from reallm.planner.records import canonical_json, write_text_atomic
-from reallm.report import columns_table
+from reallm.printing import columns_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "triton_kernels.json"
 SHAPE = (4096, 4096)

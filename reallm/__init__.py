@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from .measurement import measure
     from .planner.requirements import Requirements
     from .planning import plan, sweep
+    from .reporting import report
 
-__all__ = ["Requirements", "compile", "evaluate", "finetune", "load", "measure", "plan", "sweep"]
+__all__ = ["Requirements", "compile", "evaluate", "finetune", "load", "measure", "plan", "report", "sweep"]
 
 _STAGES = {
     "measure": ("measurement", "measure"),
     "plan": ("planning", "plan"),
     "sweep": ("planning", "sweep"),
+    "report": ("reporting", "report"),
     "Requirements": ("planner.requirements", "Requirements"),
     "compile": ("compiler", "compile_plan"),
     "load": ("loading", "load"),

@@ -166,7 +166,7 @@ def measure(
     Resumable: what is done is cached in the output folder, and the same command goes on where it stopped.
     """
     from .measurement import measure as run
-    from .report import bytes_text
+    from .printing import bytes_text
 
     _quiet_transformers()
     table = run(
@@ -235,7 +235,7 @@ def plan(
     from .planning import best_plans
     from .planning import device as named_device
     from .planning import plan as run
-    from .report import print_changes, print_plan
+    from .printing import print_changes, print_plan
 
     result = run(
         work,
@@ -282,7 +282,7 @@ def diff(
 ) -> None:
     """What a second plan stores differently: bytes and predicted loss, matrix by matrix."""
     from .planning import read_plan
-    from .report import print_changes
+    from .printing import print_changes
 
     print_changes(f"{after} beside {before}", read_plan(before), read_plan(after), CONSOLE, most=None)
 
@@ -298,7 +298,7 @@ def explain(
     """Why a matrix got its format: every candidate's bytes and loss, and its regret at the plan's price of a byte."""
     from .planning import explain as run
     from .planning import next_mib
-    from .report import alternatives_table, matrices_table, print_changes
+    from .printing import alternatives_table, matrices_table, print_changes
 
     if matrix is not None:
         CONSOLE.print(alternatives_table(run(plan, matrix, work=work)))
@@ -345,7 +345,7 @@ def sweep(
 ) -> None:
     """What every size would cost: the best plan at each of many budgets, beside the best single format."""
     from .planning import sweep as run
-    from .report import print_sweep
+    from .printing import print_sweep
 
     found = run(
         work,
@@ -404,7 +404,7 @@ def eval_(
 ) -> None:
     """Perplexity, divergence from the original with its tail, agreement on the first token, and sizes in three ways."""
     from .evaluation import evaluate
-    from .report import print_evaluation
+    from .printing import print_evaluation
 
     _quiet_transformers()
     result = evaluate(
@@ -503,7 +503,7 @@ def inspect(
 ) -> None:
     """Show what an artifact or a plan holds: budget, proof, formats, bits and bytes. Reads no weight."""
     from .planning import read_plan
-    from .report import families_table, matrices_table, print_inspection, print_plan
+    from .printing import families_table, matrices_table, print_inspection, print_plan
 
     plan = read_plan(artifact)
     inspection = None

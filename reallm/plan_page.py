@@ -14,7 +14,7 @@ from reallm.planner.uniform import UniformPoint
 from .figures.paint import Drawing
 from .findings import DEAREST, Findings
 from .page import Section, Table, render
-from .report import bytes_text
+from .printing import bytes_text
 
 CHANGES = 12
 """Changes of the next MiB that are listed."""

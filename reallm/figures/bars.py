@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from reallm.planner.breakdown import CODES, DENSE, FACTORS, OUTLIERS, PARTS, TABLES, TRANSFORMS, short_names
 from reallm.planner.plan import Choice
 
-from ..report import bytes_text
+from ..printing import bytes_text
 from .canvas import box, canvas, key, text_width, write
 from .paint import Drawing, Paint, shortened
 
