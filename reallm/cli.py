@@ -210,7 +210,7 @@ def plan(
     ] = 0,
     text: Annotated[str | None, typer.Option(help="What --refit measures on: text that measure has not seen.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of it, of 1024 tokens.")] = 8,
-    target: Annotated[str | None, typer.Option(help="Only formats it has kernels for, such as triton.")] = None,
+    target: Annotated[str | None, typer.Option(help="Only formats it has kernels for: triton or cpu.")] = None,
     max_formats: Annotated[int | None, typer.Option(min=1, help="At most so many formats in use.")] = None,
     pool: Annotated[
         list[str] | None, typer.Option(help="NAME=SIZE:REGEX, a device's memory for the matrices it finds; repeatable.")

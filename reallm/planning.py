@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from reallm.codegen.cpu import kernel_for
 from reallm.codegen.program import has_kernel
 from reallm.planner.allocate import best_plans as best_plans_of
 from reallm.planner.allocate import solve
@@ -20,10 +21,14 @@ from reallm.planner.sweep import sweep as sweep_table
 from reallm.planner.uniform import uniform_points
 
 from .errors import UserError
+from .kernels.codecs import DenseCodec
 from .kernels.formats import Format
 from .space import PRESETS, load_space
 
-TARGETS: Mapping[str, Callable[[Format], bool]] = {"triton": has_kernel}
+TARGETS: Mapping[str, Callable[[Format], bool]] = {
+    "triton": has_kernel,
+    "cpu": lambda fmt: isinstance(fmt.codec, DenseCodec) or kernel_for(fmt) is not None,
+}
 """Target -> whether it has a kernel for a format."""
 
 
