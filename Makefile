@@ -3,7 +3,8 @@
 #   NAME=quality_peers     the peers of NAME=quality alone, kept for it
 #   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order and
 #                          cost is worth; NAME=planner: the planner beside CBC and HiGHS;
-#                          NAME=kernels: products on the CPU beside torch, aten and AQLM
+#                          NAME=kernels: products on the CPU beside torch, aten and AQLM; NAME=decode, after make demo:
+#                          decoding and prompts on the CPU beside torch and llama.cpp
 #
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:
