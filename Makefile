@@ -5,7 +5,7 @@
 #                          cost is worth; NAME=planner: the planner beside CBC and HiGHS; NAME=refit (HELD=FILE): plans corrected
 #   NAME=cluster           a local Ray cluster that loses workers beside local processes (installs Ray); BLOCKS=4 of the model
 #   NAME=triton_kernels    our kernels' machine code beside gemlite's and AQLM's
-#   NAME=kernels           products on the CPU beside torch, aten and AQLM; NAME=decode: tokens a second beside llama.cpp
+#   NAME=kernels           products on the CPU beside torch, aten and AQLM; NAME=decode, after make demo: tokens a second beside llama.cpp
 #
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:

@@ -1,6 +1,6 @@
 """Speed of decoding and of reading a prompt on the CPU: reallm's artifacts beside torch and llama.cpp, in one run.
 
-    make bench NAME=decode [DEMO=demo] [ROUNDS=7]
+    make bench NAME=decode [DEMO=demo] [ROUNDS=7] [THREADS=2,1]
 
 After `make demo`, whose model (Q4_1 GGUF) and artifact it takes; two more artifacts hold the embedding, which is the
 head too, in fewer bits. Each contender reads PROMPT tokens and takes the likeliest next DECODED times, by `generate`
@@ -40,8 +40,10 @@ from reallm.printing import columns_table
 RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
 FOLDER = ROOT / ".bench" / "decode"
 PROMPT, DECODED, PREFILL = 64, 48, 512
-THREADS = (2, 1)
-MEASURES = {2: "2 threads", 1: "1 thread", 0: "1 thread, processor time"}
+THREADS = tuple(map(int, (os.environ.get("THREADS") or "2,1").split(",")))
+MEASURES = {n: f"{n} thread{'s' * (n > 1)}" for n in THREADS} | (
+    {0: "1 thread, processor time"} if 1 in THREADS else {}
+)
 HEADS = ("int8-g64", "lm4-g64-dq6x64+ldl")
 """Formats of embedding and head beside the one the demo planned."""
 BASE = "torch bfloat16"
