@@ -18,6 +18,7 @@ FOUND = {
     "mistral": (7, 4, False, 0),
     "qwen2": (7, 4, False, 0),
     "qwen3": (7, 4, True, 0),
+    "gemma": (7, 4, True, 0),
     "gemma2": (7, 4, True, 0),
     "gemma3": (7, 4, True, 0),
     "phi3": (4, 4, False, 0),

@@ -14,8 +14,9 @@ from strategies import make_table
 from reallm.errors import UserError
 from reallm.findings import DEAREST, find
 from reallm.planner.breakdown import by_family, by_layer, dearest
-from reallm.planner.plan import Measured, Plan, PlanError
+from reallm.planner.plan import Measured, Plan
 from reallm.planner.records import TABLE_FILE, MeasuredTable, RecordError, read_record, write_record
+from reallm.planner.units import PlanError
 from reallm.planning import plan as make_plan
 from reallm.planning import sweep
 from reallm.reporting import report
