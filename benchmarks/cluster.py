@@ -33,7 +33,7 @@ from reallm.measurement import measure
 from reallm.model import load_model
 from reallm.planner.records import MeasuredTable, canonical_json, write_text_atomic
 from reallm.printing import columns_table
-from tests.support.clusters import encoders, local_cluster
+from tests.support.clusters import kill_an_encoder, local_cluster
 
 FOLDER = ROOT / ".bench" / "cluster"
 RESULTS = ROOT / "benchmarks" / "results" / "cluster.json"
@@ -91,14 +91,6 @@ def killing(folder: Path, victims: list[tuple[int, Callable[[], bool]]]) -> Iter
     finally:
         over.set()
         thread.join()
-
-
-def kill_an_encoder() -> bool:
-    """kill -9 one worker that is at a task."""
-    for process in encoders()[:1]:
-        process.kill()
-        return True
-    return False
 
 
 def on_a_cluster(model: Path, output: Path, measurements: int) -> tuple[MeasuredTable, list[int]]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -138,12 +139,12 @@ def timers(rows: int, cols: int, threads: int, numba: NumbaPeer) -> tuple[dict[s
     ours = {}
     for name in FORMATS:
         matrix = our_matrix(name, rows, cols)
-        ours[name] = timer(lambda matrix=matrix: matrix.linear(x))  # type: ignore[misc]
+        ours[name] = timer(partial(matrix.linear, x))
     peers: dict[str, Timer] = {}
     for dtype in (torch.bfloat16, torch.float32):
         weight, inputs = torch.randn(rows, cols, dtype=dtype), x.to(dtype)
         name = f"torch {str(dtype).removeprefix('torch.')}"
-        peers[name] = timer(lambda weight=weight, inputs=inputs: linear(inputs, weight))  # type: ignore[misc]
+        peers[name] = timer(partial(linear, inputs, weight))
     if int4 := aten_int4(rows, cols):
         peers["aten int4 g64"] = int4
     if threads == 1:

@@ -19,7 +19,10 @@ from .units import PlanError, parse_nanoseconds
 class Meter(ABC):
     """One limit, before the problem: how matrices and the rest of the model use it."""
 
-    name: str
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What errors and plans call it."""
 
     @abstractmethod
     def use(self, matrix: MatrixRecord, fmt: Format, nbytes: int) -> int:
@@ -39,7 +42,7 @@ class PoolMeter(Meter):
     asked: Requirements
 
     @property
-    def name(self) -> str:  # type: ignore[override]  # read-only
+    def name(self) -> str:
         return f"pool {self.pool.name}"
 
     def use(self, matrix: MatrixRecord, fmt: Format, nbytes: int) -> int:
@@ -64,7 +67,10 @@ class LatencyMeter(Meter):
     asked: Requirements
     experts: Mapping[str, int]
     """Stack -> how many experts it has."""
-    name: str = "latency"
+
+    @property
+    def name(self) -> str:
+        return "latency"
 
     def use(self, matrix: MatrixRecord, fmt: Format, nbytes: int) -> int:
         device = self.asked.device

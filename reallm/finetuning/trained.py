@@ -48,6 +48,12 @@ class _Gain(nn.Module):
         return (weight.float() + self.unit.float() * self.gain).to(weight.dtype)
 
 
+def _weight(norm: nn.Module) -> Tensor:
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of `model` that normalise with a weight of one dimension, by name."""
     return {
@@ -77,7 +83,7 @@ class Trained:
     def start(self, original: LoadedModel, moments: Mapping[str, Tensor]) -> list[nn.Parameter]:
         """Make every part trainable; the parameters. Raises UserError when there is none."""
         self._before = {n: (m.format, {k: raw.clone() for k, raw in m.fields.items()}) for n, m in self.modules.items()}
-        self._norms_before = {name: norm.weight.detach().clone() for name, norm in norms_of(self.model).items()}  # type: ignore[operator]
+        self._norms_before = {name: _weight(norm).clone() for name, norm in norms_of(self.model).items()}
         if "factors" in self.parts:
             start_factors(original, self._with_factors(), moments, self.term)
             self._fresh = snapshot(self._with_factors())
@@ -88,7 +94,7 @@ class Trained:
         if "norms" in self.parts:
             for norm in norms_of(self.model).values():
                 about_one = "gemma" in type(norm).__name__.lower()
-                parametrize.register_parametrization(norm, "weight", _Gain(norm.weight, about_one), unsafe=True)  # type: ignore[arg-type]
+                parametrize.register_parametrization(norm, "weight", _Gain(_weight(norm), about_one), unsafe=True)
         found = [parameter for parameter in self._parameters() if parameter is not None]
         if not found:
             raise UserError(
@@ -152,7 +158,4 @@ class Trained:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> value of every norm's weight as the artifact stores it."""
-        return {
-            f"{name}.weight": norm.weight.detach().to("cpu", self.stored)  # type: ignore[operator]
-            for name, norm in norms_of(self.model).items()
-        }
+        return {f"{name}.weight": _weight(norm).to("cpu", self.stored) for name, norm in norms_of(self.model).items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clusters import encoders, local_cluster
+from clusters import kill_an_encoder, local_cluster
 from tiny import save_tiny
 
 from reallm import measurement
@@ -314,13 +314,6 @@ def killing(folder: Path, entries: int, victim: Callable[[], bool]) -> Iterator[
     finally:
         over.set()
         thread.join()
-
-
-def kill_an_encoder() -> bool:
-    for process in encoders()[:1]:
-        process.kill()
-        return True
-    return False
 
 
 def files(folder: Path) -> dict[str, bytes]:
