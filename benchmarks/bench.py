@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
@@ -154,11 +155,12 @@ class Bench:
 
     def ours(self, name: str, chosen: Plan) -> Measured:
         """Compile `chosen` and evaluate the artifact, from the disk."""
-        plan_path, output = self.folder / "plan.json", self.folder / "out"
-        write_record(plan_path, chosen)
-        compile_plan(plan_path, output, model=self.base, kernels=False, force=True)
-        model, _ = load(output, dtype=torch.float32)
-        result = self.compare(model)
+        with TemporaryDirectory(dir=self.folder) as folder:
+            plan_path, output = Path(folder) / "plan.json", Path(folder) / "out"
+            write_record(plan_path, chosen)
+            compile_plan(plan_path, output, model=self.base, kernels=False)
+            model, _ = load(output, dtype=torch.float32)
+            result = self.compare(model)
         return _measured(name, chosen.bits_per_weight, result, {"reallm": version("reallm")})
 
 
