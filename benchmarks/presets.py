@@ -5,8 +5,8 @@
 After NAME=quality, whose measured folder it adds to. A preset is shown by one format everywhere, at about three bits
 (four where its package knows no other); those that have formats near two and four bits by these as well. First the
 preset ("ours") beside its package at the same codes and group; then the planner's mix ("ours") beside the preset, at
-the largest of the targets' budgets that is no more than the preset's bytes. PRESETS names some of the presets, whose
-rows join those of the earlier run; all take hours.
+the largest of the targets' budgets that is no more than the preset's bytes. PRESETS names some of the presets or of
+their formats, whose rows join those of the earlier run; all take hours.
 """
 
 from __future__ import annotations
@@ -48,16 +48,17 @@ OWN_PEERS = {
 BUDGETS = tuple(TARGETS)
 
 
-def wanted_presets() -> list[str]:
-    """The presets of SHOWN, or those of them that the environment's PRESETS names."""
-    named = os.environ.get("PRESETS")
-    assert all(fmt in PRESETS[preset][0] for preset, formats in SHOWN.items() for fmt in formats)
-    return [name for name in SHOWN if not named or name in named.split(",")]
+def wanted() -> list[tuple[str, str]]:
+    """(preset, format) of SHOWN, or those of them whose preset or format the environment's PRESETS names."""
+    named = [name for name in os.environ.get("PRESETS", "").split(",") if name]
+    shown = [(preset, fmt) for preset, formats in SHOWN.items() for fmt in formats]
+    assert all(fmt in PRESETS[preset][0] for preset, fmt in shown)
+    return [pair for pair in shown if not named or set(pair) & set(named)]
 
 
 def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
     """One or two rows a format."""
-    for preset, fmt in [(name, fmt) for name in wanted_presets() for fmt in SHOWN[name]]:
+    for preset, fmt in wanted():
         uniform = uniform_plan(table, fmt, work=str(bench.work))
         found = planned(bench, f"{preset} {fmt}", uniform)
         if fmt == SHOWN[preset][0] and OWN_PEERS.get(preset) in wanted_peers():
@@ -70,7 +71,7 @@ def main() -> None:
     """Measure what is missing, evaluate, write and print."""
     console = Console()
     bench = bench_from_environment(console)
-    formats = [fmt for preset in wanted_presets() for fmt in SHOWN[preset]]
+    formats = [fmt for _, fmt in wanted()]
     found = rows(bench, measure_formats(bench, "presets", formats))
     report("presets", found, RESULTS, console, keep=bool(os.environ.get("PRESETS")))
 
