@@ -56,18 +56,15 @@ def best_plans(
 ) -> list[Plan]:
     """The `count` plans of least predicted loss, the best first; fewer where there are not so many.
 
-    Raises PlanError as `solve` does, and for more than one plan where candidates share codebooks.
+    Raises PlanError as `solve` does, and for more than one plan with pools or latency.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     selection = select(table, budget.scope, wishes)
     budget_bytes = budget.nbytes(selection.numel)
     problem = selection.problem(budget_bytes)
-    if count > 1 and not problem.plain:
-        raise PlanError(
-            f"the {count} best plans are known only for one budget without shared codebooks; leave those formats, "
-            "pools, latency and --max-formats out"
-        )
-    solutions = optimise_all(problem, count) if count > 1 else [optimise(problem, time_limit_s)]
+    if count > 1 and problem.limits:
+        raise PlanError(f"the {count} best plans are known only for one budget; leave pools and latency out")
+    solutions = optimise_all(problem, count, time_limit_s) if count > 1 else [optimise(problem, time_limit_s)]
     uniform, plans = best_uniform(selection, problem), []
     for solution in solutions:
         if solution is None:

@@ -79,7 +79,7 @@ class Answer:
 
 
 @dataclass(slots=True)
-class _Relaxed:
+class Relaxed:
     """Lagrangian optimum: the price, the choice that fits, its unused bytes, reduced costs."""
 
     price: float
@@ -96,7 +96,7 @@ def solve_knapsack(instance: Instance, capacity: int, best: int = 1, max_states:
     """
     if instance.total(instance.lightest)[1] > capacity:
         return None
-    relaxed = _relax(instance, capacity)
+    relaxed = relax_knapsack(instance, capacity)
     incumbent = _filled(instance, relaxed)
     ceiling = instance.total(incumbent)[0]
     tolerance = ROUNDING * (ceiling + relaxed.price * capacity)
@@ -121,7 +121,7 @@ def solve_knapsack(instance: Instance, capacity: int, best: int = 1, max_states:
             delta = min(delta, ceiling - relaxed.bound)
 
 
-def _first_delta(relaxed: _Relaxed) -> float:
+def _first_delta(relaxed: Relaxed) -> float:
     """A delta that admits FIRST_OPTIONS candidates beside the cheapest of each item."""
     reduced = relaxed.reduced[np.isfinite(relaxed.reduced)]
     at = min(len(relaxed.reduced) - 1 + FIRST_OPTIONS, reduced.size - 1)
@@ -136,7 +136,7 @@ def _least(first: Floats | Ints, second: Floats | Ints) -> Ints:
     return result
 
 
-def _relax(instance: Instance, capacity: int) -> _Relaxed:
+def relax_knapsack(instance: Instance, capacity: int) -> Relaxed:
     """The price at which the cheapest candidates just fit, by bisection over the items it still decides."""
     cost, nbytes, rows = instance.cost, instance.nbytes, np.arange(len(instance.cost))
     low, picks_low = 0.0, _least(cost, nbytes)
@@ -162,16 +162,16 @@ def _relax(instance: Instance, capacity: int) -> _Relaxed:
     return _at(instance, high, picks_high, capacity)
 
 
-def _at(instance: Instance, price: float, picks: Ints, capacity: int) -> _Relaxed:
+def _at(instance: Instance, price: float, picks: Ints, capacity: int) -> Relaxed:
     rows = np.arange(len(picks))
     value = instance.cost + price * instance.nbytes
     least = value.min(1)
     slack = capacity - int(instance.nbytes[rows, picks].sum())
     bound = fsum(instance.cost[rows, picks].tolist()) - price * slack
-    return _Relaxed(price, picks, slack, value - least[:, None], bound)
+    return Relaxed(price, picks, slack, value - least[:, None], bound)
 
 
-def _filled(instance: Instance, relaxed: _Relaxed) -> Ints:
+def _filled(instance: Instance, relaxed: Relaxed) -> Ints:
     """The relaxed choice with what is left spent: again and again the change that saves most and still fits."""
     picks, rows = relaxed.picks.copy(), np.arange(len(relaxed.picks))
     slack, now = relaxed.slack, instance.cost[rows, relaxed.picks]
@@ -212,7 +212,7 @@ class _Search:
     """Choices of cost at most L + delta, the `best` cheapest among them."""
 
     instance: Instance
-    relaxed: _Relaxed
+    relaxed: Relaxed
     delta: float
     best: int
     max_states: int

@@ -1,8 +1,9 @@
 """Solving one allocation problem, with a proof.
 
-With one budget and no shared codebooks the exact core of `knapsack` solves it. For all else, and where the core's
-states run out: prune dominated candidates -> Lagrangian bound and a first solution -> drop what cannot be in a better
-one -> HiGHS on the rest. Either way everything is added up again in integers, beside a bound in exact arithmetic.
+With one budget the exact core of `knapsack` solves it; where codebooks are shared or formats are to be few, the search
+of `branching` down to such cores. For further limits, and where the core's states run out: prune dominated candidates
+-> Lagrangian bound and a first solution -> drop what cannot be in a better one -> HiGHS on the rest. In any case
+everything is added up again in integers, beside a bound in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from .branching import Search
 from .few_formats import few_formats
 from .ilp import SOLVER, solve_ilp, solver_version
 from .knapsack import Instance, solve_knapsack
@@ -61,25 +63,43 @@ class Solution:
 
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
     """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
-    if problem.plain and (found := optimise_all(problem, 1))[0] is not None:
-        return found[0]
+    if not problem.limits:
+        first = optimise_all(problem, 1, time_limit_s)
+        if first[0] is None or first[0].finished:
+            return first[0]
     return _by_ilp(problem.pruned(), time_limit_s)
 
 
-def optimise_all(problem: Problem, count: int) -> list[Solution | None]:
-    """The `count` cheapest choices, the best first, fewer where there are not so many; [None] when there is none.
+def optimise_all(problem: Problem, count: int, time_limit_s: float = 60.0) -> list[Solution | None]:
+    """The `count` cheapest choices of a problem without limits, the best first, fewer where there are not so many.
 
-    By the exact core, so for a plain problem. [None] also when one choice was asked for and its states ran out;
-    with more, those found so far are then not proved.
+    [None] when there is none. Where the core's states or the time ran out, those found so far are not proved.
     """
+    if problem.plain:
+        return _by_core(problem, count)
+    return _by_branching(problem, count, time_limit_s)
+
+
+def _by_core(problem: Problem, count: int) -> list[Solution | None]:
     answer = solve_knapsack(instance_of(problem), problem.capacity, count)
-    if answer is None or (count == 1 and not answer.optimal):
+    if answer is None:
         return [None]
     lower, solutions = max(relax(problem).exact_bound(answer.price), 0.0), list[Solution | None]()
     for picks in answer.picks:
         chosen = [item.candidates[pick] for item, pick in zip(problem.items, picks.tolist(), strict=True)]
         solutions.append(Solution(_fitting(problem, chosen), answer.bound, lower, answer.price, answer.optimal, CORE))
     return solutions
+
+
+def _by_branching(problem: Problem, count: int, time_limit_s: float) -> list[Solution | None]:
+    found = Search(problem, count).run(time_limit_s)
+    if found is None:
+        return [None]
+    lower = max(relax(problem).exact_bound(found.price), 0.0)
+    return [
+        Solution(_fitting(problem, chosen), found.bound, lower, found.price, found.finished, CORE)
+        for chosen in found.choices
+    ]
 
 
 def instance_of(problem: Problem) -> Instance:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import product
+from math import inf
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import problems
 
+from reallm.planner.branching import NO, YES, Node, Search
 from reallm.planner.ilp import build, solve_ilp
 from reallm.planner.lagrangian import incumbent, reduced, relax, runners_up, shadow_price
-from reallm.planner.optimise import CORE, OPTIMAL_GAP, optimise, smallest_bytes
-from reallm.planner.problem import Candidate, Item, Problem, needed
+from reallm.planner.optimise import CORE, OPTIMAL_GAP, optimise, optimise_all, smallest_bytes
+from reallm.planner.problem import Candidate, Item, Limit, Problem, needed
 
 # Solver and brute force may differ by the gap that still counts as optimal; sums of four floats add 4 ulp.
 REL = OPTIMAL_GAP
@@ -22,12 +24,13 @@ REL = OPTIMAL_GAP
 
 def brute_force(problem: Problem) -> float | None:
     """The least cost of any choice that fits, by trying all."""
-    fitting = [
-        problem.cost(chosen)
-        for chosen in product(*(item.candidates for item in problem.items))
-        if problem.nbytes(chosen) <= problem.capacity
-    ]
-    return min(fitting, default=None)
+    return min(all_costs(problem), default=None)
+
+
+def all_costs(problem: Problem) -> list[float]:
+    """The cost of every choice that fits."""
+    choices = product(*(item.candidates for item in problem.items))
+    return [problem.cost(chosen) for chosen in choices if problem.fits(chosen)]
 
 
 @settings(max_examples=150)
@@ -44,6 +47,50 @@ def test_equal_to_brute_force_and_proved(problem: Problem) -> None:
     assert bound.objective == pytest.approx(best, rel=REL, abs=1e-300)
     assert bound.status == "optimal" and bound.mip_gap <= OPTIMAL_GAP
     assert bound.lagrangian_bound <= best
+
+
+@settings(max_examples=150)
+@given(problems(), st.integers(1, 4), st.integers(1, 5))
+def test_the_cheapest_choices_with_shared_codebooks_and_few_formats(problem: Problem, most: int, count: int) -> None:
+    problem = replace(problem, max_formats=most)
+    costs, found = sorted(all_costs(problem)), optimise_all(problem, count)
+    if not costs:
+        assert found == [None]
+        return
+    assert [problem.cost(solution.chosen) for solution in found] == pytest.approx(costs[:count], rel=REL, abs=1e-300)
+    assert len({tuple(c.format for c in solution.chosen) for solution in found}) == len(found)
+    for solution in found:
+        assert problem.fits(solution.chosen) and solution.finished
+        assert solution.lagrangian_bound <= costs[0] and solution.best_bound == pytest.approx(costs[0], rel=REL)
+
+
+@settings(max_examples=50)
+@given(problems(), st.integers(1, 4))
+def test_every_bound_of_the_search_holds(problem: Problem, most: int) -> None:
+    """No node that the search bounds has a cheaper choice than its bound."""
+    problem = replace(problem, max_formats=most)
+    search = Search(problem)
+    choices = [c for c in product(*(item.candidates for item in problem.items)) if problem.fits(c)]
+
+    def least(node: Node) -> float:
+        formats = {name for name, state in zip(search.names, node.formats, strict=True) if state != NO}
+        books = {key for key, state in zip(search.keys, node.books, strict=True) if state != NO}
+        paid = {key for key, state in zip(search.keys, node.books, strict=True) if state == YES}
+        costs = []
+        for chosen in choices:
+            stored = {key for c in chosen for key in c.shared}
+            more = sum(problem.shared[key] for key in paid - stored)
+            inside = stored <= books and {c.format for c in chosen} <= formats
+            if inside and problem.nbytes(chosen) + more <= problem.capacity:
+                costs.append(problem.cost(chosen))
+        return min(costs, default=inf)
+
+    root = search.root()
+    nodes = [root.with_book(b, state) for b in range(len(search.keys)) for state in (YES, NO)]
+    nodes += [root.with_format(f, state) for f in range(len(search.names)) for state in (YES, NO)]
+    for node in (root, *nodes):
+        bounded = search.bounded(node)
+        assert (bounded.bound if bounded else inf) <= least(node) * (1 + REL)
 
 
 @given(problems(), st.floats(0, 1e3))
@@ -161,16 +208,34 @@ def test_runner_up_is_next_in_cost_plus_price() -> None:
 def test_a_time_limit_is_never_called_optimal() -> None:
     shuffle = random.Random(0)
     items = tuple(
-        Item(f"m{i}", tuple(Candidate(64 * shuffle.randrange(99, 9999), shuffle.random(), f"f{c}") for c in range(40)))
+        Item(
+            f"m{i}",
+            tuple(Candidate(64 * shuffle.randrange(99, 9999), shuffle.random(), f"f{c}", (), (1,)) for c in range(40)),
+        )
         for i in range(60)
     )
-    with_book = Item("z", (Candidate(0, 0.0, "shared", ("book",)), Candidate(1, 1.0, "alone")))
-    problem = Problem((*items, with_book), {"book": 1}, sum(i.candidates[0].nbytes for i in items) + 64 * 60_000)
+    capacity = sum(i.candidates[0].nbytes for i in items) + 64 * 60_000
+    problem = Problem(items, {}, capacity, (Limit("latency", "ns", 60),))
     solution = optimise(problem, time_limit_s=0.0)
     assert solution is not None
     bound = solution.bound(problem)
     assert problem.nbytes(solution.chosen) <= problem.capacity
     assert bound.status == "feasible" and bound.lagrangian_bound <= bound.best_bound <= bound.objective
+
+
+def test_a_search_cut_short_says_so() -> None:
+    shuffle = random.Random(0)
+    items = tuple(
+        Item(f"m{i}", tuple(Candidate(64 * (1 + c), shuffle.random() / (1 + c), f"f{c}") for c in range(12)))
+        for i in range(20)
+    )
+    problem = Problem(items, {}, 64 * 20 * 6, max_formats=3)
+    search, proved = Search(problem), optimise_all(problem, 1)[0]
+    assert search.run(0.0) is None and proved is not None and proved.finished
+    clock = iter([0.0, *(float(step) for step in range(60))])
+    cut = Search(problem, clock=lambda: next(clock, 1e9)).run(50.0)
+    assert cut is not None and not cut.finished
+    assert cut.bound <= problem.cost(proved.chosen) <= problem.cost(cut.choices[0])
 
 
 def test_the_programme_reads_as_documented() -> None:
