@@ -7,19 +7,18 @@ Problem     min  sum_i cost[i,f_i]   subject to   sum_i bytes[i,f_i] + sum of si
 A node has decided of some codebooks that they are stored (and paid) or not, and of some formats that they may be used
 or not. At any price p of a byte a node's choices cost at least
 
-    sum_i min_f value[i,f]  -  p (capacity - stored codebooks)  +  the least losses of the formats that must still go
+    sum_i min_f value[i,f]  -  p (capacity - stored codebooks)
 
-where value = cost + p (bytes + shares). A codebook that is not decided is paid in shares of whole bytes that sum to its
-size at most, each item's in proportion to what the codebook saves it; so it is either used by all whom it serves or by
-none, and where it serves no item beside another the bound is that of the right decision. An item without its cheapest
-format loses the distance to its second, whatever else goes, so the losses of single formats add up to a bound. Where
-nothing is left to decide the node is a multiple-choice knapsack, solved by `knapsack`.
+where value = cost + p (bytes + shares); where formats must still go, the bound of `medians` takes the place of the sum.
+A codebook that is not decided is paid in shares of whole bytes that sum to its size at most, each item's in proportion
+to what the codebook saves it; so it is either used by all whom it serves or by none, and where it serves no item beside
+another the bound is that of the right decision. Where nothing is left to decide the node is a multiple-choice knapsack,
+solved by `knapsack`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import fsum, inf, isinf
 
@@ -27,10 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .knapsack import ROUNDING, Floats, Instance, Ints, relax_knapsack, solve_knapsack
+from .medians import Medians, medians
 from .problem import Candidate, Problem
 
 Flags = NDArray[np.bool_]
 UNDECIDED, YES, NO = 0, 1, -1
+PRICES = 8
+"""Prices that the first bound with few formats is looked for at."""
+FIRST_STEPS, STEPS = 400, 60
+"""Of a node's subgradients: with no multipliers to start from, and with its parent's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class Node:
     formats: NDArray[np.int8]
     price: float
     bound: float = 0.0
+    medians: Medians | None = None
+    """Of the last bound, where formats must still go."""
 
     def with_book(self, book: int, state: int) -> Node:
         """The same with one codebook decided."""
@@ -70,8 +76,7 @@ class Found:
 class Search:
     """A depth-first search of one problem without limits, for its `count` cheapest choices."""
 
-    def __init__(self, problem: Problem, count: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(self, problem: Problem, count: int = 1) -> None:
         self.problem, self.count = problem, count
         self.names = sorted({c.format for item in problem.items for c in item.candidates})
         self.keys = list(problem.shared)
@@ -97,14 +102,14 @@ class Search:
 
     def run(self, time_limit_s: float) -> Found | None:
         """Search until all is proved or time runs out; None when no choice fits (or none was found in time)."""
-        until = self.clock() + time_limit_s
+        until = time.monotonic() + time_limit_s
         root = self.bounded(self.root())
         stack = [root] if root else []
         while stack:
             node = stack.pop()
             if node.bound > self.ceiling + self._tolerance(node):
                 continue
-            if self.clock() > until:
+            if time.monotonic() > until:
                 self.unproved = min(self.unproved, node.bound, *(other.bound for other in stack))
                 break
             stack.extend(filter(None, map(self.bounded, self._children(node))))
@@ -164,7 +169,9 @@ class Search:
         instance, left = self._instance(node), self._left(node)
         if instance is None or instance.total(instance.lightest)[1] > left:
             return None
-        bound = max(node.bound, self._bound(node, instance, node.price)[0])
+        if self._surplus(node, instance) > 0:
+            return self._bounded_by_medians(node, instance)
+        bound = max(node.bound, self._bound(node, instance, node.price))
         if bound <= self.ceiling:
             for _ in range(2):
                 paid = Instance(instance.cost, instance.nbytes + self._shares(node, instance, node.price))
@@ -172,9 +179,62 @@ class Search:
                     return None
                 relaxed = relax_knapsack(paid, left)
                 node = replace(node, price=relaxed.price)
-                bound = max(bound, self._bound(node, instance, relaxed.price)[0])
-        node = replace(node, bound=bound)
-        return None if isinf(bound) or bound > self.ceiling + self._tolerance(node) else node
+                bound = max(bound, self._bound(node, instance, relaxed.price))
+        return self._wanted(replace(node, bound=bound))
+
+    def _wanted(self, node: Node) -> Node | None:
+        """The node, if something good enough can be in it."""
+        return None if isinf(node.bound) or node.bound > self.ceiling + self._tolerance(node) else node
+
+    def _bounded_by_medians(self, node: Node, instance: Instance) -> Node | None:
+        """`bounded` where formats must still go; decides those that the bound decides."""
+        left, most = self._left(node), self.problem.max_formats
+        assert most is not None
+        forced, price, best = node.formats == YES, node.price, node.medians
+        if forced.sum() > most:
+            return None
+        if best is None:
+            price = relax_knapsack(instance, left).price
+        for _ in range(PRICES if best is None else 1):
+            value = instance.cost + price * (instance.nbytes + self._shares(node, instance, price))
+            steps = FIRST_STEPS if best is None else STEPS
+            found = medians(value, forced, most, None if best is None else best.multipliers, steps)
+            if (bound := found.bound - price * left) >= node.bound or best is None:
+                node, best = replace(node, bound=max(bound, node.bound), price=price, medians=found), found
+            price = self._price_of(found.chosen, instance, left, price, found.best - price * left)
+        return self._wanted(self._decided(node, instance))
+
+    def _price_of(self, chosen: Flags, instance: Instance, left: int, price: float, least: float) -> float:
+        """The price at which the formats `chosen` just fit, a higher one where they never do; keeps their best choice.
+
+        `least` is a bound of what they cost.
+        """
+        cost = np.where(chosen, instance.cost, inf)
+        if not np.isfinite(cost).any(1).all():
+            return price
+        few = Instance(cost, instance.nbytes)
+        if few.total(few.lightest)[1] > left:
+            return 1.5 * price if price else 1.0 / max(self.problem.capacity, 1)
+        if least < self.ceiling and not self.needs.any() and (answer := solve_knapsack(few, left)) is not None:
+            self._keep(answer.picks[0], answer.price)
+            return answer.price
+        return relax_knapsack(few, left).price
+
+    def _decided(self, node: Node, instance: Instance) -> Node:
+        """The node with every format decided of which the other decision is dearer than the ceiling."""
+        found = node.medians
+        assert found is not None
+        open_, tolerance = (node.formats == UNDECIDED) & np.isfinite(instance.cost).any(0), self._tolerance(node)
+        inside, outside = open_ & found.taken, open_ & ~found.taken
+        spare = self.ceiling + tolerance - (found.bound - node.price * self._left(node))
+        formats = node.formats.copy()
+        next_in = float(found.rho[outside].min(initial=inf))
+        last_in = float(found.rho[inside].max(initial=-inf))
+        formats[inside & (next_in - found.rho > spare)] = YES
+        formats[outside & (found.rho - last_in > spare)] = NO
+        if (formats == YES).sum() == self.problem.max_formats:
+            formats[formats == UNDECIDED] = NO
+        return replace(node, formats=formats)
 
     def _shares(self, node: Node, instance: Instance, price: float) -> Ints:
         """[items, formats]: bytes of undecided codebooks that each candidate pays."""
@@ -194,20 +254,10 @@ class Search:
         own, others = np.where(need, value, inf).min(1), np.where(need, inf, value).min(1)
         return np.where(own < others, others - np.where(np.isfinite(own), own, 0.0), 0.0)
 
-    def _bound(self, node: Node, instance: Instance, price: float) -> tuple[float, Floats]:
-        """The node's bound at a price, and what the loss of each format costs, [formats]; inf where it must stay."""
+    def _bound(self, node: Node, instance: Instance, price: float) -> float:
+        """The node's bound at a price, however many formats there are."""
         value = instance.cost + price * (instance.nbytes + self._shares(node, instance, price))
-        first = value.argmin(1)
-        rows, losses = np.arange(len(first)), np.zeros(len(self.names))
-        least = value[rows, first]
-        bound = fsum(least.tolist()) - price * self._left(node)
-        if (surplus := self._surplus(node, instance)) > 0:
-            value[rows, first] = inf
-            np.add.at(losses, first, value.min(1) - least)
-            losses[node.formats == YES] = inf
-            present = losses[np.isfinite(instance.cost).any(0)]
-            bound += float(np.partition(present, surplus - 1)[:surplus].sum())
-        return bound, losses
+        return fsum(value.min(1).tolist()) - price * self._left(node)
 
     def _surplus(self, node: Node, instance: Instance) -> int:
         """How many formats must still go."""
@@ -220,9 +270,9 @@ class Search:
         instance = self._instance(node)
         assert instance is not None
         if self._surplus(node, instance) > 0:
-            _, losses = self._bound(node, instance, node.price)
+            assert node.medians is not None
             present = np.isfinite(instance.cost).any(0) & (node.formats == UNDECIDED)
-            name = int(np.where(present, losses, -1.0).argmax())
+            name = int(np.where(present, node.medians.rho, inf).argmin())
             return [node.with_format(name, NO), node.with_format(name, YES)]
         shares = self._shares(node, instance, node.price)
         if self._solved(node, Instance(instance.cost, instance.nbytes + shares)):
