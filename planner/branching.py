@@ -267,8 +267,8 @@ class Search:
 
     def _children(self, node: Node) -> list[Node]:
         """Both decisions of what matters most, the better one last; none where the node is solved or cannot matter."""
-        instance = self._instance(node)
-        assert instance is not None
+        if (instance := self._instance(node)) is None:
+            return []
         if self._surplus(node, instance) > 0:
             assert node.medians is not None
             present = np.isfinite(instance.cost).any(0) & (node.formats == UNDECIDED)
