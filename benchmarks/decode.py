@@ -180,7 +180,7 @@ def main() -> None:
     console, demo = Console(), Path(os.environ.get("DEMO") or "demo")
     FOLDER.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("reallm", "torch", "transformers")} | {"tier": machine_tier()}
-    command = [str(PYTHON), str(ROOT / "benchmarks" / "peer_llama.py"), str(demo / MODEL_FILE)]
+    command = [str(PYTHON), str(ROOT / "benchmarks" / "peer" / "peer_llama.py"), str(demo / MODEL_FILE)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdin
         versions |= loads(process.stdout.readline())

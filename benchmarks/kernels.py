@@ -107,7 +107,7 @@ class NumbaPeer(AbstractContextManager["NumbaPeer"]):
     """peer_numba.py in a process of its own: asked for a shape, it answers with the seconds of one product."""
 
     def __init__(self) -> None:
-        command = [str(PYTHON), str(ROOT / "benchmarks" / "peer_numba.py")]
+        command = [str(PYTHON), str(ROOT / "benchmarks" / "peer" / "peer_numba.py")]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.version = self._answer()
 

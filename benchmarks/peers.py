@@ -1,7 +1,9 @@
 """The other methods that benchmarks/quality.py measures, and how one is run.
 
-A method is a script peer_<method>.py, run in the peers' own virtual environment: their packages need not agree with
-ours. All take the same arguments, MODEL BITS GROUP_SIZE WINDOWS OUTPUT, and answer as peer_output.py tells.
+A method is a script peer/peer_<method>.py, run in the peers' own virtual environment: their packages need not agree
+with ours. All take the same arguments, MODEL BITS GROUP_SIZE WINDOWS OUTPUT, and answer as peer_output.py tells. The
+scripts have a folder of their own, as what lies beside a script is imported first: a kernels.py would hide Hugging
+Face's package of that name.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def run_peer(peer: Peer, base_folder: Path, calibration: Path, output: Path) -> 
     """
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    script = ROOT / "benchmarks" / f"peer_{peer.method.lower()}.py"
+    script = ROOT / "benchmarks" / "peer" / f"peer_{peer.method.lower()}.py"
     settings = [str(base_folder), str(peer.bits), str(peer.group_size), str(calibration), str(output)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTHONPATH", None)

@@ -83,7 +83,7 @@ def our_costs(names: list[str]) -> dict[str, tuple[Cost, str]]:
 def peer_costs() -> dict[str, tuple[float, str, dict[str, str]]]:
     """By peer: the fewest instructions a weight of its settings, which one, and versions."""
     names = sorted({name for names in PEERS.values() for name in names})
-    python, script = os.environ.get("PEER_PYTHON") or str(PYTHON), ROOT / "benchmarks" / "peer_triton.py"
+    python, script = os.environ.get("PEER_PYTHON") or str(PYTHON), ROOT / "benchmarks" / "peer" / "peer_triton.py"
     found: dict[str, tuple[float, str, dict[str, str]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"}
