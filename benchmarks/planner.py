@@ -2,8 +2,9 @@
 
     make bench NAME=planner
 
-Instances shaped like large models with measured costs (planner_instances.py), three budgets each. Seconds are of
-processor time. The peers run in a process of their own, for LIMIT_S seconds of wall time at the most, and get the
+Instances shaped like large models with measured costs (planner_instances.py), three budgets each; then two of LLaMA-2-7B
+with what takes more than a knapsack: few formats, and a codebook of 1 MiB for every role and twentieth rate, which takes a
+tenth off the costs of those who use it. Seconds are of processor time. The peers run in a process of their own, for LIMIT_S seconds of wall time at the most, and get the
 programme of `planner/ilp.py`: one binary a candidate, zero gap. Their seconds include building it in PuLP. "peer" is
 null where no answer came.
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import numpy as np
 import pulp
@@ -25,9 +27,10 @@ from rich.console import Console
 
 from benchmarks.bench import Figure, machine
 from benchmarks.peers import ROOT
-from benchmarks.planner_instances import instance
+from benchmarks.planner_instances import MODELS, instance
 from reallm.planner.ilp import build
-from reallm.planner.knapsack import Instance, solve_knapsack
+from reallm.planner.knapsack import solve_knapsack
+from reallm.planner.optimise import optimise_all
 from reallm.planner.problem import Candidate, Item, Problem
 from reallm.planner.records import canonical_json, write_text_atomic
 from reallm.printing import columns_table
@@ -36,6 +39,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "planner.json"
 BUDGETS, SEEDS = (2.0, 3.0, 4.0), (0, 1, 2)
 TARGETS = {"LLaMA-2-7B": 0.1, "LLaMA-3-405B": 0.5, "DeepSeek-V3": 20.0}
 LIMIT_S = 120.0
+Kind = Literal["one budget", "at most 3 formats", "35 shared codebooks"]
+PLAIN: Kind = "one budget"
+FORMATS: Kind = "at most 3 formats"
+CODEBOOKS: Kind = "35 shared codebooks"
+FEW, BOOK_EVERY, BOOK_GAIN = 3, 20, 0.9
 PEER_ITEMS = 1000
 """Larger programmes (4.5 million binaries) are not given to PuLP: it alone would need more memory than this machine."""
 SWEEP, SWEPT = 100, "LLaMA-3-405B"
@@ -48,21 +56,28 @@ class Row(Figure):
     note: str
 
 
-def as_problem(found: Instance, capacity: int) -> Problem:
-    """The same instance for PuLP."""
-    items = [
-        Item(f"m{i}", tuple(Candidate(int(b), float(c), str(n)) for n, (c, b) in enumerate(zip(*row, strict=True))))
-        for i, row in enumerate(zip(found.cost, found.nbytes, strict=True))
-    ]
-    return Problem(tuple(items), {}, capacity)
-
-
-def peer_worker(name: str, model: str, seed: int, bits: float, answer: Connection) -> None:
-    """Solve in a process of its own; sends (seconds, status, cost)."""
+def as_problem(model: str, seed: int, bits: float, kind: Kind) -> Problem:
+    """The same instance for PuLP and for the search."""
     found, numel = instance(model, seed)
-    problem = as_problem(found, int(bits * numel / 8))
+    roles = [role for shapes in MODELS[model] for role, _, _ in shapes]
+    shared = {f"{role}{n}": 1 << 20 for role in set(roles) for n in range(0, found.cost.shape[1], BOOK_EVERY)}
+    items = []
+    for i, row in enumerate(zip(found.cost, found.nbytes, strict=True)):
+        candidates = []
+        for n, (cost, nbytes) in enumerate(zip(*row, strict=True)):
+            book = (f"{roles[i]}{n}",) if kind == CODEBOOKS and n % BOOK_EVERY == 0 else ()
+            candidates.append(Candidate(int(nbytes), float(cost) * (BOOK_GAIN if book else 1.0), str(n), book))
+        items.append(Item(f"m{i}", tuple(candidates)))
+    few = FEW if kind == FORMATS else None
+    return Problem(tuple(items), shared if kind == CODEBOOKS else {}, int(bits * numel / 8), (), few)
+
+
+def peer_worker(name: str, model: str, seed: int, bits: float, kind: Kind, answer: Connection) -> None:
+    """Solve in a process of its own; sends (seconds, status, cost)."""
+    problem = as_problem(model, seed, bits, kind)
+    total = sum(c.cost for item in problem.items for c in item.candidates)
     began = time.process_time()
-    programme, x = build(problem, scale=1e4 * len(problem.items) / float(found.cost.sum()))
+    programme, x = build(problem, scale=1e4 * len(problem.items) / total)
     options = {"msg": False, "gapRel": 0.0, "timeLimit": LIMIT_S, "threads": 1}
     programme.solve(pulp.HiGHS(**options) if name == "HiGHS" else pulp.PULP_CBC_CMD(**options))
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -75,10 +90,13 @@ def peer_worker(name: str, model: str, seed: int, bits: float, answer: Connectio
     answer.send((seconds, "optimal" if programme.sol_status == pulp.LpSolutionOptimal else "cut short", cost))
 
 
-def run_peer(name: str, model: str, seed: int, bits: float) -> tuple[float | None, str, float | None]:
+def run_peer(
+    name: str, model: str, seed: int, bits: float, kind: Kind = PLAIN
+) -> tuple[float | None, str, float | None]:
     """(seconds, how it ended, cost)."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=peer_worker, args=(name, model, seed, bits, sender))
+    arguments = (name, model, seed, bits, kind, sender)
+    process = multiprocessing.get_context("spawn").Process(target=peer_worker, args=arguments)
     process.start()
     result = receiver.recv() if receiver.poll(LIMIT_S + 60) else (None, f"no answer in {LIMIT_S + 60:.0f} s", None)
     process.kill()
@@ -123,6 +141,7 @@ def rows() -> Iterator[Row]:
                 machine(),
                 how + gap,
             )
+    yield from _harder(versions)
     found, numel = instance(SWEPT)
     began = time.process_time()
     answers = [solve_knapsack(found, int(bits * numel / 8)) for bits in np.linspace(2, 6, SWEEP)]
@@ -140,6 +159,24 @@ def rows() -> Iterator[Row]:
         machine(),
         note,
     )
+
+
+def _harder(versions: dict[str, str]) -> Iterator[Row]:
+    """Few formats and shared codebooks, beside HiGHS."""
+    model, seed, bits = "LLaMA-2-7B", SEEDS[0], 2.5
+    for kind in (FORMATS, CODEBOOKS):
+        problem = as_problem(model, seed, bits, kind)
+        began = time.process_time()
+        (ours,) = optimise_all(problem, 1, LIMIT_S)
+        seconds = time.process_time() - began
+        assert ours is not None
+        theirs, how, cost = run_peer("HiGHS", model, seed, bits, kind)
+        gap = "" if cost is None else f", its cost {cost / problem.cost(ours.chosen) - 1:+.2g} of ours"
+        ratio = None if theirs is None else seconds / theirs
+        note = f"ours {'proved optimal' if ours.finished else 'cut short'}; {how}{gap}"
+        yield Row(
+            f"{model}, {kind}, {bits:g} bits", "s", seconds, "PuLP HiGHS", theirs, ratio, versions, machine(), note
+        )
 
 
 def main() -> None:
