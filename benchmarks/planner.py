@@ -2,11 +2,11 @@
 
     make bench NAME=planner
 
-Instances shaped like large models with measured costs (planner_instances.py), three budgets each; then two of LLaMA-2-7B
-with what takes more than a knapsack: few formats, and a codebook of 1 MiB for every role and twentieth rate, which takes a
-tenth off the costs of those who use it. Seconds are of processor time. The peers run in a process of their own, for LIMIT_S seconds of wall time at the most, and get the
-programme of `planner/ilp.py`: one binary a candidate, zero gap. Their seconds include building it in PuLP. "peer" is
-null where no answer came.
+Instances shaped like large models with measured costs (planner_instances.py), three budgets each; then LLaMA-2-7B's
+with few formats, and with a codebook of 1 MiB for every role and twentieth rate, which takes a tenth off the costs of
+those who use it. Seconds are of processor time. The peers run in a process of their own, for LIMIT_S seconds of wall
+time at the most, and get the programme of `planner/ilp.py`: one binary a candidate, zero gap. Their seconds include
+building it in PuLP. "peer" is null where no answer came.
 """
 
 from __future__ import annotations
