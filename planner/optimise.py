@@ -1,9 +1,10 @@
 """Solving one allocation problem, with a proof.
 
 With one budget the exact core of `knapsack` solves it; where codebooks are shared or formats are to be few, the search
-of `branching` down to such cores. For further limits, and where the core's states run out: prune dominated candidates
--> Lagrangian bound and a first solution -> drop what cannot be in a better one -> HiGHS on the rest. In any case
-everything is added up again in integers, beside a bound in exact arithmetic.
+of `branching` down to such cores. Further limits are left out at first: a choice that keeps them anyway is the optimum.
+Where they bind, and where the core's states run out: prune dominated candidates -> Lagrangian bound and a first
+solution -> drop what cannot be in a better one -> HiGHS on the rest. In any case everything is added up again in
+integers, beside a bound in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ class Solution:
 
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
     """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
-    if not problem.limits:
-        first = optimise_all(problem, 1, time_limit_s)
-        if first[0] is None or first[0].finished:
-            return first[0]
+    free = optimise_all(_without_limits(problem), 1, time_limit_s)[0]
+    if free is None or (free.finished and not problem.limits):
+        return free
+    found = problem.by_names({item: c.format for item, c in problem.by_name(free.chosen).items()})
+    if free.finished and problem.fits(found):
+        return replace(free, chosen=found, prices=(0.0,) * len(problem.limits))
     return _by_ilp(problem.pruned(), time_limit_s)
 
 
@@ -153,15 +156,16 @@ def _fitting(problem: Problem, chosen: list[Candidate]) -> list[Candidate]:
 
 def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:
     """The fewest bytes any choice takes, limits left out."""
-    problem = replace(problem, limits=(), max_formats=None, items=tuple(map(_without_uses, problem.items)))
+    problem = replace(_without_limits(problem), max_formats=None)
     lightest = [min(item.candidates, key=lambda c: c.nbytes) for item in problem.items]
     result = solve_ilp(problem, time_limit_s, objective="bytes") if problem.shared else None
     chosen = list(result.chosen) if result and result.chosen else lightest
     return min(problem.nbytes(chosen), problem.nbytes(lightest))
 
 
-def _without_uses(item: Item) -> Item:
-    return Item(item.name, tuple(replace(c, uses=()) for c in item.candidates))
+def _without_limits(problem: Problem) -> Problem:
+    items = (Item(item.name, tuple(replace(c, uses=()) for c in item.candidates)) for item in problem.items)
+    return replace(problem, limits=(), items=tuple(items)) if problem.limits else problem
 
 
 @dataclass(frozen=True, slots=True)

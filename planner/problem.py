@@ -116,6 +116,10 @@ class Problem:
         """A choice by the names of the items."""
         return {item.name: candidate for item, candidate in zip(self.items, chosen, strict=True)}
 
+    def by_names(self, formats: Mapping[str, str]) -> list[Candidate]:
+        """The choice of the items' formats by name."""
+        return [next(c for c in item.candidates if c.format == formats[item.name]) for item in self.items]
+
     def pruned(self) -> Problem:
         """The same problem without candidates that another of the same item dominates; its optimum is the same.
 

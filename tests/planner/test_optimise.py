@@ -212,12 +212,15 @@ def test_a_time_limit_is_never_called_optimal() -> None:
     items = tuple(
         Item(
             f"m{i}",
-            tuple(Candidate(64 * shuffle.randrange(99, 9999), shuffle.random(), f"f{c}", (), (1,)) for c in range(40)),
+            tuple(
+                Candidate(64 * shuffle.randrange(99, 9999), shuffle.random(), f"f{c}", (), (shuffle.randrange(9),))
+                for c in range(40)
+            ),
         )
         for i in range(60)
     )
     capacity = sum(i.candidates[0].nbytes for i in items) + 64 * 60_000
-    problem = Problem(items, {}, capacity, (Limit("latency", "ns", 60),))
+    problem = Problem(items, {}, capacity, (Limit("latency", "ns", 90),))
     solution = optimise(problem, time_limit_s=0.0)
     assert solution is not None
     bound = solution.bound(problem)
