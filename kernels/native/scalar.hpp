@@ -85,8 +85,19 @@ struct Scalar {
   static constexpr bool kIntegers = table == Table::integers, kOwnLevels = table == Table::row_levels;
   static constexpr bool kWholeGroups = kOwnLevels || group_size % kGroup == 0;
   static constexpr int64_t kSums = !kIntegers ? 0 : group_size == 0 ? int64_t(1) << 40 : kWholeGroups ? group_size : kGroup;
+  static constexpr int64_t kLayout = kSums;
   static constexpr float kUnit = kIntegers && !stored_zeros ? 1.0f / (1 << (bits - 1)) : 1.0f;  // of a code
   static constexpr float kZero = 1 << (bits - 1);                                              // of int
+
+  static int64_t behind(int64_t width) { return kSums ? (width + kSums - 1) / kSums : 0; }
+  // Sums of x, one for every kSums columns.
+  static void append(const float* xc, int64_t width, float* to) {
+    for (int64_t g = 0; g < behind(width); g++) {
+      float total = 0;
+      for (int64_t j = g * kSums; j < width && j - g * kSums < kSums; j++) total += xc[j];
+      to[g] = total;
+    }
+  }
 
   static int64_t groups(const Operand& op) { return group_size ? (op.cols + group_size - 1) / group_size : 1; }
   static int64_t group_width(const Operand& op) { return group_size && group_size < op.cols ? group_size : op.cols; }

@@ -25,8 +25,7 @@ REALLM_INLINE const uint8_t* row_codes(const void* stored, int64_t rows, int64_t
 
 // op.table: codebooks [books, 2^bits, dim]; for dim 2 the last word is followed by two more floats.
 template <int books, int bits, int dim>
-struct Additive {
-  static constexpr int64_t kSums = 0;
+struct Additive : Bare {
   static constexpr int kRows = 8;
   using Code = std::conditional_t<(bits <= 8), uint8_t, uint16_t>;
   using Word = std::conditional_t<dim == 8, F8, F4>;
@@ -86,8 +85,7 @@ struct Additive {
 // [256] shifts by the low byte of a code, its eighth sign making the number of minuses even; at 3 bits then the second
 // words [256, 8]; words of residuals are already multiplied by the residual scale `c`.
 template <int bits>
-struct Lattice {
-  static constexpr int64_t kSums = 0;
+struct Lattice : Bare {
   static constexpr int kWord = 8, kTile = 16;
   static constexpr float kResidual = bits == 4 ? 0.265625f : 1.0f;
 
@@ -151,8 +149,7 @@ struct Lattice {
 enum class Float { f16, bf16, f32 };
 
 template <Float kind>
-struct Dense {
-  static constexpr int64_t kSums = 0;
+struct Dense : Bare {
   static constexpr int kBytes = kind == Float::f32 ? 4 : 2;
 
   REALLM_INLINE static float one(const uint8_t* at) {
