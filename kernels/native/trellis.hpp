@@ -111,7 +111,7 @@ REALLM_INLINE void each_row(const uint8_t* ring, const Take& take) {
 
 template <int state_bits>
 struct Trellis {
-  static constexpr int kChunk = 32;  // tiles
+  static constexpr int kChunk = 96;  // tiles
 #if defined(REALLM_AVX512) || defined(REALLM_AVX2)
   static constexpr int64_t kLayout = 1;
   static int64_t behind(int64_t width) { return width / kTile * int64_t(sizeof(ShortBlock) / sizeof(float)); }
@@ -167,9 +167,11 @@ struct Trellis {
     float mean = 0;
     for (int64_t block = 0; block < blocks(op); block++)
       if (op.widths[block]) mean += kMean * column(op, xc, block, tile, end - tile, sums);
-    for (int64_t row = tile * kTile; row < end * kTile && row < last; row++) {
-      const float* sum = sums + 2 * ((row / kTile - tile) * kTile + kTile - 1 - row % kTile);
-      yc[row] = sum[0] + sum[1] - mean;
+    const float* sum = sums;
+    for (int64_t row = tile * kTile; row < last && tile < end; tile++, row += kTile, sum += 2 * kTile) {
+      float y[kTile];
+      tile_rows(sum, mean, y);
+      memcpy(yc + row, y, sizeof(float) * (last - row < kTile ? last - row : kTile));
     }
   }
 

@@ -31,17 +31,26 @@ struct ShortBlock {
   static constexpr int at(int i) { return i / 8 + i % 4 * 4 + i % 8 / 4 * 2; }
 
   void round(const float* x) {
-    float most = 0;
-    for (int c = 0; c < kTile; c++) most = x[c] > most ? x[c] : -x[c] > most ? -x[c] : most;
+    __m128 v[4];
+    for (int i = 0; i < 4; i++) v[i] = load<__m128>(x + 4 * i);
+    const __m128 sign = _mm_set1_ps(-0.0f);
+    __m128 top = _mm_max_ps(_mm_max_ps(_mm_andnot_ps(sign, v[0]), _mm_andnot_ps(sign, v[1])),
+                            _mm_max_ps(_mm_andnot_ps(sign, v[2]), _mm_andnot_ps(sign, v[3])));
+    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+    const float most = _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
     unit = most / 32767;
-    const float steps = most > 0 ? 32767 / most : 0;
-    int32_t total = 0;
-    for (int i = 0; i < kTile; i++) {
-      const int32_t value = _mm_cvtss_si32(_mm_set_ss(x[kTile - 1 - i] * steps));
-      entries[at(i)] = uint32_t(value) << 16 | (value & 0xFFFF);
-      total += value;
+    const __m128 steps = _mm_set1_ps(most > 0 ? 32767 / most : 0);
+    __m128i rounded[4], total = _mm_setzero_si128();
+    for (int i = 0; i < 4; i++) {
+      rounded[i] = _mm_cvtps_epi32(_mm_mul_ps(v[i], steps));
+      total = _mm_add_epi32(total, rounded[i]);
+      rounded[i] = _mm_or_si128(_mm_slli_epi32(rounded[i], 16), _mm_and_si128(rounded[i], _mm_set1_epi32(0xFFFF)));
     }
-    sum = unit * float(total);
+    total = _mm_add_epi32(total, _mm_unpackhi_epi64(total, total));
+    sum = unit * float(_mm_cvtsi128_si32(total) + _mm_extract_epi32(total, 1));
+    __m128 a = (__m128)rounded[3], b = (__m128)rounded[1], c = (__m128)rounded[2], d = (__m128)rounded[0];
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    store(entries, d), store(entries + 4, c), store(entries + 8, b), store(entries + 12, a);
   }
 };
 
@@ -49,6 +58,7 @@ template <int width, int state_bits>
 struct Windows {
   static constexpr int values = width % 2 ? 2 : 1, bits = width * values / 2;
   static constexpr int kGroups = width <= 8 ? 2 : 4, kRows = 8 / kGroups, kVectors = kTile / kRows;
+  static constexpr int kAhead = 2048;    // bytes that are called for before they are read: blocks follow each other
   static constexpr int kTogether = 4;  // vectors: their windows and sums are half of the registers
   static constexpr int kSteps = kTile / kGroups / values;  // of one group
   static constexpr int kBytes = kTile * width;
@@ -170,11 +180,30 @@ struct Windows {
       const auto put = [=](int v, __m256i total) REALLM_TAKE {
         store(sums + 8 * v, fma((F8)_mm256_cvtepi32_ps(total), factor, load<F8>(sums + 8 * v)));
       };
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ring + line + kAhead);
       some<0>(ring, x, put);
       if constexpr (kVectors > kTogether) some<kTogether>(ring, x, put);
     }
   }
 };
+
+// What `dot` summed for the 16 rows of a tile, less `mean`.
+REALLM_INLINE void tile_rows(const float* sums, float mean, float* y) {
+  const __m256i order = _mm256_setr_epi32(7, 6, 3, 2, 5, 4, 1, 0);
+  for (int half = 0; half < 2; half++, sums += kTile) {
+    const __m256 pairs = _mm256_hadd_ps(load<__m256>(sums), load<__m256>(sums + 8));
+    store(y + 8 - 8 * half, _mm256_sub_ps(_mm256_permutevar8x32_ps(pairs, order), _mm256_set1_ps(mean)));
+  }
+}
+
+#else
+
+inline void tile_rows(const float* sums, float mean, float* y) {
+  for (int row = 0; row < kTile; row++) {
+    const float* sum = sums + 2 * (kTile - 1 - row);
+    y[row] = sum[0] + sum[1] - mean;
+  }
+}
 
 #endif
 
