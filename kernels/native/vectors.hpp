@@ -151,6 +151,7 @@ enum class Float { f16, bf16, f32 };
 template <Float kind>
 struct Dense : Bare {
   static constexpr int kBytes = kind == Float::f32 ? 4 : 2;
+  static constexpr int kAhead = 1024;  // bytes that are called for before they are read
 
   REALLM_INLINE static float one(const uint8_t* at) {
     if constexpr (kind == Float::f32) return load<float>(at);
@@ -176,9 +177,11 @@ struct Dense : Bare {
       const uint8_t* row = static_cast<const uint8_t*>(op.codes) + n * op.cols * kBytes;
       F8 total[4] = {};
       int64_t j = 0;
-      for (; j + 32 <= op.cols; j += 32)
+      for (; j + 32 <= op.cols; j += 32) {
+        __builtin_prefetch(row + j * kBytes + kAhead);
         for (int i = 0; i < 4; i++)
           total[i] = fma(load<F8>(xc + j + 8 * i), eight(row + (j + 8 * i) * kBytes), total[i]);
+      }
       float rest = 0;
       for (; j < op.cols; j++) rest += xc[j] * one(row + j * kBytes);
       yc[n] = sum((total[0] + total[1]) + (total[2] + total[3])) + rest;
