@@ -122,7 +122,7 @@ inline void alike(const Run& run, const Operand* ops, int count, const float* x,
   });
   int64_t blocks = 0;
   for (int i = 0; i < count; i++) blocks += (ops[i].rows + kRowBlock - 1) / kRowBlock;
-  const int64_t work = blocks * kRowBlock * ops[0].cols * run.tokens, most = threads > 1 ? 4 * threads : 1;
+  const int64_t work = blocks * kRowBlock * ops[0].cols * run.tokens, most = threads > 1 ? 2 * threads : 1;
   const int64_t parts = work < kSmall ? 1 : blocks < most ? blocks : most;
   pool().parallel(parts, threads, [&](int64_t part) {
     int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;

@@ -181,11 +181,12 @@ struct Trellis {
     const uint8_t* codes = ring(op, block, tile);
 #if defined(REALLM_AVX512) || defined(REALLM_AVX2)
     const ShortBlock& x = reinterpret_cast<const ShortBlock*>(xc + padded(op.cols))[block];
+    const int64_t ahead = (block + 1 < blocks(op) ? ring(op, block + 1, tile) : codes) - codes;
     switch (op.widths[block]) {
 #define REALLM_WIDTH(w)                                                          \
   case w:                                                                        \
     if constexpr (Steps<w, state_bits>::bits <= state_bits)                      \
-      Windows<w, state_bits>::dot(codes, count, x, scale * x.unit, sums); \
+      Windows<w, state_bits>::dot(codes, count, x, scale * x.unit, sums, ahead); \
     return scale * x.sum;
       REALLM_WIDTH(1) REALLM_WIDTH(2) REALLM_WIDTH(3) REALLM_WIDTH(4) REALLM_WIDTH(5)
       REALLM_WIDTH(6) REALLM_WIDTH(7) REALLM_WIDTH(8) REALLM_WIDTH(10) REALLM_WIDTH(12)

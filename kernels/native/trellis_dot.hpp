@@ -58,7 +58,6 @@ template <int width, int state_bits>
 struct Windows {
   static constexpr int values = width % 2 ? 2 : 1, bits = width * values / 2;
   static constexpr int kGroups = width <= 8 ? 2 : 4, kRows = 8 / kGroups, kVectors = kTile / kRows;
-  static constexpr int kAhead = 2048;    // bytes that are called for before they are read: blocks follow each other
   static constexpr int kTogether = 4;  // vectors: their windows and sums are half of the registers
   static constexpr int kSteps = kTile / kGroups / values;  // of one group
   static constexpr int kBytes = kTile * width;
@@ -173,14 +172,15 @@ struct Windows {
         put((v + i) / 2, _mm256_permute4x64_epi64(_mm256_hadd_epi32(total[i], total[i + 1]), 0xD8));
   }
 
-  // sums[2 m], sums[2 m + 1] += two parts of scale sum_c bytesum(state M) x[c] of row 15 - m, for `count` tiles.
-  static void dot(const uint8_t* ring, int64_t count, const ShortBlock& x, float scale, float* sums) {
+  // sums[2 m], sums[2 m + 1] += two parts of scale sum_c bytesum(state M) x[c] of row 15 - m, for `count` tiles. What
+  // lies `ahead` bytes further on is called for: the same tiles of the next block.
+  static void dot(const uint8_t* ring, int64_t count, const ShortBlock& x, float scale, float* sums, int64_t ahead) {
     const F8 factor = F8{} + scale;
     for (; count > 0; count--, ring += kBytes, sums += 2 * kTile) {
       const auto put = [=](int v, __m256i total) REALLM_TAKE {
         store(sums + 8 * v, fma((F8)_mm256_cvtepi32_ps(total), factor, load<F8>(sums + 8 * v)));
       };
-      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ring + line + kAhead);
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ring + line + ahead);
       some<0>(ring, x, put);
       if constexpr (kVectors > kTogether) some<kTogether>(ring, x, put);
     }
