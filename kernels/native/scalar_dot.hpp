@@ -132,20 +132,22 @@ struct Short {
     for (int64_t i = 0; i < width / kGroup; i++, xc += kGroup, entries += kGroup) {
       const __m256 sign = _mm256_set1_ps(-0.0f);
       __m256 v[4], most = _mm256_setzero_ps();
+      F8 nothing = F8{};  // or NaN, where x is not finite: whole numbers would lose it
       for (int j = 0; j < 4; j++) {
         v[j] = load<__m256>(xc + 8 * j);
+        nothing += (F8)v[j] * all8(0);
         most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v[j]));
       }
       float largest = 0;
       for (int l = 0; l < 8; l++) largest = most[l] > largest ? most[l] : largest;
-      const __m256 steps = _mm256_set1_ps(largest > 0 ? 32767 / largest : 0);
+      const __m256 steps = _mm256_set1_ps(largest > kTiny ? 32767 / largest : 0);
       int32_t rounded[kGroup], total = 0;
       for (int j = 0; j < 4; j++) store(rounded + 8 * j, _mm256_cvtps_epi32(_mm256_mul_ps(v[j], steps)));
       for (int e = 0; e < kGroup; e++) {
         entries[e] = int16_t(rounded[byte_code<bits>(entry_byte(e))]);
         total += rounded[e];
       }
-      units[i] = largest / 32767;
+      units[i] = largest / 32767 + sum(nothing);
       sums[i] = float(total);
     }
   }

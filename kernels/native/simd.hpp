@@ -26,6 +26,8 @@ constexpr int kLanes = 16;
 constexpr int kLanes = 8;
 #endif
 
+constexpr float kTiny = 1e-30f;  // x below it is rounded to zero where it is rounded to whole numbers
+
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));

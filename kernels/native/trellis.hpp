@@ -1,13 +1,14 @@
 // The bitshift trellis (kernels/trellis.py): weights of a tile of 16 x 16 from a ring of 16 `width` bytes.
 //
 // A row of a tile takes `width` bytes of the ring, the last row first, and the state of each of its weights is `state_bits`
-// of them at an offset that the width fixes. So a row is read once, every lane shifts out its own state, one product
-// and the sum of its bytes give the code. The rows at the ring's end run on into its start: they are read from a copy.
+// of them at an offset that the width fixes. One row of x is multiplied by `trellis_dot.hpp`. To decode, a row is read
+// once, every lane shifts out its own state, one product and the sum of its bytes give the code. The rows at the ring's
+// end run on into its start: they are read from a copy.
 //
 //   yc[n] = 2^-7 sum_b scale_b sum_c (bytesum(state M) - 510) x[b, c]
 //
-// Blocks of columns are the outer loop, because that is how words are stored; sums of up to kChunk rows stay in the
-// first cache, kLanes partial sums a row. The 510 is taken off once, by the sum of the scaled x.
+// Blocks of columns are the outer loop, because that is how words are stored; sums of up to kChunk tiles stay in the
+// first cache, two a row. The 510 is taken off once, by the sum of the scaled x.
 #pragma once
 
 #include "kernel.hpp"

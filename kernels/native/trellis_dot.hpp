@@ -38,14 +38,17 @@ struct ShortBlock {
                             _mm_max_ps(_mm_andnot_ps(sign, v[2]), _mm_andnot_ps(sign, v[3])));
     top = _mm_max_ps(top, _mm_movehl_ps(top, top));
     const float most = _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
-    unit = most / 32767;
-    const __m128 steps = _mm_set1_ps(most > 0 ? 32767 / most : 0);
+    const __m128 steps = _mm_set1_ps(most > kTiny ? 32767 / most : 0);
     __m128i rounded[4], total = _mm_setzero_si128();
+    __m128 nothing = _mm_setzero_ps();  // or NaN, where x is not finite: whole numbers would lose it
     for (int i = 0; i < 4; i++) {
+      nothing = _mm_add_ps(nothing, _mm_mul_ps(v[i], _mm_setzero_ps()));
       rounded[i] = _mm_cvtps_epi32(_mm_mul_ps(v[i], steps));
       total = _mm_add_epi32(total, rounded[i]);
       rounded[i] = _mm_or_si128(_mm_slli_epi32(rounded[i], 16), _mm_and_si128(rounded[i], _mm_set1_epi32(0xFFFF)));
     }
+    nothing = _mm_add_ps(nothing, _mm_movehl_ps(nothing, nothing));
+    unit = most / 32767 + _mm_cvtss_f32(_mm_add_ss(nothing, _mm_movehdup_ps(nothing)));
     total = _mm_add_epi32(total, _mm_unpackhi_epi64(total, total));
     sum = unit * float(_mm_cvtsi128_si32(total) + _mm_extract_epi32(total, 1));
     __m128 a = (__m128)rounded[3], b = (__m128)rounded[1], c = (__m128)rounded[2], d = (__m128)rounded[0];
