@@ -87,9 +87,14 @@ class CpuFunctions:
         """Address of the `Kernels` of linear.hpp; those of a rotated matrix cannot give single rows."""
         return int(self.library.reallm_kernels(int(rotated)))
 
-    def sums(self, cols: int) -> int:
+    def behind(self, cols: int) -> int:
         """Floats behind the prepared x of `cols` columns."""
-        return int(self.library.reallm_sums(cols))
+        return int(self.library.reallm_behind(cols))
+
+    @property
+    def layout(self) -> int:
+        """What those floats are: kernels with equal layouts read each other's."""
+        return int(self.library.reallm_layout())
 
     def linear(self, operand: int, x: int, y: int, kind: int, batch: int, threads: int) -> int:
         """y = W_hat x by addresses; 0, or 1 without memory."""
@@ -110,8 +115,8 @@ def functions(kernel: CpuKernel, abi_bytes: int) -> CpuFunctions | None:
     if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.reallm_abi_bytes.restype = library.reallm_sums.restype = number
-    library.reallm_sums.argtypes = (number,)
+    library.reallm_abi_bytes.restype = library.reallm_behind.restype = library.reallm_layout.restype = number
+    library.reallm_behind.argtypes = (number,)
     library.reallm_kernels.restype = pointer
     library.reallm_linear.argtypes = (pointer, pointer, pointer, ctypes.c_int, number, ctypes.c_int)
     library.reallm_rows.argtypes = (pointer, pointer, number, pointer, ctypes.c_int)

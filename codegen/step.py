@@ -48,8 +48,6 @@ class StepProgram:
     """Weights of norms, by module."""
     tables: tuple[str, ...]
     """Rotations."""
-    groups: tuple[tuple[int, int], ...]
-    """(first, count) of weights whose input is prepared once."""
     scratch: int
     """Floats a token, beside the prepared input."""
     layers: int
@@ -100,7 +98,6 @@ class _Emission:
         self.order = [(name, op) for name, op in graph if not isinstance(op, Token)]
         self.buffers = _Buffers()
         self.blocks: list[_Block] = []
-        self.groups: list[tuple[int, int]] = []
         self.tables: list[str] = []
         self.last_use = self._last_uses()
         self.heads: set[tuple[int, int]] = set()
@@ -126,7 +123,6 @@ class _Emission:
             weights=weights,
             vectors=tuple(vector for block in self.blocks for vector in block.vectors),
             tables=tuple(self.tables),
-            groups=tuple(self.groups),
             scratch=self.buffers.total,
             layers=self.layers,
             kv_heads=kv_heads,
@@ -216,8 +212,6 @@ class _Emission:
 
     def _linear(self, index: int, name: str, op: object) -> str:
         assert isinstance(op, Linear)
-        first = sum(len(block.weights) for block in self.blocks)
-        self.groups.append((first, len(op.weights)))
         x, place = self._read(self.graph.inputs(name)[0]), self._weights(*op.weights)
         values = [Value(name, port) for port in range(len(op.weights))]
         if self.graph.logits.node == name or any(

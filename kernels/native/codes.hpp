@@ -90,4 +90,27 @@ struct Planes {
   }
 };
 
+// `count` of `total` codes from `first` on, wherever they lie, as floats.
+template <int bits>
+inline void unpack_floats(const void* from, int64_t total, int64_t first, int64_t count, float* to) {
+  const Planes<bits> planes(from, total, 0);
+  for (const int64_t last = first + count; first < last;) {
+    if (first % kGroup == 0 && first + kGroup <= last) {
+      store(to, to_float(planes.template codes<0>(first / kGroup)));
+      store(to + kLanes, to_float(planes.template codes<1>(first / kGroup)));
+      if constexpr (kParts == 4) {
+        store(to + 2 * kLanes, to_float(planes.template codes<2>(first / kGroup)));
+        store(to + 3 * kLanes, to_float(planes.template codes<3>(first / kGroup)));
+      }
+      first += kGroup, to += kGroup;
+    } else {
+      const int64_t next = (first / kGroup + 1) * kGroup, some = (next < last ? next : last) - first;
+      uint8_t codes[kGroup];
+      unpack(from, bits, total, first, some, codes);
+      for (int64_t i = 0; i < some; i++) to[i] = codes[i];
+      first += some, to += some;
+    }
+  }
+}
+
 }  // namespace reallm

@@ -88,9 +88,8 @@ inline int lookup(const Operand& op, const int64_t* index, int64_t count, void* 
 
 #define REALLM_ENTRY(Codec)                                                                                        \
   extern "C" int64_t reallm_abi_bytes() { return sizeof(reallm::Operand); }                                       \
-  extern "C" int64_t reallm_sums(int64_t cols) {                                                                   \
-    return reallm::Codec::kSums ? (reallm::padded(cols) + reallm::Codec::kSums - 1) / reallm::Codec::kSums : 0;    \
-  }                                                                                                                \
+  extern "C" int64_t reallm_behind(int64_t cols) { return reallm::Codec::behind(reallm::padded(cols)); }           \
+  extern "C" int64_t reallm_layout() { return reallm::Codec::kLayout; }                                            \
   extern "C" const reallm::Kernels* reallm_kernels(int rotated) {                                                  \
     return rotated ? &reallm::Linear<reallm::Codec>::kRotated : &reallm::Linear<reallm::Codec>::kKernels;          \
   }                                                                                                                \

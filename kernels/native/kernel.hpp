@@ -1,7 +1,8 @@
 // What is the same for every codec: x into the domain of the codes, many rows of x, and what follows the codes.
 //
 // A codec is a struct of static functions on the coded matrix C, its scales included:
-//   kSums                                   of x, one for every so many columns, that gemv wants behind xc; 0 for none
+//   behind(width), append(xc, width, to)    floats that gemv wants behind xc, of `width` columns; writes them
+//   kLayout                                 what these are: with equal ones, any codec can read them
 //   gemv(op, xc, yc, first, last)           yc[first:last] = C[first:last] xc for one row of x
 //   decode(op, first, last, panel, stride)  rows of C, zeros behind the last column up to a multiple of kPad
 // Many rows of x are multiplied with panels of C that fit the second cache, each decoded once.
@@ -18,6 +19,13 @@ constexpr int64_t kPad = 32;
 constexpr int64_t kPanelFloats = 48 << 10;  // 192 KiB
 
 inline int64_t padded(int64_t cols) { return (cols + kPad - 1) / kPad * kPad; }
+
+// A codec that wants nothing behind xc.
+struct Bare {
+  static constexpr int64_t kLayout = 0;
+  static int64_t behind(int64_t) { return 0; }
+  static void append(const float*, int64_t, float*) {}
+};
 
 // Codes of the two widths that factors are stored in, or halves: `count` of them from `first` on, unscaled.
 inline void factor(const void* from, int bits, int64_t first, int64_t count, float* to) {
@@ -40,12 +48,7 @@ struct Linear {
       if (op.input.signs) rotate(op.input, xc);
       const int64_t width = padded(op.cols);
       for (int64_t j = op.cols; j < width; j++) xc[j] = 0;
-      if constexpr (Codec::kSums > 0)
-        for (int64_t g = 0; g * Codec::kSums < width; g++) {
-          float total = 0;
-          for (int64_t j = g * Codec::kSums; j < width && j - g * Codec::kSums < Codec::kSums; j++) total += xc[j];
-          xc[width + g] = total;
-        }
+      Codec::append(xc, width, xc + width);
     }
   }
 

@@ -1,14 +1,16 @@
 // The contract of one compressed matrix W[rows, cols] = [out_features, in_features] on the CPU: y = W_hat x + bias.
 //
 //   prepare   x [batch, cols]       -> xc [batch, prepared]   x in the domain of the codes: channel scales, permutation,
-//                                                             rotation, zeros behind the last column, sums of groups
+//                                                             rotation, zeros behind the last column, and behind them
+//                                                             what the codec's products want of x
 //   dot       xc                    -> yc[:, first:last]      rows of the codes, their scales included, times xc
 //   finish    x, yc [batch, rows]   -> yc, in place           rotation of the output, outliers, low-rank term, bias
 //   rows      index [count]         -> out [count, cols]      rows of W_hat, as an embedding looks them up
 //
-// Everything is float32, accumulated in float32, row-major without gaps. Buffers need no alignment and may hold anything
-// before they are written. Results do not depend on how rows are cut up, nor on the number of threads. Every function
-// may be called by several threads at once; `dot` writes no row outside [first, last). Nothing here needs torch.
+// Everything is float32, accumulated in float32 (or exactly, in whole numbers), row-major without gaps. Buffers need no
+// alignment and may hold anything before they are written. Results do not depend on how rows are cut up, nor on the
+// number of threads. Every function may be called by several threads at once; `dot` writes no row outside
+// [first, last). Nothing here needs torch.
 //
 //   alignas(64) float xc[...]; // batch * op.prepared
 //   op.kernels->prepare(op, x, xc, batch);

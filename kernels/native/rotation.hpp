@@ -50,7 +50,7 @@ REALLM_INLINE void base_rows(const float* base, int64_t m, int64_t power, int64_
     for (int64_t a = 0; a < m; a++) {
       const F8 x = load<F8>(v + a * power + j), y = load<F8>(v + a * power + j + 8);
       for (int r = 0; r < count; r++) {
-        const F8 factor = F8{} + base[(i + r) * row + a * col];
+        const F8 factor = all8(base[(i + r) * row + a * col]);
         low[r] = fma(factor, x, low[r]);
         high[r] = fma(factor, y, high[r]);
       }

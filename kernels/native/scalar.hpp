@@ -11,6 +11,7 @@
 #include "codes.hpp"
 #include "kernel.hpp"
 #include "linear.hpp"
+#include "scalar_dot.hpp"
 
 namespace reallm {
 
@@ -88,47 +89,79 @@ struct Scalar {
   static constexpr float kUnit = kIntegers && !stored_zeros ? 1.0f / (1 << (bits - 1)) : 1.0f;  // of a code
   static constexpr float kZero = 1 << (bits - 1);                                              // of int
 
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+  static constexpr bool kShort = kWholeGroups && (kIntegers || bits <= 4);
+#else
+  static constexpr bool kShort = false;
+#endif
+  static constexpr int64_t kLayout = kShort ? 16 + kByteOrder<bits> : kSums << 8;
+
+  static int64_t behind(int64_t width) {
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+    if constexpr (kShort) return Short<bits>::floats(width);
+#endif
+    return kSums ? (width + kSums - 1) / kSums : 0;
+  }
+
+  // What scalar_dot.hpp wants; otherwise sums of x, one for every kSums columns.
+  static void append(const float* xc, int64_t width, float* to) {
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+    if constexpr (kShort) return Short<bits>::write(xc, width, to);
+#endif
+    for (int64_t g = 0; kSums && g * kSums < width; g++) {
+      float total = 0;
+      for (int64_t j = g * kSums; j < width && j - g * kSums < kSums; j++) total += xc[j];
+      to[g] = total;
+    }
+  }
+
   static int64_t groups(const Operand& op) { return group_size ? (op.cols + group_size - 1) / group_size : 1; }
   static int64_t group_width(const Operand& op) { return group_size && group_size < op.cols ? group_size : op.cols; }
   // Whether codes can be read where they lie, and scales change only between groups of 32.
   static bool whole(const Operand& op) { return op.cols % kGroup == 0 && kWholeGroups; }
 
-  // What belongs to one row: scales and zeros, one a group, or a table.
+  // What belongs to one row: scales and zeros, one a group, or a table. They are read for some rows at once.
   struct Row {
-    float *scales, *zeros, *levels;
+    const int64_t end, count, together;
+    float *scales = nullptr, *zeros = nullptr, *levels, *const held;
+    int64_t from = 0, to = 0;
 
-    explicit Row(const Operand& op) {
-      const int64_t count = (groups(op) + 15) / 16 * 16;
-      scales = scratch<3>(2 * count + 16);
-      zeros = scales + count;
-      levels = zeros + count;
-    }
+    // Rows before `last` are wanted.
+    Row(const Operand& op, int64_t last)
+        : end(last), count(groups(op)), together(count < 1024 ? 2048 / count : 1),
+          levels(scratch<3>(2 * together * count + 16)), held(levels) {}
 
-    REALLM_INLINE Levels<bits> read(const Operand& op, int64_t n) const {
+    REALLM_INLINE Levels<bits> read(const Operand& op, int64_t n) {
       if constexpr (kOwnLevels) {
         halves(op.scales, n << bits, 1 << bits, levels);
         return Levels<bits>(levels);
       }
-      const int64_t count = groups(op), first = n * count;
-      if constexpr (double_bits == 0) {
-        halves(op.scales, first, count, scales);
-      } else {
-        uint8_t* codes = reinterpret_cast<uint8_t*>(zeros);
-        unpack(op.scale_codes, double_bits, op.rows * count, first, count, codes);
-        constexpr float steps = (1 << double_bits) - 1;
-        for (int64_t g = 0; g < count; g++)
-          scales[g] = op.scale_min + codes[g] / steps * half_at(op.scale_ranges, (first + g) / double_block);
-      }
-      if constexpr (stored_zeros) {
-        uint8_t* codes = reinterpret_cast<uint8_t*>(zeros) + 3 * count;  // each is read before it is overwritten
-        unpack(op.zeros, bits, op.rows * count, first, count, codes);
-        for (int64_t g = 0; g < count; g++) zeros[g] = codes[g];
-      }
+      if (n < from || n >= to) fill(op, n);
+      scales = held + (n - from) * count;
+      zeros = scales + together * count;
       return Levels<bits>(kIntegers ? scales : op.table);  // integers use none
     }
 
+    void fill(const Operand& op, int64_t n) {
+      from = n, to = n + together < end ? n + together : end;
+      const int64_t first = n * count, last = to * count;
+      if constexpr (double_bits == 0) {
+        halves(op.scales, first, last - first, held);
+      } else {
+        unpack_floats<double_bits>(op.scale_codes, op.rows * count, first, last - first, held);
+        constexpr float steps = (1 << double_bits) - 1;
+        for (int64_t i = first; i < last;) {
+          const int64_t block = i / double_block, stop = (block + 1) * double_block;
+          const float unit = half_at(op.scale_ranges, block) / steps;
+          for (; i < stop && i < last; i++) held[i - first] = op.scale_min + held[i - first] * unit;
+        }
+      }
+      if constexpr (stored_zeros)
+        unpack_floats<bits>(op.zeros, op.rows * count, first, last - first, held + together * count);
+    }
+
     // Of the sum of a row of integers: sum_g scale_g zero_g (sum of the x of the group).
-    REALLM_INLINE float offset(const float* x_sums, int64_t count) const {
+    REALLM_INLINE float offset(const float* x_sums) const {
       float total;
       if constexpr (stored_zeros)
         for (int64_t g = 0; g < count; g++) scales[g] *= zeros[g];
@@ -159,10 +192,13 @@ struct Scalar {
 
   static void gemv(const Operand& op, const float* xc, float* yc, int64_t first, int64_t last) {
     if (!whole(op)) return gemv_any(op, xc, yc, first, last);
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+    if constexpr (kShort) return gemv_short(op, xc, yc, first, last);
+#endif
     const int64_t count = kOwnLevels ? 1 : groups(op), all = op.cols / kGroup;
     const int64_t steps = kOwnLevels ? all : group_width(op) / kGroup;
     const float* x_sums = xc + padded(op.cols);
-    const Row row(op);
+    Row row(op, last);
     for (int64_t n = first; n < last; n++) {
       const Planes<bits> planes(op.codes, op.rows * op.cols, n * op.cols);
       const Levels<bits> level = row.read(op, n);
@@ -184,10 +220,40 @@ struct Scalar {
         total = kOwnLevels ? even + odd : fma(even + odd, spread(scales[g]), total);
       }
       float result = sum(total);
-      if constexpr (kIntegers) result -= row.offset(x_sums, count);
+      if constexpr (kIntegers) result -= row.offset(x_sums);
       yc[n] = result * kUnit;
     }
   }
+
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+  static void gemv_short(const Operand& op, const float* xc, float* yc, int64_t first, int64_t last) {
+    const int64_t all = op.cols / kGroup, steps = kOwnLevels ? all : group_width(op) / kGroup;
+    const Short<bits> x(xc + padded(op.cols), padded(op.cols));
+    Row row(op, last);
+    float* const factors = scratch<2>(Short<bits>::groups(padded(op.cols)));
+    for (int64_t i = 0; i < Short<bits>::groups(padded(op.cols)); i++) factors[i] = kOwnLevels ? x.units[i] : 0;
+    ShortLevels levels = {};
+    if constexpr (table == Table::levels) levels = ShortLevels::of<bits, false>(op.table);
+    for (int64_t n = first; n < last; n++) {
+      const Planes<bits> planes(op.codes, op.rows * op.cols, n * op.cols);
+      row.read(op, n);
+      if constexpr (kOwnLevels) levels = ShortLevels::of<bits, true>(row.levels);
+      else spread_scales(row.scales, x.units, all, steps, factors);
+      F8 even = F8{}, odd = F8{};
+      int64_t at = 0;
+      for (; at + 2 <= all; at += 2) {
+        even = fma(x.template dot<kIntegers>(planes, at, levels), all8(factors[at]), even);
+        odd = fma(x.template dot<kIntegers>(planes, at + 1, levels), all8(factors[at + 1]), odd);
+      }
+      if (at < all) even = fma(x.template dot<kIntegers>(planes, at, levels), all8(factors[at]), even);
+      F8 zeros = F8{};
+      if constexpr (stored_zeros) spread_scales(row.zeros, factors, all, steps, factors);
+      for (int64_t i = 0; kIntegers && i < all; i += 8) zeros = fma(load<F8>(factors + i), load<F8>(x.sums + i), zeros);
+      const F8 total = even + odd - (stored_zeros ? zeros : all8(kIntegers ? kZero : 0) * zeros);
+      yc[n] = sum(total) * (kIntegers ? kUnit : levels.unit);
+    }
+  }
+#endif
 
   static void gemv_any(const Operand& op, const float* xc, float* yc, int64_t first, int64_t last) {
     const int64_t width = padded(op.cols);
@@ -202,7 +268,7 @@ struct Scalar {
     const int64_t cols = op.cols, width = group_width(op);
     const bool straight = cols % kGroup == 0;
     uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch<4>(padded(cols) / 4 + 16));
-    const Row row(op);
+    Row row(op, last);
     for (int64_t n = first; n < last; n++, panel += stride) {
       const Levels<bits> level = row.read(op, n);
       if (straight) {

@@ -26,6 +26,8 @@ constexpr int kLanes = 16;
 constexpr int kLanes = 8;
 #endif
 
+constexpr float kTiny = 1e-30f;  // x below it is rounded to zero where it is rounded to whole numbers
+
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
@@ -47,7 +49,13 @@ REALLM_INLINE void store(T* to, V value) {
 }
 
 REALLM_INLINE U spread(uint32_t value) { return U{} + value; }
-REALLM_INLINE F spread(float value) { return F{} + value; }
+// Written out, because 0 + x is an addition: it makes +0 of -0.
+REALLM_INLINE F8 all8(float x) { return F8{x, x, x, x, x, x, x, x}; }
+#if defined(REALLM_AVX512)
+REALLM_INLINE F spread(float value) { return (F)_mm512_set1_ps(value); }
+#else
+REALLM_INLINE F spread(float value) { return all8(value); }
+#endif
 
 // a b + c in one rounding where the machine can.
 template <class V>

@@ -114,17 +114,15 @@ inline bool finishes(const Operand& op) {
   return op.bias || op.output.signs || op.sparse_starts || op.left;
 }
 
-// outputs[i] = W_i x for as many operands from `first` on, which make the same xc of x. `xc` is scratch.
-inline void linear(const Run& run, int first, const float* x, float* xc, std::initializer_list<float*> outputs) {
-  const Operand* ops = run.operands + first;
-  float* const* y = outputs.begin();
-  const int threads = int(run.threads), count = int(outputs.size());
+// y[i] = W_i x for `count` operands from `ops` on, which make the same xc of x. `xc` is scratch.
+inline void alike(const Run& run, const Operand* ops, int count, const float* x, float* xc, float* const* y) {
+  const int threads = int(run.threads);
   over_tokens(run, [&](int64_t m, int64_t some) {
     ops[0].kernels->prepare(ops[0], x + m * ops[0].cols, xc + m * ops[0].prepared, some);
   });
   int64_t blocks = 0;
   for (int i = 0; i < count; i++) blocks += (ops[i].rows + kRowBlock - 1) / kRowBlock;
-  const int64_t work = blocks * kRowBlock * ops[0].cols * run.tokens, most = threads > 1 ? 4 * threads : 1;
+  const int64_t work = blocks * kRowBlock * ops[0].cols * run.tokens, most = threads > 1 ? 2 * threads : 1;
   const int64_t parts = work < kSmall ? 1 : blocks < most ? blocks : most;
   pool().parallel(parts, threads, [&](int64_t part) {
     int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
@@ -150,6 +148,16 @@ inline void linear(const Run& run, int first, const float* x, float* xc, std::in
     finish(last, 0, 1);
   else
     over_tokens(run, [&](int64_t m, int64_t some) { for (int i = 0; i < count; i++) finish(i, m, some); });
+}
+
+// outputs[i] = W_i x for as many operands from `first` on; those side by side that make the same xc of x share it.
+inline void linear(const Run& run, int first, const float* x, float* xc, std::initializer_list<float*> outputs) {
+  const Operand* ops = run.operands + first;
+  const int all = int(outputs.size());
+  for (int i = 0, next; i < all; i = next) {
+    for (next = i + 1; next < all && ops[next].input_key == ops[i].input_key;) next++;
+    alike(run, ops + i, next - i, x, xc, outputs.begin() + i);
+  }
 }
 
 // The pairs (i, i + D / 2) of a head turned by the angles of `position`.

@@ -16,7 +16,7 @@ struct Bf16 {
   uint16_t bits;
 };
 
-REALLM_INLINE F8 all(float x) { return F8{} + x; }
+REALLM_INLINE F8 all(float x) { return all8(x); }
 REALLM_INLINE F8 load(const float* from) { return reallm::load<F8>(from); }
 REALLM_INLINE F8 load(const Bf16* from) { return (F8)(__builtin_convertvector(reallm::load<H8>(from), U8) << 16); }
 // To the nearest, ties to even; no NaN is stored.

@@ -1,24 +1,24 @@
 // The bitshift trellis (kernels/trellis.py): weights of a tile of 16 x 16 from a ring of 16 `width` bytes.
 //
 // A row of a tile takes `width` bytes of the ring, the last row first, and the state of each of its weights is `state_bits`
-// of them at an offset that the width fixes. So a row is read once, every lane shifts out its own state, one product
-// and the sum of its bytes give the code. The rows at the ring's end run on into its start: they are read from a copy.
+// of them at an offset that the width fixes. One row of x is multiplied by `trellis_dot.hpp`. To decode, a row is read
+// once, every lane shifts out its own state, one product and the sum of its bytes give the code. The rows at the ring's
+// end run on into its start: they are read from a copy.
 //
 //   yc[n] = 2^-7 sum_b scale_b sum_c (bytesum(state M) - 510) x[b, c]
 //
-// Blocks of columns are the outer loop, because that is how words are stored; sums of up to kChunk rows stay in the
-// first cache, kLanes partial sums a row. The 510 is taken off once, by the sum of the scaled x.
+// Blocks of columns are the outer loop, because that is how words are stored; sums of up to kChunk tiles stay in the
+// first cache, two a row. The 510 is taken off once, by the sum of the scaled x.
 #pragma once
 
+#include "kernel.hpp"
 #include "linear.hpp"
 #include "simd.hpp"
+#include "trellis_dot.hpp"
 
 namespace reallm {
 
-#define REALLM_TAKE __attribute__((always_inline))
-
-constexpr int kTile = 16, kChains = 8;
-constexpr uint32_t kMultipliers[] = {0x83DCD12D, 0x9E3779B1};
+constexpr int kChains = 8;
 
 template <int width, int state_bits>
 struct Steps {
@@ -112,8 +112,19 @@ REALLM_INLINE void each_row(const uint8_t* ring, const Take& take) {
 
 template <int state_bits>
 struct Trellis {
-  static constexpr int kChunk = 32;  // tiles
-  static constexpr int64_t kSums = 0;
+  static constexpr int kChunk = 96;  // tiles
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+  static constexpr int64_t kLayout = 1;
+  static int64_t behind(int64_t width) { return width / kTile * int64_t(sizeof(ShortBlock) / sizeof(float)); }
+  static void append(const float* xc, int64_t width, float* to) {
+    for (int64_t block = 0; block < width / kTile; block++)
+      reinterpret_cast<ShortBlock*>(to)[block].round(xc + block * kTile);
+  }
+#else
+  static constexpr int64_t kLayout = 0;
+  static int64_t behind(int64_t) { return 0; }
+  static void append(const float*, int64_t, float*) {}
+#endif
   static constexpr float kMean = 510, kUnit = 1.0f / 128;
 
   // Calls take(i, row, part, code) for `count` tiles of `width` from `ring` on. By value: what the loop needs must be in
@@ -152,22 +163,44 @@ struct Trellis {
   }
 
   static void chunk(const Operand& op, const float* xc, float* yc, int64_t tile, int64_t end, int64_t last) {
-    alignas(64) float sums[kChunk * kTile * kLanes];
-    memset(sums, 0, sizeof(float) * (end - tile) * kTile * kLanes);
-    F total = F{};
-    for (int64_t block = 0; block < blocks(op); block++) {
-      const F scale = spread(half_at(op.scales, block) * kUnit);
-      const F x = load<F>(xc + block * kTile) * scale, y = load<F>(xc + block * kTile + kTile - kLanes) * scale;
-      if (op.widths[block]) total += kLanes == kTile ? x : x + y;
-      float* const to = sums;
-      each_tile(op.widths[block], ring(op, block, tile), end - tile, [=](int64_t i, int row, int h, F code) REALLM_TAKE {
-        float* sum = to + (i * kTile + row) * kLanes;
-        store(sum, fma(code, h ? y : x, load<F>(sum)));
-      });
+    alignas(64) float sums[kChunk * kTile * 2];  // of each row two, of a tile the last row first
+    memset(sums, 0, sizeof(float) * (end - tile) * kTile * 2);
+    float mean = 0;
+    for (int64_t block = 0; block < blocks(op); block++)
+      if (op.widths[block]) mean += kMean * column(op, xc, block, tile, end - tile, sums);
+    const float* sum = sums;
+    for (int64_t row = tile * kTile; row < last && tile < end; tile++, row += kTile, sum += 2 * kTile) {
+      float y[kTile];
+      tile_rows(sum, mean, y);
+      memcpy(yc + row, y, sizeof(float) * (last - row < kTile ? last - row : kTile));
     }
-    const float mean = kMean * reallm::sum(total);
-    for (int64_t row = tile * kTile; row < end * kTile && row < last; row++)
-      yc[row] = reallm::sum(load<F>(sums + (row - tile * kTile) * kLanes)) - mean;
+  }
+
+  // Adds `count` tiles of a block of columns to the sums; the sum of the block's scaled x.
+  static float column(const Operand& op, const float* xc, int64_t block, int64_t tile, int64_t count, float* sums) {
+    const float scale = half_at(op.scales, block) * kUnit;
+    const uint8_t* codes = ring(op, block, tile);
+#if defined(REALLM_AVX512) || defined(REALLM_AVX2)
+    const ShortBlock& x = reinterpret_cast<const ShortBlock*>(xc + padded(op.cols))[block];
+    const int64_t ahead = (block + 1 < blocks(op) ? ring(op, block + 1, tile) : codes) - codes;
+    switch (op.widths[block]) {
+#define REALLM_WIDTH(w)                                                          \
+  case w:                                                                        \
+    if constexpr (Steps<w, state_bits>::bits <= state_bits)                      \
+      Windows<w, state_bits>::dot(codes, count, x, scale * x.unit, sums, ahead); \
+    return scale * x.sum;
+      REALLM_WIDTH(1) REALLM_WIDTH(2) REALLM_WIDTH(3) REALLM_WIDTH(4) REALLM_WIDTH(5)
+      REALLM_WIDTH(6) REALLM_WIDTH(7) REALLM_WIDTH(8) REALLM_WIDTH(10) REALLM_WIDTH(12)
+#undef REALLM_WIDTH
+    }
+#endif
+    const float* from = xc + block * kTile;
+    each_tile(op.widths[block], codes, count, [=](int64_t i, int row, int h, F code) {
+      sums[2 * (i * kTile + kTile - 1 - row) + h] += sum(code * load<F>(from + h * kLanes)) * scale;
+    });
+    float total = 0;
+    for (int c = 0; c < kTile; c++) total += from[c];
+    return total * scale;
   }
 
   static void decode(const Operand& op, int64_t first, int64_t last, float* panel, int64_t stride) {

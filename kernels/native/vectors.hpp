@@ -25,8 +25,7 @@ REALLM_INLINE const uint8_t* row_codes(const void* stored, int64_t rows, int64_t
 
 // op.table: codebooks [books, 2^bits, dim]; for dim 2 the last word is followed by two more floats.
 template <int books, int bits, int dim>
-struct Additive {
-  static constexpr int64_t kSums = 0;
+struct Additive : Bare {
   static constexpr int kRows = 8;
   using Code = std::conditional_t<(bits <= 8), uint8_t, uint16_t>;
   using Word = std::conditional_t<dim == 8, F8, F4>;
@@ -86,8 +85,7 @@ struct Additive {
 // [256] shifts by the low byte of a code, its eighth sign making the number of minuses even; at 3 bits then the second
 // words [256, 8]; words of residuals are already multiplied by the residual scale `c`.
 template <int bits>
-struct Lattice {
-  static constexpr int64_t kSums = 0;
+struct Lattice : Bare {
   static constexpr int kWord = 8, kTile = 16;
   static constexpr float kResidual = bits == 4 ? 0.265625f : 1.0f;
 
@@ -151,9 +149,9 @@ struct Lattice {
 enum class Float { f16, bf16, f32 };
 
 template <Float kind>
-struct Dense {
-  static constexpr int64_t kSums = 0;
+struct Dense : Bare {
   static constexpr int kBytes = kind == Float::f32 ? 4 : 2;
+  static constexpr int kAhead = 1024;  // bytes that are called for before they are read
 
   REALLM_INLINE static float one(const uint8_t* at) {
     if constexpr (kind == Float::f32) return load<float>(at);
@@ -179,9 +177,11 @@ struct Dense {
       const uint8_t* row = static_cast<const uint8_t*>(op.codes) + n * op.cols * kBytes;
       F8 total[4] = {};
       int64_t j = 0;
-      for (; j + 32 <= op.cols; j += 32)
+      for (; j + 32 <= op.cols; j += 32) {
+        __builtin_prefetch(row + j * kBytes + kAhead);
         for (int i = 0; i < 4; i++)
           total[i] = fma(load<F8>(xc + j + 8 * i), eight(row + (j + 8 * i) * kBytes), total[i]);
+      }
       float rest = 0;
       for (; j < op.cols; j++) rest += xc[j] * one(row + j * kBytes);
       yc[n] = sum((total[0] + total[1]) + (total[2] + total[3])) + rest;

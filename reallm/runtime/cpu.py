@@ -69,7 +69,7 @@ class NativeMatrix:
         self.rows, self.cols, self.built = rows, cols, built
         self.kept: list[Kept] = []
         self.operand = Operand(rows=rows, cols=cols, kernels=built.kernels(fmt.rotated))
-        self.operand.prepared = -(-cols // PAD) * PAD + built.sums(cols)
+        self.operand.prepared = -(-cols // PAD) * PAD + built.behind(cols)
         self.looks_up = not fmt.rotated
         _Filling(self, fmt, fields).fill()
 
@@ -176,7 +176,7 @@ class _Filling:
 
     def _transform(self) -> None:
         fmt, matrix = self.fmt, self.matrix
-        key = hashlib.sha256(f"{matrix.cols} {matrix.operand.prepared} {fmt.rotated}".encode())
+        key = hashlib.sha256(f"{matrix.cols} {matrix.built.layout} {fmt.rotated}".encode())
         if fmt.permuted:
             order = self.codes("permutation").astype(np.int32)
             if not np.array_equal(np.sort(order), np.arange(matrix.cols)):

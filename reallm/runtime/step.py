@@ -73,16 +73,12 @@ class Step:
         self._identity = list(_identities(model))
 
     def _bind(self) -> None:
-        """Point at the model's matrices. Raises StepUnsupportedError where a group's matrices read different inputs."""
+        """Point at the model's matrices."""
         self._held: list[object] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         operands = (Operand * len(self.program.weights))()
         for index, weight in enumerate(self.program.weights):
             operands[index] = self._operand(weight)
-        for first, count in self.program.groups:
-            if len({operands[index].input_key for index in range(first, first + count)}) > 1:
-                name = self.program.weights[first].name
-                raise StepUnsupportedError(f"{name} and the matrices beside it transform their input apart")
         self._operands = operands
         self._prepared = max(operand.prepared for operand in operands)
         self._scratch = torch.empty(0)

@@ -136,6 +136,21 @@ def test_lower_tiers_give_the_same_products(name: str, fresh: None, monkeypatch:
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["tq3-l10", "tq2.5-l12+rot", "int4-g64", "nf4-g64"])
+def test_extreme_inputs(name: str) -> None:
+    """A value that is not finite is in every output, and what is too small for whole numbers is nothing."""
+    fmt, packed, matrix = packed_matrix(name, 33, 64, 0)
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(1, 64)
+        x[0, 37] = value
+        assert not torch.isfinite(product(matrix, x)).any()
+    largest = product_bound(fmt, packed, 33, 64) / 2.0**-24
+    for size in (0.0, 1e-38, 1e-31):
+        assert product(matrix, torch.full((1, 64), size)).abs().max() <= size * 64 * largest
+    assert torch.isfinite(product(matrix, torch.full((1, 64), 1e30))).all()
+
+
+@needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     for name in ("tq2-l12+ldl2+rot", "nf4-g64"):
         _, _, matrix = packed_matrix(name, 1600, 96, 0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from reallm.kernels.codecs import AdditiveCodec, LatticeCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.codecs import AdditiveCodec, KMeansCodec, LatticeCodec, ScalarCodec, TrellisCodec
 from reallm.kernels.formats import Format
 from reallm.kernels.reference import read_field
 
@@ -21,8 +21,21 @@ def product_bound(fmt: Format, packed: Mapping[str, NDArray[np.uint8]], rows: in
     Stability, 3.1, and Cauchy-Schwarz), with n = K for the codes, K + N for both rotations (which keep norms, so that
     an error of C R_K x spreads over all rows at most as the Frobenius norm says), the rank, and 64 for what happens to
     one weight. |w| counts what is added before it cancels: a code and its zero, bytes of a product and their mean.
+
+    One row of x is rounded to 16 bits and levels to 15 (scalar_dot.hpp), apart from each other and evenly within h =
+    2^-16 of the largest x of a group, or 2^-15 of the largest level: over n u w.x at six standard deviations, h |w|_2
+    |x|_2 / sqrt(3) each, that is 2700 u. Counted where |w| is what it is, the largest level; of other codes it is four
+    times as large as a weight or more, which has room for it.
     """
-    return (cols + rows + 64 + _rank(fmt)) * UNIT * _largest(fmt, packed, rows, cols) * (rows * cols) ** 0.5
+    rounded = 2700 if _levels_in_registers(fmt) else 0
+    return (cols + rows + 64 + _rank(fmt) + rounded) * UNIT * _largest(fmt, packed, rows, cols) * (rows * cols) ** 0.5
+
+
+def _levels_in_registers(fmt: Format) -> bool:
+    codec = fmt.codec
+    if isinstance(codec, ScalarCodec):
+        return codec.table not in ("int", "uint") and codec.bits <= 4
+    return isinstance(codec, KMeansCodec) and codec.bits <= 4
 
 
 def _rank(fmt: Format) -> int:
