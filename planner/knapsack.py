@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 
 FIRST_OPTIONS = 12
 """The first delta admits so many candidates beside the cheapest of each item."""
-GROWTH = 1.6
+GROWTH = 1.4
 """What delta is multiplied by when no choice was found: the number of states grows like exp(sqrt(delta))."""
 MAX_STATES = 1_000_000
 MAX_STEPS = 200
