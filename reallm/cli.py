@@ -91,6 +91,7 @@ Text = Annotated[
     ),
 ]
 FactorDtype = Literal["f16", "i8", "i4"]
+FinetuningLoss = Literal["kl", "text"]
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]
@@ -449,14 +450,19 @@ def finetune(
     text: Text = None,
     teacher: Annotated[str | None, typer.Option(help="The dense model, if it has moved since it was measured.")] = None,
     train: Annotated[
-        str, typer.Option(help="What: factors (more bytes), scales and norms (none), separated by commas.")
-    ] = "factors,scales,norms",
+        str, typer.Option(help="What: factors (more bytes); scales, norms, embeddings (none); separated by commas.")
+    ] = "factors,scales,norms,embeddings",
     rank: Annotated[int, typer.Option(min=0, help="Of the factors of matrices that have none yet; 0 adds none.")] = 8,
     factor_dtype: Annotated[FactorDtype, typer.Option(help="How those are stored.")] = "i8",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; it falls as a cosine.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of factors, at its peak; it falls as a cosine.")] = 1e-3,
+    gain_learning_rate: Annotated[float, typer.Option(help="Of scales and norms, at its peak.")] = 5e-3,
+    loss: Annotated[FinetuningLoss, typer.Option(help="kl: to the dense model; text: of its next token.")] = "kl",
+    patience: Annotated[
+        int, typer.Option(min=0, help="End after so many evaluations without a lower held-out KL; 0: never.")
+    ] = 3,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     gradient_checkpointing: Annotated[
@@ -485,6 +491,9 @@ def finetune(
         batch_size=batch_size,
         seqlen=seqlen,
         learning_rate=learning_rate,
+        gain_learning_rate=gain_learning_rate,
+        loss=loss,
+        patience=patience,
         seed=seed,
         device=device,
         gradient_checkpointing=gradient_checkpointing,
