@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ from ..model import LoadedModel, load_model
 from ..planner.plan import Plan
 from ..text import Text
 from .answers import Sample, draw_sample
-from .factors import Modules, trainable_modules
+from .factors import Init, Modules, trainable_modules
 from .maps import EmbeddingMaps
 from .objective import Loss, Objective
 from .trained import Part, check_parts
@@ -37,6 +37,8 @@ class Training:
     train: tuple[Part, ...] = ("factors", "scales", "norms", "embeddings")
     rank: int = 8
     factor_dtype: Literal["f16", "i8", "i4"] = "i8"
+    init: Init = "lq-lora"
+    """Where new factors start; "plan" adds none."""
     steps: int = 200
     batch_size: int = 1
     seqlen: int = 512
@@ -56,6 +58,8 @@ class Training:
             raise UserError(f"--rank {self.rank}: expected 0 to {MAX_RANK}")
         if self.factor_dtype not in ("f16", "i8", "i4"):
             raise UserError(f"--factor-dtype {self.factor_dtype}: expected f16, i8 or i4")
+        if self.init not in get_args(Init):
+            raise UserError(f"--init {self.init}: expected {', '.join(get_args(Init))}")
         if self.steps < 1 or self.batch_size < 1:
             raise UserError(f"--steps {self.steps} --batch-size {self.batch_size}: expected at least 1 of each")
         for option, rate in (("", self.learning_rate), ("gain-", self.gain_learning_rate)):
@@ -81,7 +85,8 @@ class Training:
     @property
     def term(self) -> LowRank | None:
         """The low-rank term of a matrix that has none yet; None for none."""
-        return LowRank(self.rank, self.factor_dtype) if self.rank and "factors" in self.train else None
+        wanted = self.rank and self.init != "plan" and "factors" in self.train
+        return LowRank(self.rank, self.factor_dtype) if wanted else None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Literal
 from transformers import EarlyStoppingCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..adapters import write_adapter
 from ..compiler import Compilation, write_artifact
 from ..errors import UserError
 from ..folder import check_output, is_artifact
@@ -67,6 +68,7 @@ def finetune(
     train: Sequence[str] = ("factors", "scales", "norms", "embeddings"),
     rank: int = 8,
     factor_dtype: Literal["f16", "i8", "i4"] = "i8",
+    init: Literal["zero", "loftq", "lq-lora", "plan"] = "lq-lora",
     steps: int = 200,
     batch_size: int = 1,
     seqlen: int = 512,
@@ -80,6 +82,7 @@ def finetune(
     resume: bool = True,
     kernels: bool = True,
     force: bool = False,
+    adapter: bool = False,
 ) -> Path:
     """Train `artifact` against the model it was made from, into the artifact `output`.
 
@@ -90,12 +93,17 @@ def finetune(
     state is kept. An interrupted run goes on at its last checkpoint, in `<output>.partial`, unless `resume` is false.
     Raises UserError; when nothing was gained, nothing is written.
 
+    `init` says where new factors start (`factors`). With `adapter`, `output` is a LoRA adapter in PEFT's form that
+    holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16.
+
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
     """
     began, output = time.perf_counter(), Path(output)
+    if adapter:
+        train, factor_dtype = ("factors",), "f16"
     parts, rates = check_parts(train), (learning_rate, gain_learning_rate)
-    training = Training(parts, rank, factor_dtype, steps, batch_size, seqlen, *rates, loss, patience, seed)
+    training = Training(parts, rank, factor_dtype, init, steps, batch_size, seqlen, *rates, loss, patience, seed)
     check_output(output, force)
     if not is_artifact(artifact):
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
@@ -107,7 +115,7 @@ def finetune(
     with alone_in(folder):
         check_output(output, force)  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
-        trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype)
+        trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init)
         gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing)
         after = min(gain.started, gain.trained)
         if not after < gain.before * (1 - LEAST_GAIN):
@@ -117,6 +125,11 @@ def finetune(
                 f"was {gain.before:.4f}; nothing is written: try a smaller --learning-rate, more --steps, a "
                 "higher --rank or more --text"
             )
+        if adapter:
+            write_adapter(output, trained.added_factors(), Path(artifact))
+            shutil.rmtree(folder)
+            LOG.info("held-out %s %.4f before, %.4f with the adapter", training.measure, gain.before, after)
+            return output
         codes = TrainedCodes(pair.model)
         new = tuned_plan(plan, pair.original, codes, _notes(pair, training, source, gain))
         pair.original.model.to("cpu")
@@ -145,7 +158,7 @@ def train_pair(
     _freeze(pair, checkpointing)
     before = pair.held_out_loss()
     sample = pair.train[:MOMENT_WINDOWS].tokens
-    moments = column_moments(pair.model, pair.modules, sample) if training.term else {}
+    moments = column_moments(pair.model, pair.modules, sample) if training.term and training.init == "lq-lora" else {}
     trained.start(pair.original, moments)
     started = pair.held_out_loss(trained.maps) if training.term else before
     LOG.info("held-out loss %.4f nats per token, %.4f untrained", before, started)

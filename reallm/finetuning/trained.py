@@ -21,7 +21,8 @@ from ..errors import UserError
 from ..kernels.formats import Format
 from ..kernels.terms import LowRank
 from ..model import LoadedModel
-from .factors import Modules, Snapshot, fold_all, restore, snapshot, start_factors
+from ..runtime.decode import decode_factors
+from .factors import Init, Modules, Snapshot, fold_all, restore, snapshot, start_factors
 from .maps import EmbeddingMaps, plain_weights
 
 Part = Literal["factors", "scales", "norms", "embeddings"]
@@ -78,6 +79,8 @@ class Trained:
     """Of the new factors; None for none."""
     stored: torch.dtype
     """The dtype in which norms are stored."""
+    init: Init = "lq-lora"
+    """Where new factors start."""
     _before: dict[str, tuple[Format, dict[str, Tensor]]] = field(default_factory=dict)
     _norms_before: dict[str, Tensor] = field(default_factory=dict)
     _plain_before: dict[str, Tensor] = field(default_factory=dict)
@@ -94,7 +97,7 @@ class Trained:
             self._plain_before = {n: w.detach().clone() for n, w in plain_weights(self.model).items()}
             self.maps.start()
         if "factors" in self.parts:
-            start_factors(original, self._with_factors(), moments, self.term)
+            start_factors(original, self._with_factors(), moments, self.term, self.init)
             self._fresh = snapshot(self._with_factors())
         if "scales" in self.parts:
             for module in self.modules.values():
@@ -178,6 +181,16 @@ class Trained:
         weight = self.model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
         weight.copy_(value.to(self.stored))
+
+    def added_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """L [rows, rank] and R [rank, cols] by module: the term now stored less the one before training."""
+        added = {}
+        for name, module in self._with_factors().items():
+            left, right = decode_factors(module.format, module.fields, module.rows, module.cols)
+            fmt, fields = self._before[name]
+            old_left, old_right = decode_factors(fmt, fields, module.rows, module.cols)
+            added[name] = (torch.cat([left, -old_left], dim=1), torch.cat([right, old_right]))
+        return added
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> value of every norm's weight, and of plain embeddings, as the artifact stores them."""
