@@ -479,7 +479,7 @@ def finetune(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Train the low-rank factors against the dense model's outputs; writes an artifact that is closer to it.
+    """Train factors, scales, norms and embeddings over the frozen codes; writes an artifact nearer to the dense model.
 
     Resumable: checkpoints lie in OUTPUT.partial until it is done. Part of the text is held out to measure the gain.
     """
