@@ -3,6 +3,7 @@
 #   NAME=quality_peers     the peers of NAME=quality alone, kept for it
 #   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order and
 #                          cost is worth; NAME=planner: the planner beside CBC and HiGHS; NAME=refit (HELD=FILE): plans corrected
+#   NAME=finetune          fine-tuning, before and after, beside the presets for it; PARTS=2.0,3.0,qlora of them
 #   NAME=cluster           a local Ray cluster that loses workers beside local processes (installs Ray); BLOCKS=4 of the model
 #   NAME=triton_kernels    our kernels' machine code beside gemlite's and AQLM's
 #   NAME=kernels           products on the CPU beside torch, aten and AQLM; NAME=decode, after make demo: tokens a second beside llama.cpp

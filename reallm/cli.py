@@ -91,6 +91,8 @@ Text = Annotated[
     ),
 ]
 FactorDtype = Literal["f16", "i8", "i4"]
+FactorInit = Literal["zero", "loftq", "lq-lora", "plan"]
+FinetuningLoss = Literal["kl", "text"]
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]
@@ -422,6 +424,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message.")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="The folder of a LoRA adapter to run an artifact with.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Seed = 0,
 ) -> None:
@@ -438,6 +441,7 @@ def generate(
             chat=chat,
             device=device,
             seed=seed,
+            adapter=adapter,
         )
     )
 
@@ -449,14 +453,20 @@ def finetune(
     text: Text = None,
     teacher: Annotated[str | None, typer.Option(help="The dense model, if it has moved since it was measured.")] = None,
     train: Annotated[
-        str, typer.Option(help="What: factors (more bytes), scales and norms (none), separated by commas.")
-    ] = "factors,scales,norms",
+        str, typer.Option(help="What: factors (more bytes); scales, norms, embeddings (none); separated by commas.")
+    ] = "factors,scales,norms,embeddings",
     rank: Annotated[int, typer.Option(min=0, help="Of the factors of matrices that have none yet; 0 adds none.")] = 8,
     factor_dtype: Annotated[FactorDtype, typer.Option(help="How those are stored.")] = "i8",
+    init: Annotated[FactorInit, typer.Option(help="Where new factors start; plan adds none.")] = "lq-lora",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; it falls as a cosine.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of factors, at its peak; it falls as a cosine.")] = 1e-3,
+    gain_learning_rate: Annotated[float, typer.Option(help="Of scales and norms, at its peak.")] = 5e-3,
+    loss: Annotated[FinetuningLoss, typer.Option(help="kl: to the dense model; text: of its next token.")] = "kl",
+    patience: Annotated[
+        int, typer.Option(min=0, help="End after so many evaluations without a lower held-out KL; 0: never.")
+    ] = 3,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     gradient_checkpointing: Annotated[
@@ -464,9 +474,12 @@ def finetune(
     ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run of the same settings.")] = True,
     kernels: Annotated[bool, typer.Option(help="Generate and compile GPU kernels too.")] = True,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write a LoRA adapter in PEFT's form, not an artifact: factors alone.")
+    ] = False,
     force: Force = False,
 ) -> None:
-    """Train the low-rank factors against the dense model's outputs; writes an artifact that is closer to it.
+    """Train factors, scales, norms and embeddings over the frozen codes; writes an artifact nearer to the dense model.
 
     Resumable: checkpoints lie in OUTPUT.partial until it is done. Part of the text is held out to measure the gain.
     """
@@ -481,18 +494,26 @@ def finetune(
         train=[part.strip() for part in train.split(",") if part.strip()],
         rank=rank,
         factor_dtype=factor_dtype,
+        init=init,
         steps=steps,
         batch_size=batch_size,
         seqlen=seqlen,
         learning_rate=learning_rate,
+        gain_learning_rate=gain_learning_rate,
+        loss=loss,
+        patience=patience,
         seed=seed,
         device=device,
         gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         kernels=kernels,
         force=force,
+        adapter=adapter,
     )
-    typer.echo(f"wrote {output}; next: reallm eval {output} --against MODEL --text test.txt", err=True)
+    after = (
+        f"generate {artifact} --adapter {output} TEXT" if adapter else f"eval {output} --against MODEL --text test.txt"
+    )
+    typer.echo(f"wrote {output}; next: reallm {after}", err=True)
 
 
 @app.command(epilog="Example: reallm inspect out/ --matrices")

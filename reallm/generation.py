@@ -23,19 +23,21 @@ def generate(
     dtype: str | None = None,
     device: str = "cpu",
     seed: int = 0,
+    adapter: str | Path | None = None,
 ) -> str:
     """`prompt` and what the model at `path` adds, at most `max_new_tokens` tokens; with `chat` only the answer.
 
     `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. On the CPU the compiled
     decode step does the work where it can. `dtype` is what transformers' loop computes in otherwise, and what is not
-    packed is kept in (default: float32 for the one, as stored for the other). Raises UserError for a model that does
+    packed is kept in (default: float32 for the one, as stored for the other). `adapter` is the folder of a LoRA adapter
+    to an artifact. Raises UserError for a model that does
     not generate, a prompt without tokens and a chat without a template.
     """
-    opened = open_model(path, dtype, device)
+    opened = open_model(path, dtype, device, adapter)
     if not opened.model.can_generate():
         raise UserError(f"{path} is {type(opened.model).__name__}, which does not generate; expected a causal model")
     if dtype is None and not _stepping(opened.model):
-        opened = open_model(path, "float32", device)
+        opened = open_model(path, "float32", device, adapter)
     inputs = _tokens(prompt, opened.tokenizer, chat, path).to(opened.model.device)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)

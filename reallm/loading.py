@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import attach_adapter, read_adapter
 from .errors import UserError
 from .folder import is_artifact, read_config
 from .runtime.packed import DecodeMode
@@ -25,13 +26,15 @@ def load(
     dtype: torch.dtype | None = None,
     decode: DecodeMode = "load",
     verify: bool = True,
+    adapter: Path | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model in evaluation mode, and its tokenizer if the artifact has one.
 
     `dtype` is what it computes in (default: the dtype it was compiled from). On the CPU
     matrices are multiplied as they are packed; where that cannot be done, `decode` "load" keeps the decoded weights, as
     large as the original model, and "call" keeps only the packed ones and decodes at every call. `verify` hashes every
-    byte first; without it only headers and sizes are checked. Nothing in the folder is executed. Raises UserError.
+    byte first; without it only headers and sizes are checked. `adapter` is the folder of a LoRA adapter to run it with
+    (`adapters`). Nothing in the folders is executed. Raises UserError.
     """
     folder = Path(path)
     if not is_artifact(folder):
@@ -41,6 +44,8 @@ def load(
     model: PreTrainedModel = _model_class(folder).from_pretrained(
         folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
     )
+    if adapter is not None:
+        attach_adapter(model, read_adapter(adapter), str(adapter), folder)
     set_decode_mode(model, decode)
     model.to(torch.device(device)).eval()
     get_ready(model)

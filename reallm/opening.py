@@ -26,8 +26,10 @@ class Opened:
     sizes: Sizes
 
 
-def open_model(path: str | Path, dtype: str | None = "float32", device: str = "cpu") -> Opened:
-    """The model at `path` in `dtype` ("float32", ...; None: its own) on `device`.
+def open_model(
+    path: str | Path, dtype: str | None = "float32", device: str = "cpu", adapter: str | Path | None = None
+) -> Opened:
+    """The model at `path` in `dtype` ("float32", ...; None: its own) on `device`; an artifact with `adapter`, if given.
 
     Raises UserError when it cannot be had, or without a tokenizer, which everything that runs a model needs.
     """
@@ -35,8 +37,10 @@ def open_model(path: str | Path, dtype: str | None = "float32", device: str = "c
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     kind = DTYPES[dtype] if dtype else None
     if is_artifact(path):
-        model, tokenizer = load(path, device=_device(device), dtype=kind)
+        model, tokenizer = load(path, device=_device(device), dtype=kind, adapter=adapter)
         sizes = artifact_sizes(Path(path))
+    elif adapter is not None:
+        raise UserError(f"--adapter: {path} is no artifact of reallm; load its adapters with peft")
     else:
         loaded = load_model(path)
         tokenizer, sizes = loaded.tokenizer, model_sizes(loaded)

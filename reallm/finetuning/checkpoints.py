@@ -124,7 +124,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     def on_evaluate(
         self, args: TrainingArguments, state: Any, control: Any, metrics: Mapping[str, float], **unused: object
     ) -> None:
-        line = f"step {state.global_step} of {state.max_steps}: held-out KL {metrics['eval_loss']:.4f} nats per token"
+        line = f"step {state.global_step} of {state.max_steps}: held-out loss {metrics['eval_loss']:.4f} nats per token"
         trained = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if self.bar is not None:
             self.bar.clear()  # the line takes the bar's place

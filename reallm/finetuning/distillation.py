@@ -2,86 +2,101 @@
 
     loss = mean over tokens of KL(p || q) = sum_v p_v (log p_v - log q_v),   p the original's, q the artifact's
 
-taken in float32 whatever the models compute in. Adam, cosine schedule after 3% of warm-up, gradients clipped at norm 1.
-The factors with the least divergence on held-out windows are kept. Windows come in an order fixed by the seed, and
-nothing is dropped out, so a run that was interrupted goes on exactly as it would have.
+taken in float32 whatever the models compute in, without their logits in memory where a head is no more than a matrix
+(`objective`). AdamW with a learning rate for each group of parameters, cosine schedule after 3% of warm-up, gradients
+clipped at norm 1. The state with the least divergence on held-out windows is kept; a loss that is not finite ends the
+run. Windows come in an order fixed by the seed, and nothing is dropped out, so a run that was interrupted goes on
+exactly as it would have.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import UserError
+from .answers import Sample
+from .maps import EmbeddingMaps
+from .objective import Objective
 
+BETAS = (0.9, 0.95)
+"""Of AdamW; the second is lower than usual because runs are short."""
 WARM_UP_SHARE = 0.03
 MAX_EVALUATION_STEPS = 50
 EVALUATIONS = 5  # at least so many in a run that has as many steps
 
 
-class Windows(Dataset[dict[str, Tensor]]):
-    """Token ids [windows, seqlen] as the Trainer wants them."""
+class NotFiniteError(ArithmeticError):
+    """The loss of a step is NaN or infinite."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss of step {step} is not finite")
+        self.step = step
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """The windows of a Sample as the Trainer wants them; equal ones may stand in it more than once."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.sample.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[index]}
+        sample = self.sample
+        row = {"input_ids": sample.tokens[index], "names": sample.names[index]}
+        return row if sample.scored is None else row | {"scored": sample.scored[index]}
 
 
 class Student(nn.Module):
-    """The artifact's model with what is trained as the only parameters, so that a checkpoint holds nothing else."""
+    """The loss with what is trained as the only parameters, so that a checkpoint holds nothing else."""
 
-    def __init__(self, model: PreTrainedModel, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, objective: Objective, groups: Mapping[str, Sequence[nn.Parameter]], maps: EmbeddingMaps) -> None:
         super().__init__()
-        self._model = (model,)  # in a tuple, so that it is no child of this module
-        self.trained = nn.ParameterList(parameters)
+        self.objective, self.maps = objective, maps
+        self.groups = {name: list(group) for name, group in groups.items() if group}
+        self.trained = nn.ParameterList([parameter for group in self.groups.values() for parameter in group])
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Token ids [batch, seqlen] to logits [batch, seqlen, vocabulary]."""
-        logits: Tensor = self._model[0](input_ids=input_ids).logits
-        return logits
-
-
-def divergence(logits: Tensor, original: Tensor) -> Tensor:
-    """Mean KL(original || model) over the tokens, nats, float32, from logits [..., vocabulary] of both."""
-    log_q = logits.float().log_softmax(-1).flatten(0, -2)
-    log_p = original.float().log_softmax(-1).flatten(0, -2)
-    return kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    def forward(self, input_ids: Tensor, names: Tensor, scored: Tensor | None = None) -> Tensor:
+        """The mean loss of a batch of windows, as `Windows` gives them."""
+        return self.objective(input_ids, names.tolist(), scored, self.maps)
 
 
 class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """Trains a Student against `original`, on windows in the order they are given."""
+    """Trains a Student on windows in the order they are given."""
 
     def __init__(
         self,
         student: Student,
-        original: PreTrainedModel,
         *,
         arguments: TrainingArguments,
-        train: Tensor,
-        held_out: Tensor,
+        rates: Mapping[str, float],
+        train: Sample,
+        held_out: Sample,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         super().__init__(student, arguments, train_dataset=Windows(train), eval_dataset=Windows(held_out))
-        self.original = original
+        self.student, self.rates = student, rates
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":  # writes dictionaries to stdout
                 self.remove_callback(callback)
         for callback in callbacks:
             self.add_callback(callback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the learning rate of each group."""
+        groups = [{"params": group, "lr": self.rates[name]} for name, group in self.student.groups.items()]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -90,12 +105,11 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> Any:
-        """The divergence on a batch of windows; with `return_outputs` also the logits."""
-        with torch.no_grad():
-            original = self.original(input_ids=inputs["input_ids"]).logits
-        logits = model(inputs["input_ids"])
-        loss = divergence(logits, original)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        """The loss on a batch of windows. Raises NotFiniteError."""
+        loss = model(**inputs)
+        if model.training and not bool(loss.isfinite()):
+            raise NotFiniteError(self.state.global_step + 1)
+        return (loss, {}) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -104,7 +118,7 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """The divergence on a held-out batch; logits are not kept."""
+        """The loss on a held-out batch; logits are not kept."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
@@ -137,7 +151,7 @@ def interval(steps: int) -> int:
 
 
 def training_arguments(
-    folder: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int, device: torch.device
+    folder: Path, *, steps: int, batch_size: int, seed: int, device: torch.device
 ) -> TrainingArguments:
     """The Trainer's settings; checkpoints go to `folder`, of which the best and the last are kept."""
     arguments = TrainingArguments(
@@ -145,18 +159,17 @@ def training_arguments(
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=1,
-        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(WARM_UP_SHARE * steps),
         weight_decay=0.0,
         max_grad_norm=1.0,
-        optim="adamw_torch",
         eval_strategy="steps",
         eval_steps=interval(steps),
         save_strategy="steps",
         save_steps=interval(steps),
         save_total_limit=1,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,
         metric_for_best_model="loss",
         greater_is_better=False,
         logging_steps=interval(steps),

@@ -1,16 +1,18 @@
-"""Which factors are trained, and where they start: a weighted SVD of what the codes of a matrix miss.
+"""Which factors are trained, and where they start. A term that is stored already goes on from where it is.
 
-For a matrix without a low-rank term, L R is the best approximation of W - W_hat in the norm
+For a matrix without one, L R starts by `Init`
 
-    sum_nk m_k E_nk^2,   m_k = mean square of input k over some windows of the training text
-
-the diagonal of H = X^T X / n (LQ-LoRA's weighted SVD, arXiv 2311.12023, with the input in place of the Fisher). A term
-that is stored already goes on from where it is.
+- zero      as LoRA and QLoRA: L = 0, R ~ N(0, 1 / cols) (arXiv 2106.09685, 2305.14314)
+- loftq     the best approximation of W - W_hat, by its SVD (LoftQ's last step, arXiv 2310.08659; the codes are fixed)
+- lq-lora   the best one in the norm sum_nk m_k E_nk^2, m_k the mean square of input k over some windows of the training
+            text, the diagonal of H = X^T X / n (LQ-LoRA's weighted SVD, arXiv 2311.12023, with inputs for the Fisher)
+- plan      not at all: only the plan's own factors are trained
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from ..runtime.replace import packed_modules
 from ..runtime.scale_training import ScaleTraining
 
 Modules = Mapping[str, ScaleTraining]
+Init = Literal["zero", "loftq", "lq-lora", "plan"]
 Snapshot = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -58,10 +61,13 @@ def _adder(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     return add
 
 
-def start_factors(original: LoadedModel, modules: Modules, moments: Mapping[str, Tensor], term: LowRank | None) -> None:
-    """Make the factors of every module trainable; where there are none, those of `term`, rounded as they are stored.
+def start_factors(
+    original: LoadedModel, modules: Modules, moments: Mapping[str, Tensor], term: LowRank | None, init: Init
+) -> None:
+    """Make the factors of every module trainable; where there are none, those of `term` by `init`.
 
-    A rank beyond the matrix's own is cut to it. Without a `term` every module must have factors.
+    A rank beyond the matrix's own is cut to it. Without a `term` every module must have factors. `moments` (see
+    `column_moments`) are read by "lq-lora" only.
     """
     matrices = {matrix.name: matrix for matrix in original.matrices}
     for name, module in modules.items():
@@ -70,8 +76,12 @@ def start_factors(original: LoadedModel, modules: Modules, moments: Mapping[str,
             continue
         assert term is not None
         own = LowRank(min(term.rank, module.rows, module.cols), term.dtype)
+        if init == "zero":
+            module.train_low_rank(own.rank)
+            continue
         error = original.weight(matrices[name]).cpu() - module.decode_now(torch.float32).cpu()
-        metric = Metric(hessian=torch.diag(moments[name]), fisher=moments[name].expand(module.rows, -1))
+        weights = moments[name] if init == "lq-lora" else torch.ones(module.cols)
+        metric = Metric(hessian=torch.diag(weights), fisher=weights.expand(module.rows, -1))
         found = factorise(error, own, Workspace(metric), in_hessian=False, seed=0)
         module.train_low_rank(own.rank)
         set_factors(module, found.left, found.right)

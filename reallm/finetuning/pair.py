@@ -6,22 +6,24 @@ in it, else in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..comparison import compare_models, mask_window
+from ..comparison import mask_window
 from ..errors import UserError
 from ..kernels.terms import MAX_RANK, LowRank
 from ..loading import load
 from ..model import LoadedModel, load_model
 from ..planner.plan import Plan
-from ..text import Text, windows
-from .factors import Modules, trainable_modules
+from ..text import Text
+from .answers import Sample, draw_sample
+from .factors import Init, Modules, trainable_modules
+from .maps import EmbeddingMaps
+from .objective import Loss, Objective
 from .trained import Part, check_parts
 
 HELD_OUT_WINDOWS = 8
@@ -32,13 +34,22 @@ HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
 class Training:
     """The settings of one run, all of which decide its result."""
 
-    train: tuple[Part, ...] = ("factors", "scales", "norms")
+    train: tuple[Part, ...] = ("factors", "scales", "norms", "embeddings")
     rank: int = 8
     factor_dtype: Literal["f16", "i8", "i4"] = "i8"
+    init: Init = "lq-lora"
+    """Where new factors start; "plan" adds none."""
     steps: int = 200
     batch_size: int = 1
     seqlen: int = 512
     learning_rate: float = 1e-3
+    """Of factors; maps of embeddings learn at a tenth of it."""
+    gain_learning_rate: float = 5e-3
+    """Of scales and norms."""
+    loss: Loss = "kl"
+    """Against the original, or the cross entropy of the text itself."""
+    patience: int = 3
+    """Evaluations without a lower held-out KL after which training ends; 0 for never."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,17 +58,35 @@ class Training:
             raise UserError(f"--rank {self.rank}: expected 0 to {MAX_RANK}")
         if self.factor_dtype not in ("f16", "i8", "i4"):
             raise UserError(f"--factor-dtype {self.factor_dtype}: expected f16, i8 or i4")
+        if self.init not in get_args(Init):
+            raise UserError(f"--init {self.init}: expected {', '.join(get_args(Init))}")
         if self.steps < 1 or self.batch_size < 1:
             raise UserError(f"--steps {self.steps} --batch-size {self.batch_size}: expected at least 1 of each")
-        if not 0 < self.learning_rate < 1:
-            raise UserError(f"--learning-rate {self.learning_rate}: expected a number between 0 and 1, such as 1e-3")
+        for option, rate in (("", self.learning_rate), ("gain-", self.gain_learning_rate)):
+            if not 0 < rate < 1:
+                raise UserError(f"--{option}learning-rate {rate}: expected a number between 0 and 1, such as 1e-3")
+        if self.loss not in ("kl", "text"):
+            raise UserError(f"--loss {self.loss}: expected kl, against the original, or text, against the text itself")
+        if self.patience < 0:
+            raise UserError(f"--patience {self.patience}: expected 0 or more evaluations")
         if self.seqlen < 8:
             raise UserError(f"--seqlen {self.seqlen}: expected at least 8 tokens")
 
     @property
+    def rates(self) -> dict[str, float]:
+        """The peak learning rate of each of `Trained.groups`."""
+        return {"factors": self.learning_rate, "gains": self.gain_learning_rate, "maps": self.learning_rate / 10}
+
+    @property
+    def measure(self) -> str:
+        """What the loss is called."""
+        return "KL to the original" if self.loss == "kl" else "loss"
+
+    @property
     def term(self) -> LowRank | None:
         """The low-rank term of a matrix that has none yet; None for none."""
-        return LowRank(self.rank, self.factor_dtype) if self.rank and "factors" in self.train else None
+        wanted = self.rank and self.init != "plan" and "factors" in self.train
+        return LowRank(self.rank, self.factor_dtype) if wanted else None
 
 
 @dataclass(frozen=True)
@@ -67,26 +96,20 @@ class Pair:
     original: LoadedModel
     model: PreTrainedModel
     modules: Modules
-    train: Tensor
-    """Token ids [windows, seqlen]."""
-    held_out: Tensor
-    """Token ids [windows, seqlen]; no window of `train` is among them."""
-    mask_token: int | None
-    """An encoder's."""
+    objective: Objective
+    train: Sample
+    held_out: Sample
+    """No window of `train` is among them."""
 
-    def divergence(self, seed: int) -> float:
-        """Mean KL(original || model) on the held-out windows, nats per token."""
-        found = compare_models(
-            self.original.model, self.model, self.held_out, mask_token=self.mask_token, seed=seed, progress=False
-        )
-        assert found.divergence is not None  # there is a base
-        return found.divergence.mean
-
-    def inputs(self, tokens: Tensor, seed: int) -> Tensor:
-        """Windows as the models are shown them: an encoder's have some tokens masked."""
-        if self.mask_token is None:
-            return tokens
-        return torch.cat([mask_window(window, self.mask_token, seed + i).inputs for i, window in enumerate(tokens)])
+    @torch.no_grad()
+    def held_out_loss(self, maps: EmbeddingMaps | None = None) -> float:
+        """Mean loss of the model on the held-out windows, nats per token; `maps` are those being trained."""
+        place, total = self.model.device, 0.0
+        for index in range(len(self.held_out.tokens)):
+            window = self.held_out[index : index + 1]
+            scored = None if window.scored is None else window.scored.to(place)
+            total += float(self.objective(window.tokens.to(place), window.names.tolist(), scored, maps))
+        return total / len(self.held_out.tokens)
 
 
 def open_pair(
@@ -97,15 +120,22 @@ def open_pair(
     original = load_model(teacher or plan.model)
     if original.digest != plan.model_sha256:
         raise UserError(f"{original.source} is not the model {artifact} was made from; give that one as --teacher")
-    tokens = _windows(original, source, training)
+    sample = _windows(original, source, training)
     dtype = _compute_dtype(original.dtype, place)
     model, _ = load(artifact, device=place, dtype=dtype)
     original.model.to(device=place, dtype=dtype)
     modules = trainable_modules(model)
     if not modules:
         raise UserError(f"{artifact} has no compressed linear, so there is nothing to train")
-    held_out = min(HELD_OUT_WINDOWS, max(1, len(tokens) // HELD_OUT_SHARE))
-    return Pair(original, model, modules, tokens[:-held_out], tokens[-held_out:], _mask_token(original))
+    mask_token = _mask_token(original)
+    if mask_token is not None:
+        if training.loss == "text":
+            raise UserError(f"--loss text: {original.source} predicts masked tokens, not the next one; expected kl")
+        shown = [mask_window(window, mask_token, training.seed + i).inputs for i, window in enumerate(sample.tokens)]
+        sample = replace(sample, tokens=torch.cat(shown))
+    count = min(HELD_OUT_WINDOWS, max(1, len(sample.tokens) // HELD_OUT_SHARE))
+    objective = Objective(model, original.model, sample.tokens[:1].to(place), training.loss)
+    return Pair(original, model, modules, objective, sample[:-count], sample[-count:])
 
 
 def _device(name: str) -> torch.device:
@@ -121,15 +151,15 @@ def _tokenizer(original: LoadedModel) -> PreTrainedTokenizerBase:
     return original.tokenizer
 
 
-def _windows(original: LoadedModel, source: Text, training: Training) -> Tensor:
-    """All windows of the text, int64 [windows, seqlen]; at least two. Raises UserError."""
-    tokens = windows(source, _tokenizer(original), None, training.seqlen, max_positions=original.max_positions)
-    if len(tokens) < 2:
+def _windows(original: LoadedModel, source: Text, training: Training) -> Sample:
+    """All windows of the text, at least two. Raises UserError."""
+    sample = draw_sample(source, _tokenizer(original), training.seqlen, original.max_positions)
+    if len(sample.tokens) < 2:
         raise UserError(
             f"{source.description}: one window of {training.seqlen} tokens found, two needed (one is held out); "
             "give a longer --text or a smaller --seqlen"
         )
-    return tokens
+    return sample
 
 
 def _mask_token(original: LoadedModel) -> int | None:

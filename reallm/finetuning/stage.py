@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from transformers import EarlyStoppingCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..adapters import write_adapter
 from ..compiler import Compilation, write_artifact
 from ..errors import UserError
 from ..folder import check_output, is_artifact
@@ -27,7 +28,14 @@ from ..planner.plan import Plan
 from ..text import Text, load_text
 from ..verification import read_plan
 from .checkpoints import Progress, open_progress, progress_folder, read_settings
-from .distillation import Distillation, FinalEvaluation, Student, training_arguments, training_order
+from .distillation import (
+    Distillation,
+    FinalEvaluation,
+    NotFiniteError,
+    Student,
+    training_arguments,
+    training_order,
+)
 from .factors import column_moments
 from .pair import Pair, Training, open_pair
 from .trained import Trained, check_parts
@@ -47,6 +55,8 @@ class Gain:
     started: float
     """With the fresh factors, untrained."""
     trained: float
+    steps: int
+    """Of training, until it ended."""
 
 
 def finetune(
@@ -55,30 +65,45 @@ def finetune(
     text: str | None = None,
     output: Path | str,
     teacher: Path | str | None = None,
-    train: Sequence[str] = ("factors", "scales", "norms"),
+    train: Sequence[str] = ("factors", "scales", "norms", "embeddings"),
     rank: int = 8,
     factor_dtype: Literal["f16", "i8", "i4"] = "i8",
+    init: Literal["zero", "loftq", "lq-lora", "plan"] = "lq-lora",
     steps: int = 200,
     batch_size: int = 1,
     seqlen: int = 512,
     learning_rate: float = 1e-3,
+    gain_learning_rate: float = 5e-3,
+    loss: Literal["kl", "text"] = "kl",
+    patience: int = 3,
     seed: int = 0,
     device: str = "cpu",
     gradient_checkpointing: bool = False,
     resume: bool = True,
     kernels: bool = True,
     force: bool = False,
+    adapter: bool = False,
 ) -> Path:
     """Train `artifact` against the model it was made from, into the artifact `output`.
 
-    `train` names what: "factors", "scales", "norms" (see `trained`). With factors, a compressed linear without a
-    low-rank term gets one of `rank` in `factor_dtype`; 0 adds none, and then not one byte is added. `teacher` is that
-    model, if it has moved since. One step is `batch_size` windows of `seqlen` tokens. An interrupted run goes on at its
-    last checkpoint, in `<output>.partial`, unless `resume` is false. Raises UserError; when nothing was gained, nothing
-    is written.
+    `train` names what: "factors", "scales", "norms", "embeddings" (see `trained`). With factors, a compressed linear
+    without a low-rank term gets one of `rank` in `factor_dtype`; 0 adds none, and then not one byte is added. `teacher`
+    is that model, if it has moved since. One step is `batch_size` windows of `seqlen` tokens. Training ends when
+    `patience` evaluations in turn brought no lower held-out KL (0: never), or at a loss that is not finite; the best
+    state is kept. An interrupted run goes on at its last checkpoint, in `<output>.partial`, unless `resume` is false.
+    Raises UserError; when nothing was gained, nothing is written.
+
+    `init` says where new factors start (`factors`). With `adapter`, `output` is a LoRA adapter in PEFT's form that
+    holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16.
+
+    `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
+    what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
     """
     began, output = time.perf_counter(), Path(output)
-    training = Training(check_parts(train), rank, factor_dtype, steps, batch_size, seqlen, learning_rate, seed)
+    if adapter:
+        train, factor_dtype = ("factors",), "f16"
+    parts, rates = check_parts(train), (learning_rate, gain_learning_rate)
+    training = Training(parts, rank, factor_dtype, init, steps, batch_size, seqlen, *rates, loss, patience, seed)
     check_output(output, force)
     if not is_artifact(artifact):
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
@@ -90,15 +115,21 @@ def finetune(
     with alone_in(folder):
         check_output(output, force)  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
-        trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype)
+        trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init)
         gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing)
         after = min(gain.started, gain.trained)
         if not after < gain.before * (1 - LEAST_GAIN):
             shutil.rmtree(folder)
             raise UserError(
-                f"{artifact}: after {steps} steps the KL on held-out windows is {after:.4f}, it was {gain.before:.4f}; "
-                "nothing is written: try a smaller --learning-rate, more --steps, a higher --rank or more --text"
+                f"{artifact}: after {gain.steps} steps the {training.measure} on held-out windows is {after:.4f}, it "
+                f"was {gain.before:.4f}; nothing is written: try a smaller --learning-rate, more --steps, a "
+                "higher --rank or more --text"
             )
+        if adapter:
+            write_adapter(output, trained.added_factors(), Path(artifact))
+            shutil.rmtree(folder)
+            LOG.info("held-out %s %.4f before, %.4f with the adapter", training.measure, gain.before, after)
+            return output
         codes = TrainedCodes(pair.model)
         new = tuned_plan(plan, pair.original, codes, _notes(pair, training, source, gain))
         pair.original.model.to("cpu")
@@ -106,7 +137,7 @@ def finetune(
             Compilation(new, pair.original, codes, tuned=trained.tensors()), output, force=force, kernels=kernels
         )
         shutil.rmtree(folder)
-    _report(plan, new, gain, time.perf_counter() - began)
+    _report(plan, new, gain, training.measure, time.perf_counter() - began)
     return output
 
 
@@ -125,19 +156,22 @@ def train_pair(
 ) -> Gain:
     """Train, and leave the better of the trained and the fresh state folded into the model."""
     _freeze(pair, checkpointing)
-    before = pair.divergence(training.seed)
-    sample = pair.inputs(pair.train[:MOMENT_WINDOWS], training.seed)
-    moments = column_moments(pair.model, pair.modules, sample) if training.term else {}
-    parameters = trained.start(pair.original, moments)
-    started = pair.divergence(training.seed) if training.term else before
-    LOG.info("held-out KL %.4f nats per token, %.4f untrained", before, started)
-    trainer = _trainer(pair, parameters, training, folder)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    after = _folded(pair, trained, training)
+    before = pair.held_out_loss()
+    sample = pair.train[:MOMENT_WINDOWS].tokens
+    moments = column_moments(pair.model, pair.modules, sample) if training.term and training.init == "lq-lora" else {}
+    trained.start(pair.original, moments)
+    started = pair.held_out_loss(trained.maps) if training.term else before
+    LOG.info("held-out loss %.4f nats per token, %.4f untrained", before, started)
+    trainer = _trainer(pair, trained, training, folder)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except NotFiniteError as error:
+        LOG.warning("%s: training ends there, and %s", error, _last_good(trainer))
+    after = _folded(pair, trained)
     if not after < started:
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
         trained.fresh()
-    return Gain(before, started, after)
+    return Gain(before, started, after, trainer.state.global_step)
 
 
 def _freeze(pair: Pair, checkpointing: bool) -> None:
@@ -152,27 +186,37 @@ def _freeze(pair: Pair, checkpointing: bool) -> None:
                 module.training = True  # the layer's own flag only: its dropout stays off
 
 
-def _trainer(pair: Pair, parameters: Sequence[nn.Parameter], training: Training, folder: Path) -> Distillation:
-    order = training_order(len(pair.train), training.steps * training.batch_size, training.seed)
-    show = LOG.isEnabledFor(logging.INFO)
+def _last_good(trainer: Distillation) -> str:
+    """Go back to the best checkpoint, if there is one; what the state in memory is, in words."""
+    best = trainer.state.best_model_checkpoint
+    if best is None:
+        return "the state before that step is tried"
+    trainer._load_best_model()
+    return f"the state of {Path(best).name} is taken, the best on the held-out windows"
+
+
+def _trainer(pair: Pair, trained: Trained, training: Training, folder: Path) -> Distillation:
+    order = training_order(len(pair.train.tokens), training.steps * training.batch_size, training.seed)
+    callbacks = [FinalEvaluation(), Progress(folder, LOG.isEnabledFor(logging.INFO))]
+    if training.patience:
+        callbacks.append(EarlyStoppingCallback(training.patience))
     return Distillation(
-        Student(pair.model, parameters),
-        pair.original.model,
+        Student(pair.objective, trained.groups(), trained.maps),
         arguments=training_arguments(
             folder,
             steps=training.steps,
             batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
             seed=training.seed,
             device=pair.model.device,
         ),
-        train=pair.inputs(pair.train, training.seed)[order],
-        held_out=pair.inputs(pair.held_out, training.seed),
-        callbacks=[FinalEvaluation(), Progress(folder, show)],
+        rates=training.rates,
+        train=pair.train[order],
+        held_out=pair.held_out,
+        callbacks=callbacks,
     )
 
 
-def _folded(pair: Pair, trained: Trained, training: Training) -> float:
+def _folded(pair: Pair, trained: Trained) -> float:
     """Held-out divergence with what was trained as it will be stored; infinite if it cannot be."""
     if not trained.finite():
         return math.inf
@@ -180,28 +224,28 @@ def _folded(pair: Pair, trained: Trained, training: Training) -> float:
         trained.fold()
     except ValueError:  # beyond fp16
         return math.inf
-    return pair.divergence(training.seed)
+    return pair.held_out_loss()
 
 
 def _notes(pair: Pair, training: Training, source: Text, gain: Gain) -> list[str]:
     """What the plan and the model card say about it."""
     how = (
-        f"trained for {training.steps} steps of {training.batch_size} x {training.seqlen} tokens at learning rate "
-        f"{training.learning_rate:g} on {source.description}"
+        f"trained for {gain.steps} steps of {training.batch_size} x {training.seqlen} tokens at learning "
+        f"rates {training.learning_rate:g} and {training.gain_learning_rate:g} on {source.description}"
         if gain.trained < gain.started
-        else f"left as they started, new factors by SVD on {source.description}; training did not lower the KL further"
+        else f"left as they started, new factors from {source.description}; training did not lower the loss further"
     )
     after = min(gain.started, gain.trained)
     return [
         f"{', '.join(training.train)} of {len(pair.modules)} matrices were {how}",
-        f"KL to the original on {len(pair.held_out)} held-out windows of that text: {gain.before:.4f} nats per token "
-        f"before, {after:.4f} after",
+        f"{training.measure} on {len(pair.held_out.tokens)} held-out windows of that text: {gain.before:.4f} nats per "
+        f"token before, {after:.4f} after",
         "costs, bound and predicted loss are those of the codes before that",
     ]
 
 
-def _report(old: Plan, new: Plan, gain: Gain, seconds: float) -> None:
+def _report(old: Plan, new: Plan, gain: Gain, measure: str, seconds: float) -> None:
     after = min(gain.started, gain.trained)
-    LOG.info("held-out KL %.4f before, %.4f after, nats per token; %.0f s", gain.before, after, seconds)
+    LOG.info("held-out %s %.4f before, %.4f after, nats per token; %.0f s", measure, gain.before, after, seconds)
     sizes = (old.file_bytes, new.file_bytes, old.bits_per_weight, new.bits_per_weight)
     LOG.info("weights file %d bytes before, %d after; %.4f and %.4f bits per weight", *sizes)

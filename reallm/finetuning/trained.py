@@ -3,6 +3,7 @@
 - factors   the low-rank terms, new ones where a matrix has none and the rank is not 0 (`factors`)
 - scales    a gain on every fp16 scale that a format stores by itself: not one byte more
 - norms     a gain on every weight of a normalisation: not one byte more
+- embeddings  a square map on what is stored of them as plain floats: not one byte more (`maps`)
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from ..errors import UserError
 from ..kernels.formats import Format
 from ..kernels.terms import LowRank
 from ..model import LoadedModel
-from .factors import Modules, Snapshot, fold_all, restore, snapshot, start_factors
+from ..runtime.decode import decode_factors
+from .factors import Init, Modules, Snapshot, fold_all, restore, snapshot, start_factors
+from .maps import EmbeddingMaps, plain_weights
 
-Part = Literal["factors", "scales", "norms"]
+Part = Literal["factors", "scales", "norms", "embeddings"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -76,16 +79,25 @@ class Trained:
     """Of the new factors; None for none."""
     stored: torch.dtype
     """The dtype in which norms are stored."""
+    init: Init = "lq-lora"
+    """Where new factors start."""
     _before: dict[str, tuple[Format, dict[str, Tensor]]] = field(default_factory=dict)
     _norms_before: dict[str, Tensor] = field(default_factory=dict)
+    _plain_before: dict[str, Tensor] = field(default_factory=dict)
     _fresh: Snapshot = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.maps = EmbeddingMaps(self.model)
 
     def start(self, original: LoadedModel, moments: Mapping[str, Tensor]) -> list[nn.Parameter]:
         """Make every part trainable; the parameters. Raises UserError when there is none."""
         self._before = {n: (m.format, {k: raw.clone() for k, raw in m.fields.items()}) for n, m in self.modules.items()}
         self._norms_before = {name: _weight(norm).clone() for name, norm in norms_of(self.model).items()}
+        if "embeddings" in self.parts:
+            self._plain_before = {n: w.detach().clone() for n, w in plain_weights(self.model).items()}
+            self.maps.start()
         if "factors" in self.parts:
-            start_factors(original, self._with_factors(), moments, self.term)
+            start_factors(original, self._with_factors(), moments, self.term, self.init)
             self._fresh = snapshot(self._with_factors())
         if "scales" in self.parts:
             for module in self.modules.values():
@@ -95,7 +107,7 @@ class Trained:
             for norm in norms_of(self.model).values():
                 about_one = "gemma" in type(norm).__name__.lower()
                 parametrize.register_parametrization(norm, "weight", _Gain(_weight(norm), about_one), unsafe=True)
-        found = [parameter for parameter in self._parameters() if parameter is not None]
+        found = self.parameters()
         if not found:
             raise UserError(
                 f"--train {','.join(self.parts)}: the artifact has nothing of that; give --rank 8 for new factors, or "
@@ -103,9 +115,17 @@ class Trained:
             )
         return found
 
-    def _parameters(self) -> list[nn.Parameter | None]:
-        own = [p for m in self.modules.values() for p in (m.left_factor, m.right_factor, m.scale_gain)]
-        return own + [gain.gain for gain in self._gains().values()]
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by what moves alike: "factors", "gains" (of scales and norms) and "maps" (of embeddings)."""
+        modules = self.modules.values()
+        factors = [p for m in modules for p in (m.left_factor, m.right_factor) if p is not None]
+        gains = [m.scale_gain for m in modules if m.scale_gain is not None]
+        gains += [gain.gain for gain in self._gains().values()]
+        return {"factors": factors, "gains": gains, "maps": list(self.maps.maps.values())}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is being trained, in the order of `groups`."""
+        return [parameter for group in self.groups().values() for parameter in group]
 
     def _gains(self) -> dict[str, _Gain]:
         found = {}
@@ -121,7 +141,7 @@ class Trained:
 
     def finite(self) -> bool:
         """Whether every value being trained is."""
-        return all(bool(p.isfinite().all()) for p in self._parameters() if p is not None)
+        return all(bool(p.isfinite().all()) for p in self.parameters())
 
     def fold(self) -> None:
         """Write what was trained back into bytes. Raises ValueError for a value that cannot be stored."""
@@ -134,6 +154,7 @@ class Trained:
         self._drop_gains()
         for name, value in values.items():
             self._set_norm(name, value)
+        self.maps.fold(self.stored)
 
     def fresh(self) -> None:
         """Go back to where training started, new factors folded in."""
@@ -142,6 +163,11 @@ class Trained:
             module.revert(*self._before[name])
         for name, value in self._norms_before.items():
             self._set_norm(name, value)
+        self.maps.drop()
+        with torch.no_grad():
+            for name, weight in plain_weights(self.model).items():
+                if name in self._plain_before:
+                    weight.copy_(self._plain_before[name])
         if self._fresh:
             restore(self.modules, self._fresh)
             fold_all(self._with_factors(), self.term)
@@ -156,6 +182,18 @@ class Trained:
         assert isinstance(weight, nn.Parameter)
         weight.copy_(value.to(self.stored))
 
+    def added_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """L [rows, rank] and R [rank, cols] by module: the term now stored less the one before training."""
+        added = {}
+        for name, module in self._with_factors().items():
+            left, right = decode_factors(module.format, module.fields, module.rows, module.cols)
+            fmt, fields = self._before[name]
+            old_left, old_right = decode_factors(fmt, fields, module.rows, module.cols)
+            added[name] = (torch.cat([left, -old_left], dim=1), torch.cat([right, old_right]))
+        return added
+
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> value of every norm's weight as the artifact stores it."""
-        return {f"{name}.weight": _weight(norm).to("cpu", self.stored) for name, norm in norms_of(self.model).items()}
+        """Name -> value of every norm's weight, and of plain embeddings, as the artifact stores them."""
+        norms = {f"{name}.weight": _weight(norm) for name, norm in norms_of(self.model).items()}
+        plain = {name: weight.detach() for name, weight in plain_weights(self.model).items()}
+        return {name: value.to("cpu", self.stored) for name, value in (norms | plain).items()}

@@ -73,6 +73,21 @@ class LowRankTraining(Packed):
         self.forget()
         return self.format
 
+    def add_low_rank(self, left: Tensor, right: Tensor) -> Format:
+        """Store L [rows, rank] R [rank, cols] beside the term there is, both as fp16; the format has grown.
+
+        Raises ValueError for a dense format, or a factor too large for fp16.
+        """
+        stored = self.format.low_rank.rank if self.format.low_rank else 0
+        own_left, own_right = self.train_low_rank(stored + left.shape[1])
+        with torch.no_grad():
+            own_left[:, stored:] = left.to(own_left)
+            own_right[stored:] = right.to(own_right)
+        try:
+            return self.fold("f16")
+        finally:
+            self.left_factor = self.right_factor = None
+
     @property
     def in_training(self) -> bool:
         """Whether factors are being trained."""

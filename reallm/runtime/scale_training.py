@@ -44,6 +44,8 @@ class ScaleTraining(LowRankTraining):
             raise ValueError(f"format {self.format.name} stores no scales by themselves, so there are none to train")
         scales = decode_scales(self.format, self.fields, self.rows, self.cols)
         coded = decode_coded(self.format, self.fields, self.rows, self.cols, shared=self.shared_codebooks)
+        if self._by_vector and self.format.rotated:
+            coded = unrotate(coded.T.contiguous()).T.contiguous()  # once, not at every output
         self._coded = (coded.to(self.decoded.dtype), scales)  # no buffers: neither saved nor counted
         self.scale_gain = nn.Parameter(torch.ones_like(scales))
         self.forget()
@@ -93,9 +95,14 @@ class ScaleTraining(LowRankTraining):
         assert self.scale_gain is not None and self._coded is not None
         fmt, coded = self.format, self._coded[0].to(inputs.dtype)
         spread = spread_scales(fmt, self._coded[1] * self.scale_gain, self.rows, self.cols).to(inputs.dtype)
-        by_row = isinstance(fmt.codec, ScalarCodec | AdditiveCodec)
-        if by_row or fmt.sparse or fmt.permuted or fmt.channel_scales:
+        if not self._by_vector:
             weight = decode_transform(fmt, self.fields, self.rows, self.cols, (coded * spread).float())
             return linear(inputs, weight.to(inputs.dtype))
-        inner = linear((rotate(inputs) if fmt.rotated else inputs) * spread, coded)
-        return unrotate(inner) if fmt.rotated else inner
+        return linear((rotate(inputs) if fmt.rotated else inputs) * spread, coded)
+
+    @property
+    def _by_vector(self) -> bool:
+        """Whether the scales multiply the (rotated) input, which needs no weight to be formed."""
+        fmt = self.format
+        by_row = isinstance(fmt.codec, ScalarCodec | AdditiveCodec)
+        return not (by_row or fmt.sparse or fmt.permuted or fmt.channel_scales)

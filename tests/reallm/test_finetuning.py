@@ -23,7 +23,7 @@ from reallm.errors import UserError
 from reallm.evaluation import evaluate
 from reallm.finetuning import finetune, stage
 from reallm.finetuning.checkpoints import WHOLE_FILE
-from reallm.finetuning.distillation import Distillation, divergence, training_order
+from reallm.finetuning.distillation import Distillation, Student, training_order
 from reallm.finetuning.pair import Training, open_pair
 from reallm.finetuning.stage import train_pair
 from reallm.finetuning.trained import Trained
@@ -34,7 +34,15 @@ from reallm.text import load_text
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
 SEQLEN = 32
-RUN = {"steps": 12, "batch_size": 2, "seqlen": SEQLEN, "rank": 4, "learning_rate": 3e-3, "kernels": False}
+RUN = {
+    "steps": 12,
+    "batch_size": 2,
+    "seqlen": SEQLEN,
+    "rank": 4,
+    "learning_rate": 3e-3,
+    "patience": 0,
+    "kernels": False,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +133,7 @@ def test_training_lowers_the_divergence_beyond_that_of_fresh_factors(llama: Path
     trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype)
     gain = train_pair(pair, trained, training, tmp_path, None, False)
     assert gain.trained < 0.95 * gain.started < 0.95 * gain.before
-    assert pair.divergence(training.seed) == gain.trained  # the trained factors are those in the model
+    assert pair.held_out_loss() == gain.trained  # the trained factors are those in the model
 
 
 def test_formats_bytes_and_codes_of_the_new_plan(llama: Path, tuned: Path) -> None:
@@ -295,6 +303,46 @@ def test_training_that_does_not_help_leaves_the_fresh_factors(
     assert kl(output, llama.parent / "model", text) < kl(llama, llama.parent / "model", text)
 
 
+def test_training_ends_when_it_no_longer_helps(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every evaluation looks worse than the one before: two after the first end the run, and the first is kept."""
+    compute, calls = Student.forward, [0]
+
+    def rising(self: Student, *arguments: Any, **options: Any) -> torch.Tensor:
+        calls[0] += not self.training
+        return compute(self, *arguments, **options) + (0 if self.training else calls[0])
+
+    monkeypatch.setattr(Student, "forward", rising)
+    run = RUN | {"steps": 40, "patience": 2}
+    output = finetune(llama, text=text, output=tmp_path / "tuned", **run)
+    assert any("trained for 24 steps" in note for note in read_plan(output).notes)  # evaluated after 8, 16 and 24
+
+
+@pytest.mark.parametrize("bad_step", [1, 9])
+def test_a_loss_that_is_not_finite_ends_training_with_the_last_good_state(
+    llama: Path,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    bad_step: int,
+) -> None:
+    compute, left = Student.forward, [bad_step]
+
+    def failing(self: Student, *arguments: Any, **options: Any) -> torch.Tensor:
+        left[0] -= self.training
+        loss = compute(self, *arguments, **options)
+        return loss * torch.nan if self.training and left[0] == 0 else loss
+
+    monkeypatch.setattr(Student, "forward", failing)
+    with caplog.at_level(logging.WARNING, "reallm"):
+        output = finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
+    where = "the state before that step" if bad_step == 1 else "checkpoint-"
+    assert f"the loss of step {bad_step} is not finite" in caplog.text and where in caplog.text
+    assert kl(output, llama.parent / "model", text) < kl(llama, llama.parent / "model", text)
+
+
 def test_without_any_gain_nothing_is_written(tuned: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing is written.*--learning-rate"):
         finetune(tuned, text=text, output=tmp_path / "again", **RUN | {"learning_rate": 0.9})
@@ -313,11 +361,14 @@ def test_mistakes_are_told_before_anything_is_written(llama: Path, text: str, tm
         ({"text": str(tmp_path / "no.txt")}, "no.txt does not exist"),
         ({"seqlen": 4096}, "--seqlen 4096: this model takes 1 to 256"),
         ({"rank": -1}, "--rank -1: expected 0 to 1024"),
-        ({"train": ("factors", "biases")}, "--train biases: expected factors, scales, norms"),
+        ({"train": ("factors", "biases")}, "--train biases: expected factors, scales, norms, embeddings"),
         ({"train": ()}, "--train: nothing is to be trained"),
         ({"factor_dtype": "f8"}, "--factor-dtype f8: expected f16, i8 or i4"),
         ({"steps": 0}, "--steps 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),
+        ({"gain_learning_rate": 1.0}, "--gain-learning-rate 1.0"),
+        ({"patience": -1}, "--patience -1: expected 0 or more"),
+        ({"loss": "mse"}, "--loss mse: expected kl"),
         ({"device": "tpu"}, "--device tpu: expected cpu"),
         ({"output": other}, "other exists and is no artifact of reallm"),
         ({"output": llama}, "exists; give another name, or --force"),
@@ -334,7 +385,7 @@ def test_the_command_does_the_same_and_tells_a_mistake_in_one_line(
     llama: Path, tuned: Path, text: str, tmp_path: Path
 ) -> None:
     options = ["--text", text, "-o", str(tmp_path / "tuned"), "--no-kernels"]
-    for name in ("steps", "batch_size", "seqlen", "rank", "learning_rate"):
+    for name in ("steps", "batch_size", "seqlen", "rank", "learning_rate", "patience"):
         options += [f"--{name.replace('_', '-')}", str(RUN[name])]
     done = CliRunner().invoke(app, ["finetune", str(llama), *options])
     assert done.exit_code == 0, done.output
@@ -359,15 +410,6 @@ def test_an_artifact_without_compressed_linears_is_refused(text: str, tmp_path: 
     artifact = pack("llama", tmp_path, lambda matrix: "int4-g16" if matrix.kind == "embedding" else None)
     with pytest.raises(UserError, match="no compressed linear"):
         finetune(artifact, text=text, output=tmp_path / "tuned", **RUN)
-
-
-def test_divergence_is_the_mean_over_tokens_of_kl_from_the_original() -> None:
-    generator = torch.Generator().manual_seed(0)
-    model, original = (4 * torch.randn(2, 5, 11, generator=generator) for _ in range(2))
-    p, q = original.double().softmax(-1), model.double().softmax(-1)
-    expected = (p * (p / q).log()).sum(-1).mean()
-    # float32 logarithms of size up to 30, each within 2^-24 of itself, weighed by probabilities that add up to one
-    assert float(divergence(model, original)) == pytest.approx(float(expected), abs=2 * 30 * 2.0**-23)
 
 
 @pytest.mark.parametrize(("count", "needed"), [(5, 3), (5, 5), (3, 10), (1, 4)])
