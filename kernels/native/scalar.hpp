@@ -152,8 +152,8 @@ struct Scalar {
         constexpr float steps = (1 << double_bits) - 1;
         for (int64_t i = first; i < last;) {
           const int64_t block = i / double_block, stop = (block + 1) * double_block;
-          const float unit = half_at(op.scale_ranges, block) / steps;
-          for (; i < stop && i < last; i++) held[i - first] = op.scale_min + held[i - first] * unit;
+          const float range = half_at(op.scale_ranges, block);
+          for (; i < stop && i < last; i++) held[i - first] = op.scale_min + held[i - first] / steps * range;
         }
       }
       if constexpr (stored_zeros)

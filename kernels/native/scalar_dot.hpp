@@ -89,7 +89,10 @@ struct ShortLevels {
   // Of halves the unit is a power of two, so that those over a sixteenth of the largest are not rounded at all.
   template <int bits, bool halves>
   REALLM_INLINE static ShortLevels of(const float* levels) {
-    const __m256 sign = _mm256_set1_ps(-0.0f), a = load<__m256>(levels);
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    const int third = bits > 1 ? -1 : 0, fifth = bits > 2 ? -1 : 0;
+    const __m256i there = _mm256_setr_epi32(-1, -1, third, third, fifth, fifth, fifth, fifth);
+    const __m256 a = _mm256_maskload_ps(levels, there);  // no more than there are
     const __m256 b = bits == 4 ? load<__m256>(levels + (bits == 4 ? 8 : 0)) : a;
     const __m256 all = _mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b));
     __m128 top = _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));

@@ -284,6 +284,15 @@ def test_two_processes_can_build_the_same_kernel(tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_levels_that_an_earlier_product_left_behind_do_not_matter() -> None:
+    """A table of 4 levels is read where one of 16, all of them about 9000, was."""
+    fmt = Format.parse("km4")
+    fields = {field.name: torch.full((field.nbytes,), 0x70, dtype=torch.uint8) for field in fmt.fields(4, 32)}
+    assert native_matrix(fmt, fields, 4, 32).linear(torch.ones(1, 32)).abs().min() > 1e4
+    check("km2", 4, 32, 1, 0)
+
+
+@needs_compiler
 def test_a_cache_that_cannot_be_written_is_done_without(
     tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
