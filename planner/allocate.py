@@ -65,6 +65,8 @@ def best_plans(
     if count > 1 and problem.limits:
         raise PlanError(f"the {count} best plans are known only for one budget; leave pools and latency out")
     solutions = optimise_all(problem, count, time_limit_s) if count > 1 else [optimise(problem, time_limit_s)]
+    if not solutions:
+        raise PlanError(f"no plan was found within {time_limit_s:g} s; give --time-limit more seconds")
     uniform, plans = best_uniform(selection, problem), []
     for solution in solutions:
         if solution is None:

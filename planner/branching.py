@@ -101,7 +101,7 @@ class Search:
         return costs[self.count - 1] if len(costs) >= self.count else inf
 
     def run(self, time_limit_s: float) -> Found | None:
-        """Search until all is proved or time runs out; None when no choice fits (or none was found in time)."""
+        """Search until all is proved or time runs out, maybe without a choice; None when no choice fits."""
         until = time.monotonic() + time_limit_s
         root = self.bounded(self.root())
         stack = [root] if root else []
@@ -115,7 +115,7 @@ class Search:
             stack.extend(filter(None, map(self.bounded, self._children(node))))
         ranked = sorted(self.best.items(), key=lambda entry: (*entry[1], entry[0]))[: self.count]
         if not ranked:
-            return None
+            return None if isinf(self.unproved) else Found((), self.unproved, 0.0, False, self.nodes)
         bound = min(ranked[0][1][0], self.unproved)
         choices = tuple(self._candidates(picks) for picks, _ in ranked)
         return Found(choices, bound, self.price, isinf(self.unproved), self.nodes)
@@ -195,12 +195,14 @@ class Search:
             return None
         if best is None:
             price = relax_knapsack(instance, left).price
+        most_bound = -inf
         for _ in range(PRICES if best is None else 1):
             value = instance.cost + price * (instance.nbytes + self._shares(node, instance, price))
             steps = FIRST_STEPS if best is None else STEPS
             found = medians(value, forced, most, None if best is None else best.multipliers, steps)
-            if (bound := found.bound - price * left) >= node.bound or best is None:
-                node, best = replace(node, bound=max(bound, node.bound), price=price, medians=found), found
+            if (bound := found.bound - price * left) > most_bound:
+                most_bound, best = bound, found
+                node = replace(node, bound=max(bound, node.bound), price=price, medians=found)
             price = self._price_of(found.chosen, instance, left, price, found.best - price * left)
         return self._wanted(self._decided(node, instance))
 
@@ -287,6 +289,17 @@ class Search:
         stored, dropped = node.with_book(book, YES), node.with_book(book, NO)
         return [dropped, stored] if gains[book] > 0 else [stored, dropped]
 
+    def _repair(self, node: Node, picks: Ints) -> None:
+        """A first choice: the best with the codebooks that `picks` uses and no others."""
+        used = self.needs[:, np.arange(len(picks)), picks].any(1)
+        books = np.where(node.books == UNDECIDED, np.where(used, YES, NO), node.books).astype(np.int8)
+        decided = replace(node, books=books)
+        if (instance := self._instance(decided)) is None:
+            return
+        answer = solve_knapsack(instance, self._left(decided))
+        if answer is not None:
+            self._keep(answer.picks[0], answer.price)
+
     def _solved(self, node: Node, instance: Instance) -> bool:
         """Solve the node with undecided codebooks paid in shares; whether nothing better can be in it."""
         answer = solve_knapsack(instance, self._left(node), self.count)
@@ -295,6 +308,8 @@ class Search:
         ceiling, all_fit = self.ceiling, True
         for picks in answer.picks:
             all_fit &= self._keep(picks, answer.price)
+        if isinf(ceiling) and not all_fit:
+            self._repair(node, answer.picks[0])
         if not (node.books == UNDECIDED).any():
             if not answer.optimal:
                 self.unproved = min(self.unproved, max(answer.bound, node.bound))

@@ -9,6 +9,7 @@ integers, beside a bound in exact arithmetic.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Literal
@@ -64,19 +65,21 @@ class Solution:
 
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
     """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
-    free = optimise_all(_without_limits(problem), 1, time_limit_s)[0]
-    if free is None or (free.finished and not problem.limits):
-        return free
-    found = problem.by_names({item: c.format for item, c in problem.by_name(free.chosen).items()})
-    if free.finished and problem.fits(found):
-        return replace(free, chosen=found, prices=(0.0,) * len(problem.limits))
-    return _by_ilp(problem.pruned(), time_limit_s)
+    began, unlimited = time.monotonic(), _without_limits(problem)
+    for free in optimise_all(unlimited, 1, time_limit_s):
+        if free is None or (not problem.limits and (free.finished or not problem.plain)):
+            return free
+        found = problem.by_names({item: c.format for item, c in unlimited.by_name(free.chosen).items()})
+        if free.finished and problem.fits(found):
+            return replace(free, chosen=found, prices=(0.0,) * len(problem.limits))
+    return _by_ilp(problem.pruned(), max(time_limit_s - (time.monotonic() - began), 0.0))
 
 
 def optimise_all(problem: Problem, count: int, time_limit_s: float = 60.0) -> list[Solution | None]:
     """The `count` cheapest choices of a problem without limits, the best first, fewer where there are not so many.
 
-    [None] when there is none. Where the core's states or the time ran out, those found so far are not proved.
+    [None] when there is none. Where the core's states or the time ran out, those found so far, maybe none, are not
+    proved.
     """
     if problem.plain:
         return _by_core(problem, count)

@@ -20,17 +20,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import UserError
 from .folder import new_artifact
 from .manifest import MANIFEST_FILE, sha256_file
 from .planner.records import canonical_json, write_text_atomic
 from .runtime.low_rank import LowRankTraining
+from .runtime.modules import TiedHead
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ARTIFACT_KEY = "reallm_artifact_sha256"
 """In the metadata of the weights file: sha256 of the manifest of the artifact an adapter was trained on."""
+
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+"""PEFT's `init_lora_weights` that leave the base weights alone."""
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -44,7 +49,7 @@ class Adapter:
     """None for one that was not made by reallm."""
 
 
-def write_adapter(output: Path, factors: Factors, artifact: Path) -> Path:
+def write_adapter(output: Path, factors: Factors, artifact: Path, force: bool = False) -> Path:
     """Write `factors` (module -> L, R) as an adapter trained on `artifact`. Raises UserError; nothing half-written."""
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     largest = max(ranks.values())
@@ -67,7 +72,7 @@ def write_adapter(output: Path, factors: Factors, artifact: Path) -> Path:
     for name, (left, right) in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = right.detach().float().contiguous().cpu()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = left.detach().float().contiguous().cpu()
-    with new_artifact(output) as folder:
+    with new_artifact(output, force, CONFIG_FILE) as folder:
         write_text_atomic(folder / CONFIG_FILE, canonical_json(config))
         metadata = {"format": "pt", ARTIFACT_KEY: sha256_file(artifact / MANIFEST_FILE)}
         save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
@@ -110,6 +115,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for option in ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication", "lora_bias"):
         if config.get(option):
             raise UserError(f"{folder} uses {option}, which is no low-rank term; load it with peft instead")
+    if isinstance(start := config.get("init_lora_weights"), str) and start not in PLAIN_STARTS:
+        raise UserError(
+            f"{folder} was begun by {start}, which changes the base weights; convert it to a plain LoRA first"
+        )
     if config.get("bias", "none") != "none":
         raise UserError(f"{folder} trains biases, which is no low-rank term; load it with peft instead")
     return config
@@ -125,18 +134,20 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 @torch.no_grad()
-def attach_adapter(model: nn.Module, adapter: Adapter, where: str, artifact: Path) -> None:
+def attach_adapter(model: PreTrainedModel, adapter: Adapter, where: str, artifact: Path) -> None:
     """Add the terms of `adapter` (called `where` in messages) to the modules of the loaded `artifact`.
 
     Raises UserError for an adapter of another model or artifact.
     """
     if adapter.artifact_sha256 not in (None, sha256_file(artifact / MANIFEST_FILE)):
         raise UserError(f"{where} was trained on another artifact than {artifact}; load that one, or train it again")
-    modules = dict(model.named_modules())
+    modules, embedding = dict(model.named_modules()), model.get_input_embeddings()
     for name, (left, right) in adapter.factors.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
             raise UserError(f"{where} is an adapter for another model: {artifact} has no linear module {name}")
+        if isinstance(module, TiedHead) or getattr(embedding, "weight", None) is module.weight:
+            raise UserError(f"{where}: {name} shares the embedding's weight, which the adapter would change too")
         shape, found = (left.shape[0], right.shape[1]), (module.out_features, module.in_features)
         if shape != found:
             raise UserError(f"{where} is an adapter for another model: {name} is {list(found)}, not {list(shape)}")

@@ -59,27 +59,27 @@ def read_record_of(folder: Path) -> QuantizationRecord:
     return read_quantization(quantization)
 
 
-def check_output(output: Path, force: bool) -> None:
-    """Raise UserError unless `output` is free, or is an artifact and may be replaced."""
+def check_output(output: Path, force: bool, mark: str = MANIFEST_FILE) -> None:
+    """Raise UserError unless `output` is free, or may be replaced: an artifact, or a folder with `mark`."""
     if not output.exists():
         return
     if not output.is_dir():
         raise UserError(f"{output} is a file; expected the name of a folder to write")
     if not any(output.iterdir()):
         return
-    if not is_artifact(output) and not (output / MANIFEST_FILE).is_file():
+    if not is_artifact(output) and not (output / mark).is_file():
         raise UserError(f"{output} exists and is no artifact of reallm; give another name or remove it yourself")
     if not force:
         raise UserError(f"{output} exists; give another name, or --force to replace it")
 
 
 @contextmanager
-def new_artifact(output: Path, force: bool = False) -> Iterator[Path]:
+def new_artifact(output: Path, force: bool = False, mark: str = MANIFEST_FILE) -> Iterator[Path]:
     """A folder to fill; it takes the name `output` when the block ends well and vanishes when it does not.
 
     Raises UserError when `output` is taken, or when the disk is full or refuses.
     """
-    check_output(output, force)
+    check_output(output, force, mark)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

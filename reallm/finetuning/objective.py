@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear
 from transformers import PreTrainedModel
 
+from ..runtime.packed import Packed
 from .maps import EmbeddingMaps
 
 Loss = Literal["kl", "text"]
@@ -106,9 +107,17 @@ def hidden_state(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plain_head(model: PreTrainedModel, input_ids: Tensor) -> nn.Linear | None:
-    """The head of `model`, if its logits are no more than W h, which is tried on `input_ids`; else None."""
+    """The head of `model`, if its logits are no more than W h, which is tried on `input_ids`; else None.
+
+    A compressed head is none: while it is trained its weight is not what it multiplies with.
+    """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None or model.base_model is model:
+    if (
+        not isinstance(head, nn.Linear)
+        or isinstance(head, Packed)
+        or head.bias is not None
+        or model.base_model is model
+    ):
         return None
     try:
         hidden = hidden_state(model, input_ids)

@@ -18,7 +18,7 @@ from typing import Literal
 from transformers import EarlyStoppingCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters import write_adapter
+from ..adapters import CONFIG_FILE, write_adapter
 from ..compiler import Compilation, write_artifact
 from ..errors import UserError
 from ..folder import check_output, is_artifact
@@ -104,7 +104,7 @@ def finetune(
         train, factor_dtype = ("factors",), "f16"
     parts, rates = check_parts(train), (learning_rate, gain_learning_rate)
     training = Training(parts, rank, factor_dtype, init, steps, batch_size, seqlen, *rates, loss, patience, seed)
-    check_output(output, force)
+    check_output(output, force, CONFIG_FILE if adapter else MANIFEST_FILE)
     if not is_artifact(artifact):
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
     plan = read_plan(Path(artifact))
@@ -113,7 +113,9 @@ def finetune(
     folder = progress_folder(output)
     read_settings(folder)  # a folder that is no run is refused before it is touched
     with alone_in(folder):
-        check_output(output, force)  # another process may have made it meanwhile
+        check_output(
+            output, force, CONFIG_FILE if adapter else MANIFEST_FILE
+        )  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
         trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init)
         gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing)
@@ -126,7 +128,7 @@ def finetune(
                 "higher --rank or more --text"
             )
         if adapter:
-            write_adapter(output, trained.added_factors(), Path(artifact))
+            write_adapter(output, trained.added_factors(), Path(artifact), force)
             shutil.rmtree(folder)
             LOG.info("held-out %s %.4f before, %.4f with the adapter", training.measure, gain.before, after)
             return output

@@ -92,7 +92,8 @@ def test_every_bound_of_the_search_holds(problem: Problem, most: int) -> None:
     nodes += [root.with_format(f, state) for f in range(len(search.names)) for state in (YES, NO)]
     for node in (root, *nodes):
         bounded = search.bounded(node)
-        assert (bounded.bound if bounded else search.ceiling) <= least(node) * (1 + REL)
+        rounding = 1e-12 * bounded.price * problem.capacity if bounded else 0.0
+        assert (bounded.bound if bounded else search.ceiling) <= least(node) * (1 + REL) + rounding
 
 
 @given(problems(), st.floats(0, 1e3))
@@ -241,6 +242,18 @@ def test_a_search_cut_short_says_so() -> None:
     assert longer is not None
     assert cut.bound <= longer.bound <= problem.cost(longer.choices[0]) <= problem.cost(cut.choices[0])
     assert cut.bound < problem.cost(longer.choices[0])
+
+
+def test_no_time_is_not_taken_for_no_plan() -> None:
+    items = tuple(
+        Item(f"m{i}", (Candidate(10, 3.0, "low"), Candidate(20, 1.0, "book", ("b",)), Candidate(90, 0.0, "high")))
+        for i in range(20)
+    )
+    problem = Problem(items, {"b": 50}, 900)
+    assert optimise_all(problem, 2, time_limit_s=0.0) == []
+    hurried, best = optimise(problem, time_limit_s=0.0), optimise(problem)
+    assert hurried is not None and problem.fits(hurried.chosen) and best is not None and best.finished
+    assert problem.cost(best.chosen) <= problem.cost(hurried.chosen)
 
 
 def test_the_programme_reads_as_documented() -> None:

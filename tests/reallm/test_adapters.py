@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_tokenizer
 from torch import Tensor
 
-from reallm.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from reallm.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, attach_adapter, read_adapter, write_adapter
 from reallm.compiler import compile_plan
 from reallm.errors import UserError
 from reallm.finetuning import finetune
@@ -117,6 +117,7 @@ def test_other_adapters_are_refused(artifact: Path, tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, tensors, "of type LOHA; expected LORA"),
         ({"use_dora": True}, tensors, "uses use_dora, which is no low-rank term"),
         ({"bias": "all"}, tensors, "trains biases"),
+        ({"init_lora_weights": "pissa"}, tensors, "begun by pissa, which changes the base"),
         ({}, tensors | {"x": torch.zeros(1)}, "holds 'x'; expected lora_A and lora_B"),
         ({}, {n: t for n, t in tensors.items() if n != f"{stem}.lora_B.weight"}, "has no lora_A .* beside lora_B"),
         ({}, tensors | {f"{stem}.lora_B.weight": tensors[f"{stem}.lora_B.weight"][:-1]}, "for another model: .* is"),
@@ -137,6 +138,26 @@ def test_other_adapters_are_refused(artifact: Path, tmp_path: Path) -> None:
         load(artifact, adapter=folder)
     with pytest.raises(UserError, match="is no adapter"):
         load(artifact, adapter=tmp_path)
+
+
+def test_a_head_that_is_the_embedding_is_left_alone(artifact: Path, tmp_path: Path) -> None:
+    model, _ = load(artifact, dtype=torch.float32)
+    head = model.get_output_embeddings()
+    factors = {"lm_head": (torch.ones(head.out_features, 1), torch.ones(1, head.in_features))}
+    untied = Adapter(factors, None)
+    attach_adapter(model, untied, "a", artifact)
+    model, _ = load(artifact, dtype=torch.float32)
+    model.get_input_embeddings().weight = model.get_output_embeddings().weight
+    with pytest.raises(UserError, match="lm_head shares the embedding's weight"):
+        attach_adapter(model, untied, "a", artifact)
+
+
+def test_an_adapter_is_replaced_only_by_force(artifact: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", draw(artifact, 1), artifact)
+    with pytest.raises(UserError, match="or --force"):
+        write_adapter(folder, draw(artifact, 2), artifact)
+    assert write_adapter(folder, draw(artifact, 2, rank=5), artifact, force=True) == folder
+    assert {right.shape[0] for _, right in read_adapter(folder).factors.values()} == {5, 6}
 
 
 @pytest.mark.parametrize("init", ["zero", "loftq", "lq-lora"])

@@ -18,6 +18,8 @@ from reallm.finetuning.objective import (
     token_losses,
     token_weights,
 )
+from reallm.kernels.formats import Format
+from reallm.runtime.modules import pack_linear
 
 
 def draw(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -77,6 +79,13 @@ def test_heads_that_are_more_than_a_matrix_are_seen() -> None:
     assert plain_head(tiny_model("llama"), ids) is not None
     for architecture in ("gemma2", "roberta"):  # capped logits; a head of several layers
         assert plain_head(tiny_model(architecture), ids) is None
+
+
+def test_a_compressed_head_is_asked_for_logits() -> None:
+    """What its weight decodes to is not what it multiplies with while its factors and scales are trained."""
+    model = tiny_model("llama")
+    pack_linear(model.get_output_embeddings(), Format.parse("int4-g16"), "call", torch.float32, None)
+    assert plain_head(model, torch.arange(12)[None]) is None
 
 
 @pytest.mark.parametrize("loss", ["kl", "text"])
