@@ -3,7 +3,7 @@
     make bench NAME=finetune [MODEL=...] [TEXT=training] [TEST=held-out] [PARTS=2.0,3.0,qlora] [STEPS=200]
 
 After NAME=quality, whose measured folder it uses. PARTS are bits per weight, or presets. For bits: the planner's mix
-with its scales, norms and embeddings trained, not a byte more ("ours"), beside the same plan untouched; then a mix of
+with its scales and norms trained, not a byte more ("ours"), beside the same plan untouched; then a mix of
 fewer bits with factors trained by the default recipe, within the same budget. For a preset: such a mix with factors
 ("ours") beside the preset's format with its own start and its factors trained, in as many steps, at no fewer bytes.
 The training text is the calibration text. Rows of some PARTS join those of an earlier run; a part takes half an hour.
@@ -47,7 +47,7 @@ from reallm.verification import read_plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
 BITS = ("2.0", "2.5", "3.0")
-FREE = ("scales", "norms", "embeddings")
+FREE = ("scales", "norms")
 
 
 @dataclass(frozen=True)

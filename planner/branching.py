@@ -200,7 +200,7 @@ class Search:
             value = instance.cost + price * (instance.nbytes + self._shares(node, instance, price))
             steps = FIRST_STEPS if best is None else STEPS
             found = medians(value, forced, most, None if best is None else best.multipliers, steps)
-            if (bound := found.bound - price * left) > most_bound:
+            if (bound := _difference(found.bound, price * left)) > most_bound:
                 most_bound, best = bound, found
                 node = replace(node, bound=max(bound, node.bound), price=price, medians=found)
             price = self._price_of(found.chosen, instance, left, price, found.best - price * left)
@@ -228,7 +228,7 @@ class Search:
         assert found is not None
         open_, tolerance = (node.formats == UNDECIDED) & np.isfinite(instance.cost).any(0), self._tolerance(node)
         inside, outside = open_ & found.taken, open_ & ~found.taken
-        spare = self.ceiling + tolerance - (found.bound - node.price * self._left(node))
+        spare = self.ceiling + tolerance - _difference(found.bound, node.price * self._left(node))
         formats = node.formats.copy()
         next_in = float(found.rho[outside].min(initial=inf))
         last_in = float(found.rho[inside].max(initial=-inf))
@@ -259,7 +259,7 @@ class Search:
     def _bound(self, node: Node, instance: Instance, price: float) -> float:
         """The node's bound at a price, however many formats there are."""
         value = instance.cost + price * (instance.nbytes + self._shares(node, instance, price))
-        return fsum(value.min(1).tolist()) - price * self._left(node)
+        return _difference(fsum(value.min(1).tolist()), price * self._left(node))
 
     def _surplus(self, node: Node, instance: Instance) -> int:
         """How many formats must still go."""
@@ -315,3 +315,8 @@ class Search:
                 self.unproved = min(self.unproved, max(answer.bound, node.bound))
             return True
         return answer.optimal and (all_fit or answer.bound >= ceiling)
+
+
+def _difference(value: float, toll: float) -> float:
+    """`value` - `toll`, less what their rounding may have added."""
+    return value - toll - ROUNDING * (abs(value) + toll)

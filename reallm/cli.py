@@ -454,7 +454,7 @@ def finetune(
     teacher: Annotated[str | None, typer.Option(help="The dense model, if it has moved since it was measured.")] = None,
     train: Annotated[
         str, typer.Option(help="What: factors (more bytes); scales, norms, embeddings (none); separated by commas.")
-    ] = "factors,scales,norms,embeddings",
+    ] = "factors,scales,norms",
     rank: Annotated[int, typer.Option(min=0, help="Of the factors of matrices that have none yet; 0 adds none.")] = 8,
     factor_dtype: Annotated[FactorDtype, typer.Option(help="How those are stored.")] = "i8",
     init: Annotated[FactorInit, typer.Option(help="Where new factors start; plan adds none.")] = "lq-lora",
@@ -479,7 +479,7 @@ def finetune(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Train factors, scales, norms and embeddings over the frozen codes; writes an artifact nearer to the dense model.
+    """Train factors, scales and norms over the frozen codes; writes an artifact nearer to the dense model.
 
     Resumable: checkpoints lie in OUTPUT.partial until it is done. Part of the text is held out to measure the gain.
     """

@@ -34,7 +34,7 @@ HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
 class Training:
     """The settings of one run, all of which decide its result."""
 
-    train: tuple[Part, ...] = ("factors", "scales", "norms", "embeddings")
+    train: tuple[Part, ...] = ("factors", "scales", "norms")
     rank: int = 8
     factor_dtype: Literal["f16", "i8", "i4"] = "i8"
     init: Init = "lq-lora"

@@ -65,7 +65,7 @@ def finetune(
     text: str | None = None,
     output: Path | str,
     teacher: Path | str | None = None,
-    train: Sequence[str] = ("factors", "scales", "norms", "embeddings"),
+    train: Sequence[str] = ("factors", "scales", "norms"),
     rank: int = 8,
     factor_dtype: Literal["f16", "i8", "i4"] = "i8",
     init: Literal["zero", "loftq", "lq-lora", "plan"] = "lq-lora",
