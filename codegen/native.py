@@ -21,8 +21,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
-
 LOG = logging.getLogger(__name__)
 SOURCES = Path(__file__).resolve().parents[1] / "kernels" / "native"
 TIERS: dict[str, tuple[str, ...]] = {
@@ -39,6 +37,8 @@ BUILD_SECONDS = 900
 
 def machine_tier() -> str:
     """The best tier this machine can run, or what REALLM_NATIVE asks for if that is lower; "off" for none."""
+    import torch  # here, as a plan needs no torch: it takes seconds to import
+
     capability = torch.backends.cpu.get_cpu_capability() if platform.machine() in ("x86_64", "AMD64") else ""
     best = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "portable")
     asked = os.environ.get("REALLM_NATIVE", best)

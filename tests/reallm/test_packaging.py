@@ -67,6 +67,11 @@ def test_inner_packages_load_without_torch(name: str) -> None:
     assert run_python(code, ROOT) == "[]"
 
 
+def test_planning_loads_without_torch() -> None:
+    code = f"import sys, reallm.planning; print(sorted({HEAVY!r} & set(sys.modules)))"
+    assert run_python(code, ROOT) == "[]"
+
+
 def test_no_file_imports_an_inner_package_by_its_bare_name() -> None:
     files = [f for folder in ("reallm", *INNER, "benchmarks", "tests") for f in (ROOT / folder).rglob("*.py")]
     assert len(files) > 10
