@@ -18,7 +18,8 @@ from math import fsum, inf
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from .knapsack import ROUNDING, Floats
+
 Flags = NDArray[np.bool_]
 FIRST_STEP, LEAST_STEP, PATIENCE = 1.0, 0.02, 10
 """Of the distance between bound and best set, what a step aims at; halved after PATIENCE steps that gain nothing."""
@@ -52,6 +53,7 @@ def medians(value: Floats, forced: Flags, most: int, start: Floats | None, steps
         rho = below.sum(0)
         taken = _taken(rho, forced, present, most)
         bound = fsum(v.tolist()) + float(rho[taken].sum())
+        bound -= ROUNDING * (float(np.abs(v).sum()) - float(rho[taken].sum()))  # large terms may cancel
         cost = float(value[:, taken].min(1, initial=inf).sum())
         if cost < best:
             best, chosen = cost, taken
