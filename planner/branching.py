@@ -117,7 +117,7 @@ class Search:
         if not ranked:
             return None if isinf(self.unproved) else Found((), self.unproved, 0.0, False, self.nodes)
         bound = min(ranked[0][1][0], self.unproved)
-        choices = tuple(self._candidates(picks) for picks, _ in ranked)
+        choices = tuple(self._choice(picks) for picks, _ in ranked)
         return Found(choices, bound, self.price, isinf(self.unproved), self.nodes)
 
     def root(self) -> Node:
@@ -141,9 +141,9 @@ class Search:
         self.best[tuple(picks.tolist())] = found
         return True
 
-    def _candidates(self, picks: tuple[int, ...]) -> list[Candidate]:
+    def _choice(self, picks: tuple[int, ...]) -> list[Candidate]:
         pairs = zip(self.problem.items, picks, strict=True)
-        return [next(c for c in item.candidates if c.format == self.names[f]) for item, f in pairs]
+        return self.problem.by_names({item.name: self.names[f] for item, f in pairs})
 
     def _alive(self, node: Node) -> Flags:
         """[items, formats] that may still be chosen."""

@@ -66,12 +66,16 @@ class Solution:
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
     """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
     began, unlimited = time.monotonic(), _without_limits(problem)
-    for free in optimise_all(unlimited, 1, time_limit_s):
-        if free is None or (not problem.limits and (free.finished or not problem.plain)):
-            return free
-        found = problem.by_names({item: c.format for item, c in unlimited.by_name(free.chosen).items()})
-        if free.finished and problem.fits(found):
-            return replace(free, chosen=found, prices=(0.0,) * len(problem.limits))
+    found = optimise_all(unlimited, 1, time_limit_s)
+    if found == [None]:
+        return None
+    free = found[0] if found else None
+    if free is not None and not problem.limits and (free.finished or not problem.plain):
+        return free
+    if free is not None and free.finished:
+        chosen = problem.by_names({item: c.format for item, c in unlimited.by_name(free.chosen).items()})
+        if problem.fits(chosen):
+            return replace(free, chosen=chosen, prices=(0.0,) * len(problem.limits))
     return _by_ilp(problem.pruned(), max(time_limit_s - (time.monotonic() - began), 0.0))
 
 

@@ -104,7 +104,8 @@ def finetune(
         train, factor_dtype = ("factors",), "f16"
     parts, rates = check_parts(train), (learning_rate, gain_learning_rate)
     training = Training(parts, rank, factor_dtype, init, steps, batch_size, seqlen, *rates, loss, patience, seed)
-    check_output(output, force, CONFIG_FILE if adapter else MANIFEST_FILE)
+    mark = CONFIG_FILE if adapter else MANIFEST_FILE
+    check_output(output, force, mark)
     if not is_artifact(artifact):
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
     plan = read_plan(Path(artifact))
@@ -113,9 +114,7 @@ def finetune(
     folder = progress_folder(output)
     read_settings(folder)  # a folder that is no run is refused before it is touched
     with alone_in(folder):
-        check_output(
-            output, force, CONFIG_FILE if adapter else MANIFEST_FILE
-        )  # another process may have made it meanwhile
+        check_output(output, force, mark)  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
         trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init)
         gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing)
