@@ -117,7 +117,7 @@ def calibrate(
                 if prefix is not None:
                     stack.enter_context(weights_of(prefix, loaded))
                 stack.enter_context(eager_experts(loaded.model))
-                stack.enter_context(_frozen(loaded.model))
+                stack.enter_context(frozen(loaded.model))
                 stack.enter_context(computing_in(loaded.model, compute_dtype(loaded)))
                 report = _calibrate(loaded, windows, folder, seed)
             write_text_atomic(done, canonical_json(vars(report)))
@@ -150,7 +150,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter gets a gradient."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

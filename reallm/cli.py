@@ -68,6 +68,11 @@ def _about_place(error: OSError | SafetensorError) -> str | None:
     return None
 
 
+def _listed(words: str) -> list[str]:
+    """What an option lists, separated by commas."""
+    return [word.strip() for word in words.split(",") if word.strip()]
+
+
 def _stop(line: str, code: int) -> typer.Exit:
     typer.echo(f"reallm: {line}", err=True)
     return typer.Exit(code)
@@ -467,6 +472,11 @@ def finetune(
     patience: Annotated[
         int, typer.Option(min=0, help="End after so many evaluations without a lower held-out KL; 0: never.")
     ] = 3,
+    order: Annotated[
+        str, typer.Option(help="The stages: end-to-end, blocks, or both, separated by a comma, first things first.")
+    ] = "end-to-end",
+    block_windows: Annotated[int, typer.Option(min=1, help="Windows that each block is trained on.")] = 64,
+    block_epochs: Annotated[int, typer.Option(min=1, help="How often.")] = 2,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     gradient_checkpointing: Annotated[
@@ -491,7 +501,10 @@ def finetune(
         text=text,
         output=output,
         teacher=teacher,
-        train=[part.strip() for part in train.split(",") if part.strip()],
+        train=_listed(train),
+        order=_listed(order),
+        block_windows=block_windows,
+        block_epochs=block_epochs,
         rank=rank,
         factor_dtype=factor_dtype,
         init=init,

@@ -42,8 +42,10 @@ class _Call:
 class Streamer:
     """Runs the parts of `loaded` over token windows [n, seqlen]; `folder` holds what passes between them."""
 
-    def __init__(self, loaded: LoadedModel, folder: Path, windows: Tensor, seed: int) -> None:
+    def __init__(self, loaded: LoadedModel, folder: Path, windows: Tensor, seed: int, *, masked: bool = False) -> None:
+        """`masked`: the windows of an encoder are masked already."""
         self.loaded, self.windows, self.seed = loaded, windows, seed
+        self.device = loaded.model.device
         self.blocks = [loaded.model.get_submodule(name) for name in loaded.blocks]
         self.boundaries = Boundaries(folder, len(self.blocks) + 1)
         self.notes: list[str] = []
@@ -51,7 +53,7 @@ class Streamer:
         self.scored: Tensor | None = None
         self._calls: list[_Call | None] = [None] * len(self.blocks)
         self._returns_tuple = [False] * len(self.blocks)
-        if loaded.is_encoder:
+        if loaded.is_encoder and not masked:
             self.inputs, self.scored = self._masked()
 
     def _masked(self) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ class Streamer:
 
     def _forward(self, window: int) -> Any:
         keywords = {} if self.loaded.is_encoder else {"use_cache": False}
-        return self.loaded.model(input_ids=self.inputs[window : window + 1], **keywords)
+        return self.loaded.model(input_ids=self.inputs[window : window + 1].to(self.device), **keywords)
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -129,27 +131,31 @@ class Streamer:
         if None in self._calls or set(ends) != {len(self.windows)}:
             found = f"its blocks ran {min(ends)} to {max(ends)} times on {len(self.windows)} windows"
             raise UserError(f"{self.loaded.source}: {found}, expected once each; this architecture cannot be streamed")
-        hidden = self.boundaries.read(0, 1)
+        hidden = self._read(0, 1)
         for number, name in enumerate(self.loaded.blocks):
             with torch.no_grad():
-                replayed = self._replay(number, hidden)
-            hidden = self.boundaries.read(number + 1, 1)
+                replayed = self.replay(number, hidden)
+            hidden = self._read(number + 1, 1)
             if not torch.equal(replayed, hidden):
                 gap = float((replayed.float() - hidden.float()).abs().max()) if replayed.shape == hidden.shape else None
                 what = f"{name} run alone differs from {name} in the model (by {gap}); expected a chain of blocks"
                 raise UserError(f"{self.loaded.source}: {what}: this architecture cannot be streamed")
 
-    def _replay(self, number: int, hidden: Tensor) -> Tensor:
+    def _read(self, boundary: int, count: int | None = None) -> Tensor:
+        return self.boundaries.read(boundary, count).to(self.device)
+
+    def replay(self, number: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
+        """What block `number`, or `block` in its place, makes of the hidden states [1, seqlen, hidden]."""
         call = self._calls[number]
         assert call is not None
-        return _first(self.blocks[number](hidden, *call.arguments, **call.keywords))
+        return _first((block or self.blocks[number])(hidden, *call.arguments, **call.keywords))
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
     def run_tail(self, taps: Taps) -> float:
         """Leave the loss gradient at the last block's output; returns the perplexity of the text itself."""
         last = len(self.blocks)
-        hidden, generator = self.boundaries.read(last), torch.Generator().manual_seed(self.seed)
+        hidden, generator = self._read(last), torch.Generator().manual_seed(self.seed)
         gradients, total, scored = torch.empty_like(hidden), 0.0, 0
         for window in tqdm(range(len(self.windows)), desc="calibrate: head", unit="window"):
             leaf = hidden[window : window + 1].clone().requires_grad_()
@@ -165,9 +171,9 @@ class Streamer:
 
     def _losses(self, logits: Tensor, window: int, generator: torch.Generator) -> tuple[Tensor, float, int]:
         """(summed loss against sampled labels, summed loss against the text, tokens of the latter)."""
-        scores, text = logits.float(), self.windows[window]
+        scores, text = logits.float(), self.windows[window].to(self.device)
         with torch.no_grad():
-            sampled = torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
+            sampled = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(self.device)
         if self.scored is not None:
             mask = self.scored[window]
             own = nn.functional.cross_entropy(scores[mask], sampled[mask], reduction="sum")
@@ -179,19 +185,19 @@ class Streamer:
 
     def run_block(self, number: int, taps: Taps) -> Tensor:
         """Replay one block over all windows with gradients; returns the gradient at its input, not yet stored."""
-        hidden, gradient = self.boundaries.read(number), self.boundaries.gradient(number + 1)
+        hidden, gradient = self._read(number), self.boundaries.gradient(number + 1).to(self.device)
         result = torch.empty_like(hidden)
         for window in range(len(self.windows)):
             part = slice(window, window + 1)
             leaf = hidden[part].clone().requires_grad_()
             with taps.listen():
-                torch.autograd.backward(self._replay(number, leaf), gradient[part])
+                torch.autograd.backward(self.replay(number, leaf), gradient[part])
             result[part] = self._gradient_of(leaf, f"the input of {self.loaded.blocks[number]}")
         return result
 
     def run_front(self, taps: Taps) -> None:
         """Carry the gradient from the first block's input to the embeddings."""
-        gradient = self.boundaries.gradient(0)
+        gradient = self.boundaries.gradient(0).to(self.device)
         for window in range(len(self.windows)):
             with taps.listen(), self._bypassed(None):
                 try:

@@ -6,6 +6,7 @@ in it, else in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,8 +27,18 @@ from .maps import EmbeddingMaps
 from .objective import Loss, Objective
 from .trained import Part, check_parts
 
+Stage = Literal["blocks", "end-to-end"]
 HELD_OUT_WINDOWS = 8
 HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
+
+
+def check_order(stages: Sequence[str]) -> tuple[Stage, ...]:
+    """`stages`, each known and there once. Raises UserError."""
+    found = tuple(stage for name in stages for stage in get_args(Stage) if stage == name)
+    if not found or len(found) < len(stages) or len(set(found)) < len(found):
+        named = ",".join(stages)
+        raise UserError(f"--order {named}: expected blocks, end-to-end, or both in either order, separated by a comma")
+    return found
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,21 @@ class Training:
     patience: int = 3
     """Evaluations without a lower held-out KL after which training ends; 0 for never."""
     seed: int = 0
+    order: tuple[Stage, ...] = ("end-to-end",)
+    """The stages, one after another."""
+    block_windows: int = 64
+    """Of the training text, that block-wise training takes."""
+    block_epochs: int = 2
+    """How often it takes each."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", check_parts(self.train))
+        object.__setattr__(self, "order", check_order(self.order))
+        if self.block_windows < 1 or self.block_epochs < 1:
+            expected = "expected at least 1 of each"
+            raise UserError(f"--block-windows {self.block_windows} --block-epochs {self.block_epochs}: {expected}")
+        if "blocks" in self.order and self.loss == "text":
+            raise UserError("--order blocks brings blocks nearer to the dense model's: it goes with --loss kl only")
         if not 0 <= self.rank <= MAX_RANK:
             raise UserError(f"--rank {self.rank}: expected 0 to {MAX_RANK}")
         if self.factor_dtype not in ("f16", "i8", "i4"):

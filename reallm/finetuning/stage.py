@@ -27,6 +27,7 @@ from ..manifest import MANIFEST_FILE, sha256_file
 from ..planner.plan import Plan
 from ..text import Text, load_text
 from ..verification import read_plan
+from .blockwise import train_blocks
 from .checkpoints import Progress, open_progress, progress_folder, read_settings
 from .distillation import (
     Distillation,
@@ -37,7 +38,7 @@ from .distillation import (
     training_order,
 )
 from .factors import column_moments
-from .pair import Pair, Training, open_pair
+from .pair import Pair, Stage, Training, check_order, open_pair
 from .trained import Trained, check_parts
 from .tuned import TrainedCodes, tuned_plan
 
@@ -77,6 +78,9 @@ def finetune(
     loss: Literal["kl", "text"] = "kl",
     patience: int = 3,
     seed: int = 0,
+    order: Sequence[str] = ("end-to-end",),
+    block_windows: int = 64,
+    block_epochs: int = 2,
     device: str = "cpu",
     gradient_checkpointing: bool = False,
     resume: bool = True,
@@ -96,14 +100,32 @@ def finetune(
     `init` says where new factors start (`factors`). With `adapter`, `output` is a LoRA adapter in PEFT's form that
     holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16.
 
+    `order` holds the stages: "end-to-end", and "blocks" (`blockwise`), which takes `block_epochs` times `block_windows`
+    windows for every block and needs the memory of one.
+
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
     """
     began, output = time.perf_counter(), Path(output)
     if adapter:
         train, factor_dtype = ("factors",), "f16"
-    parts, rates = check_parts(train), (learning_rate, gain_learning_rate)
-    training = Training(parts, rank, factor_dtype, init, steps, batch_size, seqlen, *rates, loss, patience, seed)
+    training = Training(
+        train=check_parts(train),
+        rank=rank,
+        factor_dtype=factor_dtype,
+        init=init,
+        steps=steps,
+        batch_size=batch_size,
+        seqlen=seqlen,
+        learning_rate=learning_rate,
+        gain_learning_rate=gain_learning_rate,
+        loss=loss,
+        patience=patience,
+        seed=seed,
+        order=check_order(order),
+        block_windows=block_windows,
+        block_epochs=block_epochs,
+    )
     mark = CONFIG_FILE if adapter else MANIFEST_FILE
     check_output(output, force, mark)
     if not is_artifact(artifact):
@@ -146,6 +168,7 @@ def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str
     """What makes two runs the same run."""
     return asdict(training) | {
         "train": ",".join(training.train),
+        "order": ",".join(training.order),
         "artifact_sha256": sha256_file(Path(artifact) / MANIFEST_FILE),
         "model_sha256": plan.model_sha256,
         "text_sha256": source.sha256,
@@ -163,16 +186,27 @@ def train_pair(
     trained.start(pair.original, moments)
     started = pair.held_out_loss(trained.maps) if training.term else before
     LOG.info("held-out loss %.4f nats per token, %.4f untrained", before, started)
-    trainer = _trainer(pair, trained, training, folder)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except NotFiniteError as error:
-        LOG.warning("%s: training ends there, and %s", error, _last_good(trainer))
+    steps = 0
+    for stage in training.order:
+        if stage == "blocks":
+            train_blocks(pair, trained, training, folder)
+            LOG.info("held-out loss %.4f nats per token after the blocks", pair.held_out_loss(trained.maps))
+        else:
+            steps = _train_end_to_end(_trainer(pair, trained, training, folder), checkpoint)
     after = _folded(pair, trained)
     if not after < started:
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
         trained.fresh()
-    return Gain(before, started, after, trainer.state.global_step)
+    return Gain(before, started, after, steps)
+
+
+def _train_end_to_end(trainer: Distillation, checkpoint: Path | None) -> int:
+    """Train from the last checkpoint on, if there is one; the number of steps made."""
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except NotFiniteError as error:
+        LOG.warning("%s: training ends there, and %s", error, _last_good(trainer))
+    return int(trainer.state.global_step)
 
 
 def _freeze(pair: Pair, checkpointing: bool) -> None:
@@ -228,11 +262,20 @@ def _folded(pair: Pair, trained: Trained) -> float:
     return pair.held_out_loss()
 
 
+def _stages(training: Training, steps: int) -> str:
+    """The stages in words, the one that came first before the other."""
+    words: dict[Stage, str] = {
+        "end-to-end": f"for {steps} steps of {training.batch_size} x {training.seqlen} tokens",
+        "blocks": f"block by block for {training.block_epochs} x {training.block_windows} windows each",
+    }
+    return ", then ".join(words[stage] for stage in training.order)
+
+
 def _notes(pair: Pair, training: Training, source: Text, gain: Gain) -> list[str]:
     """What the plan and the model card say about it."""
     how = (
-        f"trained for {gain.steps} steps of {training.batch_size} x {training.seqlen} tokens at learning "
-        f"rates {training.learning_rate:g} and {training.gain_learning_rate:g} on {source.description}"
+        f"trained {_stages(training, gain.steps)} at learning rates "
+        f"{training.learning_rate:g} and {training.gain_learning_rate:g} on {source.description}"
         if gain.trained < gain.started
         else f"left as they started, new factors from {source.description}; training did not lower the loss further"
     )

@@ -123,6 +123,21 @@ class Trained:
         gains += [gain.gain for gain in self._gains().values()]
         return {"factors": factors, "gains": gains, "maps": list(self.maps.maps.values())}
 
+    def groups_within(self, part: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """As `groups`, of what lies in `part` of the model alone."""
+        inside = {id(parameter) for parameter in part.parameters()}
+        return {name: [p for p in group if id(p) in inside] for name, group in self.groups().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that is being trained, by its place in `parameters`."""
+        return {str(index): p.detach().clone().cpu() for index, p in enumerate(self.parameters())}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take on what `state` gave."""
+        for index, parameter in enumerate(self.parameters()):
+            parameter.copy_(state[str(index)])
+
     def parameters(self) -> list[nn.Parameter]:
         """All that is being trained, in the order of `groups`."""
         return [parameter for group in self.groups().values() for parameter in group]

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from artifacts import mixed
-from packing import Codes, PackedModel
 from tiny import save_tiny
+from tuning import SEQLEN, files, kl, linears, pack
 from typer.testing import CliRunner
 
 from reallm.cli import app
-from reallm.codecs import Metric, Workspace, encode
-from reallm.compiler import compile_plan
-from reallm.encoding import codebook_values
 from reallm.errors import UserError
-from reallm.evaluation import evaluate
 from reallm.finetuning import finetune, stage
 from reallm.finetuning.checkpoints import WHOLE_FILE
 from reallm.finetuning.distillation import Distillation, Student, training_order
 from reallm.finetuning.pair import Training, open_pair
 from reallm.finetuning.stage import train_pair
 from reallm.finetuning.trained import Trained
-from reallm.kernels.formats import Format
-from reallm.model import Matrix, load_model
-from reallm.planner.stored import shared_key
 from reallm.text import load_text
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
-SEQLEN = 32
 RUN = {
     "steps": 12,
     "batch_size": 2,
@@ -62,27 +54,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def pack(architecture: str, folder: Path, choose: Callable[[Matrix], str | None], seed: int = 0) -> Path:
-    """A tiny model encoded with plain squared error, in the formats that `choose` gives: folder/out."""
-    loaded = load_model(save_tiny(architecture, folder / "model", seed=seed))
-    packed = PackedModel(loaded, choose)
-    for matrix in loaded.matrices:
-        if matrix.name in packed.fields:
-            metric = Metric(hessian=torch.eye(matrix.cols), fisher=torch.ones(matrix.rows, matrix.cols))
-            fmt = Format.parse(packed.names[matrix.name])
-            key = shared_key(fmt, matrix.family)
-            books = codebook_values(fmt, {"codebooks": packed.shared[key]}) if key else None
-            packed.fields[matrix.name] = encode(loaded.weight(matrix), fmt, Workspace(metric), shared=books)
-    plan = packed.write_plan(folder / "plan.json")
-    return compile_plan(plan, folder / "out", model=loaded, codes=Codes(packed), kernels=False)
-
-
-def linears(*formats: str) -> Callable[[Matrix], str | None]:
-    """`formats` in turn for the linears."""
-    turn = iter(formats * 100)
-    return lambda matrix: next(turn) if matrix.kind == "linear" else None
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack("llama", tmp_path_factory.mktemp("llama"), linears("int2-g16", "nf2-g0+r2i8", "int2-g16+ldl"))
@@ -91,16 +62,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(llama: Path, text: str) -> Path:
     return finetune(llama, text=text, output=llama.parent / "tuned", **RUN)
-
-
-def kl(artifact: Path, source: Path, text: str) -> float:
-    found = evaluate(artifact, against=source, text=text, seqlen=SEQLEN, progress=False).comparison.divergence
-    assert found is not None
-    return found.mean
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 class StopError(Exception):
