@@ -473,10 +473,13 @@ def finetune(
         int, typer.Option(min=0, help="End after so many evaluations without a lower held-out KL; 0: never.")
     ] = 3,
     order: Annotated[
-        str, typer.Option(help="The stages: end-to-end, blocks, or both, separated by a comma, first things first.")
+        str, typer.Option(help="The stages in order, separated by commas: codes, blocks, end-to-end.")
     ] = "end-to-end",
     block_windows: Annotated[int, typer.Option(min=1, help="Windows that each block is trained on.")] = 64,
     block_epochs: Annotated[int, typer.Option(min=1, help="How often.")] = 2,
+    code_steps: Annotated[int, typer.Option(min=0, help="Steps after each block that gets new codes.")] = 4,
+    code_learning_rate: Annotated[float, typer.Option(help="Of the weights that are still to be coded.")] = 1e-4,
+    work: Annotated[Path | None, typer.Option(help="The measured folder, for new codes, if it has moved.")] = None,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     gradient_checkpointing: Annotated[
@@ -505,6 +508,9 @@ def finetune(
         order=_listed(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
+        code_steps=code_steps,
+        code_learning_rate=code_learning_rate,
+        work=work,
         rank=rank,
         factor_dtype=factor_dtype,
         init=init,

@@ -27,7 +27,7 @@ from .maps import EmbeddingMaps
 from .objective import Loss, Objective
 from .trained import Part, check_parts
 
-Stage = Literal["blocks", "end-to-end"]
+Stage = Literal["codes", "blocks", "end-to-end"]
 HELD_OUT_WINDOWS = 8
 HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
 
@@ -35,9 +35,11 @@ HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
 def check_order(stages: Sequence[str]) -> tuple[Stage, ...]:
     """`stages`, each known and there once. Raises UserError."""
     found = tuple(stage for name in stages for stage in get_args(Stage) if stage == name)
+    named = ",".join(stages)
     if not found or len(found) < len(stages) or len(set(found)) < len(found):
-        named = ",".join(stages)
-        raise UserError(f"--order {named}: expected blocks, end-to-end, or both in either order, separated by a comma")
+        raise UserError(f"--order {named}: expected one or more of {', '.join(get_args(Stage))}, each once")
+    if "codes" in found[1:]:
+        raise UserError(f"--order {named}: new codes undo what was trained before; codes come first")
     return found
 
 
@@ -68,6 +70,10 @@ class Training:
     """Of the training text, that block-wise training takes."""
     block_epochs: int = 2
     """How often it takes each."""
+    code_steps: int = 4
+    """After each block that gets new codes."""
+    code_learning_rate: float = 1e-4
+    """Of the weights that are still to be coded; norms learn at ten times that."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", check_parts(self.train))
@@ -75,8 +81,11 @@ class Training:
         if self.block_windows < 1 or self.block_epochs < 1:
             expected = "expected at least 1 of each"
             raise UserError(f"--block-windows {self.block_windows} --block-epochs {self.block_epochs}: {expected}")
-        if "blocks" in self.order and self.loss == "text":
-            raise UserError("--order blocks brings blocks nearer to the dense model's: it goes with --loss kl only")
+        if self.code_steps < 0 or not 0 < self.code_learning_rate < 1:
+            found = f"--code-steps {self.code_steps} --code-learning-rate {self.code_learning_rate}"
+            raise UserError(f"{found}: expected at least 0 steps, and a rate between 0 and 1 such as 1e-4")
+        if self.loss == "text" and (stage := next((s for s in self.order if s != "end-to-end"), None)):
+            raise UserError(f"--order {stage} brings a model nearer to the dense one: it goes with --loss kl only")
         if not 0 <= self.rank <= MAX_RANK:
             raise UserError(f"--rank {self.rank}: expected 0 to {MAX_RANK}")
         if self.factor_dtype not in ("f16", "i8", "i4"):

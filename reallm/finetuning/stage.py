@@ -39,6 +39,7 @@ from .distillation import (
 )
 from .factors import column_moments
 from .pair import Pair, Stage, Training, check_order, open_pair
+from .recoding import recode
 from .trained import Trained, check_parts
 from .tuned import TrainedCodes, tuned_plan
 
@@ -81,6 +82,9 @@ def finetune(
     order: Sequence[str] = ("end-to-end",),
     block_windows: int = 64,
     block_epochs: int = 2,
+    code_steps: int = 4,
+    code_learning_rate: float = 1e-4,
+    work: Path | str | None = None,
     device: str = "cpu",
     gradient_checkpointing: bool = False,
     resume: bool = True,
@@ -100,8 +104,10 @@ def finetune(
     `init` says where new factors start (`factors`). With `adapter`, `output` is a LoRA adapter in PEFT's form that
     holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16.
 
-    `order` holds the stages: "end-to-end", and "blocks" (`blockwise`), which takes `block_epochs` times `block_windows`
-    windows for every block and needs the memory of one.
+    `order` holds the stages: "codes" (`recoding`), first, codes the blocks anew, one after another, with `code_steps`
+    steps of training for the weights behind each, and reads the measured folder `work` (default: the plan's); "blocks"
+    (`blockwise`) takes `block_epochs` times `block_windows` windows for every block and needs the memory of one;
+    "end-to-end" is the training described above.
 
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
@@ -125,7 +131,11 @@ def finetune(
         order=check_order(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
+        code_steps=code_steps,
+        code_learning_rate=code_learning_rate,
     )
+    if adapter and "codes" in training.order:
+        raise UserError("--order codes makes another artifact, which no --adapter can hold")
     mark = CONFIG_FILE if adapter else MANIFEST_FILE
     check_output(output, force, mark)
     if not is_artifact(artifact):
@@ -139,7 +149,7 @@ def finetune(
         check_output(output, force, mark)  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
         trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init)
-        gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing)
+        gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing, Path(work or plan.work))
         after = min(gain.started, gain.trained)
         if not after < gain.before * (1 - LEAST_GAIN):
             shutil.rmtree(folder)
@@ -176,18 +186,32 @@ def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str
 
 
 def train_pair(
-    pair: Pair, trained: Trained, training: Training, folder: Path, checkpoint: Path | None, checkpointing: bool
+    pair: Pair,
+    trained: Trained,
+    training: Training,
+    folder: Path,
+    checkpoint: Path | None,
+    checkpointing: bool,
+    work: Path,
 ) -> Gain:
     """Train, and leave the better of the trained and the fresh state folded into the model."""
     _freeze(pair, checkpointing)
-    before = pair.held_out_loss()
+    before = coded = pair.held_out_loss()
+    if "codes" in training.order:
+        recode(pair, work, training, folder)
+        coded = pair.held_out_loss()
+        LOG.info("held-out loss %.4f nats per token, %.4f with new codes", before, coded)
+        if training.order == ("codes",):
+            return Gain(before, coded, coded, 0)
     sample = pair.train[:MOMENT_WINDOWS].tokens
     moments = column_moments(pair.model, pair.modules, sample) if training.term and training.init == "lq-lora" else {}
     trained.start(pair.original, moments)
-    started = pair.held_out_loss(trained.maps) if training.term else before
+    started = pair.held_out_loss(trained.maps) if training.term else coded
     LOG.info("held-out loss %.4f nats per token, %.4f untrained", before, started)
     steps = 0
     for stage in training.order:
+        if stage == "codes":
+            continue
         if stage == "blocks":
             train_blocks(pair, trained, training, folder)
             LOG.info("held-out loss %.4f nats per token after the blocks", pair.held_out_loss(trained.maps))
@@ -266,6 +290,7 @@ def _stages(training: Training, steps: int) -> str:
     """The stages in words, the one that came first before the other."""
     words: dict[Stage, str] = {
         "end-to-end": f"for {steps} steps of {training.batch_size} x {training.seqlen} tokens",
+        "codes": f"by new codes, {training.code_steps} steps after each block",
         "blocks": f"block by block for {training.block_epochs} x {training.block_windows} windows each",
     }
     return ", then ".join(words[stage] for stage in training.order)
@@ -276,7 +301,7 @@ def _notes(pair: Pair, training: Training, source: Text, gain: Gain) -> list[str
     how = (
         f"trained {_stages(training, gain.steps)} at learning rates "
         f"{training.learning_rate:g} and {training.gain_learning_rate:g} on {source.description}"
-        if gain.trained < gain.started
+        if gain.trained < gain.started or training.order == ("codes",)
         else f"left as they started, new factors from {source.description}; training did not lower the loss further"
     )
     after = min(gain.started, gain.trained)

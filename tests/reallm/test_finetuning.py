@@ -92,7 +92,7 @@ def test_training_lowers_the_divergence_beyond_that_of_fresh_factors(llama: Path
     training = Training(rank=4, steps=12, batch_size=2, seqlen=SEQLEN, learning_rate=3e-3)
     pair = open_pair(llama, read_plan(llama), None, load_text(text), training, "cpu")
     trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype)
-    gain = train_pair(pair, trained, training, tmp_path, None, False)
+    gain = train_pair(pair, trained, training, tmp_path, None, False, tmp_path)
     assert gain.trained < 0.95 * gain.started < 0.95 * gain.before
     assert pair.held_out_loss() == gain.trained  # the trained factors are those in the model
 

@@ -1,0 +1,167 @@
+"""New codes: without training the old ones, with it nearer ones of the same bytes, resumed to the byte."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny
+from tuning import SEQLEN, files, kl
+
+from reallm.compiler import compile_plan
+from reallm.errors import UserError
+from reallm.finetuning import finetune, recoding
+from reallm.finetuning.pair import Pair, Training, open_pair
+from reallm.finetuning.recoding import _Coder, _Student, recode
+from reallm.measurement import measure
+from reallm.planning import plan
+from reallm.runtime.replace import packed_tensors
+from reallm.text import load_text
+from reallm.verification import read_bytes, read_plan, read_tensors, verify
+
+SPACE = """
+linear: [tq2-l8+ldl2+rot, int2-g16+ldl, aq1x4-d4-shared]
+embedding: [int4-g16]
+expert: [int2-g16+ldl, int4-g16]
+"""
+RUN: dict[str, Any] = {
+    "order": ("codes",),
+    "code_steps": 12,
+    "code_learning_rate": 5e-4,
+    "seqlen": SEQLEN,
+    "rank": 0,
+    "train": ("scales", "norms"),
+    "steps": 8,
+    "patience": 0,
+    "kernels": False,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 windows of letters."""
+    path = tmp_path_factory.mktemp("text") / "train.txt"
+    path.write_text("".join(random.Random(1).choices("abcdefgh .", k=40 * SEQLEN)), encoding="utf-8")
+    return str(path)
+
+
+def made(architecture: str, base: Path, text: str, budget: str) -> Path:
+    """An artifact with its measured folder beside it: base/out, base/work, base/model."""
+    save_tiny(architecture, base / "model")
+    (base / "space.yaml").write_text(SPACE)
+    options: dict[str, Any] = {"nsamples": 4, "seqlen": 64, "jobs": 1}
+    measure(base / "model", text=text, output=base / "work", space=base / "space.yaml", **options)
+    plan(base / "work", budget=budget, output=base / "plan.json")
+    return compile_plan(base / "plan.json", base / "out", kernels=False)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    return made("llama", tmp_path_factory.mktemp("llama"), text, "3bpw")
+
+
+@pytest.fixture(scope="module")
+def tuned(llama: Path, text: str) -> Path:
+    return finetune(llama, text=text, output=llama.parent / "tuned", **RUN)
+
+
+def opened(artifact: Path, text: str, **change: Any) -> tuple[Pair, Training]:
+    kept = {name: value for name, value in (RUN | change).items() if name not in ("kernels", "steps")}
+    training = Training(**kept)
+    return open_pair(artifact, read_plan(artifact), None, load_text(text), training, "cpu"), training
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3_moe", "gpt2"])
+def test_without_a_step_the_codes_are_the_old_ones(architecture: str, text: str, tmp_path: Path) -> None:
+    artifact = made(architecture, tmp_path, text, "6bpw")
+    pair, training = opened(artifact, text, code_steps=0)
+    before = {name: raw.clone() for name, raw in packed_tensors(pair.model).items()}
+    recode(pair, tmp_path / "work", training, tmp_path)
+    after = packed_tensors(pair.model)
+    assert before.keys() == after.keys() and len(before) > 7
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_student_ends_as_the_compressed_model(llama: Path, text: str, tmp_path: Path) -> None:
+    pair, training = opened(llama, text)
+    coder = _Coder(pair, llama.parent / "work")
+    student = _Student(pair, coder, training)
+    for index, number in enumerate(coder.blocks):
+        student.settle(number)
+        student.train(index)
+    student.hand_over()
+    ids = pair.held_out.tokens[:1]
+    with torch.no_grad():
+        torch.testing.assert_close(student.model(input_ids=ids).logits, pair.model(input_ids=ids).logits)
+        assert not torch.allclose(student.model(input_ids=ids).logits, pair.original.model(input_ids=ids).logits)
+
+
+def test_new_codes_come_nearer_for_no_byte(llama: Path, tuned: Path, text: str) -> None:
+    assert verify(tuned).deep
+    old, new, before, after = read_plan(llama), read_plan(tuned), read_tensors(llama), read_tensors(tuned)
+    assert kl(tuned, llama.parent / "model", text) < 0.9 * kl(llama, llama.parent / "model", text)
+    assert (new.file_bytes, [c.format for c in new.choices]) == (old.file_bytes, [c.format for c in old.choices])
+    changed = {n.rpartition(".")[2] for n in after if read_bytes(before[n]).tobytes() != read_bytes(after[n]).tobytes()}
+    assert "codes" in changed and "codebooks" not in changed
+    assert any("by new codes, 12 steps after each block" in note for note in new.notes)
+
+
+def test_then_scales_and_norms(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
+    output = finetune(llama, text=text, output=tmp_path / "both", **RUN | {"order": ("codes", "end-to-end")})
+    assert verify(output).deep
+    assert kl(output, llama.parent / "model", text) < kl(tuned, llama.parent / "model", text)
+
+
+class StopError(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.mark.parametrize("saves", [1, 5])
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
+) -> None:
+    monkeypatch.setattr(recoding, "SAVES", saves)
+    settle, calls = _Student.settle, [0]
+
+    def stopping(self: _Student, block: int) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise StopError
+        settle(self, block)
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(_Student, "settle", stopping)
+        finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
+    assert (tmp_path / "tuned.partial" / recoding.STATE_FILE).exists() == (saves == 5)
+    assert files(finetune(llama, text=text, output=tmp_path / "tuned", **RUN)) == files(tuned)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"order": ("blocks", "codes")}, "--order blocks,codes: new codes undo what was trained before"),
+        ({"order": ("codes", "end-to-end"), "loss": "text"}, "--order codes brings a model nearer to the dense one"),
+        ({"adapter": True}, "--order codes makes another artifact, which no --adapter can hold"),
+        ({"work": "gone"}, "gone"),
+        ({"code_steps": -1}, "--code-steps -1"),
+        ({"code_learning_rate": 0.0}, "--code-learning-rate 0.0"),
+        ({"code_learning_rate": 0.99, "code_steps": 50}, "nothing is written"),
+    ],
+)
+def test_mistakes(llama: Path, text: str, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises((UserError, ValueError), match=message):
+        finetune(llama, text=text, output=tmp_path / "tuned", **RUN | change)
+    assert not (tmp_path / "tuned").exists()
