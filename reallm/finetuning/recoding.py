@@ -5,14 +5,15 @@
 
 as in incremental network quantisation (arXiv 1702.03044) and in the block-wise recipes of QuIP# and QTIP (arXiv
 2402.04396, 2406.11235), but end to end. The formats, and so the bytes, stay those of the artifact; a matrix is coded in
-the metric that it was measured in, so the measured folder must be there. Weights are trained in float32 by Adam: 16
-bytes a weight of the model, and the original beside them.
+the metric that it was measured in, so the measured folder must be there. Weights are trained in float32 by Adam, at a
+rate that falls as a cosine: 16 bytes a weight of the model, and the original beside them.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -133,6 +134,7 @@ class _Student:
         rates = ((weights, training.code_learning_rate), (norms, NORM_RATE * training.code_learning_rate))
         groups = [{"params": [self.trained[name] for name in names], "lr": rate} for names, rate in rates]
         self.optimiser = torch.optim.Adam(groups, betas=BETAS)
+        self.rates = [rate for _, rate in rates]
         self.objective = Objective(self.model, pair.original.model, pair.train.tokens[:1].to(self.model.device), "kl")
         self.objective.states = pair.objective.states
 
@@ -162,7 +164,10 @@ class _Student:
         training, pair = self.training, self.pair
         each, total = training.code_steps * training.batch_size, len(self.coder.blocks)
         order = training_order(len(pair.train.tokens), each * total, training.seed)[each * index : each * (index + 1)]
-        for rows in order.view(training.code_steps, training.batch_size):
+        for step, rows in enumerate(order.view(training.code_steps, training.batch_size)):
+            share = (index + step / training.code_steps) / (total - 1)
+            for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
             part = pair.train[rows]
             scored = None if part.scored is None else part.scored.to(self.model.device)
             loss = self.objective(part.tokens.to(self.model.device), part.names.tolist(), scored)
