@@ -1,23 +1,32 @@
-"""Fine-tuning: artifacts before and after it, and what the presets for fine-tuning reach at equal bytes and steps.
+"""Fine-tuning: artifacts before and after it, its stages, and what the presets for fine-tuning reach at equal bytes.
 
-    make bench NAME=finetune [MODEL=...] [TEXT=training] [TEST=held-out] [PARTS=2.0,3.0,qlora] [STEPS=200]
+    make bench NAME=finetune [MODEL=...] [TEXT=training] [TEST=held-out] [PARTS=2.0,stages] [STEPS=40]
 
-After NAME=quality, whose measured folder it uses. PARTS are bits per weight, or presets. For bits: the planner's mix
-with its scales and norms trained, not a byte more ("ours"), beside the same plan untouched; then a mix of
-fewer bits with factors trained by the default recipe, within the same budget. For a preset: such a mix with factors
-("ours") beside the preset's format with its own start and its factors trained, in as many steps, at no fewer bytes.
-The training text is the calibration text. Rows of some PARTS join those of an earlier run; a part takes half an hour.
+After NAME=quality, whose measured folder it uses; the training text is the calibration text. PARTS are
+
+- 2.0, 2.5, 3.0  bits per weight: the planner's mix and the default recipe, not a byte more, beside the mix untouched;
+                 its seconds and its peak memory
+- stages         at 2.0 bits: the default recipe beside each stage alone, and blocks before end-to-end
+- qlora, loftq, lq-lora   the preset's format with its own start, its factors trained STEPS steps, beside the planner's
+                 mix in no more bytes, its scales and norms trained as many
+- inits          at 2.5 bits with factors of rank 8: where they start, after STEPS steps
+- planning       at the bytes of one format everywhere: that format, and the mix that the plain relative error gives,
+                 beside the mix that the Fisher information gives, all with scales and norms trained STEPS steps
+
+Every run is the command `reallm finetune` in a process of its own. Rows of some PARTS join those of an earlier run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -28,6 +37,7 @@ from benchmarks.bench import (
     Measured,
     Row,
     bench_from_environment,
+    machine,
     measure_formats,
     mixed,
     planned,
@@ -37,8 +47,6 @@ from benchmarks.bench import (
 from benchmarks.peers import ROOT
 from reallm.cache import content_key
 from reallm.compiler import compile_plan
-from reallm.finetuning import finetune
-from reallm.kernels.terms import LowRank
 from reallm.loading import load
 from reallm.planner.plan import Plan
 from reallm.planner.records import write_record
@@ -46,98 +54,156 @@ from reallm.planner.uniform import uniform_plan
 from reallm.verification import read_plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
-BITS = ("2.0", "2.5", "3.0")
-FREE = ("scales", "norms")
+STEPS = os.environ.get("STEPS") or "40"
+FREE = {"train": "scales,norms", "rank": "0"}
+"""Not a byte more."""
+ONE_STAGE = FREE | {"order": "end-to-end", "steps": STEPS, "patience": "0"}
+FACTORS = ONE_STAGE | {"train": "factors"}
+Options = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, from where."""
+    """A name, and the options of `reallm finetune`."""
 
-    train: tuple[str, ...] = ("factors", *FREE)
-    rank: int = 8
-    factor_dtype: Literal["f16", "i8"] = "i8"
-    init: Literal["zero", "loftq", "lq-lora"] = "lq-lora"
+    name: str
+    options: Options
 
 
-PRESETS: dict[str, tuple[str, Recipe]] = {
-    "qlora": ("nf4-g64-dq8x256", Recipe(("factors",), 16, "f16", "zero")),
-    "loftq": ("nf2-g64-dq8x256", Recipe(("factors",), 16, "f16", "loftq")),
-    "lq-lora": ("nf3-g64-dq8x256", Recipe(("factors",), 16, "f16", "lq-lora")),
+DEFAULT = Recipe("reallm, default recipe", {})
+STAGES = (
+    Recipe("end-to-end alone", FREE | {"order": "end-to-end"}),
+    Recipe("blocks alone", FREE | {"order": "blocks"}),
+    Recipe("blocks, end-to-end", FREE | {"order": "blocks,end-to-end"}),
+    Recipe("codes alone", FREE | {"order": "codes"}),
+)
+TUNED = Recipe(f"reallm, scales and norms, {STEPS} steps", ONE_STAGE)
+PRESETS = {
+    "qlora": ("nf4-g64-dq8x256", {"rank": "16", "factor-dtype": "f16", "init": "zero"}),
+    "loftq": ("nf2-g64-dq8x256", {"rank": "16", "factor-dtype": "f16", "init": "loftq"}),
+    "lq-lora": ("nf3-g64-dq8x256", {"rank": "16", "factor-dtype": "f16", "init": "lq-lora"}),
+}
+INITS = ("zero", "loftq")
+UNIFORM = "tq2-l12+ldl2+rot"
+
+
+def tuned(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
+    """The artifact of a plan after fine-tuning, kept under the hash of its choices and the options."""
+    choices = [choice.model_dump(mode="json") for choice in chosen.choices]
+    key = content_key({"choices": choices, "options": dict(recipe.options)})
+    return bench.kept(f"{recipe.name} {key[:12]}", partial(_tune, bench, recipe, chosen))
+
+
+def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
+    with TemporaryDirectory(dir=bench.folder) as folder:
+        plan_path, before, after = (Path(folder) / part for part in ("plan.json", "before", "after"))
+        write_record(plan_path, chosen)
+        compile_plan(plan_path, before, model=bench.base, kernels=False)
+        given: dict[str, str] = {"text": bench.text, "teacher": str(bench.base_folder), "work": str(bench.work)}
+        options = [word for name, value in (given | dict(recipe.options)).items() for word in (f"--{name}", value)]
+        command = [sys.executable, "-m", "reallm", "finetune", str(before), "-o", str(after), "--no-kernels", *options]
+        began = time.monotonic()
+        _, status, used = os.wait4(subprocess.Popen(command).pid, 0)
+        seconds = time.monotonic() - began
+        if status:
+            raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+        found = bench.compare(load(after, dtype=torch.float32)[0])
+        bits = read_plan(after).bits_per_weight
+    assert found.divergence is not None
+    result = Measured(recipe.name, bits, found.divergence.mean, found.perplexity, {"torch": torch.__version__})
+    processor = used.ru_utime + used.ru_stime
+    return replace(result, seconds=seconds, processor_seconds=processor, peak_rss_bytes=used.ru_maxrss * 1024)
+
+
+def costs(result: Measured, bits: str, weights: int) -> Iterator[Row]:
+    """Rows of what a run took: its time beside the 20 minutes asked for, its memory beside the float32 `weights`."""
+    assert result.seconds is not None and result.processor_seconds is not None and result.peak_rss_bytes is not None
+    for figure, unit, ours, name, peer in (
+        ("wall time", "s", result.seconds, "asked for", 1200.0),
+        ("processor time", "s", result.processor_seconds, "two cores for the time asked for", 2400.0),
+        ("peak memory", "GiB", result.peak_rss_bytes / 2**30, "the model in float32", weights * 4 / 2**30),
+    ):
+        yield Row(
+            figure=f"{figure} of {result.name} at {bits} bits per weight",
+            unit=unit,
+            ours=ours,
+            ours_bits_per_weight=result.bits_per_weight,
+            ours_perplexity=None,
+            peer_name=name,
+            peer=peer,
+            peer_bits_per_weight=32.0,
+            peer_perplexity=None,
+            ratio=ours / peer,
+            versions=result.versions,
+            machine=machine(),
+        )
+
+
+def budget_rows(bits: str, bench: Bench) -> Iterator[Row]:
+    """The default recipe at so many bits beside the plan untouched, and what it took."""
+    chosen = mixed(bench, f"{bits}bpw")
+    after = tuned(bench, DEFAULT, chosen)
+    yield row(after, planned(bench, "reallm, not trained", chosen))
+    yield from costs(after, bits, sum(tensor.numel() for tensor in bench.base.model.parameters()))
+
+
+def stage_rows(bench: Bench) -> Iterator[Row]:
+    """The default recipe beside others at 2.0 bits."""
+    chosen = mixed(bench, "2.0bpw")
+    for recipe in STAGES:
+        yield row(tuned(bench, DEFAULT, chosen), tuned(bench, recipe, chosen))
+
+
+def preset_rows(name: str, bench: Bench) -> Iterator[Row]:
+    """The mix beside a preset, both trained."""
+    fmt, start = PRESETS[name]
+    table = measure_formats(bench, "finetune", [fmt])
+    recipe = Recipe(f"{name} {fmt}, rank 16, {STEPS} steps", FACTORS | start)
+    other = tuned(bench, recipe, uniform_plan(table, fmt, work=str(bench.work)))
+    yield row(tuned(bench, TUNED, mixed(bench, f"{other.bits_per_weight + ROUNDING:.9f}bpw")), other)
+
+
+def init_rows(bench: Bench) -> Iterator[Row]:
+    """Starts of new factors."""
+    chosen = mixed(bench, "2.5bpw")
+    ours = tuned(bench, Recipe(f"factors from lq-lora, {STEPS} steps", FACTORS | {"rank": "8"}), chosen)
+    for init in INITS:
+        options = FACTORS | {"rank": "8", "init": init}
+        yield row(ours, tuned(bench, Recipe(f"factors from {init}, {STEPS} steps", options), chosen))
+
+
+def planning_rows(bench: Bench) -> Iterator[Row]:
+    """With and without the planner, and the Fisher information in it."""
+    table = measure_formats(bench, "finetune", [UNIFORM])
+    uniform = uniform_plan(table, UNIFORM, work=str(bench.work))
+    budget = f"{uniform.bits_per_weight + ROUNDING:.9f}bpw"
+    ours = tuned(bench, TUNED, mixed(bench, budget))
+    yield row(ours, tuned(bench, replace(TUNED, name=f"{UNIFORM} everywhere, {STEPS} steps"), uniform))
+    plain = mixed(bench, budget, "relative")
+    yield row(ours, tuned(bench, replace(TUNED, name=f"planned by the relative error, {STEPS} steps"), plain))
+
+
+PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    **{bits: partial(budget_rows, bits) for bits in ("2.0", "3.0", "2.5")},
+    "stages": stage_rows,
+    **{name: partial(preset_rows, name) for name in PRESETS},
+    "inits": init_rows,
+    "planning": planning_rows,
 }
 
 
 def wanted_parts() -> Sequence[str]:
     """All parts, or those that the environment's PARTS names."""
     named = os.environ.get("PARTS")
-    return named.split(",") if named else (*BITS, *PRESETS)
-
-
-def tuned(bench: Bench, name: str, chosen: Plan, recipe: Recipe) -> Measured:
-    """The result of a plan after fine-tuning, kept under the hash of its choices and the recipe."""
-    steps = int(os.environ.get("STEPS") or 200)
-    choices = [choice.model_dump(mode="json") for choice in chosen.choices]
-    key = content_key({"choices": choices, "recipe": repr(recipe), "steps": steps})
-    return bench.kept(f"{name} {key[:12]}", partial(_tune, bench, name, chosen, recipe, steps))
-
-
-def _tune(bench: Bench, name: str, chosen: Plan, recipe: Recipe, steps: int) -> Measured:
-    with TemporaryDirectory(dir=bench.folder) as folder:
-        plan_path, before, after = (Path(folder) / part for part in ("plan.json", "before", "after"))
-        write_record(plan_path, chosen)
-        compile_plan(plan_path, before, model=bench.base, kernels=False)
-        finetune(
-            before,
-            text=bench.text,
-            output=after,
-            teacher=bench.base_folder,
-            train=recipe.train,
-            rank=recipe.rank,
-            factor_dtype=recipe.factor_dtype,
-            init=recipe.init,
-            steps=steps,
-            kernels=False,
-        )
-        found = bench.compare(load(after, dtype=torch.float32)[0])
-        bits = read_plan(after).bits_per_weight
-    assert found.divergence is not None
-    return Measured(name, bits, found.divergence.mean, found.perplexity, {"torch": torch.__version__})
-
-
-def factor_bits(chosen: Plan, recipe: Recipe) -> float:
-    """What the new factors of `recipe` take, in bits a weight of the plan's matrices."""
-    term = LowRank(recipe.rank, recipe.factor_dtype)
-    nbytes = sum(field.nbytes for choice in chosen.choices for field in term.fields(choice.rows, choice.cols))
-    return 8 * nbytes / sum(choice.rows * choice.cols for choice in chosen.choices)
-
-
-def within(bench: Bench, bits: float, recipe: Recipe) -> Measured:
-    """The mix that takes no more than `bits` with the factors of the recipe, fine-tuned."""
-    left = bits - factor_bits(mixed(bench, f"{bits + ROUNDING}bpw"), recipe)
-    return tuned(bench, "reallm, factors within", mixed(bench, f"{left:.6f}bpw"), recipe)
-
-
-def rows(bench: Bench) -> Iterator[Row]:
-    """Two rows for bits per weight, one for a preset."""
-    for part in wanted_parts():
-        if part not in PRESETS:
-            bits = float(part)
-            chosen = mixed(bench, f"{bits}bpw")
-            before = planned(bench, "reallm, not trained", chosen)
-            yield row(tuned(bench, "reallm, trained", chosen, Recipe(FREE, 0)), before)
-            yield row(within(bench, bits, Recipe()), tuned(bench, "reallm, no factors", chosen, Recipe(FREE, 0)))
-            continue
-        fmt, recipe = PRESETS[part]
-        table = measure_formats(bench, "finetune", [fmt])
-        other = tuned(bench, f"{part} {fmt}", uniform_plan(table, fmt, work=str(bench.work)), recipe)
-        yield row(within(bench, other.bits_per_weight, Recipe()), other)
+    return named.split(",") if named else tuple(PARTS)
 
 
 def main() -> None:
     """Plan, fine-tune, evaluate, write and print."""
     console = Console()
     bench = bench_from_environment(console)
-    report("finetune", rows(bench), RESULTS, console, keep=bool(os.environ.get("PARTS")))
+    rows = (found for part in wanted_parts() for found in PARTS[part](bench))
+    report("finetune", rows, RESULTS, console, keep=bool(os.environ.get("PARTS")))
 
 
 if __name__ == "__main__":

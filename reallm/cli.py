@@ -460,10 +460,15 @@ def finetune(
     train: Annotated[
         str, typer.Option(help="What: factors (more bytes); scales, norms, embeddings (none); separated by commas.")
     ] = "factors,scales,norms",
-    rank: Annotated[int, typer.Option(min=0, help="Of the factors of matrices that have none yet; 0 adds none.")] = 8,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Of factors for matrices that have none yet; default 0, for none, and 8 of an adapter."
+        ),
+    ] = None,
     factor_dtype: Annotated[FactorDtype, typer.Option(help="How those are stored.")] = "i8",
     init: Annotated[FactorInit, typer.Option(help="Where new factors start; plan adds none.")] = "lq-lora",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps from end to end.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Of factors, at its peak; it falls as a cosine.")] = 1e-3,
@@ -473,8 +478,12 @@ def finetune(
         int, typer.Option(min=0, help="End after so many evaluations without a lower held-out KL; 0: never.")
     ] = 3,
     order: Annotated[
-        str, typer.Option(help="The stages in order, separated by commas: codes, blocks, end-to-end.")
-    ] = "end-to-end",
+        str | None,
+        typer.Option(
+            help="The stages in order, separated by commas: codes, blocks, end-to-end. Default: codes,end-to-end where "
+            "the measured folder and the memory for it are there."
+        ),
+    ] = None,
     block_windows: Annotated[int, typer.Option(min=1, help="Windows that each block is trained on.")] = 64,
     block_epochs: Annotated[int, typer.Option(min=1, help="How often.")] = 2,
     code_steps: Annotated[int, typer.Option(min=0, help="Steps after each block that gets new codes.")] = 4,
@@ -492,7 +501,7 @@ def finetune(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Train factors, scales and norms over the frozen codes; writes an artifact nearer to the dense model.
+    """Bring an artifact nearer to the dense model, by new codes and by training its scales, norms and factors.
 
     Resumable: checkpoints lie in OUTPUT.partial until it is done. Part of the text is held out to measure the gain.
     """
@@ -505,7 +514,7 @@ def finetune(
         output=output,
         teacher=teacher,
         train=_listed(train),
-        order=_listed(order),
+        order=None if order is None else _listed(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,

@@ -48,11 +48,11 @@ class Training:
     """The settings of one run, all of which decide its result."""
 
     train: tuple[Part, ...] = ("factors", "scales", "norms")
-    rank: int = 8
+    rank: int = 0
     factor_dtype: Literal["f16", "i8", "i4"] = "i8"
     init: Init = "lq-lora"
     """Where new factors start; "plan" adds none."""
-    steps: int = 200
+    steps: int = 60
     batch_size: int = 1
     seqlen: int = 512
     learning_rate: float = 1e-3

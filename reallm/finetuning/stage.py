@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from transformers import EarlyStoppingCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,6 +26,7 @@ from ..folder import check_output, is_artifact
 from ..lock import alone_in
 from ..manifest import MANIFEST_FILE, sha256_file
 from ..planner.plan import Plan
+from ..planner.records import TABLE_FILE
 from ..text import Text, load_text
 from ..verification import read_plan
 from .blockwise import train_blocks
@@ -47,6 +49,9 @@ LOG = logging.getLogger(__name__)
 LEAST_GAIN = 1e-4
 """Share of the divergence that must go: the same weights summed in another order differ by less."""
 MOMENT_WINDOWS = 8
+ADAPTER_RANK = 8
+RECODING_BYTES = 20
+"""For each weight: the original, its copy, the gradient and the two moments of Adam, float32."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,10 @@ def finetune(
     output: Path | str,
     teacher: Path | str | None = None,
     train: Sequence[str] = ("factors", "scales", "norms"),
-    rank: int = 8,
+    rank: int | None = None,
     factor_dtype: Literal["f16", "i8", "i4"] = "i8",
     init: Literal["zero", "loftq", "lq-lora", "plan"] = "lq-lora",
-    steps: int = 200,
+    steps: int = 60,
     batch_size: int = 1,
     seqlen: int = 512,
     learning_rate: float = 1e-3,
@@ -79,7 +84,7 @@ def finetune(
     loss: Literal["kl", "text"] = "kl",
     patience: int = 3,
     seed: int = 0,
-    order: Sequence[str] = ("end-to-end",),
+    order: Sequence[str] | None = None,
     block_windows: int = 64,
     block_epochs: int = 2,
     code_steps: int = 4,
@@ -95,8 +100,9 @@ def finetune(
     """Train `artifact` against the model it was made from, into the artifact `output`.
 
     `train` names what: "factors", "scales", "norms", "embeddings" (see `trained`). With factors, a compressed linear
-    without a low-rank term gets one of `rank` in `factor_dtype`; 0 adds none, and then not one byte is added. `teacher`
-    is that model, if it has moved since. One step is `batch_size` windows of `seqlen` tokens. Training ends when
+    without a low-rank term gets one of `rank` in `factor_dtype`; 0, the default but for an adapter, adds none, and then
+    not one byte is added. `teacher` is that model, if it has moved since. One step is `batch_size` windows of `seqlen`
+    tokens. Training ends when
     `patience` evaluations in turn brought no lower held-out KL (0: never), or at a loss that is not finite; the best
     state is kept. An interrupted run goes on at its last checkpoint, in `<output>.partial`, unless `resume` is false.
     Raises UserError; when nothing was gained, nothing is written.
@@ -107,7 +113,8 @@ def finetune(
     `order` holds the stages: "codes" (`recoding`), first, codes the blocks anew, one after another, with `code_steps`
     steps of training for the weights behind each, and reads the measured folder `work` (default: the plan's); "blocks"
     (`blockwise`) takes `block_epochs` times `block_windows` windows for every block and needs the memory of one;
-    "end-to-end" is the training described above.
+    "end-to-end" is the training described above. None is "codes" and "end-to-end" where that folder and the memory
+    are there and codes may change, else "end-to-end".
 
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
@@ -115,9 +122,15 @@ def finetune(
     began, output = time.perf_counter(), Path(output)
     if adapter:
         train, factor_dtype = ("factors",), "f16"
+    mark = CONFIG_FILE if adapter else MANIFEST_FILE
+    check_output(output, force, mark)
+    if not is_artifact(artifact):
+        raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
+    plan = read_plan(Path(artifact))
+    measured = Path(work or plan.work)
     training = Training(
         train=check_parts(train),
-        rank=rank,
+        rank=(ADAPTER_RANK if adapter else 0) if rank is None else rank,
         factor_dtype=factor_dtype,
         init=init,
         steps=steps,
@@ -128,7 +141,7 @@ def finetune(
         loss=loss,
         patience=patience,
         seed=seed,
-        order=check_order(order),
+        order=_default_order(plan, measured, loss, adapter) if order is None else check_order(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,
@@ -136,11 +149,6 @@ def finetune(
     )
     if adapter and "codes" in training.order:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
-    mark = CONFIG_FILE if adapter else MANIFEST_FILE
-    check_output(output, force, mark)
-    if not is_artifact(artifact):
-        raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
-    plan = read_plan(Path(artifact))
     source = load_text(text)
     pair = open_pair(Path(artifact), plan, teacher, source, training, device)
     folder = progress_folder(output)
@@ -149,7 +157,7 @@ def finetune(
         check_output(output, force, mark)  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
         trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init)
-        gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing, Path(work or plan.work))
+        gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing, measured)
         after = min(gain.started, gain.trained)
         if not after < gain.before * (1 - LEAST_GAIN):
             shutil.rmtree(folder)
@@ -172,6 +180,21 @@ def finetune(
         shutil.rmtree(folder)
     _report(plan, new, gain, training.measure, time.perf_counter() - began)
     return output
+
+
+def _default_order(plan: Plan, measured: Path, loss: str, adapter: bool) -> tuple[Stage, ...]:
+    """New codes first where they can be had."""
+    if loss != "kl" or adapter:
+        return ("end-to-end",)
+    needed, there = RECODING_BYTES * sum(c.rows * c.cols for c in plan.choices), psutil.virtual_memory().total
+    if not (measured / TABLE_FILE).exists():
+        why = f"{measured}, where the plan was measured, is not there"
+    elif needed > there:
+        why = f"new ones take about {needed >> 20} MiB of memory, this machine has {there >> 20}"
+    else:
+        return ("codes", "end-to-end")
+    LOG.info("the codes stay as they are: %s", why)
+    return ("end-to-end",)
 
 
 def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str) -> dict[str, int | float | str]:
