@@ -165,7 +165,7 @@ def train_pair(
     LOG.info("held-out loss %.4f nats per token, %.4f untrained", before, started)
     trainer = _trainer(pair, trained, training, folder)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.go_on(folder, checkpoint)
     except NotFiniteError as error:
         LOG.warning("%s: training ends there, and %s", error, _last_good(trainer))
     after = _folded(pair, trained)
