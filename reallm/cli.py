@@ -477,6 +477,9 @@ def finetune(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write a LoRA adapter in PEFT's form, not an artifact: factors alone.")
     ] = False,
+    dora: Annotated[
+        bool, typer.Option("--dora", help="With --adapter: magnitudes of rows beside the factors.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Train factors, scales and norms over the frozen codes; writes an artifact nearer to the dense model.
@@ -509,6 +512,7 @@ def finetune(
         kernels=kernels,
         force=force,
         adapter=adapter,
+        dora=dora,
     )
     after = (
         f"generate {artifact} --adapter {output} TEXT" if adapter else f"eval {output} --against MODEL --text test.txt"

@@ -8,7 +8,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import attach_adapter, read_adapter
+from .adapter_files import read_adapter
+from .adapters import attach_adapter
 from .errors import UserError
 from .folder import is_artifact, read_config
 from .runtime.packed import DecodeMode

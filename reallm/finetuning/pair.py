@@ -51,6 +51,8 @@ class Training:
     patience: int = 3
     """Evaluations without a lower held-out KL after which training ends; 0 for never."""
     seed: int = 0
+    dora: bool = False
+    """Train magnitudes of rows beside the factors; for an adapter only."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", check_parts(self.train))

@@ -18,7 +18,7 @@ from typing import Literal
 from transformers import EarlyStoppingCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters import CONFIG_FILE, write_adapter
+from ..adapter_files import CONFIG_FILE, write_adapter
 from ..compiler import Compilation, write_artifact
 from ..errors import UserError
 from ..folder import check_output, is_artifact
@@ -83,6 +83,7 @@ def finetune(
     kernels: bool = True,
     force: bool = False,
     adapter: bool = False,
+    dora: bool = False,
 ) -> Path:
     """Train `artifact` against the model it was made from, into the artifact `output`.
 
@@ -94,16 +95,19 @@ def finetune(
     Raises UserError; when nothing was gained, nothing is written.
 
     `init` says where new factors start (`factors`). With `adapter`, `output` is a LoRA adapter in PEFT's form that
-    holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16.
+    holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16. With `dora` it holds
+    magnitudes of the rows too, trained beside the factors (arXiv 2402.09353).
 
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
     """
     began, output = time.perf_counter(), Path(output)
+    if dora and not adapter:
+        raise UserError("--dora: magnitudes of rows are stored in adapters only; give --adapter too")
     if adapter:
         train, factor_dtype = ("factors",), "f16"
     parts, rates = check_parts(train), (learning_rate, gain_learning_rate)
-    training = Training(parts, rank, factor_dtype, init, steps, batch_size, seqlen, *rates, loss, patience, seed)
+    training = Training(parts, rank, factor_dtype, init, steps, batch_size, seqlen, *rates, loss, patience, seed, dora)
     mark = CONFIG_FILE if adapter else MANIFEST_FILE
     check_output(output, force, mark)
     if not is_artifact(artifact):
@@ -116,7 +120,9 @@ def finetune(
     with alone_in(folder):
         check_output(output, force, mark)  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
-        trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init)
+        trained = Trained(
+            pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init, dora
+        )
         gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing)
         after = min(gain.started, gain.trained)
         if not after < gain.before * (1 - LEAST_GAIN):
@@ -127,7 +133,7 @@ def finetune(
                 "higher --rank or more --text"
             )
         if adapter:
-            write_adapter(output, trained.added_factors(), Path(artifact), force)
+            write_adapter(output, trained.added_factors(), Path(artifact), force, trained.magnitudes())
             shutil.rmtree(folder)
             LOG.info("held-out %s %.4f before, %.4f with the adapter", training.measure, gain.before, after)
             return output

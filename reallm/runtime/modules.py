@@ -18,12 +18,12 @@ from ..kernels.formats import Format
 from .cpu import can_look_up, can_multiply
 from .decode import decode
 from .generated import packed_linear, takes_kernel
+from .magnitude import MagnitudeTraining
 from .packed import DecodeMode, Decoding, Packed, Shared
-from .scale_training import ScaleTraining
 from .weight import REFUSAL, FrozenWeightError, frozen
 
 
-class CompressedLinear(ScaleTraining, nn.Linear):  # type: ignore[override]  # weight: a property, not a Parameter
+class CompressedLinear(MagnitudeTraining, nn.Linear):  # type: ignore[override]  # weight: a property, not a Parameter
     """y = x W_hat^T + b, in the dtype of x."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
