@@ -44,21 +44,13 @@ def takes_kernel(packed: Packed, inputs: Tensor) -> bool:
 
 
 def packed_linear(packed: Packed, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """x W_hat^T (+ bias) for x [..., cols]: [..., rows], by the kernel generated for the matrix's format.
-
-    A gain of the rows is no part of the kernel: it multiplies what the kernel gives.
-    """
+    """x W_hat^T (+ bias) for x [..., cols]: [..., rows], by the kernel generated for the matrix's format."""
     fields = packed.fields
     if packed.format.shared_field and packed.shared_codebooks is not None:
         fields[packed.format.shared_field.name] = packed.shared_codebooks
     if packed.derived is None:
         packed.derived = derive(packed.format, fields, packed.rows, packed.cols)
-    gain, own = packed.gain, None if packed.gain is not None else bias
-    result = multiply(packed.format, fields, inputs, packed.rows, packed.cols, own, derived=packed.derived)
-    if gain is None:
-        return result
-    result = (result.float() * gain).to(result.dtype)
-    return result if bias is None else result + bias
+    return multiply(packed.format, fields, inputs, packed.rows, packed.cols, bias, derived=packed.derived)
 
 
 @cache

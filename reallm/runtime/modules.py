@@ -33,7 +33,10 @@ class CompressedLinear(MagnitudeTraining, nn.Linear):  # type: ignore[override] 
             result = self.training_output(input)
             return result if bias is None else result + bias
         if takes_kernel(self, input):
-            return packed_linear(self, input, bias)
+            if self.gain is None:
+                return packed_linear(self, input, bias)
+            product = (packed_linear(self, input, None).float() * self.gain).to(input.dtype)
+            return product if bias is None else product + bias
         if can_multiply(input) and (native := self.native):
             product = native.linear(input)
             return product if bias is None else product + bias
