@@ -9,6 +9,7 @@ W = m o (W_hat + s B A) / ||.||_row  DoRA (arXiv 2402.09353), with use_dora: `.l
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,7 +139,10 @@ def read_layout(folder: Path | str) -> Layout:
             raise UserError(f"{path}: {stem} has no lora_magnitude_vector [{left[0]}]; save the adapter again")
         module = stem.removeprefix(PREFIX)
         modules[module], prefixed[module] = (left[0], right[0], right[1]), stem
-        scalings[module] = _scaling(config, module, right[0])
+        try:
+            scalings[module] = _scaling(config, module, right[0])
+        except (TypeError, ValueError, AttributeError, OverflowError, re.error):
+            raise UserError(f"{folder / CONFIG_FILE}: no scaling of {module} can be had from its lora_alpha") from None
     if shapes or not modules:
         found = next(iter(shapes), "no tensor")
         raise UserError(f"{path} holds {found!r}; expected lora_A and lora_B of linear modules and nothing else")
@@ -193,4 +197,7 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    scaling = float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    if not math.isfinite(scaling):
+        raise ValueError(f"a scaling of {scaling}")
+    return scaling

@@ -118,6 +118,15 @@ def test_other_adapters_are_refused(artifact: Path, tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, tensors, "of type LOHA; expected LORA"),
         ({"use_dora": True}, tensors, r"has no lora_magnitude_vector \[16\]"),
         ({"bias": "all"}, tensors, "trains biases"),
+        *(
+            (values, tensors, r"adapter_config.json: no scaling of .* can be had from its lora_alpha")
+            for values in (
+                {"lora_alpha": "8"},
+                {"lora_alpha": 1e999},
+                {"alpha_pattern": [3]},
+                {"alpha_pattern": {"(": 1}},
+            )
+        ),
         ({"init_lora_weights": "pissa"}, tensors, "begun by pissa, which changes the base"),
         ({}, tensors | {"x": torch.zeros(1)}, "holds 'x'; expected lora_A and lora_B"),
         ({}, {n: t for n, t in tensors.items() if n != f"{stem}.lora_B.weight"}, "has no lora_A .* beside lora_B"),
