@@ -429,7 +429,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message.")] = False,
-    adapter: Annotated[Path | None, typer.Option(help="The folder of a LoRA adapter to run an artifact with.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="A LoRA or DoRA adapter of an artifact: its name in MODEL/adapters/, or a folder."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Seed = 0,
 ) -> None:
@@ -499,6 +502,9 @@ def finetune(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write a LoRA adapter in PEFT's form, not an artifact: factors alone.")
     ] = False,
+    dora: Annotated[
+        bool, typer.Option("--dora", help="With --adapter: magnitudes of rows beside the factors.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Bring an artifact nearer to the dense model, by new codes and by training its scales, norms and factors.
@@ -537,9 +543,11 @@ def finetune(
         kernels=kernels,
         force=force,
         adapter=adapter,
+        dora=dora,
     )
+    named = output.name if output.parent == artifact / "adapters" else output
     after = (
-        f"generate {artifact} --adapter {output} TEXT" if adapter else f"eval {output} --against MODEL --text test.txt"
+        f"generate {artifact} --adapter {named} TEXT" if adapter else f"eval {output} --against MODEL --text test.txt"
     )
     typer.echo(f"wrote {output}; next: reallm {after}", err=True)
 
@@ -585,6 +593,8 @@ def verify(artifact: Artifact, json: Json = None) -> None:
     if json is not None:
         write_text_atomic(json, canonical_json(asdict(report)))
     typer.echo(f"{artifact} is whole: {report.files} files, {report.tensors} tensors, {report.matrices} matrices")
+    for view in report.adapters:
+        typer.echo(f"its adapter {view.name} is whole: {view.kind} of rank {view.rank}, {view.modules} matrices")
 
 
 @app.command(epilog="Example: reallm demo --budget 48MiB")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .manifest import MANIFEST_FILE
+from .manifest import ADAPTERS_FOLDER, MANIFEST_FILE
 from .runtime.record import METHOD, QuantizationRecord, read_quantization
 
 CONFIG_FILE = "config.json"
@@ -59,6 +59,13 @@ def read_record_of(folder: Path) -> QuantizationRecord:
     return read_quantization(quantization)
 
 
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Name -> folder of the adapters inside an artifact, by name; runs in progress (NAME.partial) are none."""
+    place = folder / ADAPTERS_FOLDER
+    found = sorted(place.iterdir()) if place.is_dir() else []
+    return {p.name: p for p in found if p.is_dir() and not p.name.startswith(".") and p.suffix != ".partial"}
+
+
 def check_output(output: Path, force: bool, mark: str = MANIFEST_FILE) -> None:
     """Raise UserError unless `output` is free, or may be replaced: an artifact, or a folder with `mark`."""
     if not output.exists():
@@ -71,6 +78,11 @@ def check_output(output: Path, force: bool, mark: str = MANIFEST_FILE) -> None:
         raise UserError(f"{output} exists and is no artifact of reallm; give another name or remove it yourself")
     if not force:
         raise UserError(f"{output} exists; give another name, or --force to replace it")
+    if held := adapters_in(output):
+        raise UserError(
+            f"{output} holds the adapters {', '.join(held)}, which fit no other artifact and would be lost; "
+            f"move or remove {output / ADAPTERS_FOLDER} first"
+        )
 
 
 @contextmanager

@@ -29,8 +29,8 @@ def generate(
 
     `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. On the CPU the compiled
     decode step does the work where it can. `dtype` is what transformers' loop computes in otherwise, and what is not
-    packed is kept in (default: float32 for the one, as stored for the other). `adapter` is the folder of a LoRA adapter
-    to an artifact. Raises UserError for a model that does
+    packed is kept in (default: float32 for the one, as stored for the other). `adapter` is a LoRA or DoRA adapter
+    to an artifact, as for `load`. Raises UserError for a model that does
     not generate, a prompt without tokens and a chat without a template.
     """
     opened = open_model(path, dtype, device, adapter)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .adapter_places import AdapterView, linear_shapes, view_adapters
 from .folder import read_config, read_record_of
 from .kernels.weights import StoredTensor
 from .planner.plan import Plan
@@ -65,6 +66,8 @@ class Inspection:
     header_bytes: int
     file_bytes: int
     """Bytes of the weights files: matrices + shared + other + headers."""
+    adapters: tuple[AdapterView, ...] = ()
+    """Those inside the artifact, in no figure above."""
 
 
 def inspect(path: Path | str) -> Inspection:
@@ -91,6 +94,7 @@ def inspect(path: Path | str) -> Inspection:
         other_bytes=data_bytes - plan.matrices_bytes,
         header_bytes=file_bytes - data_bytes,
         file_bytes=file_bytes,
+        adapters=view_adapters(folder, linear_shapes(plan, tensors)),
     )
 
 

@@ -8,7 +8,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import attach_adapter, read_adapter
+from .adapter_files import read_adapter
+from .adapter_places import find_adapter
+from .adapters import attach_adapter
 from .errors import UserError
 from .folder import is_artifact, read_config
 from .runtime.packed import DecodeMode
@@ -33,19 +35,21 @@ def load(
     `dtype` is what it computes in (default: the dtype it was compiled from). On the CPU
     matrices are multiplied as they are packed; where that cannot be done, `decode` "load" keeps the decoded weights, as
     large as the original model, and "call" keeps only the packed ones and decodes at every call. `verify` hashes every
-    byte first; without it only headers and sizes are checked. `adapter` is the folder of a LoRA adapter to run it with
-    (`adapters`). Nothing in the folders is executed. Raises UserError.
+    byte first; without it only headers and sizes are checked. `adapter` is a LoRA or DoRA adapter to run it with
+    (`adapters`): its folder, or its name in the artifact's own folder of adapters, where it is looked for first.
+    Nothing in the folders is executed. Raises UserError.
     """
     folder = Path(path)
     if not is_artifact(folder):
         raise UserError(f"{folder} is no artifact of reallm; `reallm compile` writes one")
+    place = None if adapter is None else find_adapter(folder, adapter)
     if verify:
-        verify_artifact(folder)
+        verify_artifact(folder, adapters=False)
     model: PreTrainedModel = _model_class(folder).from_pretrained(
         folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
     )
-    if adapter is not None:
-        attach_adapter(model, read_adapter(adapter), str(adapter), folder)
+    if place is not None:
+        attach_adapter(model, read_adapter(place), str(place), folder)
     set_decode_mode(model, decode)
     model.to(torch.device(device)).eval()
     get_ready(model)

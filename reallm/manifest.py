@@ -20,6 +20,8 @@ from .errors import UserError
 from .planner.records import Record, canonical_json, sha256_text, write_text_atomic
 
 MANIFEST_FILE = "manifest.json"
+ADAPTERS_FOLDER = "adapters"
+"""In an artifact, but no part of it: adapters come and go, and the artifact stays what was compiled."""
 MAX_MANIFEST_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 22
 _FILE_NAME = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*")
@@ -72,10 +74,14 @@ def sha256_file(path: Path) -> str:
 
 
 def artifact_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(relative path, path) of every file in the artifact but the manifest; hidden ones (.git, .cache) are no part."""
+    """(relative path, path) of every file of the artifact but the manifest.
+
+    Hidden ones (.git, .cache) and what lies in the folder of adapters are no part of it.
+    """
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+        beside = len(relative.parts) > 1 and relative.parts[0] == ADAPTERS_FOLDER
+        if path.is_file() and not beside and not any(part.startswith(".") for part in relative.parts):
             name = relative.as_posix()
             if name != MANIFEST_FILE:
                 yield name, path

@@ -15,8 +15,8 @@ from reallm.planner.plan import Choice, Plan
 from reallm.planner.sweep import Point
 
 if TYPE_CHECKING:  # they import torch
+    from .artifact import AdapterView, Inspection
     from .evaluation import Evaluation
-    from .inspection import Inspection
     from .sizes import Sizes
 
 MIB = 1 << 20
@@ -152,7 +152,14 @@ def print_inspection(found: Inspection, console: Console) -> None:
         ("weights files", f"{found.file_bytes} bytes ({bytes_text(found.file_bytes)})"),
         ("bits per weight", widths),
     ]
+    facts += [("adapter", _adapter_text(view)) for view in found.adapters]
     console.print(facts_table(found.path, facts))
+
+
+def _adapter_text(view: AdapterView) -> str:
+    if view.fault is not None:
+        return f"{view.name} cannot be used: {view.fault}"
+    return f"{view.name}: {view.kind} of rank {view.rank}, {view.modules} matrices, {bytes_text(view.nbytes)}"
 
 
 def _measured_facts(plan: Plan) -> list[tuple[str, str]]:

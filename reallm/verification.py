@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .adapter_places import AdapterView, check_adapters, linear_shapes
 from .errors import UserError
 from .folder import PLAN_FILE, read_record_of
 from .kernels.codecs import DenseCodec, Field
@@ -40,6 +41,8 @@ class Report:
     tensors: int
     matrices: int
     deep: bool
+    adapters: tuple[AdapterView, ...] = ()
+    """Those inside the artifact."""
 
 
 def read_plan(folder: Path) -> Plan:
@@ -58,8 +61,11 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise UserError(str(error)) from None
 
 
-def verify(path: Path | str, deep: bool = True) -> Report:
-    """Check an artifact. Raises UserError, one line, for the first thing that is wrong; `deep` reads every byte."""
+def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report:
+    """Check an artifact, and the `adapters` inside it.
+
+    Raises UserError, one line, for the first thing that is wrong; `deep` reads every byte.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected an artifact that `reallm compile` wrote")
@@ -82,6 +88,7 @@ def verify(path: Path | str, deep: bool = True) -> Report:
         tensors=len(tensors),
         matrices=len(plan.choices),
         deep=deep,
+        adapters=check_adapters(folder, linear_shapes(plan, tensors), deep) if adapters else (),
     )
 
 

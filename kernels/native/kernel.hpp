@@ -70,6 +70,9 @@ struct Linear {
       for (int64_t m = 0; m < batch; m++) unrotate(op.output, yc + m * op.rows);
     if (op.sparse_starts) outliers(op, x, yc, batch);
     if (op.rank) low_rank(op, x, yc, batch);
+    if (op.gain)
+      for (int64_t m = 0; m < batch; m++)
+        for (int64_t n = 0; n < op.rows; n++) yc[m * op.rows + n] *= op.gain[n];
     if (op.bias)
       for (int64_t m = 0; m < batch; m++)
         for (int64_t n = 0; n < op.rows; n++) yc[m * op.rows + n] += op.bias[n];
@@ -114,13 +117,13 @@ struct Linear {
       for (int64_t j = 0; op.channel_scales && j < op.cols; j++) out[j] *= op.channel_scales[j];
       for (int64_t s = op.sparse_starts ? op.sparse_starts[n] : 0; op.sparse_starts && s < op.sparse_starts[n + 1]; s++)
         out[op.sparse_cols[s]] += half_at(op.sparse_values, s);
-      if (!op.rank) continue;
-      factor(op.left, op.factor_bits, n * op.rank, op.rank, left);
+      if (op.rank) factor(op.left, op.factor_bits, n * op.rank, op.rank, left);
       for (int64_t r = 0; r < op.rank; r++) {
         factor(op.right, op.factor_bits, r * op.cols, op.cols, left + op.rank);
         const float by = left[r] * (op.left_scales ? op.left_scales[r] * op.right_scales[r] : 1.0f);
         for (int64_t j = 0; j < op.cols; j++) out[j] += by * left[op.rank + j];
       }
+      for (int64_t j = 0; op.gain && j < op.cols; j++) out[j] *= op.gain[n];
     }
   }
 

@@ -4,7 +4,7 @@
 //                                                             rotation, zeros behind the last column, and behind them
 //                                                             what the codec's products want of x
 //   dot       xc                    -> yc[:, first:last]      rows of the codes, their scales included, times xc
-//   finish    x, yc [batch, rows]   -> yc, in place           rotation of the output, outliers, low-rank term, bias
+//   finish    x, yc [batch, rows]   -> yc, in place           rotation of the output, outliers, low-rank term, gain, bias
 //   rows      index [count]         -> out [count, cols]      rows of W_hat, as an embedding looks them up
 //
 // Everything is float32, accumulated in float32 (or exactly, in whole numbers), row-major without gaps. Buffers need no
@@ -62,6 +62,7 @@ struct Operand {
   const void* sparse_values;     // fp16
   const void *left, *right;      // factors as stored; null without a low-rank term
   const float *left_scales, *right_scales;  // [rank] or null
+  const float* gain;             // [rows] or null: rows of W_hat are multiplied by it
   const float* bias;             // [rows] or null
   int64_t rank;
   float scale_min;

@@ -111,7 +111,7 @@ inline void gate(const Run& run, const float* a, const float* b, float* y, const
 }
 
 inline bool finishes(const Operand& op) {
-  return op.bias || op.output.signs || op.sparse_starts || op.left;
+  return op.gain || op.bias || op.output.signs || op.sparse_starts || op.left;
 }
 
 // y[i] = W_i x for `count` operands from `ops` on, which make the same xc of x. `xc` is scratch.

@@ -1,7 +1,8 @@
 """Where an interrupted run goes on: the folder `<output>.partial`, and which checkpoints in it are whole.
 
 A checkpoint counts once `whole.json` in it, written last, names every file with its sha256; one that was cut off is
-removed. The Trainer reads its own checkpoints as safetensors and as tensors only (`weights_only`), never as pickles.
+removed. `ended.json` beside them says that training is over, and which checkpoint it came to: what remains is to write
+the result. The Trainer reads its own checkpoints as safetensors and as tensors only (`weights_only`), never as pickles.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..planner.records import canonical_json, write_text_atomic
 LOG = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.json"
 WHOLE_FILE = "whole.json"
+ENDED_FILE = "ended.json"
 
 Settings = Mapping[str, int | float | str]
 
@@ -99,12 +102,35 @@ def mark_whole(checkpoint: Path) -> None:
     write_text_atomic(checkpoint / WHOLE_FILE, canonical_json(_digests(checkpoint)))
 
 
+@dataclass(frozen=True)
+class End:
+    """How training ended: after `steps`, with the best state in the folder `best`."""
+
+    steps: int
+    best: Path
+
+
+def mark_end(folder: Path, steps: int, best: Path) -> None:
+    """Declare that the training in `folder` is over after `steps`, and `best`, a checkpoint in it, its result."""
+    write_text_atomic(folder / ENDED_FILE, canonical_json({"steps": steps, "best": best.name}))
+
+
+def read_end(folder: Path) -> End | None:
+    """How the training in `folder` ended; None if it did not, or its result is not whole."""
+    try:
+        found = json.loads((folder / ENDED_FILE).read_text(encoding="utf-8"))
+        end = End(int(found["steps"]), folder / Path(found["best"]).name)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return end if is_whole(end.best) else None
+
+
 def _digests(checkpoint: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(checkpoint.iterdir()) if path.name != WHOLE_FILE}
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Marks checkpoints, shows a bar, and says how the held-out divergence develops."""
+    """Marks checkpoints and the end, shows a bar, and says how the held-out divergence develops."""
 
     def __init__(self, folder: Path, show: bool) -> None:
         self.folder, self.show = folder, show
@@ -131,6 +157,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         LOG.info("%s%s", line, f", on the training text {trained[-1]:.4f}" if trained else "")
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
+        if control.should_training_stop and state.best_model_checkpoint is not None:
+            mark_end(self.folder, state.global_step, Path(state.best_model_checkpoint))
         mark_whole(self.folder / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:

@@ -11,6 +11,7 @@ exactly as it would have.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import UserError
 from .answers import Sample
+from .checkpoints import read_end
 from .maps import EmbeddingMaps
 from .objective import Objective
 
+LOG = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
 """Of AdamW; the second is lower than usual because runs are short."""
 WARM_UP_SHARE = 0.03
@@ -91,6 +94,19 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
                 self.remove_callback(callback)
         for callback in callbacks:
             self.add_callback(callback)
+
+    def go_on(self, folder: Path, checkpoint: Path | None) -> None:
+        """Train on after `checkpoint` (None: from the start); if training in `folder` was over, only take its result.
+
+        Raises NotFiniteError.
+        """
+        end = read_end(folder)
+        if end is None:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            return
+        LOG.info("training was over after step %d; its best state, %s, is taken", end.steps, end.best.name)
+        self.state.global_step, self.state.best_model_checkpoint = end.steps, str(end.best)
+        self._load_best_model()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the learning rate of each group."""

@@ -23,20 +23,21 @@ from ..codecs.metric import Metric, Workspace
 from ..kernels.codecs import DenseCodec
 from ..kernels.terms import LowRank
 from ..model import LoadedModel
+from ..runtime.magnitude import MagnitudeTraining
 from ..runtime.replace import packed_modules
 from ..runtime.scale_training import ScaleTraining
 
-Modules = Mapping[str, ScaleTraining]
+Modules = Mapping[str, MagnitudeTraining]
 Init = Literal["zero", "loftq", "lq-lora", "plan"]
 Snapshot = dict[str, tuple[Tensor, Tensor]]
 
 
-def trainable_modules(model: nn.Module) -> dict[str, ScaleTraining]:
+def trainable_modules(model: nn.Module) -> dict[str, MagnitudeTraining]:
     """Every compressed linear of `model` by name; embeddings and experts have nothing to train."""
     return {
         name: module
         for name, module in packed_modules(model)
-        if isinstance(module, ScaleTraining) and not isinstance(module.format.codec, DenseCodec)
+        if isinstance(module, MagnitudeTraining) and not isinstance(module.format.codec, DenseCodec)
     }
 
 

@@ -74,6 +74,8 @@ class Training:
     """After each block that gets new codes."""
     code_learning_rate: float = 1e-4
     """Of the weights that are still to be coded; norms learn at ten times that."""
+    dora: bool = False
+    """Train magnitudes of rows beside the factors; for an adapter only."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", check_parts(self.train))

@@ -19,7 +19,7 @@ import psutil
 from transformers import EarlyStoppingCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters import CONFIG_FILE, write_adapter
+from ..adapter_files import CONFIG_FILE, write_adapter
 from ..compiler import Compilation, write_artifact
 from ..errors import UserError
 from ..folder import check_output, is_artifact
@@ -96,6 +96,7 @@ def finetune(
     kernels: bool = True,
     force: bool = False,
     adapter: bool = False,
+    dora: bool = False,
 ) -> Path:
     """Train `artifact` against the model it was made from, into the artifact `output`.
 
@@ -108,7 +109,8 @@ def finetune(
     Raises UserError; when nothing was gained, nothing is written.
 
     `init` says where new factors start (`factors`). With `adapter`, `output` is a LoRA adapter in PEFT's form that
-    holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16.
+    holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16. With `dora` it holds
+    magnitudes of the rows too, trained beside the factors (arXiv 2402.09353).
 
     `order` holds the stages: "codes" (`recoding`), first, codes the blocks anew, one after another, with `code_steps`
     steps of training for the weights behind each, and reads the measured folder `work` (default: the plan's); "blocks"
@@ -120,6 +122,8 @@ def finetune(
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
     """
     began, output = time.perf_counter(), Path(output)
+    if dora and not adapter:
+        raise UserError("--dora: magnitudes of rows are stored in adapters only; give --adapter too")
     if adapter:
         train, factor_dtype = ("factors",), "f16"
     mark = CONFIG_FILE if adapter else MANIFEST_FILE
@@ -146,6 +150,7 @@ def finetune(
         block_epochs=block_epochs,
         code_steps=code_steps,
         code_learning_rate=code_learning_rate,
+        dora=dora,
     )
     if adapter and "codes" in training.order:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
@@ -156,7 +161,9 @@ def finetune(
     with alone_in(folder):
         check_output(output, force, mark)  # another process may have made it meanwhile
         checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
-        trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init)
+        trained = Trained(
+            pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init, dora
+        )
         gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing, measured)
         after = min(gain.started, gain.trained)
         if not after < gain.before * (1 - LEAST_GAIN):
@@ -167,7 +174,7 @@ def finetune(
                 "higher --rank or more --text"
             )
         if adapter:
-            write_adapter(output, trained.added_factors(), Path(artifact), force)
+            write_adapter(output, trained.added_factors(), Path(artifact), force, trained.magnitudes())
             shutil.rmtree(folder)
             LOG.info("held-out %s %.4f before, %.4f with the adapter", training.measure, gain.before, after)
             return output
@@ -239,7 +246,7 @@ def train_pair(
             train_blocks(pair, trained, training, folder)
             LOG.info("held-out loss %.4f nats per token after the blocks", pair.held_out_loss(trained.maps))
         else:
-            steps = _train_end_to_end(_trainer(pair, trained, training, folder), checkpoint)
+            steps = _train_end_to_end(_trainer(pair, trained, training, folder), folder, checkpoint)
     after = _folded(pair, trained)
     if not after < started:
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
@@ -247,10 +254,10 @@ def train_pair(
     return Gain(before, started, after, steps)
 
 
-def _train_end_to_end(trainer: Distillation, checkpoint: Path | None) -> int:
+def _train_end_to_end(trainer: Distillation, folder: Path, checkpoint: Path | None) -> int:
     """Train from the last checkpoint on, if there is one; the number of steps made."""
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.go_on(folder, checkpoint)
     except NotFiniteError as error:
         LOG.warning("%s: training ends there, and %s", error, _last_good(trainer))
     return int(trainer.state.global_step)

@@ -1,6 +1,7 @@
 """What is being trained of a packed model, as one thing to start, fold back into its bytes, and start over.
 
-- factors   the low-rank terms, new ones where a matrix has none and the rank is not 0 (`factors`)
+- factors   the low-rank terms, new ones where a matrix has none and the rank is not 0 (`factors`); with `dora` the
+            magnitudes of rows beside them (`runtime.magnitude`), which only an adapter can store
 - scales    a gain on every fp16 scale that a format stores by itself: not one byte more
 - norms     a gain on every weight of a normalisation: not one byte more
 - embeddings  a square map on what is stored of them as plain floats: not one byte more (`maps`)
@@ -81,6 +82,8 @@ class Trained:
     """The dtype in which norms are stored."""
     init: Init = "lq-lora"
     """Where new factors start."""
+    dora: bool = False
+    """Whether rows have trained magnitudes beside the factors."""
     _before: dict[str, tuple[Format, dict[str, Tensor]]] = field(default_factory=dict)
     _norms_before: dict[str, Tensor] = field(default_factory=dict)
     _plain_before: dict[str, Tensor] = field(default_factory=dict)
@@ -99,6 +102,9 @@ class Trained:
         if "factors" in self.parts:
             start_factors(original, self._with_factors(), moments, self.term, self.init)
             self._fresh = snapshot(self._with_factors())
+            if self.dora:
+                for module in self._with_factors().values():
+                    module.train_magnitude()
         if "scales" in self.parts:
             for module in self.modules.values():
                 if module.has_scales:
@@ -116,9 +122,12 @@ class Trained:
         return found
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by what moves alike: "factors", "gains" (of scales and norms) and "maps" (of embeddings)."""
+        """The parameters by what moves alike: "factors", "gains" (of scales and norms) and "maps" (of embeddings).
+
+        Magnitudes go with the factors, at one rate, as in DoRA.
+        """
         modules = self.modules.values()
-        factors = [p for m in modules for p in (m.left_factor, m.right_factor) if p is not None]
+        factors = [p for m in modules for p in (m.left_factor, m.right_factor, m.magnitude) if p is not None]
         gains = [m.scale_gain for m in modules if m.scale_gain is not None]
         gains += [gain.gain for gain in self._gains().values()]
         return {"factors": factors, "gains": gains, "maps": list(self.maps.maps.values())}
@@ -206,6 +215,10 @@ class Trained:
             old_left, old_right = decode_factors(fmt, fields, module.rows, module.cols)
             added[name] = (torch.cat([left, -old_left], dim=1), torch.cat([right, old_right]))
         return added
+
+    def magnitudes(self) -> dict[str, Tensor] | None:
+        """m [rows] by module, of the matrices in `added_factors`; None without `dora`."""
+        return {name: m.magnitudes() for name, m in self._with_factors().items()} if self.dora else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> value of every norm's weight, and of plain embeddings, as the artifact stores them."""

@@ -55,7 +55,7 @@ class Operand(ctypes.Structure):
         ("input", Rotation),
         ("output", Rotation),
         *((name, _POINTER) for name in ("sparse_starts", "sparse_cols", "sparse_values")),
-        *((name, _POINTER) for name in ("left", "right", "left_scales", "right_scales", "bias")),
+        *((name, _POINTER) for name in ("left", "right", "left_scales", "right_scales", "gain", "bias")),
         ("rank", _INT),
         ("scale_min", ctypes.c_float),
         ("factor_bits", ctypes.c_int32),
@@ -88,6 +88,10 @@ class NativeMatrix:
         """The address of `values`, which are kept."""
         self.kept.append(values)
         return values.data_ptr() if isinstance(values, Tensor) else values.ctypes.data
+
+    def add_gain(self, gain: Tensor) -> None:
+        """Make the operand multiply its rows by a copy of `gain` [rows]."""
+        self.operand.gain = self.pointer(gain.detach().to(torch.float32, copy=True).contiguous())
 
     def add_bias(self, bias: Tensor) -> None:
         """Make the operand add a copy of `bias` [rows]."""

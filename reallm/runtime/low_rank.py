@@ -94,7 +94,7 @@ class LowRankTraining(Packed):
         return self.left_factor is not None
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
-        """W_hat [rows, cols], without the low-rank term while that is being trained."""
+        """W_hat [rows, cols]; while its low-rank term is being trained, without that and without the gain."""
         if self.left_factor is None:
             return super().decode_now(dtype)
         fields, shared = self.fields, self.shared_codebooks

@@ -18,12 +18,12 @@ from ..kernels.formats import Format
 from .cpu import can_look_up, can_multiply
 from .decode import decode
 from .generated import packed_linear, takes_kernel
+from .magnitude import MagnitudeTraining
 from .packed import DecodeMode, Decoding, Packed, Shared
-from .scale_training import ScaleTraining
 from .weight import REFUSAL, FrozenWeightError, frozen
 
 
-class CompressedLinear(ScaleTraining, nn.Linear):  # type: ignore[override]  # weight: a property, not a Parameter
+class CompressedLinear(MagnitudeTraining, nn.Linear):  # type: ignore[override]  # weight: a property, not a Parameter
     """y = x W_hat^T + b, in the dtype of x."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
@@ -33,7 +33,10 @@ class CompressedLinear(ScaleTraining, nn.Linear):  # type: ignore[override]  # w
             result = self.training_output(input)
             return result if bias is None else result + bias
         if takes_kernel(self, input):
-            return packed_linear(self, input, bias)
+            if self.gain is None:
+                return packed_linear(self, input, bias)
+            product = (packed_linear(self, input, None).float() * self.gain).to(input.dtype)
+            return product if bias is None else product + bias
         if can_multiply(input) and (native := self.native):
             product = native.linear(input)
             return product if bias is None else product + bias

@@ -108,6 +108,8 @@ class Packed(Decoding):
     """What generated kernels read in place of some fields; made at their first use."""
     _native: NativeMatrix | Literal[False] | None
     """Made at its first use; False where there is no kernel."""
+    gain_bytes: Tensor | None
+    """The bit pattern of `gain`, which a cast of the module must not touch."""
 
     def hold(
         self,
@@ -122,6 +124,7 @@ class Packed(Decoding):
         """Make the (still empty) buffers of a matrix [rows, cols]."""
         self.format, self.rows, self.cols, self._shared, self._native = fmt, rows, cols, shared, None
         self.start_decoding(mode, dtype)
+        self.register_buffer("gain_bytes", None, persistent=False)
         for field in fmt.fields(rows, cols):
             self.register_buffer(field.name, torch.empty(field.nbytes, dtype=torch.uint8))
 
@@ -136,6 +139,11 @@ class Packed(Decoding):
         return None if self._shared is None else self._shared[0][self._shared[1]]
 
     @property
+    def gain(self) -> Tensor | None:
+        """What the rows of W_hat are multiplied by after all else, float32 [rows]; in memory only, of linears alone."""
+        return None if self.gain_bytes is None else self.gain_bytes.view(torch.float32)
+
+    @property
     def native(self) -> NativeMatrix | None:
         """The matrix for native kernels, without a bias; None off the CPU and where no kernel can be had.
 
@@ -146,6 +154,8 @@ class Packed(Decoding):
             if any(raw.device.type != "cpu" for raw in fields.values()):
                 return None
             self._native = native_matrix(self.format, fields, self.rows, self.cols, shared) or False
+            if self._native and self.gain is not None:
+                self._native.add_gain(self.gain)
         return self._native or None
 
     def get_ready(self) -> None:
@@ -160,6 +170,12 @@ class Packed(Decoding):
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
         """W_hat [rows, cols]."""
+        if self.gain is None:
+            return self.decode_stored(dtype)
+        return (self.decode_stored(torch.float32) * self.gain[:, None]).to(dtype)
+
+    def decode_stored(self, dtype: torch.dtype) -> Tensor:
+        """W_hat [rows, cols] without the gain."""
         return decode(self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.shared_codebooks)
 
     @property

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_tokenizer
 from torch import Tensor
 
-from reallm.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, attach_adapter, read_adapter, write_adapter
+from reallm.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from reallm.adapters import attach_adapter
 from reallm.compiler import compile_plan
 from reallm.errors import UserError
 from reallm.finetuning import finetune
@@ -115,8 +116,17 @@ def test_other_adapters_are_refused(artifact: Path, tmp_path: Path) -> None:
     stem = first.partition(".lora_")[0]
     cases = [
         ({"peft_type": "LOHA"}, tensors, "of type LOHA; expected LORA"),
-        ({"use_dora": True}, tensors, "uses use_dora, which is no low-rank term"),
+        ({"use_dora": True}, tensors, r"has no lora_magnitude_vector \[16\]"),
         ({"bias": "all"}, tensors, "trains biases"),
+        *(
+            (values, tensors, r"adapter_config.json: no scaling of .* can be had from its lora_alpha")
+            for values in (
+                {"lora_alpha": "8"},
+                {"lora_alpha": 1e999},
+                {"alpha_pattern": [3]},
+                {"alpha_pattern": {"(": 1}},
+            )
+        ),
         ({"init_lora_weights": "pissa"}, tensors, "begun by pissa, which changes the base"),
         ({}, tensors | {"x": torch.zeros(1)}, "holds 'x'; expected lora_A and lora_B"),
         ({}, {n: t for n, t in tensors.items() if n != f"{stem}.lora_B.weight"}, "has no lora_A .* beside lora_B"),

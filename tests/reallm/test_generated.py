@@ -40,6 +40,10 @@ with torch.no_grad():
     module.write((name, torch.from_numpy(raw)) for name, raw in random_fields(fmt, rows, cols, 1).items())
     assert module.derived is None
     torch.testing.assert_close(module(x), expected_of(x), rtol=1e-4, atol=1e-4)
+    plain = module(x)
+    module.set_gain(torch.linspace(-1, 2, rows))  # which is in the decoded weight too
+    torch.testing.assert_close(module(x), expected_of(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(module(x), plain, atol=1e-2)
 """
 
 
