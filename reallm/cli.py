@@ -546,6 +546,8 @@ def finetune(
         dora=dora,
     )
     named = output.name if output.parent == artifact / "adapters" else output
+    if int(os.environ.get("RANK") or 0):
+        return  # the first of several processes speaks for all
     after = (
         f"generate {artifact} --adapter {named} TEXT" if adapter else f"eval {output} --against MODEL --text test.txt"
     )

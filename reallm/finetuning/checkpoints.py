@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..lock import LOCK_FILE
 from ..manifest import sha256_file
 from ..planner.records import canonical_json, write_text_atomic
+from .ranks import ALONE, Ranks
 
 LOG = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.json"
@@ -37,8 +38,8 @@ def progress_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
-def open_progress(folder: Path, settings: Settings, resume: bool) -> Path | None:
-    """Prepare `folder` for a run with `settings`; the last whole checkpoint of the same run if there is one.
+def open_progress(folder: Path, settings: Settings, resume: bool) -> None:
+    """Prepare `folder` for a run with `settings`; whole checkpoints of the same run stay (`last_whole`).
 
     A run with other settings, or any run without `resume`, is discarded. Raises UserError for a folder that is no run.
     """
@@ -49,7 +50,6 @@ def open_progress(folder: Path, settings: Settings, resume: bool) -> Path | None
         _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / SETTINGS_FILE, canonical_json(dict(settings)))
-    return _last_whole(folder)
 
 
 def _empty(folder: Path) -> None:
@@ -74,7 +74,8 @@ def read_settings(folder: Path) -> object:
     return found
 
 
-def _last_whole(folder: Path) -> Path | None:
+def last_whole(folder: Path) -> Path | None:
+    """The last whole checkpoint in `folder`, if there is one; those that were cut off are removed."""
     numbered = {
         int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
@@ -132,8 +133,8 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Marks checkpoints and the end, shows a bar, and says how the held-out divergence develops."""
 
-    def __init__(self, folder: Path, show: bool) -> None:
-        self.folder, self.show = folder, show
+    def __init__(self, folder: Path, show: bool, ranks: Ranks = ALONE) -> None:
+        self.folder, self.show, self.ranks = folder, show and ranks.first, ranks
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
@@ -157,6 +158,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         LOG.info("%s%s", line, f", on the training text {trained[-1]:.4f}" if trained else "")
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
+        self.ranks.wait()  # each has written the state of its random numbers
+        if not self.ranks.first:
+            return
         if control.should_training_stop and state.best_model_checkpoint is not None:
             mark_end(self.folder, state.global_step, Path(state.best_model_checkpoint))
         mark_whole(self.folder / f"checkpoint-{state.global_step}")

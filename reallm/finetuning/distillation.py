@@ -194,6 +194,7 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
         use_cpu=device.type == "cpu",
         seed=seed,
     )

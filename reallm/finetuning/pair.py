@@ -25,6 +25,7 @@ from .answers import Sample, draw_sample
 from .factors import Init, Modules, trainable_modules
 from .maps import EmbeddingMaps
 from .objective import Loss, Objective
+from .ranks import ALONE, Ranks
 from .trained import Part, check_parts
 
 Stage = Literal["codes", "blocks", "end-to-end"]
@@ -147,10 +148,16 @@ class Pair:
 
 
 def open_pair(
-    artifact: Path, plan: Plan, teacher: Path | str | None, source: Text, training: Training, device: str
+    artifact: Path,
+    plan: Plan,
+    teacher: Path | str | None,
+    source: Text,
+    training: Training,
+    device: str,
+    ranks: Ranks = ALONE,
 ) -> Pair:
     """Load both models and cut the text into windows; the last ones are held out. Raises UserError."""
-    place = _device(device)
+    place = ranks.place(_device(device))
     original = load_model(teacher or plan.model)
     if original.digest != plan.model_sha256:
         raise UserError(f"{original.source} is not the model {artifact} was made from; give that one as --teacher")

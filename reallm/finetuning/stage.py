@@ -23,14 +23,13 @@ from ..adapter_files import CONFIG_FILE, write_adapter
 from ..compiler import Compilation, write_artifact
 from ..errors import UserError
 from ..folder import check_output, is_artifact
-from ..lock import alone_in
 from ..manifest import MANIFEST_FILE, sha256_file
 from ..planner.plan import Plan
 from ..planner.records import TABLE_FILE
 from ..text import Text, load_text
 from ..verification import read_plan
 from .blockwise import train_blocks
-from .checkpoints import Progress, open_progress, progress_folder, read_settings
+from .checkpoints import Progress, last_whole, open_progress, progress_folder, read_settings
 from .distillation import (
     Distillation,
     FinalEvaluation,
@@ -41,6 +40,7 @@ from .distillation import (
 )
 from .factors import column_moments
 from .pair import Pair, Stage, Training, check_order, open_pair
+from .ranks import ALONE, Ranks
 from .recoding import recode
 from .trained import Trained, check_parts
 from .tuned import TrainedCodes, tuned_plan
@@ -121,7 +121,7 @@ def finetune(
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
     """
-    began, output = time.perf_counter(), Path(output)
+    began, output, ranks = time.perf_counter(), Path(output), Ranks.found(device)
     if dora and not adapter:
         raise UserError("--dora: magnitudes of rows are stored in adapters only; give --adapter too")
     if adapter:
@@ -145,27 +145,35 @@ def finetune(
         loss=loss,
         patience=patience,
         seed=seed,
-        order=_default_order(plan, measured, loss, adapter) if order is None else check_order(order),
+        order=_default_order(plan, measured, loss, adapter or ranks.count > 1) if order is None else check_order(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,
         code_learning_rate=code_learning_rate,
         dora=dora,
     )
+    if ranks.count > 1 and training.order != ("end-to-end",):
+        raise UserError(f"--order {','.join(training.order)}: of {ranks.count} processes only end-to-end makes use")
     if adapter and "codes" in training.order:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
     source = load_text(text)
-    pair = open_pair(Path(artifact), plan, teacher, source, training, device)
-    folder = progress_folder(output)
+    pair = open_pair(Path(artifact), plan, teacher, source, training, device, ranks)
+    folder, settings = progress_folder(output), _settings(plan, source, training, artifact)
     read_settings(folder)  # a folder that is no run is refused before it is touched
-    with alone_in(folder):
-        check_output(output, force, mark)  # another process may have made it meanwhile
-        checkpoint = open_progress(folder, _settings(plan, source, training, artifact), resume)
+    with ranks.alone_in(folder):
+        if ranks.first:
+            check_output(output, force, mark)  # another process may have made it meanwhile
+            open_progress(folder, settings, resume)
+        ranks.wait()
+        checkpoint = last_whole(folder)
         trained = Trained(
             pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init, dora
         )
-        gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing, measured)
+        gain = train_pair(pair, trained, training, folder, checkpoint, gradient_checkpointing, measured, ranks)
         after = min(gain.started, gain.trained)
+        ranks.wait()  # all have read what the first is about to remove
+        if not ranks.first:
+            return output
         if not after < gain.before * (1 - LEAST_GAIN):
             shutil.rmtree(folder)
             raise UserError(
@@ -189,9 +197,9 @@ def finetune(
     return output
 
 
-def _default_order(plan: Plan, measured: Path, loss: str, adapter: bool) -> tuple[Stage, ...]:
-    """New codes first where they can be had."""
-    if loss != "kl" or adapter:
+def _default_order(plan: Plan, measured: Path, loss: str, kept: bool) -> tuple[Stage, ...]:
+    """New codes first where they can be had, unless the codes are to be `kept`."""
+    if loss != "kl" or kept:
         return ("end-to-end",)
     needed, there = RECODING_BYTES * sum(c.rows * c.cols for c in plan.choices), psutil.virtual_memory().total
     if not (measured / TABLE_FILE).exists():
@@ -223,6 +231,7 @@ def train_pair(
     checkpoint: Path | None,
     checkpointing: bool,
     work: Path,
+    ranks: Ranks = ALONE,
 ) -> Gain:
     """Train, and leave the better of the trained and the fresh state folded into the model."""
     _freeze(pair, checkpointing)
@@ -246,7 +255,7 @@ def train_pair(
             train_blocks(pair, trained, training, folder)
             LOG.info("held-out loss %.4f nats per token after the blocks", pair.held_out_loss(trained.maps))
         else:
-            steps = _train_end_to_end(_trainer(pair, trained, training, folder), folder, checkpoint)
+            steps = _train_end_to_end(_trainer(pair, trained, training, folder, ranks), folder, checkpoint)
     after = _folded(pair, trained)
     if not after < started:
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
@@ -284,9 +293,10 @@ def _last_good(trainer: Distillation) -> str:
     return f"the state of {Path(best).name} is taken, the best on the held-out windows"
 
 
-def _trainer(pair: Pair, trained: Trained, training: Training, folder: Path) -> Distillation:
-    order = training_order(len(pair.train.tokens), training.steps * training.batch_size, training.seed)
-    callbacks = [FinalEvaluation(), Progress(folder, LOG.isEnabledFor(logging.INFO))]
+def _trainer(pair: Pair, trained: Trained, training: Training, folder: Path, ranks: Ranks) -> Distillation:
+    count = training.steps * training.batch_size * ranks.count
+    order = training_order(len(pair.train.tokens), count, training.seed)
+    callbacks = [FinalEvaluation(), Progress(folder, LOG.isEnabledFor(logging.INFO), ranks)]
     if training.patience:
         callbacks.append(EarlyStoppingCallback(training.patience))
     return Distillation(

@@ -170,11 +170,11 @@ def test_conversations(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"order": ("layers",)}, "--order layers: expected blocks, end-to-end, or both"),
-        ({"order": ()}, "--order : expected blocks"),
+        ({"order": ("layers",)}, "--order layers: expected one or more of codes, blocks, end-to-end"),
+        ({"order": ()}, "--order : expected one or more"),
         ({"order": ("blocks", "blocks")}, "--order blocks,blocks: expected"),
         ({"block_windows": 0}, "--block-windows 0 --block-epochs 2: expected at least 1"),
-        ({"loss": "text"}, "--order blocks brings blocks nearer to the dense model's"),
+        ({"loss": "text"}, "--order blocks brings a model nearer to the dense one"),
     ],
 )
 def test_mistakes(llama: Path, text: str, tmp_path: Path, change: dict[str, Any], message: str) -> None:
