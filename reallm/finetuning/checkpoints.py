@@ -89,6 +89,11 @@ def last_whole(folder: Path) -> Path | None:
     return last
 
 
+def steps_of(checkpoint: Path | None) -> int:
+    """Steps that were made before `checkpoint`."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file of `checkpoint` is as it was when it was finished."""
     try:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..runtime.packed import Packed
@@ -147,6 +148,18 @@ class KeptStates:
                 self.nbytes += state.nbytes
         return result
 
+    def keep_all(self, input_ids: Tensor, names: Sequence[int]) -> bool:
+        """Keep those of all these windows, int64 [windows, seqlen]; False, and nothing done, where they do not fit."""
+        missing = {name: row for row, name in enumerate(names) if name not in self.kept}
+        if not missing:
+            return True
+        first = self(input_ids[:1].to(self.model.device), names[:1])
+        if self.nbytes + first.nbytes * len(missing) > KEPT_BYTES:
+            return False
+        for name, row in tqdm(missing.items(), desc="original", unit="window", leave=False):
+            self(input_ids[row : row + 1].to(self.model.device), [name])
+        return True
+
 
 class Objective:
     """What is minimised: the loss of `model` on windows of tokens, against `original` or against the text itself."""
@@ -156,6 +169,15 @@ class Objective:
         self.model, self.original, self.loss = model, original, loss
         self.heads = plain_head(model, sample), plain_head(original, sample)
         self.states = KeptStates(original)
+
+    def remember(self, input_ids: Tensor, names: Sequence[int]) -> bool:
+        """Make all that the original is needed for on these windows; False where it will be needed again.
+
+        Its head is needed in any case.
+        """
+        if self.loss == "text":
+            return True
+        return None not in self.heads and self.states.keep_all(input_ids, names)
 
     def __call__(
         self, input_ids: Tensor, names: Sequence[int], scored: Tensor | None = None, maps: EmbeddingMaps | None = None

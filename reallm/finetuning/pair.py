@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..comparison import mask_window
@@ -145,6 +146,28 @@ class Pair:
             scored = None if window.scored is None else window.scored.to(place)
             total += float(self.objective(window.tokens.to(place), window.names.tolist(), scored, maps))
         return total / len(self.held_out.tokens)
+
+    def release(self, rows: Tensor) -> None:
+        """Free the original's weights for training on these windows of `train`, int64 [n], if nothing needs them there.
+
+        Its head stays. `restore` brings them back.
+        """
+        needed = [self.train[torch.unique(rows)], self.held_out]
+        names = [name for sample in needed for name in sample.names.tolist()]
+        if not self.objective.remember(torch.cat([sample.tokens for sample in needed]), names):
+            return
+        head = self.objective.heads[1]
+        for parameter in self.original.model.parameters():
+            if head is None or parameter is not head.weight:
+                parameter.data = parameter.data.new_empty(0)
+
+    def restore(self) -> None:
+        """Read the original's weights again, if they were freed."""
+        freed = {name: p for name, p in self.original.model.named_parameters() if not p.numel()}
+        if freed:
+            again = load_model(self.original.source).model
+            for name, parameter in freed.items():
+                parameter.data = again.get_parameter(name).data.to(parameter)
 
 
 def open_pair(

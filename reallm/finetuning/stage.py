@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from torch import Tensor
 from transformers import EarlyStoppingCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,7 +30,7 @@ from ..planner.records import TABLE_FILE
 from ..text import Text, load_text
 from ..verification import read_plan
 from .blockwise import train_blocks
-from .checkpoints import Progress, last_whole, open_progress, progress_folder, read_settings
+from .checkpoints import Progress, last_whole, open_progress, progress_folder, read_settings, steps_of
 from .distillation import (
     Distillation,
     FinalEvaluation,
@@ -251,12 +252,20 @@ def train_pair(
     for stage in training.order:
         if stage == "codes":
             continue
+        pair.restore()
         if stage == "blocks":
             train_blocks(pair, trained, training, folder)
             LOG.info("held-out loss %.4f nats per token after the blocks", pair.held_out_loss(trained.maps))
         else:
-            steps = _train_end_to_end(_trainer(pair, trained, training, folder, ranks), folder, checkpoint)
+            rows = training_order(
+                len(pair.train.tokens), ranks.count * training.steps * training.batch_size, training.seed
+            )
+            if ranks.count == 1:
+                pair.release(rows[steps_of(checkpoint) * training.batch_size :])
+            trainer = _trainer(pair, trained, training, folder, ranks, rows)
+            steps = _train_end_to_end(trainer, folder, checkpoint)
     after = _folded(pair, trained)
+    pair.restore()
     if not after < started:
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
         trained.fresh()
@@ -293,9 +302,10 @@ def _last_good(trainer: Distillation) -> str:
     return f"the state of {Path(best).name} is taken, the best on the held-out windows"
 
 
-def _trainer(pair: Pair, trained: Trained, training: Training, folder: Path, ranks: Ranks) -> Distillation:
-    count = training.steps * training.batch_size * ranks.count
-    order = training_order(len(pair.train.tokens), count, training.seed)
+def _trainer(
+    pair: Pair, trained: Trained, training: Training, folder: Path, ranks: Ranks, rows: Tensor
+) -> Distillation:
+    """Of the windows `rows` of the training text, in that order."""
     callbacks = [FinalEvaluation(), Progress(folder, LOG.isEnabledFor(logging.INFO), ranks)]
     if training.patience:
         callbacks.append(EarlyStoppingCallback(training.patience))
@@ -309,7 +319,7 @@ def _trainer(pair: Pair, trained: Trained, training: Training, folder: Path, ran
             device=pair.model.device,
         ),
         rates=training.rates,
-        train=pair.train[order],
+        train=pair.train[rows],
         held_out=pair.held_out,
         callbacks=callbacks,
     )

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 from reallm.cli import app
 from reallm.errors import UserError
-from reallm.finetuning import finetune, stage
+from reallm.finetuning import finetune, objective, stage
 from reallm.finetuning.checkpoints import WHOLE_FILE
 from reallm.finetuning.distillation import Distillation, Student, training_order
 from reallm.finetuning.pair import Training, open_pair
 from reallm.finetuning.stage import train_pair
 from reallm.finetuning.trained import Trained
+from reallm.model import load_model
 from reallm.text import load_text
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
@@ -95,6 +96,27 @@ def test_training_lowers_the_divergence_beyond_that_of_fresh_factors(llama: Path
     gain = train_pair(pair, trained, training, tmp_path, None, False, tmp_path)
     assert gain.trained < 0.95 * gain.started < 0.95 * gain.before
     assert pair.held_out_loss() == gain.trained  # the trained factors are those in the model
+
+
+def test_the_original_is_not_in_memory_while_it_is_not_needed(
+    llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are freed for the training and come back for the file; not where its states would not fit."""
+    compute, seen = Distillation.compute_loss, []
+
+    def watching(self: Distillation, *arguments: Any, **options: Any) -> Any:
+        seen.append(sum(p.numel() for p in self.student.objective.original.parameters()))
+        return compute(self, *arguments, **options)
+
+    monkeypatch.setattr(Distillation, "compute_loss", watching)
+    whole = load_model(llama.parent / "model").model
+    head = whole.get_output_embeddings().weight.numel()
+    assert files(finetune(llama, text=text, output=tmp_path / "freed", **RUN)) == files(tuned)
+    assert set(seen) == {head}
+    seen.clear()
+    monkeypatch.setattr(objective, "KEPT_BYTES", 1)
+    assert files(finetune(llama, text=text, output=tmp_path / "kept", **RUN)) == files(tuned)
+    assert set(seen) == {sum(p.numel() for p in whole.parameters())}
 
 
 def test_formats_bytes_and_codes_of_the_new_plan(llama: Path, tuned: Path) -> None:

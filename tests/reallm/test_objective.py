@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model
 from torch.nn.functional import cross_entropy
 
+from reallm.finetuning import objective as objective_module
 from reallm.finetuning.objective import (
     CHUNK,
     KeptStates,
@@ -109,3 +110,13 @@ def test_kept_states_run_the_model_once_a_window() -> None:
     torch.testing.assert_close(states(ids[1:], [7]), first[1:])
     assert not torch.equal(states(ids[:1], [5]), first[:1])
     assert hidden_state(model, ids).shape == first.shape
+
+
+def test_all_states_are_kept_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model("llama"), torch.arange(60).view(4, 15)
+    states = KeptStates(model)
+    assert states.keep_all(ids, [3, 1, 4, 9]) and set(states.kept) == {3, 1, 4, 9}
+    torch.testing.assert_close(states.kept[4], hidden_state(model, ids[2:3])[0])
+    monkeypatch.setattr(objective_module, "KEPT_BYTES", 3 * states.kept[3].nbytes)
+    few = KeptStates(model)
+    assert not few.keep_all(ids, [3, 1, 4, 9]) and few.keep_all(ids[:3], [3, 1, 4])
