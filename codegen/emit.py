@@ -250,6 +250,7 @@ def _emit_gemv(spec: KernelSpec) -> str:
         listing=_listing(spec),
         signature=_signature(spec),
         start=indent(_start_lines(spec), 4),
+        turns=writer.turns,
         block_n=spec.tile.block_n,
         block_k=spec.tile.block_k,
         chunks=spec.tile.block_k // width,

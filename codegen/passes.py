@@ -72,8 +72,8 @@ SPAN_TURN = 2 * 32 * SPAN
 """Columns of two turns of a warp."""
 PREFILL_TILE = Tile(128, 16, 4)
 """Of a trellis and many rows of x: one row of W a thread."""
-GEMM_TILE = Tile(64, 64, 4)
-"""Of the other codecs and many rows of x: 32 weights a thread."""
+GEMM_TILE = Tile(64, 64, 8)
+"""Of the other codecs and many rows of x: 16 weights a thread."""
 WARP_ENTRIES = 256
 """Of a vector that is rotated or finished, for each warp."""
 PROJECT_TILE = Tile(1, 1024, 4)
