@@ -2,6 +2,8 @@
 
     make bench NAME=triton_kernels
 
+q, k and v of one layer are counted too, multiplied by one launch and by three.
+
 All kernels are compiled by the same Triton for SHAPE and one row of x in bf16 or half precision. Without a GPU the
 machine code is counted: instructions of all threads, loops turn by turn, over the weights. gemlite's gemv_revsplitK
 takes the best of its own list of settings; AQLM's kernel the best of 1 to 8 warps. With a GPU each product of ours is
@@ -32,6 +34,8 @@ from reallm.codegen.emit import emit
 from reallm.codegen.launch import kernels_for, multiply, splits_for
 from reallm.codegen.program import KernelSpec
 from reallm.codegen.sass import lint, read_code
+from reallm.codegen.together import Member, program_of
+from reallm.kernels.codecs import TrellisCodec
 from reallm.kernels.formats import Format
 from reallm.planner.records import canonical_json, write_text_atomic
 from reallm.printing import columns_table
@@ -44,6 +48,9 @@ OURS = {
     3: ("tq3-l12+ldl2+rot", "uint3-g64", "lm3-g64"),
     4: ("tq4-l12+ldl2+rot", "uint4-g64", "lm4-g64"),
 }
+JOINED = ("tq2-l12+ldl2+rot", "tq3-l12+ldl2+rot", "tq4-l12+ldl2+rot", "lm3-g64", "uint4-g64")
+JOINED_ROWS = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}
+"""Of LLaMA-3-8B, whose columns are those of SHAPE."""
 PEERS = {2: ("gemlite 2", "aqlm 2x8"), 3: ("aqlm 2x12",), 4: ("gemlite 4", "aqlm 4x8")}
 """gemlite has no three bits, and AQLM's kernel takes a power of two of codebooks."""
 
@@ -55,28 +62,45 @@ class Row(Figure):
     note: str
 
 
-def core(name: str) -> KernelSpec:
+@dataclass(frozen=True)
+class Product:
+    """What is counted: a format's kernel for so many rows of W, or of all matrices together where it is a group's."""
+
+    format: str
+    rows: int
+    spec: KernelSpec
+
+
+def core(name: str, rows: int = SHAPE[0]) -> Product:
     """The kernel of a format that decodes and multiplies."""
-    specs = kernels_for(Format.parse(name), *SHAPE)
-    return next(spec for spec in specs if spec.function == "gemv")
+    specs = kernels_for(Format.parse(name), rows, SHAPE[1])
+    return Product(name, rows, next(spec for spec in specs if spec.function == "gemv"))
 
 
-def our_costs(names: list[str]) -> dict[str, tuple[Cost, str]]:
-    """Cost and what cuobjdump says of each format's kernel. Raises RuntimeError where the lint finds a fault."""
+def joined(name: str) -> Product:
+    """The kernel that multiplies all of JOINED_ROWS."""
+    members = (Member(matrix, Format.parse(name), rows, SHAPE[1], False) for matrix, rows in JOINED_ROWS.items())
+    return Product(name, sum(JOINED_ROWS.values()), program_of(tuple(members), False).groups[0].kernel)
+
+
+def our_costs(products: list[Product]) -> dict[Product, tuple[Cost, str]]:
+    """Cost and what cuobjdump says of each product's kernel. Raises RuntimeError where the lint finds a fault."""
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        specs = {name: core(name) for name in names}
-        for spec in set(specs.values()):
+        specs = sorted({product.spec for product in products}, key=lambda spec: spec.name)
+        for spec in specs:
             (place / f"{spec.name}.py").write_text(emit(spec), encoding="utf-8")
-        compile_kernels(sorted(set(specs.values()), key=lambda spec: spec.name), place, [TARGET], "bf16")
-        for name, spec in specs.items():
-            code, fmt = read_code(place / f"{spec.name}.{TARGET}.cubin"), Format.parse(name)
+        compile_kernels(specs, place, [TARGET], "bf16")
+        for product in products:
+            spec, shape = product.spec, (product.rows, SHAPE[1])
+            code, fmt = read_code(place / f"{spec.name}.{TARGET}.cubin"), Format.parse(product.format)
             if faults := lint(code):
                 raise RuntimeError(f"{spec.name}: {'; '.join(faults)}")
-            width = fmt.codec.eighths // 4 if spec.widths else 0  # type: ignore[union-attr]  # of a trellis
-            cost = product_cost(spec, code, fmt, *SHAPE, splits_for(spec, *SHAPE, 1), width)
-            found[name] = cost, f"{code.usage.registers} registers, {cost.moved_over_packed:.3f} x packed bytes moved"
+            width = fmt.codec.eighths // 4 if isinstance(fmt.codec, TrellisCodec) else 0
+            cost = product_cost(spec, code, fmt, *shape, splits_for(spec, *shape, 1), width)
+            note = f"{code.usage.registers} registers, {cost.moved_over_packed:.3f} x packed bytes moved"
+            found[product] = cost, note
     return found
 
 
@@ -102,12 +126,14 @@ def peer_costs() -> dict[str, tuple[float, str, dict[str, str]]]:
 
 def counted() -> Iterator[Row]:
     """Instructions a weight, ours beside each peer's."""
-    ours = our_costs([name for names in OURS.values() for name in names])
+    singles = {name: core(name) for names in OURS.values() for name in names}
+    layers = {name: (joined(name), [core(name, rows) for rows in JOINED_ROWS.values()]) for name in JOINED}
+    ours = our_costs([*singles.values(), *(p for one, three in layers.values() for p in (one, *three))])
     theirs = peer_costs()
     versions = {"reallm": version("reallm"), "triton": version("triton")}
     for bits, names in OURS.items():
         for name in names:
-            cost, note = ours[name]
+            cost, note = ours[singles[name]]
             for peer in PEERS[bits]:
                 value, setting, peer_versions = theirs[peer]
                 yield Row(
@@ -121,6 +147,13 @@ def counted() -> Iterator[Row]:
                     machine(),
                     f"{note}; its setting {setting}",
                 )
+    for name, (one, three) in layers.items():
+        cost, note = ours[one]
+        apart = sum(ours[product][0].instructions_per_weight * product.rows for product in three) / one.rows
+        figure = f"{name}: q, k, v of {', '.join(map(str, JOINED_ROWS.values()))} x {SHAPE[1]} together, {TARGET}"
+        value = cost.instructions_per_weight
+        unit, peer = "instructions a weight", "three launches"
+        yield Row(figure, unit, value, peer, apart, value / apart, versions, machine(), note)
 
 
 def timed() -> Iterator[Row]:

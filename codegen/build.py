@@ -84,6 +84,7 @@ def _manifest(program: Program, place: Path, activation: str, facts: dict[str, d
         "toolchain": _toolchain(bool(facts)),
         "kernels": kernels,
         "matrices": {matrix.name: [spec.name for spec in matrix.kernels] for matrix in program.matrices},
+        "groups": [{"matrices": list(group.matrices), "kernel": group.kernel.name} for group in program.groups],
         "files": {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in sorted(names)},
     }
 

@@ -19,3 +19,16 @@ def shared_inputs(names: Iterable[str]) -> dict[str, str]:
         group = next((group for group in SIBLINGS if last in group), None)
         result[name] = f"{parent}.({'|'.join(group)})" if group else name
     return result
+
+
+def siblings(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The matrices of `names` that share their input with others of them, together, in the order models call them."""
+    together: dict[str, list[str]] = {}
+    for name, shared in shared_inputs(names).items():
+        together.setdefault(shared, []).append(name)
+    order = {last: index for group in SIBLINGS for index, last in enumerate(group)}
+    return [
+        tuple(sorted(found, key=lambda name: order[name.rpartition(".")[2]]))
+        for found in together.values()
+        if len(found) > 1
+    ]

@@ -14,6 +14,7 @@ from string import Template
 
 from .gemm import GemmWriter
 from .gemv import GemvWriter
+from .groups import OWN_BESIDE_FIELDS, OWN_SIZES, member_name, place, select_lines
 from .operations import (
     AddBias,
     AddLowRank,
@@ -34,7 +35,7 @@ from .program import KernelSpec, chunk_width
 from .rotations import emit_finish, emit_prepare
 from .snippets import code_lines, indent, planes
 from .spans import FOUR, PAIR_BITS, SpanWriter
-from .trellis import emit_trellis
+from .trellis import BYTE_SUM, emit_trellis
 
 Pointers = tuple[tuple[str, str], ...]
 DERIVED = {"widths": ("index", "i32"), "sparse_counts": ("sparse_offsets", "i32")}
@@ -43,6 +44,28 @@ DERIVED = {"widths": ("index", "i32"), "sparse_counts": ("sparse_offsets", "i32"
 
 def pointers(spec: KernelSpec) -> Pointers:
     """The kernel's tensors in the order of its arguments, and the dtype each points to ("x": that of x)."""
+    return tuple((argument, dtype) for argument, dtype, _, _ in bindings(spec))
+
+
+def bindings(spec: KernelSpec) -> tuple[tuple[str, str, str, int], ...]:
+    """For each argument that is a tensor: its name in the kernel, its dtype, and whose tensor of what name it is."""
+    plain = _pointers_of_one(spec)
+    if spec.members == 1:
+        return tuple((name, dtype, name, 0) for name, dtype in plain)
+    own = own_names(spec)
+    shared = ((name, dtype, name, 0) for name, dtype in plain if name not in own)
+    members = range(spec.members)
+    owned = ((member_name(name, i), dtype, name, i) for i in members for name, dtype in plain if name in own)
+    return (*shared, *owned)
+
+
+def own_names(spec: KernelSpec) -> tuple[str, ...]:
+    """The tensors that each matrix of a group has for itself, in the order of the kernel of one."""
+    read = {DERIVED.get(name, (name, dtype)) for operation in spec.operations for name, dtype in operation.reads}
+    return tuple(name for name, dtype in _pointers_of_one(spec) if name in OWN_BESIDE_FIELDS or (name, dtype) in read)
+
+
+def _pointers_of_one(spec: KernelSpec) -> Pointers:
     reads = [DERIVED.get(name, (name, dtype)) for op in spec.operations for name, dtype in op.reads]
     extra = [pair for operation in spec.operations for pair in _extra(operation)]
     if (
@@ -85,6 +108,17 @@ def _extra(operation: Operation) -> Pointers:
 
 def scalars(spec: KernelSpec) -> tuple[str, ...]:
     """The kernel's whole-number arguments, behind the tensors."""
+    plain = _scalars_of_one(spec)
+    if spec.members == 1:
+        return plain
+    return tuple(
+        argument
+        for name in plain
+        for argument in ([member_name(name, i) for i in range(spec.members)] if name in OWN_SIZES else [name])
+    )
+
+
+def _scalars_of_one(spec: KernelSpec) -> tuple[str, ...]:
     special = {
         "project": ("rank", "cols"),
         "prepare": ("cols", "pieces"),
@@ -101,16 +135,36 @@ def constants(spec: KernelSpec) -> tuple[str, ...]:
 @cache
 def emit(spec: KernelSpec) -> str:
     """Triton source of `spec`, the same text for the same specification on every machine."""
-    names, first = [name for name, _ in pointers(spec)], spec.operations[0]
+    first = spec.operations[0]
     if spec.function == "project":
         return _emit_project(spec)
     if isinstance(first, Trellis):
-        return _head(spec) + emit_trellis(spec, first, names)
+        return _head(spec) + BYTE_SUM + "\n\n" + _signature(spec) + "\n" + emit_trellis(spec, first, _select(spec))
     if isinstance(first, Prepare):
-        return _head(spec) + emit_prepare(spec, first, names)
+        return _head(spec) + _signature(spec) + "\n" + emit_prepare(spec, first)
     if spec.function == "finish":
-        return _head(spec) + emit_finish(spec, names)
+        return _head(spec) + _signature(spec) + "\n" + emit_finish(spec, _select(spec))
     return _emit_spans(spec) if spec.span and spec.function == "gemv" else _emit_gemv(spec)
+
+
+def _signature(spec: KernelSpec) -> str:
+    """The line that a function begins with, and its decorator."""
+    counted = scalars(spec)
+    unspecialised = ", ".join(f'"{name}"' for name in counted)
+    fixed = [f"{name}: tl.constexpr" for name in constants(spec)]
+    arguments = ", ".join([*(name for name, _ in pointers(spec)), *counted, *fixed])
+    return f"@triton.jit(do_not_specialize=[{unspecialised}])\ndef {spec.function}({arguments}):"
+
+
+def _select(spec: KernelSpec) -> list[str]:
+    """Lines by which an instance takes the arguments of its own matrix."""
+    return select_lines(spec, [*own_names(spec), *(name for name in _scalars_of_one(spec) if name in OWN_SIZES)])
+
+
+def _start_lines(spec: KernelSpec) -> list[str]:
+    """The lines that a product from a template starts with."""
+    block = spec.tile.block_n
+    return [*_select(spec), f"n = {place(spec)} * {block} + tl.arange(0, {block})"]
 
 
 def _listing(spec: KernelSpec) -> str:
@@ -171,7 +225,8 @@ def _emit_spans(spec: KernelSpec) -> str:
         name=spec.name,
         listing=_listing(spec),
         four=FOUR,
-        arguments=", ".join(name for name, _ in pointers(spec)),
+        signature=_signature(spec),
+        start=indent(_start_lines(spec), 4),
         block_n=spec.tile.block_n,
         block_k=spec.tile.block_k,
         chunks=spec.tile.block_k // spec.span,
@@ -192,9 +247,10 @@ def _emit_gemv(spec: KernelSpec) -> str:
     writer.finish()
     return _template("gemv.txt").substitute(
         name=spec.name,
-        function=spec.function,
         listing=_listing(spec),
-        arguments=", ".join(name for name, _ in pointers(spec)),
+        signature=_signature(spec),
+        start=indent(_start_lines(spec), 4),
+        turns=writer.turns,
         block_n=spec.tile.block_n,
         block_k=spec.tile.block_k,
         chunks=spec.tile.block_k // width,

@@ -1,22 +1,32 @@
 """The writer of a GEMM for many rows of x: the decode of `gemv`, then tensor cores.
 
 A tile of W is decoded in float32 as for a GEMV, rounded to the dtype of x, as a decoded weight would be, and multiplied
-with float32 sums; x in float32 is multiplied as it is, without tensor cores. Names beside those of `gemv`: `m`
-[BLOCK_M] rows of x, `total` [BLOCK_M, BLOCK_N] their sums.
+with float32 sums; x in float32 is multiplied as it is, without tensor cores, but x' of a transformed matrix and its
+codes' values are rounded to half precision. Names beside those of `gemv`: `m` [BLOCK_M] rows of x, `total`
+[BLOCK_M, BLOCK_N] their sums. Factors of the low-rank term are read in whole words where the rank allows it.
 """
 
 from __future__ import annotations
 
 from reallm.kernels.codecs import DoubleQuant
+from reallm.kernels.packing import WORD_BITS
 
 from .gemv import GemvWriter
 from .operations import AddBias, AddLowRank, AddSparse, CodegenError, Dot, Operation, RowScale, Store
+from .program import KernelSpec
 from .rotations import factor_lines
 from .snippets import code_lines, planes, scale_lines, scale_setup
 
+FACTOR_BITS = {"f16": 16, "i8": 8}
+"""Of an entry of a factor of the low-rank term; int4 ones are codes, which come in words."""
+
 
 class GemmWriter(GemvWriter):
-    """Lines of one GEMM, filled by `write`."""
+    """Lines of one GEMM, filled by `write`; its loop is not pipelined, whose copies cost registers."""
+
+    def __init__(self, spec: KernelSpec, width: int) -> None:
+        super().__init__(spec, width)
+        self.turns = f"tl.range(0, cols, {spec.tile.block_k}, num_stages=1)"
 
     def write(self, operation: Operation) -> None:
         """Append one operation's lines. Raises CodegenError for one that a GEMM cannot hold."""
@@ -52,9 +62,10 @@ class GemmWriter(GemvWriter):
             f"total = tl.zeros(({block_m}, {tile.block_n}), tl.float32)",
         ]
         mask = "" if self.spec.even else ", mask=(column < cols)[None, :], other=0"
+        half = ".to(tl.float16)" if self.source == "ready" else ""
         self.body += [
             f"column = start + tl.arange(0, {tile.block_k})",
-            f"inputs = tl.load(x_at + column[None, :]{mask})  # [{block_m}, {tile.block_k}]",
+            f"inputs = tl.load(x_at + column[None, :]{mask}){half}  # [{block_m}, {tile.block_k}]",
             f"weights = tl.reshape(value, ({tile.block_n}, {tile.block_k})).to(inputs.dtype)",
             'total = tl.dot(inputs, tl.trans(weights), total, input_precision="ieee")',
         ]
@@ -65,12 +76,25 @@ class GemmWriter(GemvWriter):
         self.tail += [*scale_lines(double, "row", ""), "total *= scale[None, :]"]
 
     def _low_rank(self, rank: int, dtype: str) -> None:
+        together = WORD_BITS // FACTOR_BITS[dtype] if dtype in FACTOR_BITS else 1
+        if together == 1 or rank % together:
+            self.tail += [
+                f"for r in range(0, {rank}):",
+                f"    factor_at = row * {rank} + r",
+                *(f"    {line}" for line in factor_lines(dtype, "factor_at", "", "factor")),
+                f"    total += tl.load(t + row_m * {rank} + r)[:, None] * factor[None, :]",
+            ]
+            return
         self.tail += [
-            f"for r in range(0, {rank}):",
-            f"    factor_at = row * {rank} + r",
-            *(f"    {line}" for line in factor_lines(dtype, "factor_at", "", "factor")),
-            f"    total += tl.load(t + row_m * {rank} + r)[:, None] * factor[None, :]",
+            f"for r in range(0, {rank}, {together}):",
+            f"    word = tl.load((left + (row * {rank} + r)).to(tl.pointer_type(tl.int32)))",
         ]
+        for i in range(together):
+            bits = FACTOR_BITS[dtype]
+            one = f"(word >> {i * bits}).to(tl.int{bits})"
+            value = f"{one}.to(tl.float16, bitcast=True)" if dtype == "f16" else one
+            self.tail.append(f"    factor = {value}.to(tl.float32)")
+            self.tail.append(f"    total += tl.load(t + row_m * {rank} + (r + {i}))[:, None] * factor[None, :]")
 
     def _sparse_lines(self) -> list[str]:
         mask = ", mask=entry < many, other=0"

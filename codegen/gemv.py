@@ -45,6 +45,7 @@ class GemvWriter:
         self.setup: list[str] = []
         self.body: list[str] = []
         self.tail: list[str] = []
+        self.turns = f"range(0, cols, {spec.tile.block_k})"
         self.source, self.stride = "x", "cols"
         if not isinstance(spec.operations[-1], Store):
             self.source, self.stride = "ready", "padded"

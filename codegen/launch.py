@@ -10,29 +10,24 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from reallm.kernels.codecs import TILE, Field
 from reallm.kernels.formats import Format
-from reallm.kernels.hadamard import signs
-from reallm.kernels.lattice import absolute_vectors, odd_minuses, root_words
-from reallm.kernels.tables import TableName, table
 from reallm.planner.records import write_text_atomic
 
+from .constants import tables
 from .derived import Derived, derive
-from .emit import constants, emit, pointers
-from .operations import CodegenError, Lattice, Levels, Prepare, Unrotate
+from .emit import bindings, constants, emit, pointers
+from .operations import CodegenError
 from .passes import run_passes
 from .program import KernelSpec, MatrixProgram, Program, Tile, lower
-from .spans import PAIR_BITS, pair_table
-from .turning import turning
 
 if TYPE_CHECKING:
     import torch
@@ -89,8 +84,20 @@ def _import(path: Path, name: str) -> ModuleType:
     return module
 
 
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix W[rows, cols] as `multiply` takes it."""
+
+    format: Format
+    fields: Mapping[str, torch.Tensor]
+    rows: int
+    cols: int
+    bias: torch.Tensor | None = None
+    derived: Derived | None = None
+
+
 @dataclass
-class _Call:
+class Call:
     """One product under way: what its kernels read and write, by name."""
 
     rows: int
@@ -99,7 +106,7 @@ class _Call:
     rank: int
     widths: tuple[int, ...]
     splits: int = 1
-    kept: dict[Any, torch.Tensor] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
     """What other products of the same x may use."""
 
     @property
@@ -132,26 +139,38 @@ def multiply(
     import torch
 
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device) if out is None else out
-    _check_call(x, y, rows, cols, bias)
-    flat = x.reshape(-1, cols).contiguous()
-    flat = flat.clone() if flat.data_ptr() % 16 else flat  # kernels load eight bytes at once
-    tensors = {"x": flat, "y": y, **_views(fmt, fields, rows, cols, x.device)}
-    if bias is not None:
-        tensors["bias"] = bias.to(x.dtype).contiguous()
-    if not flat.shape[0]:
+    call = start(StoredMatrix(fmt, fields, rows, cols, bias, derived), x, y)
+    if not call.count:
         return y
-    found = derive(fmt, fields, rows, cols) if derived is None else derived
-    many = flat.shape[0] > MAX_BATCH if prefill is None else prefill
-    call = _Call(
-        rows, cols, tensors | found.tensors, fmt.low_rank.rank if fmt.low_rank else 0, found.widths, kept=_kept(x)
-    )
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
+    many = call.count > MAX_BATCH if prefill is None else prefill
+    with on_device(x):
         for spec in kernels_for(fmt, rows, cols, bias is not None, tile, many):
-            _run(spec, call, many)
+            run(spec, [call], many)
     return y
 
 
-def _kept(x: torch.Tensor) -> dict[Any, torch.Tensor]:
+def start(matrix: StoredMatrix, x: torch.Tensor, y: torch.Tensor) -> Call:
+    """A product that nothing was launched for yet. Raises CodegenError as `multiply`."""
+    fmt, rows, cols = matrix.format, matrix.rows, matrix.cols
+    _check_call(x, y, rows, cols, matrix.bias)
+    flat = x.reshape(-1, cols).contiguous()
+    flat = flat.clone() if flat.data_ptr() % 16 else flat  # kernels load eight bytes at once
+    tensors = {"x": flat, "y": y, **_views(fmt, matrix.fields, rows, cols, x.device)}
+    if matrix.bias is not None:
+        tensors["bias"] = matrix.bias.to(x.dtype).contiguous()
+    found = derive(fmt, matrix.fields, rows, cols) if matrix.derived is None else matrix.derived
+    rank = fmt.low_rank.rank if fmt.low_rank else 0
+    return Call(rows, cols, tensors | found.tensors, rank, found.widths, kept=kept_with(x))
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """What makes x's device the one that kernels are launched on."""
+    import torch
+
+    return torch.cuda.device(x.device.index if x.is_cuda else -1)
+
+
+def kept_with(x: torch.Tensor) -> dict[Any, Any]:
     """What earlier products made of the same tensor and other matrices can use: it lives as long as x, unchanged.
 
     A rotation of q, k and v's shared input is thus made once.
@@ -165,32 +184,38 @@ def _kept(x: torch.Tensor) -> dict[Any, torch.Tensor]:
     return kept
 
 
-def _run(spec: KernelSpec, call: _Call, many: bool) -> None:
-    """Launch one kernel over all rows of x; what later ones read is left among the tensors."""
-    tensors, count = call.tensors, call.count
-    tensors |= _tables(spec, call)
+def run(spec: KernelSpec, calls: Sequence[Call], many: bool) -> None:
+    """Launch one kernel over all rows of x, for the product of each of its matrices; what later kernels read is left
+    among the products' tensors."""
+    lead, total = calls[0], sum(call.rows for call in calls)
+    tensors, count = lead.tensors, lead.count
+    for call in calls:
+        call.tensors |= tables(spec, call.rows, call.cols, tensors["x"].device)
+    rows = [call.rows for call in calls]
     grid: tuple[int, ...]
     sizes: tuple[int, ...]
     match spec.function:
         case "project":
-            tensors["t"] = call.new(count, call.rank)
-            grid, sizes = (count, call.rank), (call.rank, call.cols)
+            tensors["t"] = lead.new(count, lead.rank)
+            grid, sizes = (count, lead.rank), (lead.rank, lead.cols)
         case "prepare":
-            if _take_prepared(spec, call):
+            if _take_prepared(spec, lead):
                 return
-            shares, pieces = _shares(spec, call.cols)
-            grid, sizes = (count, shares), (call.cols, pieces)
+            shares, pieces = _shares(spec, lead.cols)
+            grid, sizes = (count, shares), (lead.cols, pieces)
         case "finish":
-            shares, pieces = _shares(spec, call.rows)
-            grid, sizes = (count, shares), (count, call.rows, call.cols, pieces, call.splits)
+            shared = [_shares(spec, order) for order in rows]
+            grid = (count, sum(shares for shares, _ in shared))
+            sizes = (count, *rows, lead.cols, *(pieces for _, pieces in shared), lead.splits)
         case _:
-            spec = _for_batch(spec, call, many)
-            down, across = -(-call.rows // spec.tile.block_n), -(-count // spec.batch)
-            if "part" in dict(pointers(spec)):
-                call.splits = splits_for(spec, call.rows, call.cols, count)
-                tensors["part"] = call.new(call.splits, count, call.rows)
-            grid, sizes = (down, across, call.splits), (count, call.rows, call.cols)
-    arguments = [tensors[name] for name, _ in pointers(spec)]
+            spec = _for_batch(spec, calls, many)
+            down, across = sum(-(-order // spec.tile.block_n) for order in rows), -(-count // spec.batch)
+            splits = splits_for(spec, total, lead.cols, count)
+            if any(name == "part" for _, _, name, _ in bindings(spec)):
+                for call in calls:
+                    call.splits, call.tensors["part"] = splits, call.new(splits, count, call.rows)
+            grid, sizes = (down, across, splits), (count, *rows, lead.cols)
+    arguments = [calls[member].tensors[name] for _, _, name, member in bindings(spec)]
     options: dict[str, Any] = dict.fromkeys(constants(spec), device_path(tensors["x"].device))
     load_kernel(spec)[grid](*arguments, *sizes, **options, num_warps=spec.tile.num_warps, enable_fp_fusion=True)
 
@@ -211,7 +236,7 @@ def _shares(spec: KernelSpec, order: int) -> tuple[int, int]:
     return -(-padded // spec.tile.block_k), 1
 
 
-def _take_prepared(spec: KernelSpec, call: _Call) -> bool:
+def _take_prepared(spec: KernelSpec, call: Call) -> bool:
     """Whether x' of another product of the same x serves; makes room for it otherwise."""
     shared = not any(operation.reads for operation in spec.operations)
     if shared and (spec, "ready") in call.kept:
@@ -224,12 +249,13 @@ def _take_prepared(spec: KernelSpec, call: _Call) -> bool:
     return False
 
 
-def _for_batch(spec: KernelSpec, call: _Call, many: bool) -> KernelSpec:
-    """The specification for this many rows of x, and for the widths of this trellis."""
+def _for_batch(spec: KernelSpec, calls: Sequence[Call], many: bool) -> KernelSpec:
+    """The specification for this many rows of x, and for the widths of these trellises."""
     limits = GEMM_BATCHES if many else range(1, MAX_BATCH + 1)
-    batch = next((limit for limit in limits if limit >= call.count), limits[-1])
-    if spec.widths and not set(call.widths) <= set(spec.widths):
-        spec = replace(spec, widths=tuple(sorted({*spec.widths, *call.widths})))
+    batch = next((limit for limit in limits if limit >= calls[0].count), limits[-1])
+    widths = {width for call in calls for width in call.widths}
+    if spec.widths and not widths <= set(spec.widths):
+        spec = replace(spec, widths=tuple(sorted(widths | set(spec.widths))))
     return replace(spec, batch=batch)
 
 
@@ -242,62 +268,10 @@ def splits_for(spec: KernelSpec, rows: int, cols: int, count: int) -> int:
     return max(1, min(wanted, MAX_SPLITS, -(-cols // TILE) // LEAST_BLOCKS))
 
 
-def _tables(spec: KernelSpec, call: _Call) -> dict[str, torch.Tensor]:
-    """Constant tensors that the kernel reads."""
-    result: dict[str, torch.Tensor] = {}
-    device = call.tensors["x"].device
-    for operation in spec.operations:
-        if isinstance(operation, Levels) and operation.table != "int":
-            result["levels"] = _levels(operation.table, operation.bits, device)
-            if operation.bits in PAIR_BITS:
-                result["pairs"] = _pairs(operation.table, operation.bits, device)
-        elif isinstance(operation, Lattice):
-            result["grid"], result["roots"] = _lattice(device)
-        elif isinstance(operation, Prepare) and operation.rotated:
-            result["base_in"], result["signs_in"] = _rotation(call.cols, device)
-        elif isinstance(operation, Unrotate) and operation.rotated:
-            result["base_out"], result["signs_out"] = _rotation(call.rows, device)
-    return result
-
-
 def _float32() -> torch.dtype:
     import torch
 
     return torch.float32
-
-
-@cache
-def _lattice(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors of E8P, the last entry negative where the signs hold an odd number of minuses, and the roots."""
-    import torch
-
-    grid = absolute_vectors().copy()
-    grid[odd_minuses(), -1] *= -1
-    return tuple(torch.from_numpy(a.copy()).to(device, torch.float32) for a in (grid, root_words()))  # type: ignore[return-value]
-
-
-@cache
-def _rotation(order: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(base, signs) of a rotation, float32."""
-    import torch
-
-    base, _ = turning(order)
-    return torch.from_numpy(base.copy()).to(device), torch.from_numpy(signs(order).copy()).to(device, torch.float32)
-
-
-@cache
-def _pairs(name: TableName, bits: int, device: torch.device) -> torch.Tensor:
-    """`pair_table`, two floats in each 64-bit word."""
-    import torch
-
-    return torch.from_numpy(pair_table(name, bits).reshape(-1).view(np.int64).copy()).to(device)
-
-
-@cache
-def _levels(name: TableName, bits: int, device: torch.device) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(table(name, bits).copy()).to(device)
 
 
 def _views(

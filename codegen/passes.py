@@ -4,6 +4,7 @@
 2. share_inputs      matrices that share an input (q, k, v; gate, up) and its rotation have it prepared once.
 3. choose_tiles      BLOCK_N, BLOCK_K and num_warps for each matrix, by the costs below.
 4. share_kernels     the operations are cut into kernels; matrices with equal specifications share one.
+5. group_products    matrices that share an input and the operations of their product are multiplied by one launch.
 
 The projection t = R x is a kernel of its own. Computed inside the GEMV it would be read by each of the N / BLOCK_N
 instances: N / BLOCK_N * rank * K * bytes, for N = 576, K = 1536, r16 in fp16 and BLOCK_N = 2 some 14 MB against the
@@ -36,7 +37,18 @@ from .operations import (
     Unpack,
     Unrotate,
 )
-from .program import GEMM_BATCH, SPAN, KernelSpec, MatrixProgram, Program, Tile, chunk_width, verify_program
+from .program import (
+    GEMM_BATCH,
+    SPAN,
+    Group,
+    KernelSpec,
+    MatrixProgram,
+    Program,
+    Tile,
+    chunk_width,
+    prepared_by,
+    verify_program,
+)
 from .rotations import CHUNK
 from .spans import takes_span
 from .trellis import standard_widths
@@ -60,8 +72,8 @@ SPAN_TURN = 2 * 32 * SPAN
 """Columns of two turns of a warp."""
 PREFILL_TILE = Tile(128, 16, 4)
 """Of a trellis and many rows of x: one row of W a thread."""
-GEMM_TILE = Tile(64, 64, 4)
-"""Of the other codecs and many rows of x: 32 weights a thread."""
+GEMM_TILE = Tile(64, 64, 8)
+"""Of the other codecs and many rows of x: 16 weights a thread."""
 WARP_ENTRIES = 256
 """Of a vector that is rotated or finished, for each warp."""
 PROJECT_TILE = Tile(1, 1024, 4)
@@ -69,7 +81,7 @@ PROJECT_CHUNK = 8
 
 
 def _map(program: Program, change: Callable[[MatrixProgram], MatrixProgram]) -> Program:
-    return Program(tuple(change(matrix) for matrix in program.matrices))
+    return replace(program, matrices=tuple(change(matrix) for matrix in program.matrices))
 
 
 def hoist_row_scales(program: Program) -> Program:
@@ -235,11 +247,44 @@ def share_kernels(program: Program) -> Program:
     return _map(program, lambda matrix: replace(matrix, kernels=cut(matrix)))
 
 
+def group_products(program: Program) -> Program:
+    """Products of one input by equal operations become one launch, with the tile of a matrix of all their rows; so does
+    what finishes them, where its kernels are equal."""
+    inputs = shared_inputs(matrix.name for matrix in program.matrices)
+    alike: dict[tuple[object, ...], list[MatrixProgram]] = {}
+    for matrix in program.matrices:
+        product = _product(matrix)
+        fits = inputs[matrix.name], prepared_by(matrix), matrix.cols, product.label, product.operations
+        alike.setdefault(fits, []).append(matrix)
+    groups = chain.from_iterable(_groups(members) for members in alike.values() if len(members) > 1)
+    return replace(program, groups=tuple(groups))
+
+
+def _product(matrix: MatrixProgram) -> KernelSpec:
+    return next(kernel for kernel in matrix.kernels if kernel.function in ("gemv", "gemm"))
+
+
+def _groups(members: list[MatrixProgram]) -> list[Group]:
+    """The group of the members' products, then those of what finishes them."""
+    joined = replace(members[0], rows=sum(matrix.rows for matrix in members))
+    kernel = _core_kernel(joined, _product(members[0]).operations, _own_tile(joined))
+    groups = [Group(tuple(matrix.name for matrix in members), replace(kernel, members=len(members)))]
+    finishing: dict[KernelSpec, list[str]] = {}
+    for matrix in members:
+        if (last := matrix.kernels[-1]).function == "finish":
+            finishing.setdefault(last, []).append(matrix.name)
+    for last, names in finishing.items():
+        if len(names) > 1:
+            groups.append(Group(tuple(names), replace(last, members=len(names))))
+    return groups
+
+
 PASSES: tuple[tuple[str, Callable[[Program], Program]], ...] = (
     ("hoist_row_scales", hoist_row_scales),
     ("share_inputs", share_inputs),
     ("choose_tiles", choose_tiles),
     ("share_kernels", share_kernels),
+    ("group_products", group_products),
 )
 
 

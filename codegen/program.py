@@ -26,6 +26,7 @@ from reallm.kernels.packing import WORD_BITS, plane_widths
 from reallm.kernels.trellis import CODE_MEAN, CODE_UNIT
 from reallm.planner.plan import Plan
 
+from .dataflow import shared_inputs
 from .operations import (
     LIFT,
     AddBias,
@@ -90,6 +91,8 @@ class KernelSpec:
     widths: tuple[int, ...] = ()
     span: int = 0
     """SPAN where a scalar product has rows of whole spans (`spans`), else 0."""
+    members: int = 1
+    """Matrices that one launch serves, see `groups`."""
 
     @property
     def function(self) -> str:
@@ -110,7 +113,8 @@ class KernelSpec:
         batch = f"-m{self.batch}" if self.batch > 1 else ""
         widths = "-b" + "_".join(str(width) for width in self.widths) if self.widths else ""
         span = f"-s{self.span}" if self.span else ""
-        return f"{self.function}-{self.label.replace('+', '-')}-{self.tile}{facts}{span}{batch}{widths}"
+        members = f"-x{self.members}" if self.members > 1 else ""
+        return f"{self.function}-{self.label.replace('+', '-')}-{self.tile}{facts}{span}{batch}{widths}{members}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +140,42 @@ class MatrixProgram:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Matrices of one input, by name in the program's order, for which one launch of `kernel` makes all products, or
+    finishes them. Each keeps its own kernels too, for a call by itself."""
+
+    matrices: tuple[str, ...]
+    kernel: KernelSpec
+
+    def __str__(self) -> str:
+        return f"group {' '.join(self.matrices)}\n  kernel {self.kernel.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """The compressed matrices of a plan, in the plan's order; `str` prints all of it."""
 
     matrices: tuple[MatrixProgram, ...]
+    groups: tuple[Group, ...] = ()
 
     @property
     def kernels(self) -> tuple[KernelSpec, ...]:
         """The distinct kernels, by name."""
-        return tuple(sorted({kernel for matrix in self.matrices for kernel in matrix.kernels}, key=lambda k: k.name))
+        own = {kernel for matrix in self.matrices for kernel in matrix.kernels}
+        return tuple(sorted(own | {group.kernel for group in self.groups}, key=lambda kernel: kernel.name))
 
     def __str__(self) -> str:
-        return "\n".join(str(matrix) for matrix in self.matrices) + "\n"
+        return "\n".join(str(part) for part in (*self.matrices, *self.groups)) + "\n"
+
+
+def prepared_by(matrix: MatrixProgram) -> str:
+    """The matrix that makes the x' which `matrix` multiplies: itself or another one; "" where it multiplies x."""
+    for operation in matrix.operations:
+        if isinstance(operation, Reuse):
+            return operation.leader
+        if isinstance(operation, Prepare):
+            return matrix.name
+    return ""
 
 
 def chunk_width(unpack: Unpack) -> int:
@@ -218,6 +246,9 @@ def verify_program(program: Program) -> None:
         for fault in (*_faults(matrix), *_reuse_faults(matrix, earlier)):
             raise CodegenError(f"program of {matrix.name!r} ({matrix.format.name}): {fault}")
         earlier[matrix.name] = matrix
+    for group in program.groups:
+        for fault in _group_faults(group, program):
+            raise CodegenError(f"group {' '.join(group.matrices)} ({group.kernel.name}): {fault}")
     names = [kernel.name for kernel in program.kernels]
     if len(set(names)) != len(names):
         raise CodegenError(f"two different kernels share a name among {', '.join(names)}")
@@ -246,6 +277,42 @@ def _reuse_faults(matrix: MatrixProgram, earlier: dict[str, MatrixProgram]) -> l
             ):
                 faults.append(f"{operation}, which no earlier matrix of {matrix.cols} columns makes for others")
     return faults
+
+
+def _group_faults(group: Group, program: Program) -> list[str]:
+    """What is wrong with a group: what its kernel takes for shared must be, and nothing may be made twice."""
+    order = {matrix.name: index for index, matrix in enumerate(program.matrices)}
+    if unknown := [name for name in group.matrices if name not in order]:
+        return [f"there is no matrix {unknown[0]!r}"]
+    members = [program.matrices[order[name]] for name in group.matrices]
+    kernel, own = group.kernel, [_own_kernel(matrix, group.kernel.function) for matrix in members]
+    faults = []
+    if kernel.members != len(members) or len(members) < 2:
+        faults.append(f"has {len(members)} matrices for a kernel of {kernel.members}")
+    if [order[name] for name in group.matrices] != sorted({order[name] for name in group.matrices}):
+        faults.append("does not name each matrix once in the program's order, the leader first")
+    if len(set(shared_inputs(group.matrices).values())) > 1 or len({prepared_by(matrix) for matrix in members}) > 1:
+        faults.append("multiplies different inputs")
+    if len({matrix.cols for matrix in members}) > 1:
+        faults.append("multiplies matrices of different numbers of columns")
+    if any(single is None or single.operations != kernel.operations for single in own):
+        faults.append("has a kernel of other operations than its matrices'")
+    for other in program.groups:
+        both = set(other.matrices) & set(group.matrices)
+        if other is not group and both and _is_finish(other.kernel) == _is_finish(kernel):
+            faults.append(f"shares {sorted(both)[0]!r} with another group")
+    products = [other for other in program.groups if not _is_finish(other.kernel)]
+    if _is_finish(kernel) and not any(set(group.matrices) <= set(other.matrices) for other in products):
+        faults.append("finishes matrices whose products are not one group")
+    return faults
+
+
+def _is_finish(kernel: KernelSpec) -> bool:
+    return kernel.function == "finish"
+
+
+def _own_kernel(matrix: MatrixProgram, function: str) -> KernelSpec | None:
+    return next((kernel for kernel in matrix.kernels if kernel.function == function), None)
 
 
 def _kind_faults(operations: tuple[Operation, ...]) -> list[str]:

@@ -10,6 +10,7 @@ float32, for n = K and n = N.
 
 from __future__ import annotations
 
+from .groups import place
 from .operations import AddBias, AddLowRank, AddSparse, Centre, CodegenError, Operation, Prepare, Store, Unrotate
 from .program import KernelSpec
 from .snippets import code_lines, indent, planes
@@ -77,9 +78,9 @@ def _norm_lines(prepare: Prepare) -> list[str]:
     ]
 
 
-def emit_prepare(spec: KernelSpec, prepare: Prepare, names: list[str]) -> str:
-    """The function that makes x' and norm; the tile is some pieces of P entries, or a chunk of columns where nothing
-    rotates."""
+def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
+    """What makes x' and norm, behind the function's signature; the tile is some pieces of P entries, or a chunk of
+    columns where nothing rotates."""
     size, whole = spec.tile.block_k, spec.tile.block_n * spec.tile.block_k
     lines = [
         "m = tl.program_id(0)",
@@ -112,8 +113,6 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare, names: list[str]) -> str:
             f"tl.store(goal + k, value * {factor}, mask=k < padded)",
         ]
     return (
-        '@triton.jit(do_not_specialize=["cols", "pieces"])\n'
-        f"def prepare({', '.join(names)}, cols, pieces):\n"
         "    # x [batch, cols], ready float32 [batch, cols in whole blocks], norms float32 [batch]\n"
         f"    # one instance: {whole} entries of a row\n"
         f"{indent(lines, 4)}\n"
@@ -195,12 +194,14 @@ def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
     ]
 
 
-def emit_finish(spec: KernelSpec, names: list[str]) -> str:
-    """The function that makes y of the parts; the tile is as for `emit_prepare`."""
+def emit_finish(spec: KernelSpec, select: list[str]) -> str:
+    """What makes y of the parts, behind the function's signature; the tile is as for `emit_prepare`, and `select` are
+    the lines that choose its matrix."""
     whole = spec.tile.block_n * spec.tile.block_k
     lines = [
         "m = tl.program_id(0)",
-        "first = tl.program_id(1)",
+        *select,
+        f"first = {place(spec)}",
         f"n = first * {whole} + tl.arange(0, {whole})  # [{whole}]",
         "row = tl.minimum(n, rows - 1)",
         f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}",
@@ -209,10 +210,7 @@ def emit_finish(spec: KernelSpec, names: list[str]) -> str:
         lines.append("centre = 0.0")
     for operation in spec.operations:
         lines += _finish_step(spec, operation)
-    counted = ("batch", "rows", "cols", "pieces", "splits")
     return (
-        f"@triton.jit(do_not_specialize=[{', '.join(repr(name) for name in counted)}])\n".replace("'", '"')
-        + f"def finish({', '.join(names)}, {', '.join(counted)}):\n"
         f"    # part float32 [splits, batch, rows], y [batch, rows]; one instance: {whole} entries of a row of y\n"
         f"{indent(lines, 4)}\n"
     )

@@ -25,6 +25,7 @@ _LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 _OPCODE = re.compile(r"(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_ATOMIC = ("ATOM", "ATOMG", "ATOMS", "RED")
 _LOAD_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 
@@ -130,6 +131,6 @@ def lint(code: Code, product: bool = True) -> tuple[str, ...]:
         narrow = sum(b for b in bits if b <= NARROW_BITS)
         if narrow * 4 > sum(bits):
             faults.append(f"narrow loads carry {narrow} of the {sum(bits)} bits of a loop")
-    if atomics := [opcode for opcode in code.opcodes if opcode.startswith(("ATOM", "RED"))]:
+    if atomics := [opcode for opcode in code.opcodes if opcode.split(".")[0] in _ATOMIC]:
         faults.append(f"{len(atomics)} atomic operations: sums would depend on the order of instances")
     return tuple(faults)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from reallm.kernels.packing import WORD_BITS, plane_widths
 from reallm.kernels.tables import TableName, table
 
+from .groups import place
 from .operations import LIFT, GroupScale, Levels, Offset, Operation, Unpack
 from .program import SPAN, KernelSpec
 from .snippets import code_lines, divide, plane_lines, planes, scale_lines, scale_setup
@@ -118,7 +119,7 @@ class SpanWriter:
             self.setup.append(f"row_{m} = {chosen}")
             self.setup.append(f"x_at_{m} = {self.source} + row_{m}.to(tl.int64) * {self.stride}")
         for r in self.rows:
-            self.setup.append(f"line_{r} = tl.minimum(tl.program_id(0) * {len(self.rows)} + {r}, rows - 1)")
+            self.setup.append(f"line_{r} = tl.minimum({place(self.spec)} * {len(self.rows)} + {r}, rows - 1)")
         for r, m in self._sums():
             self.setup.append(f"total_{r}_{m} = tl.zeros(({self._chunks()},), tl.float32)")
         if not self.group and self.integers:

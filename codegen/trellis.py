@@ -16,6 +16,7 @@ from __future__ import annotations
 from reallm.kernels.codecs import TILE
 from reallm.kernels.trellis import CODE_MEAN, CODE_UNIT, MULTIPLIERS, WORDS_PER_WIDTH, step_shape
 
+from .groups import place
 from .operations import LIFT, CodegenError, Trellis
 from .program import KernelSpec
 from .snippets import indent
@@ -88,10 +89,11 @@ def product(width: int, state_bits: int, column: int) -> str:
     return f"(({low}){mask}) * {MULTIPLIERS[which]:#x}"
 
 
-def shared_setup(block_n: int) -> list[str]:
+def shared_setup(spec: KernelSpec) -> list[str]:
     """Lines at the start of both kernels."""
+    block_n = spec.tile.block_n
     return [
-        f"n = tl.program_id(0) * {block_n} + tl.arange(0, {block_n})  # [{block_n}]",
+        f"n = {place(spec)} * {block_n} + tl.arange(0, {block_n})  # [{block_n}]",
         "row = tl.minimum(n, rows - 1)",
         f"tile = row >> {TILE_BITS}",
         f"up = {TILE - 1} - (row & {TILE - 1})  # bits of a tile run from its last row to its first",
@@ -122,7 +124,7 @@ def gemv_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
     """The body of y_part[split, m, n] = sum over the split's blocks of s scale x'."""
     block_n, batch = spec.tile.block_n, spec.batch
     lines = [
-        *shared_setup(block_n),
+        *shared_setup(spec),
         f"first = tl.program_id(1) * {batch}",
         "split = tl.program_id(2)",
         "splits = tl.num_programs(2)",
@@ -174,7 +176,7 @@ def gemm_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
     if block_m < TILE:
         raise CodegenError(f"a GEMM takes {TILE} rows of x or more, not {block_m}")
     lines = [
-        *shared_setup(block_n),
+        *shared_setup(spec),
         f"m = tl.program_id(1) * {block_m} + tl.arange(0, {block_m})  # [{block_m}]",
         "split = tl.program_id(2)",
         "splits = tl.num_programs(2)",
@@ -205,17 +207,14 @@ def gemm_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
     return lines
 
 
-def emit_trellis(spec: KernelSpec, decode: Trellis, names: list[str]) -> str:
-    """The whole function, without its imports."""
+def emit_trellis(spec: KernelSpec, decode: Trellis, select: list[str]) -> str:
+    """The function behind its signature; `select` are the lines that choose its matrix."""
     body = gemm_lines(spec, decode) if spec.function == "gemm" else gemv_lines(spec, decode)
     shape = f"{spec.tile.block_n} rows of W, {spec.batch} of x, every `splits`-th block of each width"
     return (
-        f"{BYTE_SUM}\n\n"
-        '@triton.jit(do_not_specialize=["batch", "rows", "cols"])\n'
-        f"def {spec.function}({', '.join(names)}, batch, rows, cols, DEVICE: tl.constexpr):\n"
         "    # ready float32 [batch, cols in whole blocks], part float32 [splits, batch, rows]; one instance:\n"
         f"    # {shape}\n"
-        f"{indent(body, 4)}\n"
+        f"{indent([*select, *body], 4)}\n"
     )
 
 

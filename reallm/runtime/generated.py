@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..codegen.derived import derive
 from ..codegen.launch import multiply
 from ..codegen.program import has_kernel
 from ..kernels.codecs import TrellisCodec
 from ..kernels.formats import Format
 from .decode import decode
 from .packed import Packed
+from .siblings import stored
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PROBES, _PROBE_ROWS, _PROBE_COLS = ("int4-g16", "tq2-l12+rot"), 32, 64
@@ -45,12 +45,10 @@ def takes_kernel(packed: Packed, inputs: Tensor) -> bool:
 
 def packed_linear(packed: Packed, inputs: Tensor, bias: Tensor | None) -> Tensor:
     """x W_hat^T (+ bias) for x [..., cols]: [..., rows], by the kernel generated for the matrix's format."""
-    fields = packed.fields
-    if packed.format.shared_field and packed.shared_codebooks is not None:
-        fields[packed.format.shared_field.name] = packed.shared_codebooks
-    if packed.derived is None:
-        packed.derived = derive(packed.format, fields, packed.rows, packed.cols)
-    return multiply(packed.format, fields, inputs, packed.rows, packed.cols, bias, derived=packed.derived)
+    if packed.siblings is not None and (product := packed.siblings.product(packed, inputs)) is not None:
+        return product
+    m = stored(packed, bias)
+    return multiply(m.format, m.fields, inputs, m.rows, m.cols, m.bias, derived=m.derived)
 
 
 @cache

@@ -161,11 +161,14 @@ def _become(module: nn.Module, packed: Any, plain: type[nn.Module]) -> None:
     module.__class__ = packed if own is plain else _joined(own, packed)
 
 
-def pack_linear(module: nn.Linear, fmt: Format, mode: DecodeMode, dtype: torch.dtype, shared: Shared) -> None:
-    """Turn `module` into a CompressedLinear with empty fields, in place."""
+def pack_linear(
+    module: nn.Linear, fmt: Format, mode: DecodeMode, dtype: torch.dtype, shared: Shared
+) -> CompressedLinear:
+    """Turn `module` into a CompressedLinear with empty fields, in place; it is returned."""
     _become(module, CompressedLinear, nn.Linear)
     assert isinstance(module, CompressedLinear)
     module.hold(fmt, module.out_features, module.in_features, mode=mode, dtype=dtype, shared=shared)
+    return module
 
 
 def pack_embedding(module: nn.Embedding, fmt: Format, mode: DecodeMode, dtype: torch.dtype, shared: Shared) -> None:

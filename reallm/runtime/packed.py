@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ..kernels.formats import Format
 from .cpu import NativeMatrix, native_matrix
 from .decode import decode
 from .weight import REFUSAL, FrozenWeightError, frozen
+
+if TYPE_CHECKING:
+    from .siblings import Siblings
 
 DecodeMode = Literal["load", "call"]
 
@@ -106,6 +109,8 @@ class Packed(Decoding):
     _shared: Shared
     derived: Derived | None = None
     """What generated kernels read in place of some fields; made at their first use."""
+    siblings: Siblings | None = None
+    """The linears that multiply the same x, this one among them; no children of this module."""
     _native: NativeMatrix | Literal[False] | None
     """Made at its first use; False where there is no kernel."""
     gain_bytes: Tensor | None

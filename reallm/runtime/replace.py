@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..kernels.formats import Format
 from .modules import (
     CompressedEmbedding,
+    CompressedLinear,
     ExpertStack,
     PackedExpert,
     pack_embedding,
@@ -22,6 +23,7 @@ from .modules import (
 )
 from .packed import DecodeMode, Decoding, Packed, Shared, SharedCodebooks
 from .record import QuantizationRecord
+from .siblings import link_siblings
 
 
 class _Replacement:
@@ -33,6 +35,7 @@ class _Replacement:
         self.partial = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
         self.users = {matrix: key for key, matrices in record.shared.items() for matrix in matrices}
         fields = {key: fmt.shared_field for key, fmt in record.shared_formats().items()}
+        self.linears: dict[str, CompressedLinear] = {}
         self.codebooks = SharedCodebooks({key: field for key, field in fields.items() if field})
         if fields:
             model.add_module(SharedCodebooks.NAME, self.codebooks)
@@ -70,7 +73,7 @@ class _Replacement:
         if isinstance(module, Packed) or not isinstance(module, nn.Linear | nn.Embedding):
             raise UserError(f"config.json packs {matrix!r}, a {type(module).__name__}, which is no linear or embedding")
         if isinstance(module, nn.Linear):
-            pack_linear(module, fmt, self.mode, self.dtype, self.shared(matrix))
+            self.linears[name] = pack_linear(module, fmt, self.mode, self.dtype, self.shared(matrix))
         else:
             pack_embedding(module, fmt, self.mode, self.dtype, self.shared(matrix))
 
@@ -144,6 +147,7 @@ def install(model: PreTrainedModel, record: QuantizationRecord, dtype: torch.dty
         work.stack(stack, formats)
     for head, source in record.tied.items():
         work.tie(head, source)
+    link_siblings(work.linears)
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, Packed]]:

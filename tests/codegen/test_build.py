@@ -18,7 +18,7 @@ from reallm.codegen.check import check_sources
 from reallm.codegen.emit import emit
 from reallm.codegen.launch import GEMM_BATCHES, MAX_BATCH, kernels_for
 from reallm.codegen.operations import CodegenError
-from reallm.codegen.sass import lint, read_code
+from reallm.codegen.sass import lint, load_bits, read_code
 from reallm.kernels.formats import Format
 
 triton = pytest.importorskip("triton", reason="Triton is an extra")
@@ -95,18 +95,30 @@ def test_the_code_of_the_largest_tile_and_batch_is_clean(tmp_path: Path, name: s
     assert_clean(tmp_path)
 
 
-SIMPLE = pytest.mark.xfail(
-    strict=True, reason="the simple GEMMs take 167 registers and load codes narrowly: README, limits"
-)
-
-
-@pytest.mark.parametrize("name", ["tq3-l12+rot", pytest.param("lm4-g64-dq6x64+r8", marks=SIMPLE)])
-def test_the_code_of_a_gemm_is_clean(tmp_path: Path, name: str) -> None:
+def built_gemm(name: str, place: Path) -> None:
     every = kernels_for(Format.parse(name), 4096, 4096, True, prefill=True)
     spec = replace(next(s for s in every if s.function == "gemm"), batch=GEMM_BATCHES[-1])
-    (tmp_path / f"{spec.name}.py").write_text(emit(spec))
-    compile_kernels([spec], tmp_path, ["sm_80"], "bf16")
+    (place / f"{spec.name}.py").write_text(emit(spec))
+    compile_kernels([spec], place, ["sm_80"], "bf16")
+
+
+@pytest.mark.parametrize("name", ["tq3-l12+rot", "lm4-g64-dq6x64+r8", "lm4-g64+rot", "aq2x8-d8", "e8p4"])
+def test_the_code_of_a_gemm_is_clean(tmp_path: Path, name: str) -> None:
+    built_gemm(name, tmp_path)
     assert_clean(tmp_path)
+
+
+def test_the_gemm_of_tables_of_rows_is_clean_but_for_the_levels_it_looks_up(tmp_path: Path) -> None:
+    built_gemm("km4", tmp_path)
+    (path,) = tmp_path.glob("*.cubin")
+    code = read_code(path)
+    assert lint(code, product=False) == ()
+    words = [opcode for first, end in code.loops for opcode in code.opcodes[first:end] if load_bits(opcode) > 16]
+    assert any(load_bits(opcode) == 32 for opcode in words)  # the codes
+    assert (
+        sum(load_bits(opcode) == 16 for first, end in code.loops for opcode in code.opcodes[first:end])
+        == 64 * 64 // 256
+    )
 
 
 def assert_clean(folder: Path) -> None:

@@ -7,24 +7,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import interpreted
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_fields import coded_magnitudes, product_bound, random_fields
+from interpreted import random_call
 from strategies import kmeans_codecs, lattice_codecs, sparse_terms
 
 from reallm.codegen.launch import MAX_BATCH
-from reallm.codegen.program import Tile
 from reallm.kernels.codecs import AnyCodec, ScalarCodec, TrellisCodec
 from reallm.kernels.formats import Format
-from reallm.kernels.reference import decode_reference
 from reallm.kernels.terms import LowRank
 
 pytest.importorskip("triton", reason="Triton is an extra")
 
-CAST_ERROR = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-7}
-"""As in test_gemv: the interpreter truncates to bfloat16."""
 Check = Callable[[interpreted.Call], None]
 
 
@@ -37,32 +32,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
 
 
 def assert_matches_reference(call: interpreted.Call, pool: ProcessPoolExecutor) -> None:
-    fmt = Format.parse(call.format)
-    y, x, bias = pool.submit(interpreted.run, call).result(timeout=300)
-    shift = np.zeros(call.rows) if bias is None else bias
-    expected = x @ decode_reference(fmt, call.packed, call.rows, call.cols).T + shift
-    many = len(x) > MAX_BATCH
-    half = isinstance(fmt.codec, TrellisCodec) and many
-    bound = product_bound(fmt, call.rows, call.cols, call.packed, x, half)
-    if many and not half and call.dtype != "float32":  # weights are rounded as a decoded weight is; tiny ones by 2^-25
-        coded = coded_magnitudes(fmt, call.rows, call.cols, call.packed)
-        bound = bound + np.abs(x) @ (CAST_ERROR[call.dtype] * coded + 2.0**-25).T
-    bound = bound + np.abs(shift) * (call.cols + 100) * 2.0**-24
-    bound = bound + CAST_ERROR[call.dtype] * (np.abs(expected) + bound) + 2.0**-25
-    excess = np.abs(y - expected) - bound
-    assert np.all(excess <= 0), f"{call.format} [{call.rows}, {call.cols}]: {np.nanmax(excess)} over the bound, y {y}"
-
-
-def random_call(
-    name: str, rows: int, cols: int, batch: int, dtype: str = "float32", bias: bool = False, tile: Tile | None = None
-) -> interpreted.Call:
-    seed = rows * 1000 + cols * 10 + batch
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(batch, cols)).astype(np.float32)
-    shift = rng.normal(size=rows).astype(np.float32) if bias else None
-    return interpreted.Call(
-        name, rows, cols, dtype, random_fields(Format.parse(name), rows, cols, seed), x, shift, tile
-    )
+    interpreted.assert_matches(call, *pool.submit(interpreted.run, call).result(timeout=300))
 
 
 @pytest.mark.parametrize(

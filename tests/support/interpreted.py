@@ -12,10 +12,17 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from packed_fields import Packed
+from packed_fields import Packed, coded_magnitudes, product_bound, random_fields
 
+from reallm.codegen.launch import MAX_BATCH
 from reallm.codegen.program import Tile
+from reallm.kernels.codecs import TrellisCodec
 from reallm.kernels.formats import Format
+from reallm.kernels.reference import decode_reference
+
+Result = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]
+CAST_ERROR = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-7}
+"""Relative error of a cast to the activations' dtype: rounding, but for bfloat16, which the interpreter truncates."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ def start(cache: Path) -> None:
     os.environ["REALLM_CACHE"] = str(cache)
 
 
-def run(call: Call) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+def run(call: Call) -> Result:
     """y, and x and bias as the kernel saw them, in float64. The output buffer is filled with NaN before."""
     import torch
     from triton.runtime.interpreter import InterpretedFunction
@@ -58,3 +65,59 @@ def run(call: Call) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[n
         y = multiply(fmt, fields, x, call.rows, call.cols, bias, out, call.tile, prefill=call.prefill)
     assert y is out
     return y.double().numpy(), x.double().numpy(), None if bias is None else bias.double().numpy()
+
+
+def run_together(calls: tuple[Call, ...]) -> list[Result]:
+    """As `run`, for matrices with one x whose products must be one launch; uninitialised memory is filled with NaN."""
+    import torch
+
+    from reallm.codegen.launch import StoredMatrix
+    from reallm.codegen.together import Member, multiply_together
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty makes
+    x = torch.from_numpy(calls[0].x).to(getattr(torch, calls[0].dtype))
+    members, matrices = [], []
+    for name, call in zip(("q_proj", "k_proj", "v_proj"), calls, strict=False):
+        fmt = Format.parse(call.format)
+        bias = None if call.bias is None else torch.from_numpy(call.bias).to(x.dtype)
+        fields = {name: torch.from_numpy(raw.copy()) for name, raw in call.packed.items()}
+        members.append(Member(name, fmt, call.rows, call.cols, bias is not None))
+        matrices.append(StoredMatrix(fmt, fields, call.rows, call.cols, bias))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        outputs = multiply_together(members, matrices, x)
+    results = []
+    for y, matrix in zip(outputs, matrices, strict=True):
+        bias = matrix.bias
+        results.append((y.double().numpy(), x.double().numpy(), None if bias is None else bias.double().numpy()))
+    return results
+
+
+def assert_matches(
+    call: Call, y: NDArray[np.float64], x: NDArray[np.float64], bias: NDArray[np.float64] | None
+) -> None:
+    """Hold y against the product with the float64 reference decode."""
+    fmt = Format.parse(call.format)
+    shift = np.zeros(call.rows) if bias is None else bias
+    expected = x @ decode_reference(fmt, call.packed, call.rows, call.cols).T + shift
+    many = len(x) > MAX_BATCH
+    half = many and (isinstance(fmt.codec, TrellisCodec) or fmt.transformed)
+    bound = product_bound(fmt, call.rows, call.cols, call.packed, x, half)
+    if many and not half and call.dtype != "float32":  # weights are rounded as a decoded weight is; tiny ones by 2^-25
+        coded = coded_magnitudes(fmt, call.rows, call.cols, call.packed)
+        bound = bound + np.abs(x) @ (CAST_ERROR[call.dtype] * coded + 2.0**-25).T
+    bound = bound + np.abs(shift) * (call.cols + 100) * 2.0**-24
+    bound = bound + CAST_ERROR[call.dtype] * (np.abs(expected) + bound) + 2.0**-25
+    excess = np.abs(y - expected) - bound
+    assert np.all(excess <= 0), f"{call.format} [{call.rows}, {call.cols}]: {np.nanmax(excess)} over the bound, y {y}"
+
+
+def random_call(
+    name: str, rows: int, cols: int, batch: int, dtype: str = "float32", bias: bool = False, tile: Tile | None = None
+) -> Call:
+    seed = rows * 1000 + cols * 10 + batch
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(batch, cols)).astype(np.float32)
+    shift = rng.normal(size=rows).astype(np.float32) if bias else None
+    return Call(name, rows, cols, dtype, random_fields(Format.parse(name), rows, cols, seed), x, shift, tile)

@@ -81,8 +81,9 @@ def product_bound(
     """By how much x W_hat^T of a transformed or sparse format in float32 may be off, [batch, rows]; as `sum_bound`.
 
     Each of the three linear maps (rotation of x, codes, rotation of the sums) passes on the error of the one before
-    and adds its own: at most (terms + 16) u of the sum of its terms' magnitudes. `half`: x' scale is rounded to half
-    precision, 2^-11 of it and 2^-24 of the largest scale and of norm, which is at most the largest entry of x.
+    and adds its own: at most (terms + 16) u of the sum of its terms' magnitudes. `half`: x' scale of a trellis is
+    rounded to half precision, 2^-11 of it and 2^-24 of the largest scale and of norm, which is at most the largest
+    entry of x; with other codecs x' and the values are, each by 2^-11 of itself or 2^-25, x' in units of norm.
     """
     z = np.abs(x).astype(np.float64)
     z = z * packed["channel_scales"].view("<f2")[:cols] if fmt.channel_scales else z
@@ -92,7 +93,10 @@ def product_bound(
     coded = coded_magnitudes(fmt, rows, cols, packed)
     ready = z @ turn_in.T
     error = (cols + 16) * UNIT * ready @ coded.T + (cols + 40) * UNIT * ready @ coded.T
-    if half:
+    if half and not isinstance(fmt.codec, TrellisCodec):
+        error = error + ready @ (1.001 * 2.0**-10 * coded + 2.0**-24).T
+        error = error + 2.0**-24 * z.max(1, keepdims=True) * coded.sum(1)
+    elif half:
         largest = np.abs(packed["scales"].view("<f2")[: -(-cols // TILE)].astype(np.float64)).max()
         floor = 2.0**-24 * 2 * largest * z.max(1, keepdims=True) * 1020 * CODE_UNIT * cols
         error = error + 2.0**-11 * ready @ coded.T + floor
