@@ -44,8 +44,8 @@ class Siblings:
     def product(self, packed: Packed, inputs: Tensor) -> Tensor | None:
         """y [..., rows] of `packed`, left with `inputs` by an earlier call or by one launch for all that it leads; None
         where it is alone."""
-        if inputs.is_inference() or inputs.shape[:-1].numel() > MOST_ROWS:
-            return None  # nothing can be left with it, or nothing is gained
+        if packed.gain is not None or inputs.is_inference() or inputs.shape[:-1].numel() > MOST_ROWS:
+            return None  # its gain comes before its bias; nothing can be left with x; or nothing is saved
         kept = kept_with(inputs)
         left: _Left | None = kept.pop((packed, "product"), None)
         if left is not None and left.derived is packed.derived:
@@ -65,6 +65,7 @@ class Siblings:
         members = tuple(
             Member(name, module.format, module.rows, module.cols, module.bias is not None)
             for name, module in self.modules.items()
+            if module.gain is None
         )
         leader = next((name for name, module in self.modules.items() if module is packed), None)
         led = () if leader is None else led_by(members, leader)

@@ -108,6 +108,16 @@ with torch.no_grad():
     assert counts["gemv", 1] == 1  # no product of weights in training
     k.left_factor = k.right_factor = None
 
+    gain = torch.linspace(0.5, 1.5, k.rows)
+    k.set_gain(gain)  # of a DoRA adapter: q and v go on together, k by itself
+    x = torch.randn(1, 48)
+    y, counts = counted(lambda: (q(x), k(x), v(x)))
+    assert (counts["gemv", 2], counts["gemv", 1], counts["gemv", 3]) == (1, 1, 0), counts
+    close(y[0], 0, x)
+    close(y[1] / gain, 1, x)
+    close(y[2], 2, x)
+    k.set_gain(None)
+
     for turn in range(siblings.PATIENCE + 2):
         y, counts = counted(lambda: q(torch.ones(1, 48)))
         assert counts["gemv", 3] == (turn < siblings.PATIENCE), turn
