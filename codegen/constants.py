@@ -44,7 +44,8 @@ def _lattice(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
     grid = absolute_vectors().copy()
     grid[odd_minuses(), -1] *= -1
-    return tuple(torch.from_numpy(a.copy()).to(device, torch.float32) for a in (grid, root_words()))  # type: ignore[return-value]
+    roots = torch.from_numpy(root_words().copy())
+    return torch.from_numpy(grid).to(device, torch.float32), roots.to(device, torch.float32)
 
 
 @cache

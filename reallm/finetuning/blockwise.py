@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ def train_blocks(pair: Pair, trained: Trained, training: Training, folder: Path)
             work.train(flow[:count], flow[count:], trained.groups_within(block), training)
             save_tensors(path, {"done": torch.tensor(number + 1), **trained.state()})
         states = work.outputs(states)
+    shutil.rmtree(streamer.boundaries.folder)
 
 
 def _each(states: Tensor) -> list[Tensor]:

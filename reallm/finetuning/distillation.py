@@ -28,6 +28,7 @@ from .answers import Sample
 from .checkpoints import read_end
 from .maps import EmbeddingMaps
 from .objective import Objective
+from .ranks import everywhere
 
 LOG = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
@@ -123,7 +124,7 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
     ) -> Any:
         """The loss on a batch of windows. Raises NotFiniteError."""
         loss = model(**inputs)
-        if model.training and not bool(loss.isfinite()):
+        if model.training and not everywhere(bool(loss.detach().isfinite())):
             raise NotFiniteError(self.state.global_step + 1)
         return (loss, {}) if return_outputs else loss
 

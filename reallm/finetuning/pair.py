@@ -6,7 +6,6 @@ in it, else in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,23 +25,12 @@ from .answers import Sample, draw_sample
 from .factors import Init, Modules, trainable_modules
 from .maps import EmbeddingMaps
 from .objective import Loss, Objective
+from .order import Stage, check_order
 from .ranks import ALONE, Ranks
 from .trained import Part, check_parts
 
-Stage = Literal["codes", "blocks", "end-to-end"]
 HELD_OUT_WINDOWS = 8
 HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
-
-
-def check_order(stages: Sequence[str]) -> tuple[Stage, ...]:
-    """`stages`, each known and there once. Raises UserError."""
-    found = tuple(stage for name in stages for stage in get_args(Stage) if stage == name)
-    named = ",".join(stages)
-    if not found or len(found) < len(stages) or len(set(found)) < len(found):
-        raise UserError(f"--order {named}: expected one or more of {', '.join(get_args(Stage))}, each once")
-    if "codes" in found[1:]:
-        raise UserError(f"--order {named}: new codes undo what was trained before; codes come first")
-    return found
 
 
 @dataclass(frozen=True)

@@ -66,3 +66,12 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1)
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether it holds in every process of the run: all go on, or none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return holds
+    found = torch.tensor(float(holds), device=PartialState().device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
+    return bool(found)

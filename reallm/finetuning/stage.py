@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 from torch import Tensor
 from transformers import EarlyStoppingCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,7 +25,6 @@ from ..errors import UserError
 from ..folder import check_output, is_artifact
 from ..manifest import MANIFEST_FILE, sha256_file
 from ..planner.plan import Plan
-from ..planner.records import TABLE_FILE
 from ..text import Text, load_text
 from ..verification import read_plan
 from .blockwise import train_blocks
@@ -40,7 +38,8 @@ from .distillation import (
     training_order,
 )
 from .factors import column_moments
-from .pair import Pair, Stage, Training, check_order, open_pair
+from .order import check_order, choose_order, in_words, read_table
+from .pair import Pair, Training, open_pair
 from .ranks import ALONE, Ranks
 from .recoding import recode
 from .trained import Trained, check_parts
@@ -51,8 +50,6 @@ LEAST_GAIN = 1e-4
 """Share of the divergence that must go: the same weights summed in another order differ by less."""
 MOMENT_WINDOWS = 8
 ADAPTER_RANK = 8
-RECODING_BYTES = 20
-"""For each weight: the original, its copy, the gradient and the two moments of Adam, float32."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,9 @@ def finetune(
     `train` names what: "factors", "scales", "norms", "embeddings" (see `trained`). With factors, a compressed linear
     without a low-rank term gets one of `rank` in `factor_dtype`; 0, the default but for an adapter, adds none, and then
     not one byte is added. `teacher` is that model, if it has moved since. One step is `batch_size` windows of `seqlen`
-    tokens. Training ends when
-    `patience` evaluations in turn brought no lower held-out KL (0: never), or at a loss that is not finite; the best
-    state is kept. An interrupted run goes on at its last checkpoint, in `<output>.partial`, unless `resume` is false.
-    Raises UserError; when nothing was gained, nothing is written.
+    tokens. Training ends when `patience` evaluations in turn brought no lower held-out KL (0: never), or at a loss that
+    is not finite; the best state is kept. An interrupted run goes on at its last checkpoint, in `<output>.partial`,
+    unless `resume` is false. Raises UserError; when nothing was gained, nothing is written.
 
     `init` says where new factors start (`factors`). With `adapter`, `output` is a LoRA adapter in PEFT's form that
     holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16. With `dora` it holds
@@ -116,8 +112,8 @@ def finetune(
     `order` holds the stages: "codes" (`recoding`), first, codes the blocks anew, one after another, with `code_steps`
     steps of training for the weights behind each, and reads the measured folder `work` (default: the plan's); "blocks"
     (`blockwise`) takes `block_epochs` times `block_windows` windows for every block and needs the memory of one;
-    "end-to-end" is the training described above. None is "codes" and "end-to-end" where that folder and the memory
-    are there and codes may change, else "end-to-end".
+    "end-to-end" is the training described above. None is "codes" and "end-to-end" for an artifact as it was planned,
+    where that folder and the memory are there, else "end-to-end".
 
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
@@ -146,7 +142,9 @@ def finetune(
         loss=loss,
         patience=patience,
         seed=seed,
-        order=_default_order(plan, measured, loss, adapter or ranks.count > 1) if order is None else check_order(order),
+        order=choose_order(plan, measured, frozen=loss != "kl" or adapter or ranks.count > 1)
+        if order is None
+        else check_order(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,
@@ -157,6 +155,8 @@ def finetune(
         raise UserError(f"--order {','.join(training.order)}: of {ranks.count} processes only end-to-end makes use")
     if adapter and "codes" in training.order:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
+    if "codes" in training.order:
+        read_table(measured)  # before anything is loaded
     source = load_text(text)
     pair = open_pair(Path(artifact), plan, teacher, source, training, device, ranks)
     folder, settings = progress_folder(output), _settings(plan, source, training, artifact)
@@ -196,21 +196,6 @@ def finetune(
         shutil.rmtree(folder)
     _report(plan, new, gain, training.measure, time.perf_counter() - began)
     return output
-
-
-def _default_order(plan: Plan, measured: Path, loss: str, kept: bool) -> tuple[Stage, ...]:
-    """New codes first where they can be had, unless the codes are to be `kept`."""
-    if loss != "kl" or kept:
-        return ("end-to-end",)
-    needed, there = RECODING_BYTES * sum(c.rows * c.cols for c in plan.choices), psutil.virtual_memory().total
-    if not (measured / TABLE_FILE).exists():
-        why = f"{measured}, where the plan was measured, is not there"
-    elif needed > there:
-        why = f"new ones take about {needed >> 20} MiB of memory, this machine has {there >> 20}"
-    else:
-        return ("codes", "end-to-end")
-    LOG.info("the codes stay as they are: %s", why)
-    return ("end-to-end",)
 
 
 def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str) -> dict[str, int | float | str]:
@@ -336,20 +321,10 @@ def _folded(pair: Pair, trained: Trained) -> float:
     return pair.held_out_loss()
 
 
-def _stages(training: Training, steps: int) -> str:
-    """The stages in words, the one that came first before the other."""
-    words: dict[Stage, str] = {
-        "end-to-end": f"for {steps} steps of {training.batch_size} x {training.seqlen} tokens",
-        "codes": f"by new codes, {training.code_steps} steps after each block",
-        "blocks": f"block by block for {training.block_epochs} x {training.block_windows} windows each",
-    }
-    return ", then ".join(words[stage] for stage in training.order)
-
-
 def _notes(pair: Pair, training: Training, source: Text, gain: Gain) -> list[str]:
     """What the plan and the model card say about it."""
     how = (
-        f"trained {_stages(training, gain.steps)} at learning rates "
+        f"trained {in_words(training, gain.steps)} at learning rates "
         f"{training.learning_rate:g} and {training.gain_learning_rate:g} on {source.description}"
         if gain.trained < gain.started or training.order == ("codes",)
         else f"left as they started, new factors from {source.description}; training did not lower the loss further"

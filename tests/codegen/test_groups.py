@@ -82,9 +82,9 @@ def test_only_the_first_of_a_group_leads_it() -> None:
     assert led_by(mixed, "k_proj") == led_by(mixed, "v_proj") == ()
 
 
-def with_group(program: Program, index: int, **changes: object) -> Program:
+def with_matrices(program: Program, index: int, matrices: tuple[str, ...]) -> Program:
     groups = list(program.groups)
-    groups[index] = replace(groups[index], **changes)  # type: ignore[arg-type]
+    groups[index] = replace(groups[index], matrices=matrices)
     return replace(program, groups=tuple(groups))
 
 
@@ -102,7 +102,7 @@ def with_group(program: Program, index: int, **changes: object) -> Program:
 )
 def test_verifier_refuses_a_group(index: int, matrices: tuple[str, ...], fault: str) -> None:
     with pytest.raises(CodegenError, match=rf"group .*: .*{fault}"):
-        verify_program(with_group(run_passes(lower_plan(BLOCK)), index, matrices=matrices))
+        verify_program(with_matrices(run_passes(lower_plan(BLOCK)), index, matrices))
 
 
 def test_verifier_refuses_overlapping_groups_and_a_finish_without_its_product() -> None:
@@ -143,8 +143,10 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=interpreted.start, initargs=(cache,)) as pool:
 
-        def matches(names: list[str], rows: list[int], cols: int, batch: int, *rest: object) -> None:
-            made = [random_call(name, n, cols, batch, *rest) for name, n in zip(names, rows, strict=True)]  # type: ignore[arg-type]
+        def matches(
+            names: list[str], rows: list[int], cols: int, batch: int, dtype: str = "float32", bias: bool = False
+        ) -> None:
+            made = [random_call(name, n, cols, batch, dtype, bias) for name, n in zip(names, rows, strict=True)]
             calls = tuple(replace(call, x=made[0].x) for call in made)
             for call, found in zip(
                 calls, pool.submit(interpreted.run_together, calls).result(timeout=300), strict=True

@@ -6,11 +6,10 @@ import logging
 from pathlib import Path
 
 import pytest
+from compilers import needs_compiler
 
 from reallm.codegen import native
 from reallm.codegen.native import TIERS, library, machine_tier
-
-needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler here")
 
 
 @pytest.fixture(autouse=True)

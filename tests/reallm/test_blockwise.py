@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import save_tiny
-from tuning import SEQLEN, files, kl, linears, pack
+from tuning import SEQLEN, StopError, files, kl, linears, pack
 
 from reallm.errors import UserError
 from reallm.finetuning import blockwise, finetune
@@ -21,6 +19,7 @@ from reallm.planner.records import canonical_json
 from reallm.streaming import Streamer
 from reallm.verification import read_plan, read_tensors, verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUN: dict[str, Any] = {
     "order": ("blocks",),
     "block_windows": 16,
@@ -32,23 +31,6 @@ RUN: dict[str, Any] = {
     "train": ("scales", "norms"),
     "kernels": False,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """40 windows of letters."""
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text("".join(random.Random(1).choices("abcdefgh .", k=40 * SEQLEN)), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +93,6 @@ def test_both_stages_in_either_order(llama: Path, text: str, tmp_path: Path, ord
     note = next(note for note in read_plan(output).notes if "windows each" in note)
     first, second = (note.index(words) for words in ("block by block", "for 8 steps"))
     assert (first < second) == (order[0] == "blocks")
-
-
-class StopError(Exception):
-    """Stands for a killed process."""
 
 
 @pytest.mark.parametrize("order", [("blocks",), ("blocks", "end-to-end")])

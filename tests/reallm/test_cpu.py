@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compilers import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import random_fields
@@ -36,8 +37,6 @@ NAMES = [
 ]
 WHOLE = [(48, 64), (17, 192)]
 """Columns in whole groups of 32, for which codes are read as they lie."""
-
-needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler here")
 
 
 def forget_libraries() -> None:

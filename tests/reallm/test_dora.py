@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from artifacts import make
+from compilers import needs_compiler
 from safetensors.torch import load_file, save_file
 from strategies import random_packed
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from typer.testing import CliRunner
 
 from reallm.adapter_files import CONFIG_FILE, MAGNITUDE, PREFIX, WEIGHTS_FILE, read_adapter, write_adapter
 from reallm.cli import app
-from reallm.codegen import native
 from reallm.errors import UserError
 from reallm.finetuning import finetune
 from reallm.finetuning.distillation import Distillation
@@ -34,7 +34,6 @@ FORMATS = ("tq2.5-l9+ldl2+rot", "int4-g16", "lm3-g16+r2i8", "tq2-l8+rot+perm+cs+
 IDS = torch.arange(20)[None]
 PROMPT = "abcdefgh"
 ULP = 2.0**-23
-needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler here")
 
 
 def packed(name: str, seed: int = 0) -> tuple[CompressedLinear, Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from artifacts import mixed
 from tiny import save_tiny
-from tuning import SEQLEN, files, kl, linears, pack
+from tuning import SEQLEN, StopError, files, kl, linears, pack
 from typer.testing import CliRunner
 
 from reallm.cli import app
@@ -27,6 +26,7 @@ from reallm.model import load_model
 from reallm.text import load_text
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = {
     "steps": 12,
     "batch_size": 2,
@@ -38,23 +38,6 @@ RUN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """40 windows of letters."""
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text("".join(random.Random(1).choices("abcdefgh .", k=40 * SEQLEN)), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack("llama", tmp_path_factory.mktemp("llama"), linears("int2-g16", "nf2-g0+r2i8", "int2-g16+ldl"))
@@ -63,10 +46,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(llama: Path, text: str) -> Path:
     return finetune(llama, text=text, output=llama.parent / "tuned", **RUN)
-
-
-class StopError(Exception):
-    """Stands for a killed process."""
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:

@@ -2,61 +2,34 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from artifacts import make
+from tuning import SEQLEN, StopError, files, linears, write_letters
 
 from reallm.errors import UserError
 from reallm.finetuning import finetune, stage
 from reallm.finetuning.checkpoints import ENDED_FILE, Progress, read_end
 from reallm.finetuning.distillation import Distillation, Student
 from reallm.kernels.weights import StoredTensor
-from reallm.model import Matrix
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
-SEQLEN = 32
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = {"seqlen": SEQLEN, "rank": 2, "learning_rate": 3e-3, "kernels": False}
 STOPPING = RUN | {"steps": 20, "patience": 2}  # evaluated after 4, 8, ... steps
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text("".join(random.Random(1).choices("abcdefgh .", k=12 * SEQLEN)), encoding="utf-8")
-    return str(path)
-
-
-def linears(*formats: str) -> Callable[[Matrix], str | None]:
-    """`formats` in turn for the linears."""
-    turn = iter(formats * 100)
-    return lambda matrix: next(turn) if matrix.kind == "linear" else None
+    return write_letters(tmp_path_factory.mktemp("text") / "train.txt", 12)
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("llama", tmp_path_factory.mktemp("made"), linears("int3-g16", "nf3-g16+r2i8")).folder
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-class StopError(Exception):
-    """Stands for a killed process."""
 
 
 def stop(*_: object, **__: object) -> None:

@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tuning import SEQLEN, linears, pack
+from tuning import SEQLEN, linears, pack, write_letters
 
 import reallm
 from reallm.finetuning import finetune
 from reallm.runtime.replace import packed_modules
 from reallm.verification import read_plan, verify
 
+FAILING = """
+import os
+import torch
+from reallm.cli import main
+from reallm.finetuning.distillation import Student
 
-def run(artifact: Path, text: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+compute, left = Student.forward, [4]
+
+
+def forward(self, *arguments, **options):
+    left[0] -= self.training
+    loss = compute(self, *arguments, **options)
+    return loss * torch.nan if self.training and left[0] == 0 and os.environ["RANK"] == "1" else loss
+
+
+Student.forward = forward
+main()
+"""
+"""The command, whose second process gets NaN at its fourth step."""
+
+
+def run(
+    artifact: Path, text: Path, output: Path, *options: str, program: Sequence[str] = ("-m", "reallm")
+) -> subprocess.CompletedProcess[str]:
     """`reallm finetune` in two processes."""
     root = str(Path(reallm.__file__).parents[1])
     given = ["--text", str(text), "-o", str(output), "--seqlen", str(SEQLEN), "--no-kernels", "--patience", "0"]
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reallm", "finetune"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, "finetune"]
     return subprocess.run(
         [sys.executable, "-m", *launch, str(artifact), *given, *options],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
@@ -37,7 +59,7 @@ def run(artifact: Path, text: Path, output: Path, *options: str) -> subprocess.C
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     pack("llama", folder, linears("int2-g16", "tq2-l8+ldl+rot"))
-    (folder / "text.txt").write_text("".join(random.Random(1).choices("abcdefgh .", k=40 * SEQLEN)), encoding="utf-8")
+    write_letters(folder / "text.txt", 40)
     return folder
 
 
@@ -54,6 +76,15 @@ def test_two_processes_train_as_one_with_twice_the_batch(base: Path) -> None:
         change = (packed.decode_now(torch.float32) - before[name].decode_now(torch.float32)).norm()
         gap = (packed.decode_now(torch.float32) - both[name].decode_now(torch.float32)).norm()
         assert gap < 0.02 * change  # sums in another order, then Adam
+
+
+def test_a_loss_that_is_not_finite_in_one_ends_both(base: Path) -> None:
+    script = base / "failing.py"
+    script.write_text(FAILING)
+    done = run(base / "out", base / "text.txt", base / "nan", "--steps", "6", program=[str(script)])
+    assert done.returncode == 0, done.stderr
+    assert "the loss of step 4 is not finite" in done.stderr
+    verify(base / "nan")
 
 
 def test_what_only_one_process_can_do_is_refused(base: Path) -> None:

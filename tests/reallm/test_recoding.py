@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import save_tiny
-from tuning import SEQLEN, files, kl
+from tuning import SEQLEN, StopError, files, kl
 
 from reallm.compiler import compile_plan
 from reallm.errors import UserError
-from reallm.finetuning import finetune, recoding
+from reallm.finetuning import finetune, order, recoding
+from reallm.finetuning.order import choose_order
 from reallm.finetuning.pair import Pair, Training, open_pair
 from reallm.finetuning.recoding import _Coder, _Student, recode
 from reallm.measurement import measure
@@ -23,6 +23,7 @@ from reallm.runtime.replace import packed_tensors
 from reallm.text import load_text
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SPACE = """
 linear: [tq2-l8+ldl2+rot, int2-g16+ldl, aq1x4-d4-shared]
 embedding: [int4-g16]
@@ -39,23 +40,6 @@ RUN: dict[str, Any] = {
     "patience": 0,
     "kernels": False,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """40 windows of letters."""
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text("".join(random.Random(1).choices("abcdefgh .", k=40 * SEQLEN)), encoding="utf-8")
-    return str(path)
 
 
 def made(architecture: str, base: Path, text: str, budget: str) -> Path:
@@ -125,10 +109,6 @@ def test_then_scales_and_norms(llama: Path, tuned: Path, text: str, tmp_path: Pa
     assert kl(output, llama.parent / "model", text) < kl(tuned, llama.parent / "model", text)
 
 
-class StopError(Exception):
-    """Stands for a killed process."""
-
-
 @pytest.mark.parametrize("saves", [1, 5])
 def test_an_interrupted_run_ends_in_the_same_bytes(
     llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
@@ -165,3 +145,22 @@ def test_mistakes(llama: Path, text: str, tmp_path: Path, change: dict[str, Any]
     with pytest.raises((UserError, ValueError), match=message):
         finetune(llama, text=text, output=tmp_path / "tuned", **RUN | change)
     assert not (tmp_path / "tuned").exists()
+    assert (
+        not (tmp_path / "tuned.partial").exists() or "code_learning_rate" in change
+    )  # refused before anything is made
+
+
+def test_codes_are_made_anew_by_default_unless_they_were_trained(
+    llama: Path, tuned: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, own = llama.parent / "work", read_plan(llama)
+    assert choose_order(own, work, frozen=False) == ("codes", "end-to-end")
+    with caplog.at_level(logging.INFO, "reallm"):
+        assert choose_order(own, work, frozen=True) == ("end-to-end",) and not caplog.text
+        assert choose_order(own, work / "gone", frozen=False) == ("end-to-end",)
+        assert "table.json does not exist" in caplog.text
+        assert choose_order(read_plan(tuned), work, frozen=False) == ("end-to-end",)
+        assert "so they were trained, and new ones would undo that" in caplog.text
+        monkeypatch.setattr(order, "RECODING_BYTES", 2**60)
+        assert choose_order(own, work, frozen=False) == ("end-to-end",)
+        assert "of memory, this machine has" in caplog.text

@@ -6,15 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compilers import needs_compiler
 from tiny import VOCAB, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reallm.codegen import native
 from reallm.runtime.step import CacheOverflowError, Step, compile_step
 from reallm.runtime.step_model import StepUnsupportedError, read_step
 
-needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler here")
 KNOWN = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 PROMPT, DECODED = 43, 20
 TOKENS = torch.randint(0, VOCAB, (PROMPT + DECODED,), generator=torch.Generator().manual_seed(0))

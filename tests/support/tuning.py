@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,16 @@ from reallm.model import Matrix, load_model
 from reallm.planner.stored import shared_key
 
 SEQLEN = 32
+
+
+class StopError(Exception):
+    """Stands for a killed process."""
+
+
+def write_letters(path: Path, windows: int) -> str:
+    """A text of so many windows of SEQLEN letters, the same every time; its path."""
+    path.write_text("".join(random.Random(1).choices("abcdefgh .", k=windows * SEQLEN)), encoding="utf-8")
+    return str(path)
 
 
 def pack(architecture: str, folder: Path, choose: Callable[[Matrix], str | None], seed: int = 0) -> Path:
