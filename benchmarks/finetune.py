@@ -6,7 +6,7 @@ After NAME=quality, whose measured folder it uses; the training text is the cali
 
 - 2.0, 2.5, 3.0  bits per weight: the planner's mix and the default recipe, not a byte more, beside the mix untouched;
                  its seconds and its peak memory
-- stages         at 2.0 bits: the default recipe beside each stage alone, and blocks before end-to-end
+- stages         at 2.0 bits: the default recipe, end to end, beside the other stages, alone and before it
 - qlora, loftq, lq-lora   the preset's format with its own start, its factors trained STEPS steps, beside the planner's
                  mix in no more bytes, its scales and norms trained as many
 - inits          at 2.5 bits with factors of rank 8: where they start, after STEPS steps
@@ -55,7 +55,7 @@ from reallm.verification import read_plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
 STEPS = os.environ.get("STEPS") or "40"
-FREE = {"train": "scales,norms", "rank": "0"}
+FREE = {"train": "scales,norms"}
 """Not a byte more."""
 ONE_STAGE = FREE | {"order": "end-to-end", "steps": STEPS, "patience": "0"}
 FACTORS = ONE_STAGE | {"train": "factors"}
@@ -72,7 +72,7 @@ class Recipe:
 
 DEFAULT = Recipe("reallm, default recipe", {})
 STAGES = (
-    Recipe("end-to-end alone", FREE | {"order": "end-to-end"}),
+    Recipe("codes, end-to-end", FREE | {"order": "codes,end-to-end"}),
     Recipe("blocks alone", FREE | {"order": "blocks"}),
     Recipe("blocks, end-to-end", FREE | {"order": "blocks,end-to-end"}),
     Recipe("codes alone", FREE | {"order": "codes"}),

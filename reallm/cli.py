@@ -475,18 +475,17 @@ def finetune(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 1,
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Of factors, at its peak; it falls as a cosine.")] = 1e-3,
-    gain_learning_rate: Annotated[float, typer.Option(help="Of scales and norms, at its peak.")] = 5e-3,
+    gain_learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of scales and norms, at its peak; default: a 120th of the KL before, 5e-3 at most."),
+    ] = None,
     loss: Annotated[FinetuningLoss, typer.Option(help="kl: to the dense model; text: of its next token.")] = "kl",
     patience: Annotated[
         int, typer.Option(min=0, help="End after so many evaluations without a lower held-out KL; 0: never.")
     ] = 3,
     order: Annotated[
-        str | None,
-        typer.Option(
-            help="The stages in order, separated by commas: codes, blocks, end-to-end. Default: codes,end-to-end where "
-            "the measured folder and the memory for it are there."
-        ),
-    ] = None,
+        str, typer.Option(help="The stages in order, separated by commas: codes, blocks, end-to-end.")
+    ] = "end-to-end",
     block_windows: Annotated[int, typer.Option(min=1, help="Windows that each block is trained on.")] = 64,
     block_epochs: Annotated[int, typer.Option(min=1, help="How often.")] = 2,
     code_steps: Annotated[int, typer.Option(min=0, help="Steps after each block that gets new codes.")] = 4,
@@ -507,7 +506,7 @@ def finetune(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Bring an artifact nearer to the dense model, by new codes and by training its scales, norms and factors.
+    """Bring an artifact nearer to the dense model, by training its scales, norms and factors, or by new codes too.
 
     Resumable: checkpoints lie in OUTPUT.partial until it is done. Part of the text is held out to measure the gain.
     """
@@ -520,7 +519,7 @@ def finetune(
         output=output,
         teacher=teacher,
         train=_listed(train),
-        order=None if order is None else _listed(order),
+        order=_listed(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,

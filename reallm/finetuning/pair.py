@@ -29,6 +29,8 @@ from .order import Stage, check_order
 from .ranks import ALONE, Ranks
 from .trained import Part, check_parts
 
+GAIN_RATE, MOST_GAIN_RATE = 1 / 120, 5e-3
+"""Of scales and norms: the peak learning rate for each nat of divergence, and at most."""
 HELD_OUT_WINDOWS = 8
 HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
 
@@ -47,8 +49,8 @@ class Training:
     seqlen: int = 512
     learning_rate: float = 1e-3
     """Of factors; maps of embeddings learn at a tenth of it."""
-    gain_learning_rate: float = 5e-3
-    """Of scales and norms."""
+    gain_learning_rate: float | None = None
+    """Of scales and norms; None for `gain_rate`."""
     loss: Loss = "kl"
     """Against the original, or the cross entropy of the text itself."""
     patience: int = 3
@@ -87,7 +89,7 @@ class Training:
         if self.steps < 1 or self.batch_size < 1:
             raise UserError(f"--steps {self.steps} --batch-size {self.batch_size}: expected at least 1 of each")
         for option, rate in (("", self.learning_rate), ("gain-", self.gain_learning_rate)):
-            if not 0 < rate < 1:
+            if rate is not None and not 0 < rate < 1:
                 raise UserError(f"--{option}learning-rate {rate}: expected a number between 0 and 1, such as 1e-3")
         if self.loss not in ("kl", "text"):
             raise UserError(f"--loss {self.loss}: expected kl, against the original, or text, against the text itself")
@@ -99,7 +101,18 @@ class Training:
     @property
     def rates(self) -> dict[str, float]:
         """The peak learning rate of each of `Trained.groups`."""
-        return {"factors": self.learning_rate, "gains": self.gain_learning_rate, "maps": self.learning_rate / 10}
+        gains = MOST_GAIN_RATE if self.gain_learning_rate is None else self.gain_learning_rate
+        return {"factors": self.learning_rate, "gains": gains, "maps": self.learning_rate / 10}
+
+    def gain_rate(self, divergence: float) -> float:
+        """The peak learning rate of scales and norms of a model so far from the original, nats per token.
+
+        What codes take from the size of weights is a share of their distortion, to which the divergence is
+        proportional: at three bits a model wants a quarter of the steps that it wants at two.
+        """
+        if self.gain_learning_rate is not None or self.loss == "text":
+            return self.rates["gains"]
+        return min(MOST_GAIN_RATE, max(GAIN_RATE * divergence, MOST_GAIN_RATE / 100))
 
     @property
     def measure(self) -> str:

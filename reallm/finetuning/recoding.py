@@ -49,13 +49,18 @@ NORM_RATE = 10
 """Of norms, whose weights are about one and few: their learning rate over that of the weights."""
 
 
-def recode(pair: Pair, work: Path, training: Training, folder: Path) -> None:
+def recode(pair: Pair, work: Path, training: Training, folder: Path, before: float) -> float:
     """Give the blocks of `pair.model` new codes and norms; `work` is the measured folder of the plan.
 
-    Goes on where an interrupted run in `folder` kept its state last. Raises UserError for a folder that is gone or of
-    another model, and for a loss that is not finite.
+    Returns the loss on the held-out windows; unless it is less than `before`, the old codes and norms stay. Goes on
+    where an interrupted run in `folder` kept its state last. Raises UserError for a folder that is gone or of another
+    model, and for a loss that is not finite.
     """
     coder = _Coder(pair, work)
+    fields = {
+        name: {field: raw.clone() for field, raw in packed.fields.items()} for name, packed in coder.packed.items()
+    }
+    norms = {name: norm.get_parameter("weight").clone() for name, norm in norms_of(pair.model).items()}
     student, path = _Student(pair, coder, training), folder / STATE_FILE
     done, count = student.restore(path), len(coder.blocks)
     every = max(1, count // SAVES)
@@ -68,6 +73,17 @@ def recode(pair: Pair, work: Path, training: Training, folder: Path) -> None:
                 student.save(path, index + 1)
             bar.update()
     student.hand_over()
+    after = pair.held_out_loss()
+    LOG.info("held-out loss %.4f nats per token, %.4f with new codes", before, after)
+    if after < before:
+        return after
+    LOG.warning("new codes did not help: the old ones stay")
+    for name, stored in fields.items():
+        coder.write(name, stored)
+    with torch.no_grad():
+        for name, value in norms.items():
+            pair.model.get_submodule(name).get_parameter("weight").copy_(value)
+    return before
 
 
 class _Coder:

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..folder import check_output, is_artifact
 from ..manifest import MANIFEST_FILE, sha256_file
 from ..planner.plan import Plan
+from ..planner.records import TABLE_FILE, MeasuredTable, read_record
 from ..text import Text, load_text
 from ..verification import read_plan
 from .blockwise import train_blocks
@@ -38,7 +39,7 @@ from .distillation import (
     training_order,
 )
 from .factors import column_moments
-from .order import check_order, choose_order, in_words, read_table
+from .order import check_order, in_words
 from .pair import Pair, Training, open_pair
 from .ranks import ALONE, Ranks
 from .recoding import recode
@@ -62,6 +63,8 @@ class Gain:
     trained: float
     steps: int
     """Of training, until it ended."""
+    gain_rate: float
+    """The peak learning rate of scales and norms."""
 
 
 def finetune(
@@ -78,11 +81,11 @@ def finetune(
     batch_size: int = 1,
     seqlen: int = 512,
     learning_rate: float = 1e-3,
-    gain_learning_rate: float = 5e-3,
+    gain_learning_rate: float | None = None,
     loss: Literal["kl", "text"] = "kl",
     patience: int = 3,
     seed: int = 0,
-    order: Sequence[str] | None = None,
+    order: Sequence[str] = ("end-to-end",),
     block_windows: int = 64,
     block_epochs: int = 2,
     code_steps: int = 4,
@@ -112,8 +115,8 @@ def finetune(
     `order` holds the stages: "codes" (`recoding`), first, codes the blocks anew, one after another, with `code_steps`
     steps of training for the weights behind each, and reads the measured folder `work` (default: the plan's); "blocks"
     (`blockwise`) takes `block_epochs` times `block_windows` windows for every block and needs the memory of one;
-    "end-to-end" is the training described above. None is "codes" and "end-to-end" for an artifact as it was planned,
-    where that folder and the memory are there, else "end-to-end".
+    "end-to-end" is the training described above. `gain_learning_rate` None is a 120th of the divergence before it, 5e-3
+    at most.
 
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
@@ -142,9 +145,7 @@ def finetune(
         loss=loss,
         patience=patience,
         seed=seed,
-        order=choose_order(plan, measured, frozen=loss != "kl" or adapter or ranks.count > 1)
-        if order is None
-        else check_order(order),
+        order=check_order(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,
@@ -156,7 +157,9 @@ def finetune(
     if adapter and "codes" in training.order:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
     if "codes" in training.order:
-        read_table(measured)  # before anything is loaded
+        read_record(
+            measured / TABLE_FILE, MeasuredTable, "measure"
+        )  # what is missing is told before anything is loaded
     source = load_text(text)
     pair = open_pair(Path(artifact), plan, teacher, source, training, device, ranks)
     folder, settings = progress_folder(output), _settings(plan, source, training, artifact)
@@ -223,11 +226,10 @@ def train_pair(
     _freeze(pair, checkpointing)
     before = coded = pair.held_out_loss()
     if "codes" in training.order:
-        recode(pair, work, training, folder)
-        coded = pair.held_out_loss()
-        LOG.info("held-out loss %.4f nats per token, %.4f with new codes", before, coded)
-        if training.order == ("codes",):
-            return Gain(before, coded, coded, 0)
+        coded = recode(pair, work, training, folder, before)
+    training = replace(training, gain_learning_rate=training.gain_rate(coded))
+    if training.order == ("codes",):
+        return Gain(before, coded, coded, 0, training.gain_rate(coded))
     sample = pair.train[:MOMENT_WINDOWS].tokens
     moments = column_moments(pair.model, pair.modules, sample) if training.term and training.init == "lq-lora" else {}
     trained.start(pair.original, moments)
@@ -254,7 +256,7 @@ def train_pair(
     if not after < started:
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
         trained.fresh()
-    return Gain(before, started, after, steps)
+    return Gain(before, started, after, steps, training.gain_rate(coded))
 
 
 def _train_end_to_end(trainer: Distillation, folder: Path, checkpoint: Path | None) -> int:
@@ -325,7 +327,7 @@ def _notes(pair: Pair, training: Training, source: Text, gain: Gain) -> list[str
     """What the plan and the model card say about it."""
     how = (
         f"trained {in_words(training, gain.steps)} at learning rates "
-        f"{training.learning_rate:g} and {training.gain_learning_rate:g} on {source.description}"
+        f"{training.learning_rate:g} and {gain.gain_rate:.2g} on {source.description}"
         if gain.trained < gain.started or training.order == ("codes",)
         else f"left as they started, new factors from {source.description}; training did not lower the loss further"
     )

@@ -27,6 +27,7 @@ RUN: dict[str, Any] = {
     "steps": 8,
     "seqlen": SEQLEN,
     "rank": 0,
+    "gain_learning_rate": 5e-3,
     "patience": 0,
     "train": ("scales", "norms"),
     "kernels": False,

@@ -33,6 +33,7 @@ RUN = {
     "seqlen": SEQLEN,
     "rank": 4,
     "learning_rate": 3e-3,
+    "gain_learning_rate": 5e-3,
     "patience": 0,
     "kernels": False,
 }
@@ -347,7 +348,7 @@ def test_the_command_does_the_same_and_tells_a_mistake_in_one_line(
     llama: Path, tuned: Path, text: str, tmp_path: Path
 ) -> None:
     options = ["--text", text, "-o", str(tmp_path / "tuned"), "--no-kernels"]
-    for name in ("steps", "batch_size", "seqlen", "rank", "learning_rate", "patience"):
+    for name in ("steps", "batch_size", "seqlen", "rank", "learning_rate", "gain_learning_rate", "patience"):
         options += [f"--{name.replace('_', '-')}", str(RUN[name])]
     done = CliRunner().invoke(app, ["finetune", str(llama), *options])
     assert done.exit_code == 0, done.output
@@ -372,6 +373,12 @@ def test_an_artifact_without_compressed_linears_is_refused(text: str, tmp_path: 
     artifact = pack("llama", tmp_path, lambda matrix: "int4-g16" if matrix.kind == "embedding" else None)
     with pytest.raises(UserError, match="no compressed linear"):
         finetune(artifact, text=text, output=tmp_path / "tuned", **RUN)
+
+
+def test_the_learning_rate_of_scales_follows_the_divergence() -> None:
+    kl, given, text = Training(), Training(gain_learning_rate=2e-3), Training(loss="text")
+    assert [kl.gain_rate(nats) for nats in (6.0, 0.6, 0.15, 0.0)] == [5e-3, 5e-3, 0.15 / 120, 5e-5]
+    assert given.gain_rate(0.15) == 2e-3 and text.gain_rate(3.0) == 5e-3
 
 
 @pytest.mark.parametrize(("count", "needed"), [(5, 3), (5, 5), (3, 10), (1, 4)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from tuning import SEQLEN, StopError, files, kl
 
 from reallm.compiler import compile_plan
 from reallm.errors import UserError
-from reallm.finetuning import finetune, order, recoding
-from reallm.finetuning.order import choose_order
+from reallm.finetuning import finetune, recoding
 from reallm.finetuning.pair import Pair, Training, open_pair
 from reallm.finetuning.recoding import _Coder, _Student, recode
 from reallm.measurement import measure
@@ -37,6 +36,7 @@ RUN: dict[str, Any] = {
     "rank": 0,
     "train": ("scales", "norms"),
     "steps": 8,
+    "gain_learning_rate": 5e-3,
     "patience": 0,
     "kernels": False,
 }
@@ -73,10 +73,21 @@ def test_without_a_step_the_codes_are_the_old_ones(architecture: str, text: str,
     artifact = made(architecture, tmp_path, text, "6bpw")
     pair, training = opened(artifact, text, code_steps=0)
     before = {name: raw.clone() for name, raw in packed_tensors(pair.model).items()}
-    recode(pair, tmp_path / "work", training, tmp_path)
+    recode(pair, tmp_path / "work", training, tmp_path, math.inf)
     after = packed_tensors(pair.model)
     assert before.keys() == after.keys() and len(before) > 7
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_codes_that_do_not_help_are_put_back(llama: Path, text: str, tmp_path: Path) -> None:
+    pair, training = opened(llama, text)
+    before = {name: raw.clone() for name, raw in packed_tensors(pair.model).items()}
+    norms = {name: value.clone() for name, value in pair.model.named_parameters() if "norm" in name}
+    assert recode(pair, llama.parent / "work", training, tmp_path, 1e-9) == 1e-9
+    assert all(torch.equal(raw, before[name]) for name, raw in packed_tensors(pair.model).items())
+    assert all(torch.equal(pair.model.get_parameter(name), value) for name, value in norms.items())
+    assert recode(pair, llama.parent / "work", training, tmp_path, math.inf) < math.inf  # of the state that was kept
+    assert any(not torch.equal(raw, before[name]) for name, raw in packed_tensors(pair.model).items())
 
 
 def test_the_student_ends_as_the_compressed_model(llama: Path, text: str, tmp_path: Path) -> None:
@@ -148,19 +159,3 @@ def test_mistakes(llama: Path, text: str, tmp_path: Path, change: dict[str, Any]
     assert (
         not (tmp_path / "tuned.partial").exists() or "code_learning_rate" in change
     )  # refused before anything is made
-
-
-def test_codes_are_made_anew_by_default_unless_they_were_trained(
-    llama: Path, tuned: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work, own = llama.parent / "work", read_plan(llama)
-    assert choose_order(own, work, frozen=False) == ("codes", "end-to-end")
-    with caplog.at_level(logging.INFO, "reallm"):
-        assert choose_order(own, work, frozen=True) == ("end-to-end",) and not caplog.text
-        assert choose_order(own, work / "gone", frozen=False) == ("end-to-end",)
-        assert "table.json does not exist" in caplog.text
-        assert choose_order(read_plan(tuned), work, frozen=False) == ("end-to-end",)
-        assert "so they were trained, and new ones would undo that" in caplog.text
-        monkeypatch.setattr(order, "RECODING_BYTES", 2**60)
-        assert choose_order(own, work, frozen=False) == ("end-to-end",)
-        assert "of memory, this machine has" in caplog.text
