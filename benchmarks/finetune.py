@@ -70,7 +70,8 @@ class Recipe:
     options: Options
 
 
-DEFAULT = Recipe("reallm, default recipe", {})
+DEFAULT = Recipe("reallm, default recipe", FREE | {"order": "end-to-end", "steps": "60"})
+"""Written out, so that no result of other defaults is taken for it."""
 STAGES = (
     Recipe("codes, end-to-end", FREE | {"order": "codes,end-to-end"}),
     Recipe("blocks alone", FREE | {"order": "blocks"}),
