@@ -6,15 +6,14 @@ q, k and v of one layer are counted too, multiplied by one launch and by three.
 
 All kernels are compiled by the same Triton for SHAPE and one row of x in bf16 or half precision. Without a GPU the
 machine code is counted: instructions of all threads, loops turn by turn, over the weights. gemlite's gemv_revsplitK
-takes the best of its own list of settings; AQLM's kernel the best of 1 to 8 warps. With a GPU each product of ours is
-timed instead, beside torch's. The lint of our machine code must be clean, or nothing is reported.
+takes the best of its own list of settings; AQLM's kernel the best of 1 to 8 warps. The lint of our machine code must be
+clean, or nothing is reported. With a GPU everything is timed instead (`gpu_kernels`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from benchmarks.peers import PYTHON, ROOT
 from reallm.codegen.build import compile_kernels
 from reallm.codegen.cost import Cost, product_cost
 from reallm.codegen.emit import emit
-from reallm.codegen.launch import kernels_for, multiply, splits_for
+from reallm.codegen.launch import kernels_for, splits_for
 from reallm.codegen.program import KernelSpec
 from reallm.codegen.sass import lint, read_code
 from reallm.codegen.together import Member, program_of
@@ -41,6 +40,7 @@ from reallm.planner.records import canonical_json, write_text_atomic
 from reallm.printing import columns_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "triton_kernels.json"
+TIMED = RESULTS.with_name("gpu_kernels.json")
 SHAPE = (4096, 4096)
 TARGET = "sm_80"
 OURS = {
@@ -156,46 +156,18 @@ def counted() -> Iterator[Row]:
         yield Row(figure, unit, value, peer, apart, value / apart, versions, machine(), note)
 
 
-def timed() -> Iterator[Row]:
-    """Microseconds of each product of ours on the GPU here, beside torch's of the same shape in bf16."""
-    rows, cols = SHAPE
-    x = torch.randn(1, cols, device="cuda", dtype=torch.bfloat16)
-    dense = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
-    base = _microseconds(lambda: torch.nn.functional.linear(x, dense))
-    for names in OURS.values():
-        for name in names:
-            fmt = Format.parse(name)
-            fields = {f.name: torch.zeros(f.nbytes, dtype=torch.uint8, device="cuda") for f in fmt.fields(rows, cols)}
-            if "widths" in fields:
-                width = fmt.codec.eighths // 4  # type: ignore[union-attr]
-                fields["widths"][: cols // 32] = width * 17
-            ours = _microseconds(lambda fmt=fmt, fields=fields: multiply(fmt, fields, x, rows, cols))  # type: ignore[misc]
-            device = torch.cuda.get_device_name()
-            versions = {"reallm": version("reallm"), "triton": version("triton"), "torch": torch.__version__}
-            figure = f"{name} of {rows} x {cols}, one row of x"
-            yield Row(figure, "us", ours, "torch bf16", base, ours / base, versions, f"{machine()}, {device}", "")
-
-
-def _microseconds(call: object) -> float:
-    """Median of 50 calls after 10."""
-    times = []
-    for index in range(60):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()  # type: ignore[operator]
-        end.record()
-        torch.cuda.synchronize()
-        if index >= 10:
-            times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
-
-
 def main() -> None:
     """Count or time, write and print."""
     done = []
-    for row in timed() if torch.cuda.is_available() else counted():
+    if torch.cuda.is_available():
+        from benchmarks.gpu_kernels import timed
+
+        found, results = (Row(**asdict(figure), note=note) for figure, note in timed()), TIMED
+    else:
+        found, results = counted(), RESULTS
+    for row in found:
         done.append(row)
-        write_text_atomic(RESULTS, canonical_json([asdict(r) for r in done]))
+        write_text_atomic(results, canonical_json([asdict(r) for r in done]))
     lines = [[r.figure, f"{r.ours:.2f}", r.peer_name, f"{r.peer:.2f}", f"{r.ratio:.2f}", r.note] for r in done]
     headings = ("figure", done[0].unit, "beside", "its", "ratio", "note")
     Console(width=220).print(columns_table(f"Triton kernels on {machine()}", headings, lines))

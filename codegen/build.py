@@ -37,6 +37,8 @@ TARGETS = ("sm_80", "sm_90", "gfx942")
 PTX_TARGET = "sm_80"
 """PTX of sm_90 is that of sm_90a, which no later GPU takes."""
 MANIFEST_FILE = "manifest.json"
+SPLITS = 8
+"""Of the products that compiled objects finish."""
 MAX_WORKERS = 4
 COMPILE_SECONDS = 1800
 WITHOUT = "--no-kernels makes the artifact without them"
@@ -115,6 +117,7 @@ def _job(spec: KernelSpec, place: Path, target: str, activation: str) -> dict[st
     tensors = pointers(spec)
     signature = {name: _pointer(activation if dtype == "x" else dtype) for name, dtype in tensors}
     amd = target.startswith("gfx")
+    known = {"DEVICE": "hip" if amd else "cuda", "SPLITS": SPLITS}
     outputs = {"hsaco" if amd else "cubin": str(place / f"{spec.name}.{target}.{'hsaco' if amd else 'cubin'}")}
     if target == PTX_TARGET:
         outputs["ptx"] = str(place / f"{spec.name}.{target}.ptx")
@@ -123,7 +126,7 @@ def _job(spec: KernelSpec, place: Path, target: str, activation: str) -> dict[st
         "function": spec.function,
         "pointers": len(tensors),
         "signature": signature | dict.fromkeys(scalars(spec), "i32") | dict.fromkeys(constants(spec), "constexpr"),
-        "constants": dict.fromkeys(constants(spec), "hip" if amd else "cuda"),
+        "constants": {name: known[name] for name in constants(spec)},
         "target": ["hip", target, 64] if amd else ["cuda", int(target[3:]), 32],
         "num_warps": spec.tile.num_warps,
         "outputs": outputs,

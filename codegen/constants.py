@@ -5,15 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from reallm.kernels.hadamard import signs
 from reallm.kernels.lattice import absolute_vectors, odd_minuses, root_words
 from reallm.kernels.tables import TableName, table
 
 from .operations import Lattice, Levels, Prepare, Unrotate
 from .program import KernelSpec
-from .spans import PAIR_BITS, pair_table
 from .turning import turning
 
 if TYPE_CHECKING:
@@ -26,8 +23,6 @@ def tables(spec: KernelSpec, rows: int, cols: int, device: torch.device) -> dict
     for operation in spec.operations:
         if isinstance(operation, Levels) and operation.table != "int":
             result["levels"] = _levels(operation.table, operation.bits, device)
-            if operation.bits in PAIR_BITS:
-                result["pairs"] = _pairs(operation.table, operation.bits, device)
         elif isinstance(operation, Lattice):
             result["grid"], result["roots"] = _lattice(device)
         elif isinstance(operation, Prepare) and operation.rotated:
@@ -55,14 +50,6 @@ def _rotation(order: int, device: torch.device) -> tuple[torch.Tensor, torch.Ten
 
     base, _ = turning(order)
     return torch.from_numpy(base.copy()).to(device), torch.from_numpy(signs(order).copy()).to(device, torch.float32)
-
-
-@cache
-def _pairs(name: TableName, bits: int, device: torch.device) -> torch.Tensor:
-    """`pair_table`, two floats in each 64-bit word."""
-    import torch
-
-    return torch.from_numpy(pair_table(name, bits).reshape(-1).view(np.int64).copy()).to(device)
 
 
 @cache

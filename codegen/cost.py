@@ -43,7 +43,8 @@ def product_cost(
     threads = THREADS * spec.tile.num_warps
     if spec.widths:
         blocks = -(-cols // TILE) / splits
-        turns = [blocks if own == width else 0.0 for own in spec.widths]
+        turn = blocks / spec.tile.num_warps
+        turns = [turn if own == width else 0.0 for own in spec.widths]
         weights = spec.tile.block_n * blocks * TILE
     elif spec.span:
         turns = [-(-cols // spec.tile.block_k)]

@@ -35,6 +35,8 @@ class Derived:
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     widths: tuple[int, ...] = ()
+    filled: bool = True
+    """Whether all blocks of its trellis have bits."""
 
 
 def trellis_index(
@@ -72,6 +74,7 @@ def derive(fmt: Format, fields: Mapping[str, torch.Tensor], rows: int, cols: int
 
     result: dict[str, torch.Tensor] = {}
     found: tuple[int, ...] = ()
+    filled = True
     if isinstance(codec := fmt.codec, TrellisCodec):
         device, across = fields["widths"].device, -(-cols // TILE)
         widths = unpack_codes(fields["widths"].cpu().numpy(), 4, across)
@@ -79,7 +82,7 @@ def derive(fmt: Format, fields: Mapping[str, torch.Tensor], rows: int, cols: int
         index = trellis_index(codec, widths, scales, rows, cols)
         scales[widths == 0] = 0
         result = {"index": torch.from_numpy(index).to(device), "scales": torch.from_numpy(scales).to(device)}
-        found = present_widths(index)
+        found, filled = present_widths(index), bool(widths.all())
     if fmt.sparse:
         device = fields["sparse_counts"].device
         counts = unpack_codes(fields["sparse_counts"].cpu().numpy(), 16, rows).astype(np.int64)
@@ -92,4 +95,4 @@ def derive(fmt: Format, fields: Mapping[str, torch.Tensor], rows: int, cols: int
         order = unpack_codes(fields["permutation"].cpu().numpy(), 16, cols)
         if not np.array_equal(np.sort(order), np.arange(cols)):
             raise CodegenError("field 'permutation' is not a permutation of the columns")
-    return Derived(result, found)
+    return Derived(result, found, filled)

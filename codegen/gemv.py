@@ -19,6 +19,7 @@ from .operations import (
     ColumnScale,
     Dot,
     GroupScale,
+    Keep,
     Lattice,
     Levels,
     Offset,
@@ -79,6 +80,12 @@ class GemvWriter:
                 self._group_scale(group_size, double_quant)
             case Dot():
                 self._dot()
+            case Keep():
+                seen = "" if self.spec.even else " & inside[None, :, :]"
+                self.body.append("goal = dense + n.to(tl.int64)[:, None, None] * cols + k[None, :, :]")
+                self.body.append(
+                    f"tl.store(goal, value.to(dense.dtype.element_ty), mask=(n < rows)[:, None, None]{seen})"
+                )
             case RowScale(double_quant):
                 self._row_scale(double_quant)
             case AddSparse():
@@ -202,7 +209,7 @@ class GemvWriter:
 
     def finish(self) -> None:
         """Append the lines that hand the sums to `finish`, where the operations end before a store."""
-        if isinstance(self.spec.operations[-1], Store):
+        if isinstance(self.spec.operations[-1], Store | Keep):
             return
         for m in range(self.spec.batch):
             limit = "rows" if self.spec.batch == 1 else f"tl.where(first + {m} < batch, rows, 0)"

@@ -25,22 +25,28 @@ from reallm.planner.records import write_text_atomic
 from .constants import tables
 from .derived import Derived, derive
 from .emit import bindings, constants, emit, pointers
-from .operations import CodegenError
-from .passes import run_passes
+from .operations import LIFT, AddLowRank, AddSparse, CodegenError, Store, Trellis
+from .passes import dense_kernel, run_passes
 from .program import KernelSpec, MatrixProgram, Program, Tile, lower
 
 if TYPE_CHECKING:
     import torch
 
+WARP = 32
 MAX_BATCH = 4
 """Rows of x one instance of a GEMV takes; more of them become more instances, or a GEMM."""
 GEMM_BATCHES = (16, 32, 64)
 """Rows of x that an instance of a GEMM may take."""
-WANTED_WARPS = 1024
-"""Of a trellis product, about ten for each multiprocessor."""
-MAX_SPLITS = 16
-LEAST_BLOCKS = 4
-"""Blocks of columns that one instance takes at least."""
+DENSE_ROWS = 32
+"""With more rows of x the values are decoded to memory for the time of a product, by a library."""
+DENSE_SPLITS = 16
+"""Instances that share out the columns of a trellis that is decoded to memory."""
+WANTED_WARPS = 2048
+"""Of a trellis product: about fifteen for each multiprocessor."""
+SPLITS = (8, 4, 2, 1)
+"""Instances that may share out the columns of a product."""
+LEAST_BLOCKS = 1
+"""Blocks of columns that one warp takes at least."""
 
 
 @cache
@@ -106,6 +112,8 @@ class Call:
     rank: int
     widths: tuple[int, ...]
     splits: int = 1
+    filled: bool = True
+    """Whether every block of a trellis has bits."""
     kept: dict[Any, Any] = field(default_factory=dict)
     """What other products of the same x may use."""
 
@@ -143,10 +151,48 @@ def multiply(
     if not call.count:
         return y
     many = call.count > MAX_BATCH if prefill is None else prefill
+    kernels = kernels_for(fmt, rows, cols, bias is not None, tile, many)
+    apart = call.count > DENSE_ROWS and prefill is None and tile is None and _is_apart(kernels[-1], x)
     with on_device(x):
-        for spec in kernels_for(fmt, rows, cols, bias is not None, tile, many):
-            run(spec, [call], many)
+        for spec in kernels:
+            if apart and spec.function == "gemm":
+                _multiply_dense(spec, call, dense_kernel(fmt, cols))
+            else:
+                run(spec, [call], many)
     return y
+
+
+def _is_apart(last: KernelSpec, x: torch.Tensor) -> bool:
+    """Whether the product can be a library's: something else finishes it, or there is nothing to finish but a bias."""
+    import torch
+
+    kinds = {type(operation) for operation in last.operations}
+    return last.function == "finish" or (x.dtype != torch.float32 and not kinds & {AddLowRank, AddSparse})
+
+
+def _multiply_dense(spec: KernelSpec, call: Call, dense: KernelSpec) -> None:
+    """What the GEMM `spec` makes, by decoding all values with the kernel `dense` and torch's product."""
+    import torch
+
+    tensors, lifted = call.tensors, any(isinstance(operation, Trellis) for operation in dense.operations)
+    finished = isinstance(spec.operations[-1], Store)
+    dtype = tensors["x"].dtype if finished else torch.float16
+    make = torch.empty if call.filled else torch.zeros
+    tensors["dense"] = make(call.rows, call.cols, dtype=dtype, device=tensors["x"].device)
+    run(dense, [call], many=True)
+    weights = tensors.pop("dense")
+    if finished:
+        y = tensors["y"].view(-1, call.rows)
+        y.copy_(torch.nn.functional.linear(tensors["x"], weights, tensors.get("bias")))
+        return
+    inputs = (tensors["ready"][:, : call.cols] * (2.0**-LIFT if lifted else 1.0)).half()
+    if inputs.is_cuda:
+        part = torch.mm(inputs, weights.T, out_dtype=torch.float32)
+    else:  # in the interpreter: torch has no such product on a CPU
+        part = inputs.float() @ weights.float().T
+    if lifted:
+        part *= tensors["index"][:1].view(torch.float32)
+    tensors["part"], call.splits = part[None], 1
 
 
 def start(matrix: StoredMatrix, x: torch.Tensor, y: torch.Tensor) -> Call:
@@ -160,7 +206,8 @@ def start(matrix: StoredMatrix, x: torch.Tensor, y: torch.Tensor) -> Call:
         tensors["bias"] = matrix.bias.to(x.dtype).contiguous()
     found = derive(fmt, matrix.fields, rows, cols) if matrix.derived is None else matrix.derived
     rank = fmt.low_rank.rank if fmt.low_rank else 0
-    return Call(rows, cols, tensors | found.tensors, rank, found.widths, kept=kept_with(x))
+    kept = kept_with(x)
+    return Call(rows, cols, tensors | found.tensors, rank, found.widths, filled=found.filled, kept=kept)
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
@@ -195,6 +242,10 @@ def run(spec: KernelSpec, calls: Sequence[Call], many: bool) -> None:
     grid: tuple[int, ...]
     sizes: tuple[int, ...]
     match spec.function:
+        case "dense":
+            spec = _for_batch(spec, calls, many=True)
+            down, splits = -(-lead.rows // spec.tile.block_n), DENSE_SPLITS if spec.widths else 1
+            grid, sizes = (down, 1, splits), (count, *rows, lead.cols)
         case "project":
             tensors["t"] = lead.new(count, lead.rank)
             grid, sizes = (count, lead.rank), (lead.rank, lead.cols)
@@ -206,7 +257,7 @@ def run(spec: KernelSpec, calls: Sequence[Call], many: bool) -> None:
         case "finish":
             shared = [_shares(spec, order) for order in rows]
             grid = (count, sum(shares for shares, _ in shared))
-            sizes = (count, *rows, lead.cols, *(pieces for _, pieces in shared), lead.splits)
+            sizes = (count, *rows, lead.cols, *(pieces for _, pieces in shared))
         case _:
             spec = _for_batch(spec, calls, many)
             down, across = sum(-(-order // spec.tile.block_n) for order in rows), -(-count // spec.batch)
@@ -216,7 +267,8 @@ def run(spec: KernelSpec, calls: Sequence[Call], many: bool) -> None:
                     call.splits, call.tensors["part"] = splits, call.new(splits, count, call.rows)
             grid, sizes = (down, across, splits), (count, *rows, lead.cols)
     arguments = [calls[member].tensors[name] for _, _, name, member in bindings(spec)]
-    options: dict[str, Any] = dict.fromkeys(constants(spec), device_path(tensors["x"].device))
+    known = {"DEVICE": device_path(tensors["x"].device), "SPLITS": lead.splits}
+    options = {name: known[name] for name in constants(spec)}
     load_kernel(spec)[grid](*arguments, *sizes, **options, num_warps=spec.tile.num_warps, enable_fp_fusion=True)
 
 
@@ -256,7 +308,12 @@ def _for_batch(spec: KernelSpec, calls: Sequence[Call], many: bool) -> KernelSpe
     widths = {width for call in calls for width in call.widths}
     if spec.widths and not widths <= set(spec.widths):
         spec = replace(spec, widths=tuple(sorted(widths | set(spec.widths))))
-    return replace(spec, batch=batch)
+    if spec.function == "dense":
+        return spec
+    tile = spec.tile
+    if spec.widths and not many:  # as many sums in a thread as with one row of x, or its registers do not hold them
+        tile = replace(tile, block_n=max(WARP, tile.block_n // (1 << (batch - 1).bit_length())))
+    return replace(spec, batch=batch, tile=tile)
 
 
 def splits_for(spec: KernelSpec, rows: int, cols: int, count: int) -> int:
@@ -264,8 +321,10 @@ def splits_for(spec: KernelSpec, rows: int, cols: int, count: int) -> int:
     if not spec.widths:
         return 1
     instances = -(-rows // spec.tile.block_n) * -(-count // spec.batch)
-    wanted = WANTED_WARPS // (instances * spec.tile.num_warps)
-    return max(1, min(wanted, MAX_SPLITS, -(-cols // TILE) // LEAST_BLOCKS))
+    warps = spec.tile.num_warps
+    together = warps if spec.function == "gemv" else 1  # blocks of columns that an instance takes at once
+    most = min(WANTED_WARPS // (instances * warps), -(-cols // TILE) // (LEAST_BLOCKS * together))
+    return next((splits for splits in SPLITS if splits <= most), 1)
 
 
 def _float32() -> torch.dtype:

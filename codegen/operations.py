@@ -279,6 +279,19 @@ class Dot:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """The values themselves, for a product by a library: dense [N, K] in the dtype of x or, of a transformed matrix, in
+    half precision; those of a trellis over the power of two that no scale exceeds."""
+
+    takes: ClassVar[Value] = "values"
+    gives: ClassVar[Value] = "stored"
+    reads: ClassVar[tuple[Read, ...]] = ()
+
+    def __str__(self) -> str:
+        return "keep"
+
+
+@dataclass(frozen=True, slots=True)
 class RowScale:
     """sums * scale of their row: a GroupScale over the whole row, moved behind the Dot."""
 
@@ -303,10 +316,7 @@ class Centre:
 
     takes: ClassVar[Value] = "sums"
     gives: ClassVar[Value] = "sums"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return (("scales", "f16"),)
+    reads: ClassVar[tuple[Read, ...]] = ()
 
     def __str__(self) -> str:
         return f"centre {self.mean:g}"
@@ -406,6 +416,7 @@ Operation: TypeAlias = (
     | GroupScale
     | ColumnScale
     | Dot
+    | Keep
     | RowScale
     | Centre
     | Unrotate

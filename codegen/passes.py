@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 
+from reallm.kernels.codecs import TILE
 from reallm.kernels.formats import Format
 
 from .dataflow import shared_inputs
@@ -24,9 +26,11 @@ from .operations import (
     AddBias,
     AddLowRank,
     AddSparse,
-    Centre,
+    Codebooks,
     Dot,
     GroupScale,
+    Keep,
+    Lattice,
     Operation,
     Prepare,
     Project,
@@ -46,36 +50,43 @@ from .program import (
     Program,
     Tile,
     chunk_width,
+    decode_operations,
     prepared_by,
     verify_program,
 )
-from .rotations import CHUNK
+from .rotations import CHUNK, together
 from .spans import takes_span
 from .trellis import standard_widths
 from .turning import turning
 
-BLOCKS_N = (8, 4, 2, 1)
-"""With more rows and MAX_BATCH rows of x the sums of a thread would not fit its registers."""
-BLOCKS_K = (64, 128, 256, 512)
+CHUNK_TILES: dict[type, Tile] = {Lattice: Tile(1, 256, 1), Codebooks: Tile(1, 512, 1), Unpack: Tile(1, 1024, 2)}
+"""Of products whose rows are chunks: of 4096 x 4096 on an H100, e8p2 16 us, aq2x8 11, km3 13; torch in bf16 16."""
 WANTED_INSTANCES = 256
 """Two for each of the 108 (A100) to 132 (H100) multiprocessors, about."""
-THREAD_WEIGHTS = 16
-"""Of a tile, in each thread: with fewer, threads repeat each other's work; with more, another warp is taken."""
-MAX_WARPS = 8
-TURN_INSTRUCTIONS, WEIGHT_INSTRUCTIONS = 40, 9
-"""Of one turn of the loop over K: for each warp, and for each weight of a thread (4-bit INT g64 in sm_80 code)."""
-TRELLIS_ROWS = (128, 64, 32)
-"""Rows of W of an instance of one warp: each thread has four, two or one."""
+TRELLIS_TILES = (Tile(128, 16, 8), Tile(32, 16, 16))
+"""Of a trellis product: four rows of W a thread where there are MANY_ROWS, else one; warps have columns of their own.
+On an H100 the first takes 8.6 us for 4096 x 4096 in 3 bits, the second 9.7; for 1024 x 4096 they take 5.8 and 4.8."""
+MANY_ROWS = 2048
 SPAN_ROWS = (4, 2)
 """Rows of W of an instance of a product by spans."""
 SPAN_TURN = 2 * 32 * SPAN
 """Columns of two turns of a warp."""
 PREFILL_TILE = Tile(128, 16, 4)
 """Of a trellis and many rows of x: one row of W a thread."""
+DENSE_TILE = Tile(16, 128, 4)
+"""Of values that are kept."""
 GEMM_TILE = Tile(64, 64, 8)
 """Of the other codecs and many rows of x: 16 weights a thread."""
 WARP_ENTRIES = 256
-"""Of a vector that is rotated or finished, for each warp."""
+"""Of a vector that is finished without a rotation, for each warp."""
+OWN_ENTRIES = 64
+"""Of a rotated vector that an instance makes, where its pieces are smaller."""
+THREAD_ENTRIES = 16
+"""That a thread of such an instance has in its registers."""
+MOST_WARPS = 16
+"""Of such an instance."""
+PREPARED_ENTRIES, FINISHED_ENTRIES = 16384, 8192
+"""Of the pieces that one mixes, at once; the sums of a product come in several parts."""
 PROJECT_TILE = Tile(1, 1024, 4)
 PROJECT_CHUNK = 8
 
@@ -116,34 +127,17 @@ def share_inputs(program: Program) -> Program:
     return _map(program, lambda m: replace(m, operations=tuple(reuse(m, operation) for operation in m.operations)))
 
 
-def _warps(block_n: int, block_k: int) -> int:
-    return max(1, min(MAX_WARPS, block_n * block_k // (32 * THREAD_WEIGHTS)))
-
-
-def _instructions(block_n: int, block_k: int, cols: int) -> int:
-    """Instructions of one instance over all its warps: what BLOCK_K trades, long turns against padded columns."""
-    warps = _warps(block_n, block_k)
-    weights = max(THREAD_WEIGHTS, block_n * block_k // (32 * warps))
-    return -(-cols // block_k) * warps * (TURN_INSTRUCTIONS + WEIGHT_INSTRUCTIONS * weights)
-
-
-def tile_for(rows: int, cols: int) -> Tile:
-    """The tile for W[rows, cols].
-
-    BLOCK_N is the largest that still gives WANTED_INSTANCES (1 when none does), BLOCK_K the one of fewest instructions,
-    the larger where two are equal, and num_warps leaves each thread about THREAD_WEIGHTS weights.
-    """
-    block_n = next((block for block in BLOCKS_N if -(-rows // block) >= WANTED_INSTANCES), 1)
-    block_k = min(BLOCKS_K, key=lambda block: (_instructions(block_n, block, cols), -block))
-    return Tile(block_n, block_k, _warps(block_n, block_k))
+def tile_for(operations: tuple[Operation, ...]) -> Tile:
+    """The tile of a product by chunks: one row of W, and the columns that were best on an H100 for its codec."""
+    kinds = {type(operation) for operation in operations}
+    return next((tile for kind, tile in CHUNK_TILES.items() if kind in kinds), CHUNK_TILES[Unpack])
 
 
 def trellis_tile(rows: int, prefill: bool) -> Tile:
     """The tile of a trellis product: threads with more rows read x less often, with fewer there are more instances."""
     if prefill:
         return PREFILL_TILE
-    block_n = next((block for block in TRELLIS_ROWS if rows >= WANTED_INSTANCES // 8 * block), TRELLIS_ROWS[-1])
-    return Tile(block_n, 16, 1)
+    return TRELLIS_TILES[rows < MANY_ROWS]
 
 
 def _own_tile(matrix: MatrixProgram) -> Tile:
@@ -153,7 +147,7 @@ def _own_tile(matrix: MatrixProgram) -> Tile:
         return GEMM_TILE
     if takes_span(matrix.operations, matrix.cols):
         return span_tile(matrix.rows, matrix.cols)
-    return tile_for(matrix.rows, matrix.cols)
+    return tile_for(matrix.operations)
 
 
 def span_tile(rows: int, cols: int) -> Tile:
@@ -186,35 +180,47 @@ def _core_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], tile:
     return KernelSpec(label, operations, tile, aligned, even, batch, span=SPAN if spans else 0)
 
 
+@cache
+def dense_kernel(fmt: Format, cols: int) -> KernelSpec:
+    """The kernel that writes the values of a matrix of so many columns, without what is added to its product."""
+    operations = (*decode_operations(fmt.codec), Keep())
+    if isinstance(trellis := operations[0], Trellis):
+        widths = standard_widths(trellis.state_bits)
+        return KernelSpec(f"tq-l{trellis.state_bits}", operations, PREFILL_TILE, cols % TILE == 0, True, widths=widths)
+    unpack = next(operation for operation in operations if isinstance(operation, Unpack))
+    label, tile = Format(fmt.codec).name.replace("-shared", ""), DENSE_TILE
+    return KernelSpec(label, operations, tile, cols % chunk_width(unpack) == 0, cols % tile.block_k == 0)
+
+
 def _project_kernel(matrix: MatrixProgram, project: Project) -> KernelSpec:
     return KernelSpec(project.dtype, (project,), PROJECT_TILE, matrix.cols % PROJECT_CHUNK == 0, even=False)
 
 
-def _piece_tile(order: int, rotated: bool) -> Tile:
-    """What an instance of `prepare` or `finish` makes: pieces of a rotation, or a chunk of a vector."""
+def _piece_kernel(label: str, operations: tuple[Operation, ...], order: int, rotated: bool, entries: int) -> KernelSpec:
+    """A kernel whose instances make pieces of a rotated vector of `order` entries, or a chunk of one that is not."""
     if not rotated:
-        return Tile(1, CHUNK, CHUNK // WARP_ENTRIES)
+        return KernelSpec(label, operations, Tile(1, CHUNK, CHUNK // WARP_ENTRIES), aligned=True, even=True)
     base, size = turning(order)
-    pieces = min(max(1, WARP_ENTRIES // size), 1 << (len(base) - 1).bit_length())
-    return Tile(pieces, size, max(1, min(MAX_WARPS, pieces * size // WARP_ENTRIES)))
+    own = min(max(1, OWN_ENTRIES // size), 1 << (len(base) - 1).bit_length())
+    pieces = together(own, len(base), size, entries)
+    warps = max(1, min(MOST_WARPS, own * pieces * size // THREAD_ENTRIES // 32))
+    tile, whole = Tile(own, size, warps), len(base) <= pieces
+    return KernelSpec(label, operations, tile, aligned=True, even=whole, pieces=pieces)
 
 
 def _prepare_kernel(matrix: MatrixProgram, prepare: Prepare) -> KernelSpec:
     label = prepare.label + ("-lifted" if prepare.lift else "")
-    return KernelSpec(label, (prepare,), _piece_tile(matrix.cols, prepare.rotated), aligned=True, even=True)
+    return _piece_kernel(label, (prepare,), matrix.cols, prepare.rotated, PREPARED_ENTRIES)
 
 
 def _finish_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...]) -> KernelSpec:
     parts = [_finish_part(operation) for operation in operations]
     rotated = any(isinstance(operation, Unrotate) and operation.rotated for operation in operations)
-    label = "-".join(part for part in parts if part)
-    return KernelSpec(label, operations, _piece_tile(matrix.rows, rotated), aligned=True, even=True)
+    return _piece_kernel("-".join(part for part in parts if part), operations, matrix.rows, rotated, FINISHED_ENTRIES)
 
 
 def _finish_part(operation: Operation) -> str:
     match operation:
-        case Centre():
-            return "centre"
         case Unrotate(rotated):
             return "rot" if rotated else "plain"
         case AddSparse():
@@ -235,7 +241,7 @@ def cut(matrix: MatrixProgram) -> tuple[KernelSpec, ...]:
         elif isinstance(first, Prepare):
             kernels.append(_prepare_kernel(matrix, first))
         rest.pop(0)
-    end = next((at for at, operation in enumerate(rest) if isinstance(operation, Centre | Unrotate)), len(rest))
+    end = next((at for at, operation in enumerate(rest) if isinstance(operation, Unrotate)), len(rest))
     kernels.append(_core_kernel(matrix, tuple(rest[:end]), tile))
     if end < len(rest):
         kernels.append(_finish_kernel(matrix, tuple(rest[end:])))
@@ -269,13 +275,17 @@ def _groups(members: list[MatrixProgram]) -> list[Group]:
     joined = replace(members[0], rows=sum(matrix.rows for matrix in members))
     kernel = _core_kernel(joined, _product(members[0]).operations, _own_tile(joined))
     groups = [Group(tuple(matrix.name for matrix in members), replace(kernel, members=len(members)))]
-    finishing: dict[KernelSpec, list[str]] = {}
+    finishing: dict[KernelSpec, list[tuple[str, KernelSpec]]] = {}
     for matrix in members:
         if (last := matrix.kernels[-1]).function == "finish":
-            finishing.setdefault(last, []).append(matrix.name)
-    for last, names in finishing.items():
-        if len(names) > 1:
-            groups.append(Group(tuple(names), replace(last, members=len(names))))
+            size = replace(last, tile=replace(last.tile, num_warps=1), even=True, pieces=0)
+            finishing.setdefault(size, []).append((matrix.name, last))
+    for found in finishing.values():
+        if len(found) > 1:
+            names, kernels = zip(*found, strict=True)
+            most = max(kernels, key=lambda kernel: kernel.pieces)  # pieces that another matrix lacks are masked
+            whole = all(kernel.even for kernel in kernels)
+            groups.append(Group(names, replace(most, even=whole, members=len(names))))
     return groups
 
 

@@ -38,6 +38,7 @@ from .operations import (
     ColumnScale,
     Dot,
     GroupScale,
+    Keep,
     Lattice,
     Levels,
     Offset,
@@ -91,6 +92,8 @@ class KernelSpec:
     widths: tuple[int, ...] = ()
     span: int = 0
     """SPAN where a scalar product has rows of whole spans (`spans`), else 0."""
+    pieces: int = 0
+    """Of a rotation, that an instance has at once; `even` says that these are all."""
     members: int = 1
     """Matrices that one launch serves, see `groups`."""
 
@@ -102,8 +105,10 @@ class KernelSpec:
                 return "project"
             case Prepare():
                 return "prepare"
-            case Centre() | Unrotate():
+            case Unrotate():
                 return "finish"
+        if isinstance(self.operations[-1], Keep):
+            return "dense"
         return "gemm" if self.batch >= GEMM_BATCH else "gemv"
 
     @property
@@ -113,8 +118,11 @@ class KernelSpec:
         batch = f"-m{self.batch}" if self.batch > 1 else ""
         widths = "-b" + "_".join(str(width) for width in self.widths) if self.widths else ""
         span = f"-s{self.span}" if self.span else ""
+        pieces = f"-p{self.pieces}" if self.pieces else ""
         members = f"-x{self.members}" if self.members > 1 else ""
-        return f"{self.function}-{self.label.replace('+', '-')}-{self.tile}{facts}{span}{batch}{widths}{members}"
+        return (
+            f"{self.function}-{self.label.replace('+', '-')}-{self.tile}{facts}{span}{batch}{widths}{pieces}{members}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +196,7 @@ def has_kernel(fmt: Format) -> bool:
     return not isinstance(fmt.codec, DenseCodec | NeuralCodec)
 
 
-def _decode(codec: AnyCodec) -> tuple[Operation, ...]:
+def decode_operations(codec: AnyCodec) -> tuple[Operation, ...]:
     """From words to scaled values."""
     match codec:
         case AdditiveCodec(count, bits, dim):
@@ -225,7 +233,7 @@ def lower(fmt: Format, bias: bool = False, prefill: bool = False) -> tuple[Opera
     after += (AddSparse(),) if fmt.sparse else ()
     after += (AddLowRank(low.rank, low.dtype),) if low else ()
     after += (AddBias(),) if bias else ()
-    return (*before, *_decode(fmt.codec), Dot(), *after, Store())
+    return (*before, *decode_operations(fmt.codec), Dot(), *after, Store())
 
 
 def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:

@@ -11,7 +11,7 @@ float32, for n = K and n = N.
 from __future__ import annotations
 
 from .groups import place
-from .operations import AddBias, AddLowRank, AddSparse, Centre, CodegenError, Operation, Prepare, Store, Unrotate
+from .operations import AddBias, AddLowRank, AddSparse, CodegenError, Operation, Prepare, Store, Unrotate
 from .program import KernelSpec
 from .snippets import code_lines, indent, planes
 
@@ -19,7 +19,11 @@ BLOCK_TILE = 16
 LARGEST_EXPONENT = 100
 """norm is 2^-100 to 2^100: its inverse is a float too, whatever x is."""
 CHUNK = 1024
-"""Entries of a row that an instance looks at together."""
+"""Entries of a row that an instance finishes without a rotation."""
+NORM_CHUNK = 4096
+"""Entries of a row that an instance looks at together for their largest, at most."""
+MOST_TOGETHER = 64
+"""Pieces that are mixed, in registers at once."""
 
 
 def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
@@ -38,16 +42,43 @@ def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
     return lines
 
 
-def _mixing(spec: KernelSpec, base: str) -> list[str]:
-    """Lines before a loop over pieces that a rotation mixes."""
-    pieces, size = spec.tile.block_n, spec.tile.block_k
+def together(own: int, base: int, size: int, entries: int) -> int:
+    """Pieces of a vector of `base` pieces of `size` entries that an instance which makes `own` of them has at once, in
+    at most `entries` registers of all its threads."""
+    return max(1, min(MOST_TOGETHER, entries // (own * size), 1 << (base - 1).bit_length()))
+
+
+def _start_mixing(spec: KernelSpec) -> list[str]:
+    """Lines before the pieces of a vector are mixed: which of them an instance makes, `own`."""
+    own, size = spec.tile.block_n, spec.tile.block_k
     return [
-        f"own = tl.minimum(first * {pieces} + tl.arange(0, {pieces}), pieces - 1)",
-        f"total = tl.zeros(({pieces}, {size}), tl.float32)",
-        f"lane = tl.arange(0, {size})",
-        "for other in range(0, pieces):",
-        f"    weight = tl.load({base})  # [{pieces}]",
+        f"own = tl.minimum(first * {own} + tl.arange(0, {own}), pieces - 1)",
+        f"lane = tl.arange(0, {size})[None, None, :]",
     ]
+
+
+def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
+    """Lines that add the pieces from `begin` on, each times an entry of B, to `total` [own pieces, size].
+
+    `load` sets `value` [1, together, size] to the pieces `other` [together] of the vector, zero where `there` is not."""
+    count = spec.pieces
+    return [
+        f"other = {begin} + tl.arange(0, {count})",
+        "there = (other < pieces)[None, :, None]",
+        f"weight = tl.load({base}, mask=(other < pieces)[None, :], other=0)  # [{spec.tile.block_n}, {count}]",
+        *load,
+        "total += tl.sum(weight[:, :, None] * value, 1)",
+    ]
+
+
+def _mixing(spec: KernelSpec, base: str, load: list[str]) -> list[str]:
+    """Lines that set `total` [own pieces, size] to the pieces of a vector mixed by rows of B; `load` as for `_mix`."""
+    own, size = spec.tile.block_n, spec.tile.block_k
+    zero = [*_start_mixing(spec), f"total = tl.zeros(({own}, {size}), tl.float32)"]
+    if spec.even:
+        return [*zero, *_mix(spec, "0", base, load)]
+    loop = f"for begin in range(0, pieces, {spec.pieces}):"
+    return [*zero, loop, *(f"    {line}" for line in _mix(spec, "begin", base, load))]
 
 
 def _value_lines(prepare: Prepare, target: str, mask: str) -> list[str]:
@@ -61,16 +92,23 @@ def _value_lines(prepare: Prepare, target: str, mask: str) -> list[str]:
     return lines
 
 
-def _norm_lines(prepare: Prepare) -> list[str]:
+def _norm_lines(prepare: Prepare, warps: int) -> list[str]:
     """`norm`: the power of two of the row's largest magnitude."""
-    plain = Prepare(channel_scales=prepare.channel_scales)
+    plain, chunk = Prepare(channel_scales=prepare.channel_scales), min(NORM_CHUNK, CHUNK * warps)
     return [
-        f"largest = tl.zeros(({CHUNK},), tl.float32)",
-        f"for begin in range(0, cols, {CHUNK}):",
-        f"    k = begin + tl.arange(0, {CHUNK})",
+        f"largest = tl.zeros(({chunk},), tl.float32)",
+        f"for begin in range(0, cols, {chunk}):",
+        f"    k = begin + tl.arange(0, {chunk})",
         *(f"    {line}" for line in _value_lines(plain, "value", ", mask=k < cols, other=0")),
         "    largest = tl.maximum(largest, tl.abs(value))",
-        f"top = tl.minimum(tl.max(largest, 0), {2.0**LARGEST_EXPONENT!r})",
+        *_power_lines("tl.max(largest, 0)"),
+    ]
+
+
+def _power_lines(largest: str) -> list[str]:
+    """`norm`, the power of two of the expression `largest`, which the first instance stores."""
+    return [
+        f"top = tl.minimum({largest}, {2.0**LARGEST_EXPONENT!r})",
         f"top = tl.maximum(top, {2.0**-LARGEST_EXPONENT!r})",
         "norm = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)",
         "if first == 0:",
@@ -88,16 +126,20 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
         "origin = x + m.to(tl.int64) * cols",
         f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}",
         "goal = ready + m.to(tl.int64) * padded",
-        *_norm_lines(prepare),
     ]
+    seen = prepare.rotated and spec.even  # every instance has the whole row in its registers anyway
+    if not seen:
+        lines += _norm_lines(prepare, spec.tile.num_warps)
     factor = "(1 / norm)" + (f" * {2.0**prepare.lift!r}" if prepare.lift else "")  # one after the other: no overflow
     if prepare.rotated:
+        load = [
+            f"k = other[None, :, None] * {size} + lane",
+            *_value_lines(prepare, "value", ", mask=there, other=0"),
+            *(_power_lines(f"tl.max(tl.reshape(tl.abs(value), ({spec.pieces * size},)), 0)") if seen else ()),
+            "value *= tl.load(signs_in + k, mask=there, other=0)",
+        ]
         lines += [
-            *_mixing(spec, "base_in + own * pieces + other"),
-            f"    k = other * {size} + lane",
-            *(f"    {line}" for line in _value_lines(prepare, "value", "")),
-            "    value *= tl.load(signs_in + k)",
-            "    total += weight[:, None] * value[None, :]",
+            *_mixing(spec, "base_in + own[:, None] * pieces + other[None, :]", load),
             f"total = total * {factor}",
             *butterfly_lines(spec.tile.block_n, size, "total"),
             f"k = first * {whole} + tl.arange(0, {whole})",
@@ -147,15 +189,6 @@ def factor_lines(dtype: str, at: str, mask: str, target: str) -> list[str]:
 
 def _finish_step(spec: KernelSpec, operation: Operation) -> list[str]:
     match operation:
-        case Centre(mean):
-            return [
-                f"middle = tl.zeros(({CHUNK},), tl.float32)",
-                f"for begin in range(0, padded, {CHUNK}):",
-                f"    k = begin + tl.arange(0, {CHUNK})",
-                "    entry = tl.load(ready + m.to(tl.int64) * padded + k, mask=k < padded, other=0)",
-                f"    middle += entry * tl.load(scales + k // {BLOCK_TILE}, mask=k < padded, other=0).to(tl.float32)",
-                f"centre = tl.sum(middle, 0) * {mean!r}",
-            ]
         case Unrotate(rotated):
             return [*_unrotate_lines(spec, rotated), "total *= tl.load(norms + m)"]
         case AddSparse():
@@ -175,20 +208,20 @@ def _finish_step(spec: KernelSpec, operation: Operation) -> list[str]:
 
 
 def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
-    place, size = "part + (split * batch + m).to(tl.int64) * rows", spec.tile.block_k
+    """Lines that set `total` to the sums of the parts, rotated back."""
+    size = spec.tile.block_k
+    at = f"other[None, :, None] * {size} + lane" if rotated else "row"
+    mask = ", mask=there, other=0" if rotated else ""
+    load = [
+        f"there_at = part + m.to(tl.int64) * rows + {at}",
+        f"value = tl.load(there_at{mask})",
+        "for split in tl.static_range(1, SPLITS):",
+        f"    value += tl.load(there_at + split * batch.to(tl.int64) * rows{mask})",
+    ]
     if not rotated:
-        return [
-            f"total = tl.zeros(({size},), tl.float32)",
-            "for split in range(0, splits):",
-            f"    total += tl.load({place} + row)",
-            "total -= centre",
-        ]
+        return [*load, "total = value"]
     return [
-        *_mixing(spec, "base_out + other * pieces + own"),
-        f"    piece = tl.zeros(({size},), tl.float32)",
-        "    for split in range(0, splits):",
-        f"        piece += tl.load({place} + other * {size} + lane)",
-        "    total += weight[:, None] * (piece - centre)[None, :]",
+        *_mixing(spec, "base_out + other[None, :] * pieces + own[:, None]", load),
         *butterfly_lines(spec.tile.block_n, size, "total"),
         "total *= tl.load(signs_out + row)",
     ]
@@ -204,13 +237,10 @@ def emit_finish(spec: KernelSpec, select: list[str]) -> str:
         f"first = {place(spec)}",
         f"n = first * {whole} + tl.arange(0, {whole})  # [{whole}]",
         "row = tl.minimum(n, rows - 1)",
-        f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}",
     ]
-    if not any(isinstance(operation, Centre) for operation in spec.operations):
-        lines.append("centre = 0.0")
     for operation in spec.operations:
         lines += _finish_step(spec, operation)
     return (
-        f"    # part float32 [splits, batch, rows], y [batch, rows]; one instance: {whole} entries of a row of y\n"
+        f"    # part float32 [SPLITS, batch, rows], y [batch, rows]; one instance: {whole} entries of a row of y\n"
         f"{indent(lines, 4)}\n"
     )

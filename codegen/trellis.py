@@ -13,11 +13,14 @@ of 1024, whose last place is one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product as product_of
+
 from reallm.kernels.codecs import TILE
 from reallm.kernels.trellis import CODE_MEAN, CODE_UNIT, MULTIPLIERS, WORDS_PER_WIDTH, step_shape
 
 from .groups import place
-from .operations import LIFT, CodegenError, Trellis
+from .operations import LIFT, Centre, CodegenError, Operation, Trellis
 from .program import KernelSpec
 from .snippets import indent
 
@@ -27,6 +30,7 @@ RUNS_AT, ORDER_AT = 1, 18
 """Where `index` holds the first block of each width, and the blocks in their order."""
 DENORMAL = 2.0**-149
 HALF_1024, HALF_BITS = 1024, 0x6400
+WARP = 32
 TILE_BITS = TILE.bit_length() - 1
 ROW_BITS = TILE // 2
 """Bits of a row of a tile for each half bit a weight."""
@@ -50,115 +54,155 @@ def position(width: int, column: int) -> tuple[int, int]:
     return bits * (TILE // values - 1 - column // values), column % values
 
 
-def address_lines(width: int, state_bits: int) -> list[str]:
-    """Lines before the loop of a width: the pointers `at_0`, ... [BLOCK_N] of a row's words in the first block."""
+def _row_lines(spec: KernelSpec, index: str, r: str) -> list[str]:
+    """Lines at the start of both kernels: where the rows `r` of a tile, at `index`, lie."""
+    return [
+        f"n{r} = {place(spec)} * {spec.tile.block_n} + {index}",
+        f"row{r} = tl.minimum(n{r}, rows - 1)",
+        f"tile{r} = row{r} >> {TILE_BITS}",
+        f"up{r} = {TILE - 1} - (row{r} & {TILE - 1})  # bits of a tile run from its last row to its first",
+    ]
+
+
+def _width_lines(width: int, state_bits: int, rows: Sequence[str]) -> list[str]:
+    """Lines before the loop of a width: where its blocks are in `index`, and for each of `rows` the pointers `at_0`,
+    ... to the words of its window in the first block."""
+    values, bits, _ = step_shape(width)
     size = WORDS_PER_WIDTH * width
-    lines = [f"word = (up * {width}) >> 2"] if ROW_BITS * width % 32 else [f"word = up * {ROW_BITS * width // 32}"]
-    if ROW_BITS * width % 32:
-        lines.append(f"skip = (((up * {width}) & 3) * 8).to(tl.uint64)")
-    for index in range(window_words(width, state_bits)[0]):
-        there = f"(word + {index})" if index else "word"
-        wrapped = f"tl.where({there} < {size}, {there}, {there} - {size})" if index else there
-        lines.append(f"at_{index} = words + (tile * {size} + {wrapped})")
-    return lines
-
-
-def load_lines(width: int, state_bits: int) -> list[str]:
-    """Lines that load a row's window of the block at `start` and move it to its start: `a_0`, ... [BLOCK_N]."""
-    touched, needed = window_words(width, state_bits)
-    lines = [f"w_{index} = tl.load(at_{index} + start).to(tl.uint32, bitcast=True)" for index in range(touched)]
-    if ROW_BITS * width % 32 == 0:
-        return [line.replace("w_", "a_", 1) for line in lines]
-    for index in range(needed):
-        if index + 1 < touched:
-            pair = f"(w_{index + 1}.to(tl.uint64) << 32) | w_{index}.to(tl.uint64)"
-            lines.append(f"a_{index} = (({pair}) >> skip).to(tl.uint32)")
+    lines = [
+        f"# blocks of {width / 2:g} bits a weight: steps of {bits} bits for {values} weight{'s' * (values > 1)}",
+        f"begin = tl.load(index + {RUNS_AT + width})",
+        f"end = tl.load(index + {RUNS_AT + width + 1})",
+    ]
+    for r in rows:
+        if ROW_BITS * width % 32:
+            lines.append(f"word = (up{r} * {width}) >> 2")
+            lines.append(f"skip{r} = (((up{r} * {width}) & 3) * 8).to(tl.uint64)")
         else:
-            lines.append(f"a_{index} = w_{index} >> skip.to(tl.uint32)")
+            lines.append(f"word = up{r} * {ROW_BITS * width // 32}")
+        for index in range(window_words(width, state_bits)[0]):
+            there = f"(word + {index})" if index else "word"
+            wrapped = f"tl.where({there} < {size}, {there}, {there} - {size})" if index else there
+            lines.append(f"at{r}_{index} = words + (tile{r} * {size} + {wrapped})")
     return lines
 
 
-def product(width: int, state_bits: int, column: int) -> str:
-    """The product whose bytes make the value of one column, an expression [BLOCK_N]."""
+def _window_lines(width: int, state_bits: int, r: str) -> list[str]:
+    """Lines that move the words `w_0`, ... of a row's window to its start: `a_0`, ..., uint32."""
+    touched, needed = window_words(width, state_bits)
+    word = f"w{r}_{{}}.to(tl.uint32, bitcast=True)"
+    if ROW_BITS * width % 32 == 0:
+        return [f"a{r}_{index} = {word.format(index)}" for index in range(touched)]
+    lines = []
+    for index in range(needed):
+        low = word.format(index)
+        if index + 1 < touched:
+            pair = f"({word.format(index + 1)}.to(tl.uint64) << 32) | {low}.to(tl.uint64)"
+            lines.append(f"a{r}_{index} = (({pair}) >> skip{r}).to(tl.uint32)")
+        else:
+            lines.append(f"a{r}_{index} = {low} >> skip{r}.to(tl.uint32)")
+    return lines
+
+
+def product(width: int, state_bits: int, column: int, r: str) -> str:
+    """The product whose bytes make the value of one column, an expression."""
     bit, which = position(width, column)
     word, shift = divmod(bit, 32)
-    low = f"a_{word} >> {shift}" if shift else f"a_{word}"
+    low = f"a{r}_{word} >> {shift}" if shift else f"a{r}_{word}"
     if shift + state_bits > 32:
-        low = f"({low}) | (a_{word + 1} << {32 - shift})"
+        low = f"({low}) | (a{r}_{word + 1} << {32 - shift})"
     mask = "" if shift + state_bits == 32 else f" & {(1 << state_bits) - 1}"
     return f"(({low}){mask}) * {MULTIPLIERS[which]:#x}"
 
 
-def shared_setup(spec: KernelSpec) -> list[str]:
-    """Lines at the start of both kernels."""
-    block_n = spec.tile.block_n
+def _find_lines(prefix: str) -> list[str]:
+    """Lines that look up the block each warp comes to, at `own`: its number and its first word."""
     return [
-        f"n = {place(spec)} * {block_n} + tl.arange(0, {block_n})  # [{block_n}]",
-        "row = tl.minimum(n, rows - 1)",
-        f"tile = row >> {TILE_BITS}",
-        f"up = {TILE - 1} - (row & {TILE - 1})  # bits of a tile run from its last row to its first",
-        f"across = (cols + {TILE - 1}) // {TILE}",
+        f"{prefix}live = own < end",
+        f"{prefix}block = tl.load(index + {ORDER_AT} + own, mask={prefix}live, other=0)",
+        f"{prefix}start = tl.load(index + {ORDER_AT} + across + own, mask={prefix}live, other=0)",
     ]
 
 
-def _block_lines() -> list[str]:
-    return [
-        f"block = tl.load(index + {ORDER_AT} + turn)",
-        f"start = tl.load(index + {ORDER_AT} + across + turn)",
-    ]
+def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
+    """The body of y_part[split, m, n] = sum over the split's blocks of (s - mean) scale x'.
 
-
-def _loop(width: int, step: str, inside: list[str], state_bits: int) -> list[str]:
-    values, bits, _ = step_shape(width)
-    return [
-        f"# blocks of {width / 2:g} bits a weight: steps of {bits} bits for {values} weight{'s' * (values > 1)}",
-        *address_lines(width, state_bits),
-        f"begin = tl.load(index + {RUNS_AT + width})",
-        f"end = tl.load(index + {RUNS_AT + width + 1})",
-        f"for turn in tl.range(begin + split, end, {step}, num_stages=1):",
-        *(f"    {line}" for line in inside),
-    ]
-
-
-def gemv_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
-    """The body of y_part[split, m, n] = sum over the split's blocks of s scale x'."""
-    block_n, batch = spec.tile.block_n, spec.batch
+    Tensors are [T], one entry for each of the instance's threads. All warps have the same rows of W, a thread one of
+    every 32 (`row_0`, `row_1`, ...), and every warp has blocks of columns of its own, whose sums meet at the end. While
+    a warp multiplies, the words of its next block are on their way, and where the one after lies.
+    """
+    decode, centre = operations[0], next(op for op in operations if isinstance(op, Centre))
+    assert isinstance(decode, Trellis)
+    state_bits, warps, batch = decode.state_bits, spec.tile.num_warps, range(spec.batch)
+    threads, rows = WARP * warps, [f"_{index}" for index in range(spec.tile.block_n // WARP)]
     lines = [
-        *shared_setup(spec),
-        f"first = tl.program_id(1) * {batch}",
-        "split = tl.program_id(2)",
-        "splits = tl.num_programs(2)",
+        f"thread = tl.arange(0, {threads})",
+        f"lane = thread & {WARP - 1}",
+        f"warp = thread >> {WARP.bit_length() - 1}",
+        f"across = (cols + {TILE - 1}) // {TILE}",
+        *(line for index, r in enumerate(rows) for line in _row_lines(spec, f"{index * WARP} + lane", r)),
+        f"first = tl.program_id(1) * {spec.batch}",
+        f"split = tl.program_id(2) * {warps}",
+        f"step = tl.num_programs(2) * {warps}",
     ]
-    for m in range(batch):
-        chosen = f"tl.minimum(first + {m}, batch - 1)" if batch > 1 else "first"
+    for m in batch:
         lines += [
-            f"row_{m} = {chosen}",
-            f"x_{m} = (ready + row_{m} * (across * {TILE})).to(tl.pointer_type(tl.int64))  # pairs of float32",
-            f"total_{m} = tl.zeros(({block_n},), tl.float32)",
+            f"m_{m} = {f'tl.minimum(first + {m}, batch - 1)' if spec.batch > 1 else 'first'}",
+            f"plain_{m} = ready + m_{m} * (across * {TILE}) + (lane & {TILE - 1})",
+            f"x_{m} = (ready + m_{m} * (across * {TILE})).to(tl.pointer_type(tl.int64))  # pairs of float32",
+            f"mean_{m} = tl.zeros(({threads},), tl.float32)  # twice the sum of scale x'",
+            *(f"total{r}_{m} = tl.zeros(({threads},), tl.float32)" for r in rows),
         ]
     for width in spec.widths:
-        inside = [
-            *_block_lines(),
-            "scale = tl.load(scales + block).to(tl.float32)",
-            *load_lines(width, decode.state_bits),
-        ]
+        words = range(window_words(width, state_bits)[0])
+
+        def fetch(target: str, source: str, words: Sequence[int] = words) -> list[str]:
+            """Lines that load the scale and the words of the block that `source` names."""
+            mask = f"mask={source}live, other=0"
+            return [
+                f"{target}scale = tl.load(scales + {source}block, {mask}).to(tl.float32)",
+                *(f"{target}w{r}_{i} = tl.load(at{r}_{i} + {source}start, {mask})" for r in rows for i in words),
+            ]
+
+        inside = [*fetch("next_", "next_"), "own += step", *_find_lines("last_")]
+        inside += [line for r in rows for line in _window_lines(width, state_bits, r)]
         for column in range(0, TILE, 2):
-            for half in range(2):
-                which = product(width, decode.state_bits, column + half)
-                inside.append(f"v_{half} = byte_sum({which}, 0, DEVICE).to(tl.float32, bitcast=True)")
-            for m in range(batch):
-                inside.append(f"pair = tl.load(x_{m} + block * {TILE // 2} + {column // 2})")
-                low, high = "(pair & 0xFFFFFFFF)", "(pair >> 32)"
-                first = f"v_0 * {low}.to(tl.int32).to(tl.float32, bitcast=True)"
-                inside.append(f"sum_{m} = {first if column == 0 else f'sum_{m} + {first}'}")
-                inside.append(f"sum_{m} += v_1 * {high}.to(tl.int32).to(tl.float32, bitcast=True)")
-        inside += [f"total_{m} += sum_{m} * scale" for m in range(batch)]
-        lines += _loop(width, "splits", inside, decode.state_bits)
+            for m in batch:
+                inside.append(f"pair = tl.load(x_{m} + (block * {TILE // 2} + {column // 2}))")
+                inside.append(f"x_0_{m} = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)")
+                inside.append(f"x_1_{m} = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)")
+            for half, r in product_of(range(2), rows):
+                which = product(width, state_bits, column + half, r)
+                inside.append(f"value = byte_sum({which}, 0, DEVICE).to(tl.float32, bitcast=True)")
+                new = column + half == 0
+                inside += [f"sum{r}_{m} {'=' if new else '+='} value * x_{half}_{m}" for m in batch]
+        for m in batch:
+            inside += [f"total{r}_{m} += sum{r}_{m} * scale" for r in rows]
+            inside.append(f"mean_{m} += tl.load(plain_{m} + block * {TILE}) * scale")
+        inside += [f"{name} = next_{name}" for name in ("block", "scale", *(f"w{r}_{i}" for r in rows for i in words))]
+        inside += [f"next_{name} = last_{name}" for name in ("block", "start", "live")]
+        lines += [
+            *_width_lines(width, state_bits, rows),
+            "own = begin + split + warp",
+            *_find_lines(""),
+            *fetch("", ""),
+            "own += step",
+            *_find_lines("next_"),
+            "for turn in tl.range(begin + split, end, step, num_stages=1):",
+            *(f"    {line}" for line in inside),
+        ]
     unit = CODE_UNIT / DENORMAL / 2.0**LIFT
-    for m in range(batch):
-        limit = "rows" if batch == 1 else f"tl.where(first + {m} < batch, rows, 0)"
-        lines.append(f"place = (split * batch + row_{m}).to(tl.int64) * rows")
-        lines.append(f"tl.store(part + place + n, total_{m} * {unit!r}, mask=n < {limit})")
+    lines.append(f"lane = tl.arange(0, {WARP})")
+    for m in batch:
+        limit = "rows" if spec.batch == 1 else f"tl.where(first + {m} < batch, rows, 0)"
+        lines.append(f"place = part + (tl.program_id(2) * batch + m_{m}).to(tl.int64) * rows")
+        lines.append(f"mean = tl.sum(mean_{m}, 0) * {centre.mean / 2!r}")
+        for index, r in enumerate(rows):
+            lines += [
+                f"n = {place(spec)} * {spec.tile.block_n} + {index * WARP} + lane",
+                f"whole = tl.sum(tl.reshape(total{r}_{m}, ({warps}, {WARP})), 0) * {unit!r}",
+                f"tl.store(place + n, whole - mean, mask=n < {limit})",
+            ]
     return lines
 
 
@@ -167,16 +211,34 @@ def _joined(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"tl.join({_joined(names[::2])}, {_joined(names[1::2])})"
 
 
-def gemm_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
+def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
+    """Lines that set `weights` [BLOCK_N, 16] to s - 510 of the block at `turn`, in half precision, exactly."""
+    lines = [
+        f"block = tl.load(index + {ORDER_AT} + turn)",
+        f"start = tl.load(index + {ORDER_AT} + across + turn)",
+        *(f"w_{i} = tl.load(at_{i} + start)" for i in range(window_words(width, state_bits)[0])),
+        *_window_lines(width, state_bits, ""),
+    ]
+    names = [f"c_{column}" for column in range(TILE)]
+    for column, name in enumerate(names):
+        which = product(width, state_bits, column, "")
+        half = f"byte_sum({which}, {HALF_BITS:#x}, DEVICE).to(tl.uint16)"
+        lines.append(f"{name} = {half}.to(tl.float16, bitcast=True) - {HALF_1024 + CODE_MEAN}.0")
+    return [*lines, f"weights = tl.reshape({_joined(names)}, ({block_n}, {TILE}))"]
+
+
+def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
     """The body of y_part[split, m, n] for blocks of `spec.batch` rows of x, by tensor cores in half precision.
 
     x' scale is brought into half precision's range by the power of two of the largest scale, the first of `index`.
     """
-    block_n, block_m = spec.tile.block_n, spec.batch
+    decode, block_n, block_m = operations[0], spec.tile.block_n, spec.batch
+    assert isinstance(decode, Trellis)
     if block_m < TILE:
         raise CodegenError(f"a GEMM takes {TILE} rows of x or more, not {block_m}")
     lines = [
-        *shared_setup(spec),
+        f"across = (cols + {TILE - 1}) // {TILE}",
+        *_row_lines(spec, f"tl.arange(0, {block_n})  # [{block_n}]", ""),
         f"m = tl.program_id(1) * {block_m} + tl.arange(0, {block_m})  # [{block_m}]",
         "split = tl.program_id(2)",
         "splits = tl.num_programs(2)",
@@ -187,18 +249,14 @@ def gemm_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
     ]
     for width in spec.widths:
         inside = [
-            *_block_lines(),
+            *_values_lines(width, decode.state_bits, block_n),
             f"scale = tl.load(scales + block).to(tl.float32) / unit * {2.0**-LIFT!r}",
             f"left = (tl.load(x_at + block * {TILE}) * scale).to(tl.float16)  # [{block_m}, {TILE}]",
-            *load_lines(width, decode.state_bits),
         ]
-        names = [f"c_{column}" for column in range(TILE)]
-        for column, name in enumerate(names):
-            half = f"byte_sum({product(width, decode.state_bits, column)}, {HALF_BITS:#x}, DEVICE).to(tl.uint16)"
-            inside.append(f"{name} = {half}.to(tl.float16, bitcast=True) - {HALF_1024 + CODE_MEAN}.0")
-        inside.append(f"weights = tl.reshape({_joined(names)}, ({block_n}, {TILE}))")
         inside.append("total = tl.dot(weights, tl.trans(left), total)")
-        lines += _loop(width, "splits", inside, decode.state_bits)
+        lines += _width_lines(width, decode.state_bits, [""])
+        lines.append("for turn in tl.range(begin + split, end, splits, num_stages=1):")
+        lines += [f"    {line}" for line in inside]
     lines += [
         "place = (split * batch + m).to(tl.int64)[None, :] * rows + n[:, None]",
         "inside = (m < batch)[None, :] & (n < rows)[:, None]",
@@ -207,9 +265,38 @@ def gemm_lines(spec: KernelSpec, decode: Trellis) -> list[str]:
     return lines
 
 
-def emit_trellis(spec: KernelSpec, decode: Trellis, select: list[str]) -> str:
+def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
+    """The body of dense[n, k] = (s - 510) CODE_UNIT scale / unit in half precision; zeros where a block has no bits are
+    there before."""
+    decode, block_n = operations[0], spec.tile.block_n
+    assert isinstance(decode, Trellis)
+    seen = "" if spec.aligned else f" & (block * {TILE} + column < cols)"
+    lines = [
+        *([f"cols = cols // {TILE} * {TILE}  # as it is: says that rows are whole blocks"] if spec.aligned else []),
+        f"across = (cols + {TILE - 1}) // {TILE}",
+        *_row_lines(spec, f"tl.arange(0, {block_n})  # [{block_n}]", ""),
+        "split = tl.program_id(2)",
+        "splits = tl.num_programs(2)",
+        "unit = tl.load(index).to(tl.float32, bitcast=True)  # a power of two, no less than any scale",
+        f"column = tl.arange(0, {TILE})[None, :]",
+        "goal = dense + n.to(tl.int64)[:, None] * cols + column",
+    ]
+    for width in spec.widths:
+        lines += _width_lines(width, decode.state_bits, [""])
+        lines.append("for turn in tl.range(begin + split, end, splits, num_stages=1):")
+        inside = [*_values_lines(width, decode.state_bits, block_n)]
+        inside += [
+            f"scale = tl.load(scales + block).to(tl.float32) / unit * {CODE_UNIT!r}",
+            "value = (weights.to(tl.float32) * scale).to(dense.dtype.element_ty)",
+            f"tl.store(goal + block * {TILE}, value, mask=(n < rows)[:, None]{seen})",
+        ]
+        lines += [f"    {line}" for line in inside]
+    return lines
+
+
+def emit_trellis(spec: KernelSpec, select: list[str]) -> str:
     """The function behind its signature; `select` are the lines that choose its matrix."""
-    body = gemm_lines(spec, decode) if spec.function == "gemm" else gemv_lines(spec, decode)
+    body = {"gemm": gemm_lines, "gemv": gemv_lines, "dense": dense_lines}[spec.function](spec, spec.operations)
     shape = f"{spec.tile.block_n} rows of W, {spec.batch} of x, every `splits`-th block of each width"
     return (
         "    # ready float32 [batch, cols in whole blocks], part float32 [splits, batch, rows]; one instance:\n"

@@ -27,8 +27,8 @@ def generate(
 ) -> str:
     """`prompt` and what the model at `path` adds, at most `max_new_tokens` tokens; with `chat` only the answer.
 
-    `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. On the CPU the compiled
-    decode step does the work where it can. `dtype` is what transformers' loop computes in otherwise, and what is not
+    `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. The decode step, compiled
+    for the CPU or recorded on a GPU, does the work where it can. `dtype` is what transformers' loop computes in otherwise, and what is not
     packed is kept in (default: float32 for the one, as stored for the other). `adapter` is a LoRA or DoRA adapter
     to an artifact, as for `load`. Raises UserError for a model that does
     not generate, a prompt without tokens and a chat without a template.
@@ -39,7 +39,7 @@ def generate(
     if dtype is None and not _stepping(opened.model):
         opened = open_model(path, "float32", device, adapter)
     inputs = _tokens(prompt, opened.tokenizer, chat, path).to(opened.model.device)
-    with torch.random.fork_rng(), torch.inference_mode():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = opened.model.generate(
             input_ids=inputs,

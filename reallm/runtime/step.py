@@ -70,7 +70,7 @@ class Step:
         self._biases: dict[str, Tensor] = {}
         self._bind()
         self.refresh()
-        self._identity = list(_identities(model))
+        self._identity = list(identities(model))
 
     def _bind(self) -> None:
         """Point at the model's matrices."""
@@ -120,7 +120,7 @@ class Step:
 
     def outdated(self) -> bool:
         """Whether a module or tensor of the model was replaced, moved, or hooked on to since the step was compiled."""
-        return self._identity != list(_identities(self.model))
+        return self._identity != list(identities(self.model))
 
     def reserve(self, positions: int) -> None:
         """Start a new text of at most `positions` tokens."""
@@ -198,7 +198,7 @@ def _pointers(tensors: list[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def _identities(model: PreTrainedModel) -> Iterator[object]:
+def identities(model: PreTrainedModel) -> Iterator[object]:
     """What must stay as it is for a compiled step to stay valid."""
     for name, module in model.named_modules():
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)

@@ -1,4 +1,5 @@
-"""`model.generate` through the compiled decode step, for one text drawn or taken greedily; all else as before.
+"""`model.generate` through the decode step, for one text drawn or taken greedily; all else as before. On the CPU the step
+is compiled, on a GPU recorded.
 
 transformers prepares everything (settings, processors of logits, criteria to stop) and is handed another decoding loop,
 which asks the step for logits and nothing else. Whatever the step cannot do goes through transformers' own loop, and a
@@ -20,6 +21,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from .replay import RecordedStep, record_step
 from .step import Step, compile_step
 from .step_model import StepUnsupportedError
 
@@ -35,7 +37,7 @@ class StepGenerate:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.step: Step | None = None
+        self.step: Step | RecordedStep | None = None
         self.bound: object = None
         self.said: set[str] = set()
         self.lock = Lock()
@@ -62,7 +64,7 @@ class StepGenerate:
         ) -> Any:
             step = None
             mode = generation_config.get_generation_mode()
-            reason = _unsuited(input_ids, generation_config, mode, model_kwargs)
+            reason = _unsuited(input_ids, self.model.device, generation_config, mode, model_kwargs)
             if reason is None and self.lock.acquire(blocking=False):
                 try:
                     step = self.ready()
@@ -80,11 +82,11 @@ class StepGenerate:
 
         return generate(self.model, *args, custom_generate=decode, **kwargs)
 
-    def ready(self) -> Step:
-        """The step, compiled or bound anew if the model has changed. Raises StepUnsupportedError."""
+    def ready(self) -> Step | RecordedStep:
+        """The step, compiled or recorded anew if the model has changed. Raises StepUnsupportedError."""
         if self.step is None or self.step.outdated():
             self.step = None
-            self.step = compile_step(self.model)
+            self.step = record_step(self.model) if self.model.device.type == "cuda" else compile_step(self.model)
         self.step.refresh()
         return self.step
 
@@ -104,7 +106,11 @@ def use_step(model: PreTrainedModel) -> StepGenerate:
 
 
 def _unsuited(
-    input_ids: Tensor, config: GenerationConfig, mode: GenerationMode, model_kwargs: Mapping[str, Any]
+    input_ids: Tensor,
+    device: torch.device,
+    config: GenerationConfig,
+    mode: GenerationMode,
+    model_kwargs: Mapping[str, Any],
 ) -> str | None:
     """Why the step cannot do what was asked for; None if it can."""
     mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
@@ -115,7 +121,7 @@ def _unsuited(
         return f"the generation mode is {mode.value}"
     if input_ids.shape[0] != 1:
         return f"{input_ids.shape[0]} texts at once"
-    if input_ids.shape[1] == 0 or input_ids.device.type != "cpu":
+    if input_ids.shape[1] == 0 or input_ids.device != device:
         return "the prompt is empty" if input_ids.shape[1] == 0 else f"the prompt is on {input_ids.device}"
     if asked or not model_kwargs.get("use_cache", True):
         return f"{asked} was asked for" if asked else "use_cache is off"
@@ -130,7 +136,7 @@ def _unsuited(
 
 @torch.no_grad()
 def _decode(
-    step: Step,
+    step: Step | RecordedStep,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,

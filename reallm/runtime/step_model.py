@@ -91,8 +91,8 @@ def _check_plain(model: PreTrainedModel) -> None:
             _refuse(f"{name or 'the model'} has a hook")
     if replaced := {"prepare_inputs_for_generation", "__call__"} & vars(model).keys():
         _refuse(f"its {min(replaced)} was replaced")
-    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
-    if devices != {"cpu"}:
+    devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or not min(devices).startswith(("cpu", "cuda")):
         _refuse(f"it is on {', '.join(sorted(devices))}")
 
 
@@ -205,7 +205,7 @@ class _Reader:
         weight = module.weight.detach().float()
         if tuple(weight.shape) != (width,):
             _refuse(f"{path} has weights of shape {tuple(weight.shape)}, not [{width}]")
-        probe = torch.linspace(-2, 3, width)
+        probe = torch.linspace(-2, 3, width, device=weight.device)
         with torch.no_grad():
             found = module(probe).float()
         scaled = probe * torch.rsqrt(probe.square().mean() + eps)
@@ -293,9 +293,10 @@ def rotary_table(model: PreTrainedModel, name: str, positions: int) -> tuple[Ten
     """
     module: Any = model.get_submodule("model.rotary_emb")
     kind = name.partition(".")[2]
-    index = torch.arange(positions)[None]
+    index = torch.arange(positions, device=model.device)[None]
+    dtype = torch.zeros(1, device=model.device)
     with torch.no_grad():
-        cosines, sines = module(torch.zeros(1), index, kind) if kind else module(torch.zeros(1), index)
+        cosines, sines = module(dtype, index, kind) if kind else module(dtype, index)
     half = cosines.shape[-1] // 2
     if not all(torch.equal(each[..., :half], each[..., half:]) for each in (cosines, sines)):
         _refuse("its rotation turns the two halves of a head by different angles")

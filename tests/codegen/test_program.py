@@ -27,9 +27,6 @@ from reallm.codegen.operations import (
     Unpack,
 )
 from reallm.codegen.passes import (
-    BLOCKS_K,
-    BLOCKS_N,
-    MAX_WARPS,
     PASSES,
     hoist_row_scales,
     run_passes,
@@ -187,12 +184,10 @@ def test_equal_specifications_share_a_kernel() -> None:
     ]
 
 
-@given(st.integers(1, 2**18), st.integers(1, 2**16))
-def test_tiles_are_among_those_on_offer_and_fill_their_threads(rows: int, cols: int) -> None:
-    tile = tile_for(rows, cols)
-    assert tile.block_n in BLOCKS_N and tile.block_k in BLOCKS_K and 1 <= tile.num_warps <= MAX_WARPS
-    assert tile.block_n * tile.block_k >= 512 * tile.num_warps
-    assert tile.block_n * tile.block_k <= 512 * MAX_WARPS
+@pytest.mark.parametrize("name", ["aq2x8-d8", "e8p3", "km4", "uint5-g24"])
+def test_a_thread_of_a_product_by_chunks_has_eight_or_sixteen_weights(name: str) -> None:
+    tile = tile_for(lower(Format.parse(name)))
+    assert tile.block_n * tile.block_k in (256 * tile.num_warps, 512 * tile.num_warps)
 
 
 def test_passes_are_named() -> None:

@@ -60,6 +60,22 @@ def test_every_codec_and_many_rows_of_x(check: Check, name: str) -> None:
     check(random_call(name + "+o10+r3i8", 9, 77, 5, "float16", bias=True))
 
 
+@pytest.mark.parametrize(
+    "name", ["tq3-l12+rot", "tq1.5-l16+o5+r8", "int4-g32+rot", "e8p3+perm", "km3+rot+o5", "aq2x8-d8+cs"]
+)
+def test_values_that_are_decoded_for_a_library(check: Check, name: str) -> None:
+    check(random_call(name, 40, 77, 34))
+    check(random_call(name, 24, 96, 40, "float16", bias=True))
+
+
+@pytest.mark.parametrize("name", ["uint4-g32", "uint3-g0", "lm3-g24-dq6x64", "aq2x8-d8-shared", "e8p4", "km4"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_values_that_are_decoded_whole(check: Check, name: str, dtype: str) -> None:
+    check(random_call(name, 40, 77, 34, dtype, bias=True))
+    if dtype == "float16":  # a GEMM, which the interpreter gets wrong in bfloat16
+        check(random_call(name + "+r3", 24, 96, 34, dtype))
+
+
 @pytest.mark.parametrize("name", ["int4-g32", "lm3-g64-dq6x64", "aq2x8-d8", "tq2-l12", "e8p2"])
 @pytest.mark.parametrize("transform", ["+perm", "+cs", "+rot", "+perm+cs+rot"])
 def test_every_transform(check: Check, name: str, transform: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from packed_fields import Packed, coded_magnitudes, product_bound, random_fields
 
-from reallm.codegen.launch import MAX_BATCH
+from reallm.codegen.launch import DENSE_ROWS, MAX_BATCH
 from reallm.codegen.program import Tile
 from reallm.kernels.codecs import TrellisCodec
 from reallm.kernels.formats import Format
@@ -47,24 +47,35 @@ def start(cache: Path) -> None:
 
 
 def run(call: Call) -> Result:
-    """y, and x and bias as the kernel saw them, in float64. The output buffer is filled with NaN before."""
+    """y, and x and bias as the kernel saw them, in float64."""
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 
-    from reallm.codegen.launch import kernels_for, load_kernel, multiply
+    from reallm.codegen.launch import kernels_for, load_kernel
 
     torch.set_num_threads(1)
-    fmt, dtype = Format.parse(call.format), getattr(torch, call.dtype)
+    fmt = Format.parse(call.format)
     assert isinstance(load_kernel(kernels_for(fmt, call.rows, call.cols)[-1]), InterpretedFunction)
-    x = torch.from_numpy(call.x).to(dtype)
-    bias = None if call.bias is None else torch.from_numpy(call.bias).to(dtype)
-    fields = {name: torch.from_numpy(raw.copy()) for name, raw in call.packed.items()}
-    out = torch.full((x.shape[0], call.rows), float("nan"), dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        y = multiply(fmt, fields, x, call.rows, call.cols, bias, out, call.tile, prefill=call.prefill)
+        return run_on(call, "cpu")
+
+
+def run_on(call: Call, device: str) -> Result:
+    """As `run`, by whatever runs kernels on `device`. The output is filled with NaN before."""
+    import torch
+
+    from reallm.codegen.launch import multiply
+
+    dtype = getattr(torch, call.dtype)
+    x = torch.from_numpy(call.x).to(device, dtype)
+    bias = None if call.bias is None else torch.from_numpy(call.bias).to(device, dtype)
+    fields = {name: torch.from_numpy(raw.copy()).to(device) for name, raw in call.packed.items()}
+    out = torch.full((x.shape[0], call.rows), float("nan"), dtype=dtype, device=device)
+    y = multiply(Format.parse(call.format), fields, x, call.rows, call.cols, bias, out, call.tile, prefill=call.prefill)
     assert y is out
-    return y.double().numpy(), x.double().numpy(), None if bias is None else bias.double().numpy()
+    shift = None if bias is None else bias.double().cpu().numpy()
+    return y.double().cpu().numpy(), x.double().cpu().numpy(), shift
 
 
 def run_together(calls: tuple[Call, ...]) -> list[Result]:
@@ -103,7 +114,7 @@ def assert_matches(
     expected = x @ decode_reference(fmt, call.packed, call.rows, call.cols).T + shift
     many = len(x) > MAX_BATCH
     half = many and (isinstance(fmt.codec, TrellisCodec) or fmt.transformed)
-    bound = product_bound(fmt, call.rows, call.cols, call.packed, x, half)
+    bound = product_bound(fmt, call.rows, call.cols, call.packed, x, half, len(x) > DENSE_ROWS)
     if many and not half and call.dtype != "float32":  # weights are rounded as a decoded weight is; tiny ones by 2^-25
         coded = coded_magnitudes(fmt, call.rows, call.cols, call.packed)
         bound = bound + np.abs(x) @ (CAST_ERROR[call.dtype] * coded + 2.0**-25).T

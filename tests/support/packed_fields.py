@@ -76,14 +76,20 @@ def coded_magnitudes(fmt: Format, rows: int, cols: int, packed: Packed) -> NDArr
 
 
 def product_bound(
-    fmt: Format, rows: int, cols: int, packed: Packed, x: NDArray[np.floating], half: bool = False
+    fmt: Format,
+    rows: int,
+    cols: int,
+    packed: Packed,
+    x: NDArray[np.floating],
+    half: bool = False,
+    decoded: bool = False,
 ) -> NDArray[np.float64]:
     """By how much x W_hat^T of a transformed or sparse format in float32 may be off, [batch, rows]; as `sum_bound`.
 
     Each of the three linear maps (rotation of x, codes, rotation of the sums) passes on the error of the one before
     and adds its own: at most (terms + 16) u of the sum of its terms' magnitudes. `half`: x' scale of a trellis is
     rounded to half precision, 2^-11 of it and 2^-24 of the largest scale and of norm, which is at most the largest
-    entry of x; with other codecs x' and the values are, each by 2^-11 of itself or 2^-25, x' in units of norm.
+    entry of x; `decoded`: x' and the values of a trellis in units of that scale are rounded too; with other codecs x' and the values are, each by 2^-11 of itself or 2^-25, x' in units of norm.
     """
     z = np.abs(x).astype(np.float64)
     z = z * packed["channel_scales"].view("<f2")[:cols] if fmt.channel_scales else z
@@ -100,6 +106,10 @@ def product_bound(
         largest = np.abs(packed["scales"].view("<f2")[: -(-cols // TILE)].astype(np.float64)).max()
         floor = 2.0**-24 * 2 * largest * z.max(1, keepdims=True) * 1020 * CODE_UNIT * cols
         error = error + 2.0**-11 * ready @ coded.T + floor
+    if decoded and isinstance(fmt.codec, TrellisCodec):
+        largest = 2 * np.abs(packed["scales"].view("<f2")[: -(-cols // TILE)].astype(np.float64)).max()
+        error = error + 1.001 * 2.0**-10 * ready @ coded.T + 2.0**-24 * largest * ready.sum(1, keepdims=True)
+        error = error + 2.0**-24 * z.max(1, keepdims=True) * coded.sum(1)
     error = error @ turn_out + (rows + 16) * UNIT * (ready @ coded.T) @ turn_out
     rest = replace(fmt, rotated=False, permuted=False, channel_scales=False)
     plain = replace(rest, low_rank=None, sparse=None)

@@ -1,0 +1,45 @@
+"""Logits of a recorded decode step beside transformers', for a process that has Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from tiny import VOCAB, tiny_model
+
+PROMPT, DECODED = 43, 12
+Logits = tuple[torch.Tensor, torch.Tensor]
+
+
+def logits(
+    architecture: str, settings: Mapping[str, object], device: str = "cpu", dtype: str = "float32", share: int = 256
+) -> Logits:
+    """(the step's, transformers' in float32), [1 + DECODED, vocabulary] after a prompt in two parts and each token."""
+    from reallm.runtime import replay
+
+    replay.PROMPT_TOKENS, replay.SHARE = 30, share
+    model = tiny_model(architecture, dtype=getattr(torch, dtype), settings=settings).to(device)
+    tokens = torch.randint(0, VOCAB, (PROMPT + DECODED,), generator=torch.Generator().manual_seed(0)).to(device)
+    step = replay.record_step(model)
+    step.reserve(len(tokens))
+    rows = [step.run(tokens[:PROMPT]).clone()]
+    rows += [step.run(tokens[index : index + 1]).clone() for index in range(PROMPT, len(tokens))]
+    with torch.no_grad():
+        expected = model.float()(tokens[None]).logits[0, PROMPT - 1 :].float()
+    return torch.stack(rows).cpu(), expected.cpu()
+
+
+def packed_logits(folder: str, device: str = "cpu") -> Logits:
+    """As `logits`, of the artifact at `folder`, and with float32 activations."""
+    import reallm
+    from reallm.runtime import replay
+
+    replay.PROMPT_TOKENS = 4  # with more, x' and values are rounded to half precision
+    model, _ = reallm.load(folder, dtype="float32", device=device)
+    tokens = torch.randint(0, VOCAB, (20,), generator=torch.Generator().manual_seed(0)).to(device)
+    step = replay.record_step(model)
+    step.reserve(len(tokens))
+    rows = [step.run(tokens[:12]).clone(), *(step.run(tokens[i : i + 1]).clone() for i in range(12, 20))]
+    with torch.enable_grad():  # which takes the decoded weights
+        expected = model(tokens[None]).logits[0, 11:].float().detach()
+    return torch.stack(rows).cpu(), expected.cpu()
