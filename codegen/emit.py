@@ -121,8 +121,8 @@ def _scalars_of_one(spec: KernelSpec) -> tuple[str, ...]:
 
 
 def constants(spec: KernelSpec) -> tuple[str, ...]:
-    """The kernel's compile-time arguments, last: DEVICE is "cuda", "hip" or "portable"; SPLITS how many instances shared
-    out the columns of a product."""
+    """The kernel's compile-time arguments, last: DEVICE is "cuda", "hip" or "portable", SPLITS how many instances
+    shared out the columns of a product."""
     if spec.function == "finish":
         return ("SPLITS",)
     return ("DEVICE",) if any(isinstance(operation, Trellis) for operation in spec.operations) else ()

@@ -28,6 +28,7 @@ from .emit import bindings, constants, emit, pointers
 from .operations import LIFT, AddLowRank, AddSparse, CodegenError, Store, Trellis
 from .passes import dense_kernel, run_passes
 from .program import KernelSpec, MatrixProgram, Program, Tile, lower
+from .trellis import kernel_widths
 
 if TYPE_CHECKING:
     import torch
@@ -306,12 +307,18 @@ def _for_batch(spec: KernelSpec, calls: Sequence[Call], many: bool) -> KernelSpe
     limits = GEMM_BATCHES if many else range(1, MAX_BATCH + 1)
     batch = next((limit for limit in limits if limit >= calls[0].count), limits[-1])
     widths = {width for call in calls for width in call.widths}
-    if spec.widths and not widths <= set(spec.widths):
-        spec = replace(spec, widths=tuple(sorted(widths | set(spec.widths))))
+    if isinstance(trellis := spec.operations[0], Trellis):
+        spec = replace(spec, widths=kernel_widths(widths, trellis.state_bits))
     if spec.function == "dense":
         return spec
+    return with_batch(spec, batch)
+
+
+def with_batch(spec: KernelSpec, batch: int) -> KernelSpec:
+    """The specification for `batch` rows of x an instance: of a trellis with as many sums in a thread as with one, or
+    its registers do not hold them."""
     tile = spec.tile
-    if spec.widths and not many:  # as many sums in a thread as with one row of x, or its registers do not hold them
+    if spec.widths and spec.function == "gemv":
         tile = replace(tile, block_n=max(WARP, tile.block_n // (1 << (batch - 1).bit_length())))
     return replace(spec, batch=batch, tile=tile)
 

@@ -13,12 +13,12 @@ instances: N / BLOCK_N * rank * K * bytes, for N = 576, K = 1536, r16 in fp16 an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from itertools import chain
 
-from reallm.kernels.codecs import TILE
+from reallm.kernels.codecs import TILE, TrellisCodec
 from reallm.kernels.formats import Format
 
 from .dataflow import shared_inputs
@@ -56,7 +56,7 @@ from .program import (
 )
 from .rotations import CHUNK, together
 from .spans import takes_span
-from .trellis import standard_widths
+from .trellis import kernel_widths, nominal_width
 from .turning import turning
 
 CHUNK_TILES: dict[type, Tile] = {Lattice: Tile(1, 256, 1), Codebooks: Tile(1, 512, 1), Unpack: Tile(1, 1024, 2)}
@@ -162,11 +162,17 @@ def choose_tiles(program: Program) -> Program:
     return _map(program, lambda matrix: replace(matrix, tile=matrix.tile or _own_tile(matrix)))
 
 
+def _nominal_widths(formats: Iterable[Format], trellis: Trellis) -> tuple[int, ...]:
+    """Widths that kernels of these formats have before those of their blocks are known."""
+    rates = {nominal_width(fmt.codec) for fmt in formats if isinstance(fmt.codec, TrellisCodec)}
+    return kernel_widths(rates, trellis.state_bits)
+
+
 def _core_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], tile: Tile) -> KernelSpec:
     """The kernel that decodes and multiplies; it also finishes where nothing is transformed."""
     batch = GEMM_BATCH if matrix.prefill else 1
     if isinstance(trellis := operations[0], Trellis):
-        widths = standard_widths(trellis.state_bits)
+        widths = _nominal_widths([matrix.format], trellis)
         label = f"tq-l{trellis.state_bits}"
         return KernelSpec(label, operations, tile, aligned=True, even=True, batch=batch, widths=widths)
     unpack = next(operation for operation in operations if isinstance(operation, Unpack))
@@ -185,7 +191,7 @@ def dense_kernel(fmt: Format, cols: int) -> KernelSpec:
     """The kernel that writes the values of a matrix of so many columns, without what is added to its product."""
     operations = (*decode_operations(fmt.codec), Keep())
     if isinstance(trellis := operations[0], Trellis):
-        widths = standard_widths(trellis.state_bits)
+        widths = _nominal_widths([fmt], trellis)
         return KernelSpec(f"tq-l{trellis.state_bits}", operations, PREFILL_TILE, cols % TILE == 0, True, widths=widths)
     unpack = next(operation for operation in operations if isinstance(operation, Unpack))
     label, tile = Format(fmt.codec).name.replace("-shared", ""), DENSE_TILE
@@ -273,7 +279,10 @@ def _product(matrix: MatrixProgram) -> KernelSpec:
 def _groups(members: list[MatrixProgram]) -> list[Group]:
     """The group of the members' products, then those of what finishes them."""
     joined = replace(members[0], rows=sum(matrix.rows for matrix in members))
-    kernel = _core_kernel(joined, _product(members[0]).operations, _own_tile(joined))
+    operations = _product(members[0]).operations
+    kernel = _core_kernel(joined, operations, _own_tile(joined))
+    if isinstance(operations[0], Trellis):
+        kernel = replace(kernel, widths=_nominal_widths([matrix.format for matrix in members], operations[0]))
     groups = [Group(tuple(matrix.name for matrix in members), replace(kernel, members=len(members)))]
     finishing: dict[KernelSpec, list[tuple[str, KernelSpec]]] = {}
     for matrix in members:

@@ -60,11 +60,12 @@ def _start_mixing(spec: KernelSpec) -> list[str]:
 def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
     """Lines that add the pieces from `begin` on, each times an entry of B, to `total` [own pieces, size].
 
-    `load` sets `value` [1, together, size] to the pieces `other` [together] of the vector, zero where `there` is not."""
+    `load` sets `value` [1, together, size] to the pieces `other` [together] of the vector, zero where `known` is not.
+    """
     count = spec.pieces
     return [
         f"other = {begin} + tl.arange(0, {count})",
-        "there = (other < pieces)[None, :, None]",
+        "known = (other < pieces)[None, :, None]",
         f"weight = tl.load({base}, mask=(other < pieces)[None, :], other=0)  # [{spec.tile.block_n}, {count}]",
         *load,
         "total += tl.sum(weight[:, :, None] * value, 1)",
@@ -134,9 +135,9 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
     if prepare.rotated:
         load = [
             f"k = other[None, :, None] * {size} + lane",
-            *_value_lines(prepare, "value", ", mask=there, other=0"),
+            *_value_lines(prepare, "value", ", mask=known, other=0"),
             *(_power_lines(f"tl.max(tl.reshape(tl.abs(value), ({spec.pieces * size},)), 0)") if seen else ()),
-            "value *= tl.load(signs_in + k, mask=there, other=0)",
+            "value *= tl.load(signs_in + k, mask=known, other=0)",
         ]
         lines += [
             *_mixing(spec, "base_in + own[:, None] * pieces + other[None, :]", load),
@@ -211,12 +212,12 @@ def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
     """Lines that set `total` to the sums of the parts, rotated back."""
     size = spec.tile.block_k
     at = f"other[None, :, None] * {size} + lane" if rotated else "row"
-    mask = ", mask=there, other=0" if rotated else ""
+    mask = ", mask=known, other=0" if rotated else ""
     load = [
-        f"there_at = part + m.to(tl.int64) * rows + {at}",
-        f"value = tl.load(there_at{mask})",
+        f"part_at = part + m.to(tl.int64) * rows + {at}",
+        f"value = tl.load(part_at{mask})",
         "for split in tl.static_range(1, SPLITS):",
-        f"    value += tl.load(there_at + split * batch.to(tl.int64) * rows{mask})",
+        f"    value += tl.load(part_at + split * batch.to(tl.int64) * rows{mask})",
     ]
     if not rotated:
         return [*load, "total = value"]

@@ -6,8 +6,8 @@ code lies at a place known when the kernel is compiled. Codes come in 64-bit loa
     integers     A code is masked where it lies and its bits are taken for those of a float: code 2^p 2^-149, a denormal
                  number that FMA multiplies exactly. x is multiplied by 2^(LIFT - p) once for all rows. The zero point,
                  the same for a whole group, is subtracted from the group's sum, times the sum of its x.
-    tables       A code's level is loaded from a table that lies in one cache line. Tables of pairs take fewer loads, but
-                 these meet in several lines: on an H100 lm2 took 14 us for 9, lm4 13 for 11.
+    tables       A code's level is loaded from a table that lies in one cache line. Tables of pairs take fewer loads,
+                 but from several lines: on an H100 lm2 took 14 us for 9, lm4 13 for 11.
 
 Sums of a group are float32 and are multiplied by the group's scale.
 """

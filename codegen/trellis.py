@@ -13,10 +13,9 @@ of 1024, whose last place is one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product as product_of
+from collections.abc import Collection, Sequence
 
-from reallm.kernels.codecs import TILE
+from reallm.kernels.codecs import TILE, TrellisCodec
 from reallm.kernels.trellis import CODE_MEAN, CODE_UNIT, MULTIPLIERS, WORDS_PER_WIDTH, step_shape
 
 from .groups import place
@@ -26,6 +25,8 @@ from .snippets import indent
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 10, 12)
 """Those that the encoder chooses among; a matrix with others gets a kernel of its own."""
+WINDOWS = (3, 5, len(WIDTHS))
+"""Widths of one kernel. Triton's time to compile one grows with the third power: some 3, 9 and 30 s here."""
 RUNS_AT, ORDER_AT = 1, 18
 """Where `index` holds the first block of each width, and the blocks in their order."""
 DENORMAL = 2.0**-149
@@ -36,9 +37,24 @@ ROW_BITS = TILE // 2
 """Bits of a row of a tile for each half bit a weight."""
 
 
-def standard_widths(state_bits: int) -> tuple[int, ...]:
-    """The widths of WIDTHS that a trellis of 2^state_bits states can have."""
-    return tuple(width for width in WIDTHS if step_shape(width)[1] <= state_bits)
+def kernel_widths(needed: Collection[int], state_bits: int) -> tuple[int, ...]:
+    """The widths that a kernel can decode which has to decode those `needed`: few kernels for all matrices of a model,
+    but none with more widths than it takes to compile in seconds, where so many are not needed.
+
+    Of WIDTHS that a trellis of 2^state_bits states can have, as few neighbours as hold all, in steps of WINDOWS; with
+    other widths, those needed and no more.
+    """
+    possible = tuple(width for width in WIDTHS if step_shape(width)[1] <= state_bits)
+    for size in WINDOWS:
+        for start in range(max(1, len(possible) - size + 1)):
+            if set(needed) <= set(window := possible[start : start + size]):
+                return window
+    return tuple(sorted(needed))
+
+
+def nominal_width(codec: TrellisCodec) -> int:
+    """The width of WIDTHS nearest to a codec's rate, around which those of its blocks lie."""
+    return min(WIDTHS, key=lambda width: abs(width - codec.eighths / 4))
 
 
 def window_words(width: int, state_bits: int) -> tuple[int, int]:
@@ -54,19 +70,19 @@ def position(width: int, column: int) -> tuple[int, int]:
     return bits * (TILE // values - 1 - column // values), column % values
 
 
-def _row_lines(spec: KernelSpec, index: str, r: str) -> list[str]:
-    """Lines at the start of both kernels: where the rows `r` of a tile, at `index`, lie."""
+def _row_lines(spec: KernelSpec, index: str) -> list[str]:
+    """Lines at the start of both kernels: where the rows of a tile, at `index`, lie."""
     return [
-        f"n{r} = {place(spec)} * {spec.tile.block_n} + {index}",
-        f"row{r} = tl.minimum(n{r}, rows - 1)",
-        f"tile{r} = row{r} >> {TILE_BITS}",
-        f"up{r} = {TILE - 1} - (row{r} & {TILE - 1})  # bits of a tile run from its last row to its first",
+        f"n = {place(spec)} * {spec.tile.block_n} + {index}",
+        "row = tl.minimum(n, rows - 1)",
+        f"tile = row >> {TILE_BITS}",
+        f"up = {TILE - 1} - (row & {TILE - 1})  # bits of a tile run from its last row to its first",
     ]
 
 
-def _width_lines(width: int, state_bits: int, rows: Sequence[str]) -> list[str]:
-    """Lines before the loop of a width: where its blocks are in `index`, and for each of `rows` the pointers `at_0`,
-    ... to the words of its window in the first block."""
+def _width_lines(width: int, state_bits: int) -> list[str]:
+    """Lines before the loop of a width: where its blocks are in `index`, and the pointers `at_0`,
+    ... to the words of a row's window in the first block."""
     values, bits, _ = step_shape(width)
     size = WORDS_PER_WIDTH * width
     lines = [
@@ -74,43 +90,42 @@ def _width_lines(width: int, state_bits: int, rows: Sequence[str]) -> list[str]:
         f"begin = tl.load(index + {RUNS_AT + width})",
         f"end = tl.load(index + {RUNS_AT + width + 1})",
     ]
-    for r in rows:
-        if ROW_BITS * width % 32:
-            lines.append(f"word = (up{r} * {width}) >> 2")
-            lines.append(f"skip{r} = (((up{r} * {width}) & 3) * 8).to(tl.uint64)")
-        else:
-            lines.append(f"word = up{r} * {ROW_BITS * width // 32}")
-        for index in range(window_words(width, state_bits)[0]):
-            there = f"(word + {index})" if index else "word"
-            wrapped = f"tl.where({there} < {size}, {there}, {there} - {size})" if index else there
-            lines.append(f"at{r}_{index} = words + (tile{r} * {size} + {wrapped})")
+    if ROW_BITS * width % 32:
+        lines.append(f"word = (up * {width}) >> 2")
+        lines.append(f"skip = (((up * {width}) & 3) * 8).to(tl.uint64)")
+    else:
+        lines.append(f"word = up * {ROW_BITS * width // 32}")
+    for index in range(window_words(width, state_bits)[0]):
+        there = f"(word + {index})" if index else "word"
+        wrapped = f"tl.where({there} < {size}, {there}, {there} - {size})" if index else there
+        lines.append(f"at_{index} = words + (tile * {size} + {wrapped})")
     return lines
 
 
-def _window_lines(width: int, state_bits: int, r: str) -> list[str]:
+def _window_lines(width: int, state_bits: int) -> list[str]:
     """Lines that move the words `w_0`, ... of a row's window to its start: `a_0`, ..., uint32."""
     touched, needed = window_words(width, state_bits)
-    word = f"w{r}_{{}}.to(tl.uint32, bitcast=True)"
+    word = "w_{}.to(tl.uint32, bitcast=True)"
     if ROW_BITS * width % 32 == 0:
-        return [f"a{r}_{index} = {word.format(index)}" for index in range(touched)]
+        return [f"a_{index} = {word.format(index)}" for index in range(touched)]
     lines = []
     for index in range(needed):
         low = word.format(index)
         if index + 1 < touched:
             pair = f"({word.format(index + 1)}.to(tl.uint64) << 32) | {low}.to(tl.uint64)"
-            lines.append(f"a{r}_{index} = (({pair}) >> skip{r}).to(tl.uint32)")
+            lines.append(f"a_{index} = (({pair}) >> skip).to(tl.uint32)")
         else:
-            lines.append(f"a{r}_{index} = {low} >> skip{r}.to(tl.uint32)")
+            lines.append(f"a_{index} = {low} >> skip.to(tl.uint32)")
     return lines
 
 
-def product(width: int, state_bits: int, column: int, r: str) -> str:
+def product(width: int, state_bits: int, column: int) -> str:
     """The product whose bytes make the value of one column, an expression."""
     bit, which = position(width, column)
     word, shift = divmod(bit, 32)
-    low = f"a{r}_{word} >> {shift}" if shift else f"a{r}_{word}"
+    low = f"a_{word} >> {shift}" if shift else f"a_{word}"
     if shift + state_bits > 32:
-        low = f"({low}) | (a{r}_{word + 1} << {32 - shift})"
+        low = f"({low}) | (a_{word + 1} << {32 - shift})"
     mask = "" if shift + state_bits == 32 else f" & {(1 << state_bits) - 1}"
     return f"(({low}){mask}) * {MULTIPLIERS[which]:#x}"
 
@@ -127,20 +142,30 @@ def _find_lines(prefix: str) -> list[str]:
 def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
     """The body of y_part[split, m, n] = sum over the split's blocks of (s - mean) scale x'.
 
-    Tensors are [T], one entry for each of the instance's threads. All warps have the same rows of W, a thread one of
-    every 32 (`row_0`, `row_1`, ...), and every warp has blocks of columns of its own, whose sums meet at the end. While
-    a warp multiplies, the words of its next block are on their way, and where the one after lies.
+    All warps have the same rows of W, and every warp has blocks of columns of its own, whose sums meet at the end. What
+    belongs to a block is [T], one entry for each of the instance's threads; what belongs to a row is [R T], as each
+    thread has one of every 32 rows. While a warp multiplies, the words of its next block are on their way, and where
+    the one after lies.
     """
     decode, centre = operations[0], next(op for op in operations if isinstance(op, Centre))
     assert isinstance(decode, Trellis)
     state_bits, warps, batch = decode.state_bits, spec.tile.num_warps, range(spec.batch)
-    threads, rows = WARP * warps, [f"_{index}" for index in range(spec.tile.block_n // WARP)]
+    threads, each = WARP * warps, spec.tile.block_n // WARP
+
+    def wide(name: str) -> str:
+        """What each thread has, for each of its rows."""
+        return (
+            name
+            if each == 1
+            else f"tl.reshape(tl.broadcast_to({name}[None, :], ({each}, {threads})), ({each * threads},))"
+        )
+
     lines = [
+        f"entry = tl.arange(0, {each * threads})",
         f"thread = tl.arange(0, {threads})",
-        f"lane = thread & {WARP - 1}",
         f"warp = thread >> {WARP.bit_length() - 1}",
         f"across = (cols + {TILE - 1}) // {TILE}",
-        *(line for index, r in enumerate(rows) for line in _row_lines(spec, f"{index * WARP} + lane", r)),
+        *_row_lines(spec, f"entry // {threads} * {WARP} + (entry & {WARP - 1})"),
         f"first = tl.program_id(1) * {spec.batch}",
         f"split = tl.program_id(2) * {warps}",
         f"step = tl.num_programs(2) * {warps}",
@@ -148,41 +173,41 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
     for m in batch:
         lines += [
             f"m_{m} = {f'tl.minimum(first + {m}, batch - 1)' if spec.batch > 1 else 'first'}",
-            f"plain_{m} = ready + m_{m} * (across * {TILE}) + (lane & {TILE - 1})",
+            f"plain_{m} = ready + m_{m} * (across * {TILE}) + (thread & {TILE - 1})",
             f"x_{m} = (ready + m_{m} * (across * {TILE})).to(tl.pointer_type(tl.int64))  # pairs of float32",
             f"mean_{m} = tl.zeros(({threads},), tl.float32)  # twice the sum of scale x'",
-            *(f"total{r}_{m} = tl.zeros(({threads},), tl.float32)" for r in rows),
+            f"total_{m} = tl.zeros(({each * threads},), tl.float32)",
         ]
     for width in spec.widths:
         words = range(window_words(width, state_bits)[0])
 
         def fetch(target: str, source: str, words: Sequence[int] = words) -> list[str]:
             """Lines that load the scale and the words of the block that `source` names."""
-            mask = f"mask={source}live, other=0"
             return [
-                f"{target}scale = tl.load(scales + {source}block, {mask}).to(tl.float32)",
-                *(f"{target}w{r}_{i} = tl.load(at{r}_{i} + {source}start, {mask})" for r in rows for i in words),
+                f"{target}scale = tl.load(scales + {source}block, mask={source}live, other=0).to(tl.float32)",
+                f"from_here, seen = {wide(f'{source}start')}, {wide(f'{source}live')}",
+                *(f"{target}w_{i} = tl.load(at_{i} + from_here, mask=seen, other=0)" for i in words),
             ]
 
-        inside = [*fetch("next_", "next_"), "own += step", *_find_lines("last_")]
-        inside += [line for r in rows for line in _window_lines(width, state_bits, r)]
+        inside = [*fetch("next_", "next_"), "own += step", *_find_lines("last_"), *_window_lines(width, state_bits)]
         for column in range(0, TILE, 2):
             for m in batch:
                 inside.append(f"pair = tl.load(x_{m} + (block * {TILE // 2} + {column // 2}))")
-                inside.append(f"x_0_{m} = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)")
-                inside.append(f"x_1_{m} = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)")
-            for half, r in product_of(range(2), rows):
-                which = product(width, state_bits, column + half, r)
+                inside.append(f"x_0_{m} = {wide('(pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)')}")
+                inside.append(f"x_1_{m} = {wide('(pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)')}")
+            for half in range(2):
+                which = product(width, state_bits, column + half)
                 inside.append(f"value = byte_sum({which}, 0, DEVICE).to(tl.float32, bitcast=True)")
                 new = column + half == 0
-                inside += [f"sum{r}_{m} {'=' if new else '+='} value * x_{half}_{m}" for m in batch]
+                inside += [f"sum_{m} {'=' if new else '+='} value * x_{half}_{m}" for m in batch]
+        inside.append(f"scale_wide = {wide('scale')}")
         for m in batch:
-            inside += [f"total{r}_{m} += sum{r}_{m} * scale" for r in rows]
+            inside.append(f"total_{m} += sum_{m} * scale_wide")
             inside.append(f"mean_{m} += tl.load(plain_{m} + block * {TILE}) * scale")
-        inside += [f"{name} = next_{name}" for name in ("block", "scale", *(f"w{r}_{i}" for r in rows for i in words))]
+        inside += [f"{name} = next_{name}" for name in ("block", "scale", *(f"w_{i}" for i in words))]
         inside += [f"next_{name} = last_{name}" for name in ("block", "start", "live")]
         lines += [
-            *_width_lines(width, state_bits, rows),
+            *_width_lines(width, state_bits),
             "own = begin + split + warp",
             *_find_lines(""),
             *fetch("", ""),
@@ -192,17 +217,16 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
             *(f"    {line}" for line in inside),
         ]
     unit = CODE_UNIT / DENORMAL / 2.0**LIFT
-    lines.append(f"lane = tl.arange(0, {WARP})")
+    at = f"tl.arange(0, {each})[:, None] * {WARP} + tl.arange(0, {WARP})[None, :]"
+    lines.append(f"n = {place(spec)} * {spec.tile.block_n} + {at}  # [{each}, {WARP}]")
     for m in batch:
         limit = "rows" if spec.batch == 1 else f"tl.where(first + {m} < batch, rows, 0)"
-        lines.append(f"place = part + (tl.program_id(2) * batch + m_{m}).to(tl.int64) * rows")
-        lines.append(f"mean = tl.sum(mean_{m}, 0) * {centre.mean / 2!r}")
-        for index, r in enumerate(rows):
-            lines += [
-                f"n = {place(spec)} * {spec.tile.block_n} + {index * WARP} + lane",
-                f"whole = tl.sum(tl.reshape(total{r}_{m}, ({warps}, {WARP})), 0) * {unit!r}",
-                f"tl.store(place + n, whole - mean, mask=n < {limit})",
-            ]
+        lines += [
+            f"place = part + (tl.program_id(2) * batch + m_{m}).to(tl.int64) * rows",
+            f"whole = tl.sum(tl.reshape(total_{m}, ({each}, {warps}, {WARP})), 1) * {unit!r}",
+            f"whole -= tl.sum(mean_{m}, 0) * {centre.mean / 2!r}",
+            f"tl.store(place + n, whole, mask=n < {limit})",
+        ]
     return lines
 
 
@@ -217,11 +241,11 @@ def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
         f"block = tl.load(index + {ORDER_AT} + turn)",
         f"start = tl.load(index + {ORDER_AT} + across + turn)",
         *(f"w_{i} = tl.load(at_{i} + start)" for i in range(window_words(width, state_bits)[0])),
-        *_window_lines(width, state_bits, ""),
+        *_window_lines(width, state_bits),
     ]
     names = [f"c_{column}" for column in range(TILE)]
     for column, name in enumerate(names):
-        which = product(width, state_bits, column, "")
+        which = product(width, state_bits, column)
         half = f"byte_sum({which}, {HALF_BITS:#x}, DEVICE).to(tl.uint16)"
         lines.append(f"{name} = {half}.to(tl.float16, bitcast=True) - {HALF_1024 + CODE_MEAN}.0")
     return [*lines, f"weights = tl.reshape({_joined(names)}, ({block_n}, {TILE}))"]
@@ -238,7 +262,7 @@ def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
         raise CodegenError(f"a GEMM takes {TILE} rows of x or more, not {block_m}")
     lines = [
         f"across = (cols + {TILE - 1}) // {TILE}",
-        *_row_lines(spec, f"tl.arange(0, {block_n})  # [{block_n}]", ""),
+        *_row_lines(spec, f"tl.arange(0, {block_n})  # [{block_n}]"),
         f"m = tl.program_id(1) * {block_m} + tl.arange(0, {block_m})  # [{block_m}]",
         "split = tl.program_id(2)",
         "splits = tl.num_programs(2)",
@@ -254,7 +278,7 @@ def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
             f"left = (tl.load(x_at + block * {TILE}) * scale).to(tl.float16)  # [{block_m}, {TILE}]",
         ]
         inside.append("total = tl.dot(weights, tl.trans(left), total)")
-        lines += _width_lines(width, decode.state_bits, [""])
+        lines += _width_lines(width, decode.state_bits)
         lines.append("for turn in tl.range(begin + split, end, splits, num_stages=1):")
         lines += [f"    {line}" for line in inside]
     lines += [
@@ -274,7 +298,7 @@ def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str
     lines = [
         *([f"cols = cols // {TILE} * {TILE}  # as it is: says that rows are whole blocks"] if spec.aligned else []),
         f"across = (cols + {TILE - 1}) // {TILE}",
-        *_row_lines(spec, f"tl.arange(0, {block_n})  # [{block_n}]", ""),
+        *_row_lines(spec, f"tl.arange(0, {block_n})  # [{block_n}]"),
         "split = tl.program_id(2)",
         "splits = tl.num_programs(2)",
         "unit = tl.load(index).to(tl.float32, bitcast=True)  # a power of two, no less than any scale",
@@ -282,7 +306,7 @@ def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str
         "goal = dense + n.to(tl.int64)[:, None] * cols + column",
     ]
     for width in spec.widths:
-        lines += _width_lines(width, decode.state_bits, [""])
+        lines += _width_lines(width, decode.state_bits)
         lines.append("for turn in tl.range(begin + split, end, splits, num_stages=1):")
         inside = [*_values_lines(width, decode.state_bits, block_n)]
         inside += [

@@ -89,7 +89,8 @@ def product_bound(
     Each of the three linear maps (rotation of x, codes, rotation of the sums) passes on the error of the one before
     and adds its own: at most (terms + 16) u of the sum of its terms' magnitudes. `half`: x' scale of a trellis is
     rounded to half precision, 2^-11 of it and 2^-24 of the largest scale and of norm, which is at most the largest
-    entry of x; `decoded`: x' and the values of a trellis in units of that scale are rounded too; with other codecs x' and the values are, each by 2^-11 of itself or 2^-25, x' in units of norm.
+    entry of x; `decoded`: x' and the values of a trellis are rounded too, these in units of the largest scale; with
+    other codecs x' and the values are, each by 2^-11 of itself or 2^-25, x' in units of norm.
     """
     z = np.abs(x).astype(np.float64)
     z = z * packed["channel_scales"].view("<f2")[:cols] if fmt.channel_scales else z
