@@ -27,11 +27,11 @@ def generate(
 ) -> str:
     """`prompt` and what the model at `path` adds, at most `max_new_tokens` tokens; with `chat` only the answer.
 
-    `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. The decode step, compiled
-    for the CPU or recorded on a GPU, does the work where it can. `dtype` is what transformers' loop computes in otherwise, and what is not
-    packed is kept in (default: float32 for the one, as stored for the other). `adapter` is a LoRA or DoRA adapter
-    to an artifact, as for `load`. Raises UserError for a model that does
-    not generate, a prompt without tokens and a chat without a template.
+    `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. The decode step,
+    compiled for the CPU or recorded on a GPU, does the work where it can. `dtype` is what transformers' loop
+    computes in otherwise, and what is not packed is kept in (default: float32 for the one, as stored for the
+    other). `adapter` is a LoRA or DoRA adapter to an artifact, as for `load`. Raises UserError for a model that
+    does not generate, a prompt without tokens and a chat without a template.
     """
     opened = open_model(path, dtype, device, adapter)
     if not opened.model.can_generate():

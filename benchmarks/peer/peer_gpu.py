@@ -1,8 +1,8 @@
 """Times gemlite's and AQLM's products of one row of x on a GPU: peer_gpu OUTPUT [ROWS,COLS]..., as a module.
 
 Run in the peers' own environment, from the project's folder. Writes OUTPUT, a list of objects with name, shape,
-microseconds and versions. gemlite tunes itself at the first call; AQLM takes its own kernel for the codebooks, of 2x8 one
-in CUDA that is built at the first call.
+microseconds and versions. gemlite tunes itself at the first call; AQLM's kernel for 2x8 is CUDA, built at the first
+call.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     logits = step.run(prompt)           # the prompt at once, launch by launch
     logits = step.run(token)            # then token by token: one CUDA graph
 
-Products are those of the model's own modules, packed or not; norms, gates and attention are `codegen.step_kernels`. The
-graph is `step_model`'s, after the passes that the compiled step of the CPU has too. The sum of a block's outputs is kept
-in float32; everything else has the dtype the model computes in, keys and values too.
+Products are those of the model's own modules, packed or not; norms, gates and attention are `codegen.step_kernels`.
+The graph is `step_model`'s, after the passes that the compiled step of the CPU has too. The sum of the blocks' outputs
+is kept in float32; everything else has the dtype the model computes in, keys and values too.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class RecordedStep:
         if wanted <= self.capacity:
             return
         self.capacity, self._recorded = wanted, None
-        self._keys, self._values, self._tables = {}, {}, {}
+        self._keys, self._values = {}, {}
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         for _, op in self.graph:
             if isinstance(op, Attend):
                 inner = op.attention
@@ -117,7 +118,7 @@ class RecordedStep:
     def _record(self) -> None:
         """Record the walk of one token and the step to the next position. A first walk compiles and allocates what is
         kept; it writes the key and value that the replay writes again."""
-        side = torch.cuda.Stream()
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._walk(self._token, self._now)

@@ -1,5 +1,6 @@
-"""`model.generate` through the decode step, for one text drawn or taken greedily; all else as before. On the CPU the step
-is compiled, on a GPU recorded.
+"""`model.generate` through the decode step, for one text drawn or taken greedily; all else as before.
+
+On the CPU the step is compiled, on a GPU recorded.
 
 transformers prepares everything (settings, processors of logits, criteria to stop) and is handed another decoding loop,
 which asks the step for logits and nothing else. Whatever the step cannot do goes through transformers' own loop, and a
@@ -94,7 +95,7 @@ class StepGenerate:
         """Log once that transformers' loop is taken, and why."""
         if reason not in self.said:
             self.said.add(reason)
-            LOG.warning("generating without the compiled decode step: %s", reason)
+            LOG.warning("generating without the decode step of its own: %s", reason)
 
 
 def use_step(model: PreTrainedModel) -> StepGenerate:
