@@ -5,7 +5,9 @@
     OUT/kernels/<kernel>.sm_80.ptx       portable form of the lowest target, for GPUs newer than all of them
     OUT/kernels/manifest.json            sha256 of every file, toolchain, and which kernels each matrix runs
 
-The same plan and toolchain give the same bytes. Objects are compiled by `worker`, in processes of their own.
+An object of a trellis decodes blocks of the widths that the manifest names for it, around the format's rate, and one of
+`finish` adds up SPLITS parts: they are for inspection. The same plan and toolchain give the same bytes. Objects are
+compiled by `worker`, in processes of their own.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ SPLITS = 8
 MAX_WORKERS = 4
 COMPILE_SECONDS = 1800
 WITHOUT = "--no-kernels makes the artifact without them"
-_POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "i8": "*i8", "i32": "*i32", "i64": "*i64"}
+_POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "i8": "*i8", "i32": "*i32"}
 
 
 def emit_kernels(
@@ -101,6 +103,8 @@ def _kernel_entry(spec: KernelSpec, facts: dict[str, dict[str, Any]]) -> dict[st
         "block_n": tile.block_n,
         "block_k": tile.block_k,
         "num_warps": tile.num_warps,
+        "widths": list(spec.widths),
+        "constants": {"SPLITS": SPLITS} if "SPLITS" in constants(spec) else {},
         "targets": {fact["target"]: fact["facts"] for fact in facts.values() if fact["kernel"] == spec.name},
     }
 

@@ -2,7 +2,7 @@
 
 1. hoist_row_scales  a scale shared by a whole row multiplies the finished sum, not every weight.
 2. share_inputs      matrices that share an input (q, k, v; gate, up) and its rotation have it prepared once.
-3. choose_tiles      BLOCK_N, BLOCK_K and num_warps for each matrix, by the costs below.
+3. choose_tiles      BLOCK_N, BLOCK_K and num_warps for each matrix, by what was fastest on an H100.
 4. share_kernels     the operations are cut into kernels; matrices with equal specifications share one.
 5. group_products    matrices that share an input and the operations of their product are multiplied by one launch.
 
@@ -261,7 +261,7 @@ def share_kernels(program: Program) -> Program:
 
 def group_products(program: Program) -> Program:
     """Products of one input by equal operations become one launch, with the tile of a matrix of all their rows; so does
-    what finishes them, where its kernels are equal."""
+    what finishes them, where its pieces are of one size."""
     inputs = shared_inputs(matrix.name for matrix in program.matrices)
     alike: dict[tuple[object, ...], list[MatrixProgram]] = {}
     for matrix in program.matrices:

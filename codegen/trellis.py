@@ -41,19 +41,21 @@ def kernel_widths(needed: Collection[int], state_bits: int) -> tuple[int, ...]:
     """The widths that a kernel can decode which has to decode those `needed`: few kernels for all matrices of a model,
     but none with more widths than it takes to compile in seconds, where so many are not needed.
 
-    Of WIDTHS that a trellis of 2^state_bits states can have, as few neighbours as hold all, in steps of WINDOWS; with
-    other widths, those needed and no more.
+    Of WIDTHS that a trellis of 2^state_bits states can have, as few neighbours as hold all, in steps of WINDOWS, around
+    their mean; with other widths, those needed and no more.
     """
+    middle = sum(needed) / max(1, len(needed))
     possible = tuple(width for width in WIDTHS if step_shape(width)[1] <= state_bits)
     for size in WINDOWS:
-        for start in range(max(1, len(possible) - size + 1)):
-            if set(needed) <= set(window := possible[start : start + size]):
-                return window
+        windows = [possible[start : start + size] for start in range(max(1, len(possible) - size + 1))]
+        fitting = [window for window in windows if set(needed) <= set(window)]
+        if fitting:
+            return min(fitting, key=lambda window: abs(window[len(window) // 2] - middle))
     return tuple(sorted(needed))
 
 
 def nominal_width(codec: TrellisCodec) -> int:
-    """The width of WIDTHS nearest to a codec's rate, around which those of its blocks lie."""
+    """The width of WIDTHS nearest to a codec's rate, around which most of its blocks' lie."""
     return min(WIDTHS, key=lambda width: abs(width - codec.eighths / 4))
 
 

@@ -66,8 +66,8 @@ def main() -> None:
     }
     for rows, cols in shapes:
         for name, make in makers.items():
-            versions = {package: version(package) for package in (name.split()[0], "triton", "torch")}
             try:
+                versions = {package: version(package) for package in (name.split()[0], "triton", "torch")}
                 taken = microseconds(make(rows, cols))
             except Exception:  # noqa: BLE001 - whatever a peer raises, the others are timed
                 print(f"{name} [{rows}, {cols}]: {traceback.format_exc(limit=-2)}", file=sys.stderr)

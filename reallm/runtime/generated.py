@@ -1,6 +1,6 @@
-"""Generated kernels: the codes are read as they lie, and no weight is ever decoded to memory.
+"""Generated kernels: the codes are read as they lie, and no weight stays decoded in memory.
 
-Used on CUDA without autograd, for any number of rows; anything else takes the decoded weight. Before the first use on a
+Used on CUDA without autograd; anything else takes the decoded weight. Before the first use on a
 device a small matrix is multiplied both ways; if that fails or differs, one warning says so and the portable path is
 taken from then on.
 """
@@ -26,7 +26,7 @@ from .packed import Packed
 from .siblings import stored
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_PROBES, _PROBE_ROWS, _PROBE_COLS = ("int4-g16", "tq2-l12+rot"), 32, 64
+PROBES, _PROBE_ROWS, _PROBE_COLS = ("int4-g16", "tq2-l12+rot"), 32, 64
 
 
 def _interpreted() -> bool:
@@ -40,7 +40,7 @@ def takes_kernel(packed: Packed, inputs: Tensor) -> bool:
     fmt = packed.format
     if inputs.numel() == 0 or not has_kernel(fmt):
         return False
-    return kernels_work(inputs.device, _PROBES[isinstance(fmt.codec, TrellisCodec) or fmt.transformed])
+    return kernels_work(inputs.device, PROBES[isinstance(fmt.codec, TrellisCodec) or fmt.transformed])
 
 
 def packed_linear(packed: Packed, inputs: Tensor, bias: Tensor | None) -> Tensor:

@@ -21,7 +21,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from ..codegen.graph import Add, Attend, Embed, Gate, Linear, Norm, Residual, Softcap, StepGraph, Token, Value
+from ..codegen.launch import on_device
+from ..codegen.program import has_kernel
 from ..codegen.step_passes import run_step_passes
+from .generated import PROBES, kernels_work
+from .modules import CompressedLinear
+from .packed import Packed
 from .step import CacheOverflowError, identities
 from .step_model import StepUnsupportedError, read_step, rotary_table
 
@@ -50,24 +55,37 @@ class RecordedStep:
         ).dtype
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self.position = self.capacity = 0
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
         self._recorded: Any = None
+        self._read: list[tuple[Packed, object, Tensor]] = []
         self._identity = list(identities(model))
 
     def refresh(self) -> None:
         """Nothing is copied from the model: what is trained in place is seen."""
 
     def outdated(self) -> bool:
-        """Whether a module or tensor of the model was replaced, moved, or hooked on to since the step was made."""
-        return self._identity != list(identities(self.model))
+        """Whether a module or tensor of the model was replaced, moved, or hooked on to since the step was made, or has
+        made anew what a recording reads."""
+        kept = all(m.derived is derived and m.decoded is decoded for m, derived, decoded in self._read)
+        return not kept or self._identity != list(identities(self.model))
 
+    @torch.inference_mode(False)
     def reserve(self, positions: int) -> None:
-        """Start a new text of at most `positions` tokens."""
+        """Start a new text of at most `positions` tokens. Raises StepUnsupportedError where they do not fit."""
         self.position = 0
         wanted = -(-positions // POSITION_UNIT) * POSITION_UNIT
         if wanted <= self.capacity:
             return
-        self.capacity, self._recorded = wanted, None
-        self._keys, self._values = {}, {}
+        self.capacity, self._recorded, self._keys, self._values = 0, None, {}, {}
+        try:
+            self._allocate(wanted)
+        except torch.OutOfMemoryError:
+            self._keys, self._values = {}, {}
+            raise StepUnsupportedError(f"keys and values of {wanted} positions do not fit into memory") from None
+        self.capacity = wanted
+
+    def _allocate(self, wanted: int) -> None:
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         for _, op in self.graph:
             if isinstance(op, Attend):
@@ -79,23 +97,27 @@ class RecordedStep:
         self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._now = torch.zeros((), dtype=torch.int64, device=self.device)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, tokens: Tensor) -> Tensor:
         """Read int64 `tokens` [n] after those read before; logits of the next, float32 [vocabulary], until the next
         call. Raises CacheOverflowError where the cache has not as many positions left, ValueError for no token or, in
         a prompt, one that is not in the vocabulary."""
-        tokens = tokens.to(self.device, torch.int64)
-        count = tokens.numel()
-        if count == 0 or (count > 1 and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary):
+        tokens = tokens.to(self.device, torch.int64, copy=True)
+        count, first = tokens.numel(), not self.position
+        if count == 0 or ((count > 1 or first) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary):
             raise ValueError(f"expected tokens below {self.vocabulary}, at least one")
         if self.position + count > self.capacity:
             raise CacheOverflowError(
                 f"{self.position} + {count} tokens are more than the {self.capacity} positions of the cache; "
                 "reserve more before the text begins"
             )
-        if count == 1 and self.position:
-            return self._next(tokens)
-        for start in range(0, count, PROMPT_TOKENS):
+        with on_device(self._token):
+            return self._next(tokens) if count == 1 and not first else self._prompt_of(tokens)
+
+    def _prompt_of(self, tokens: Tensor) -> Tensor:
+        """The logits after several tokens, walked."""
+        for start in range(0, tokens.numel(), PROMPT_TOKENS):
             part = tokens[start : start + PROMPT_TOKENS]
             logits = self._walk(part)
             self.position += part.numel()
@@ -123,10 +145,15 @@ class RecordedStep:
         with torch.cuda.stream(side):
             self._walk(self._token, self._now)
         torch.cuda.current_stream().wait_stream(side)
-        self._recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._recorded):
+        packed = [module for module in self.model.modules() if isinstance(module, Packed)]
+        self._read = [
+            (module, module.derived, module.decoded) for module in packed
+        ]  # kept, as the recording reads them
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
             self._logits = self._walk(self._token, self._now)
             self._now += 1
+        self._recorded = recorded
 
     def _walk(self, tokens: Tensor, now: Tensor | None = None) -> Tensor:
         """The graph for `tokens` [n], in order; logits of the last. `now`, the position in memory, is for one alone."""
@@ -251,4 +278,10 @@ def record_step(model: PreTrainedModel) -> RecordedStep:
     """The step of a model on a GPU. Raises StepUnsupportedError, saying why there is none."""
     if importlib.util.find_spec("triton") is None:
         raise StepUnsupportedError("Triton is not installed")
+    if model.device.type == "cuda" and not kernels_work(model.device, PROBES[0]):
+        raise StepUnsupportedError("generated kernels cannot be used here")
+    for name, module in model.named_modules():
+        through_kernel = isinstance(module, CompressedLinear) and has_kernel(module.format)
+        if isinstance(module, Packed) and module.mode == "call" and not through_kernel:
+            raise StepUnsupportedError(f"{name} is decoded at every call, which cannot be recorded")
     return RecordedStep(model, run_step_passes(read_step(model)))

@@ -149,14 +149,14 @@ def _decode(
     step.reserve(max(limit or 0, input_ids.shape[1] + 1))
     logits = step.run(input_ids[0])
     while True:
-        scores = logits_processor(input_ids, logits[None])
+        scores = logits_processor(input_ids, logits[None].clone())  # a recorded step writes them again
         if generation_config.do_sample:
             chosen = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
         else:
             chosen = scores.argmax(-1)
         input_ids = torch.cat([input_ids, chosen[:, None]], dim=-1)
         if streamer is not None:
-            streamer.put(chosen)
+            streamer.put(chosen.cpu())
         if bool(stopping_criteria(input_ids, None).all()):
             break
         logits = step.run(chosen)
