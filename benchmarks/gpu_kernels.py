@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,8 +22,8 @@ import torch
 from benchmarks.bench import Figure, machine
 from benchmarks.gpu_timing import microseconds, sets_for
 from benchmarks.peers import PYTHON, ROOT
-from reallm.codegen.derived import derive
-from reallm.codegen.launch import multiply
+from reallm.codegen.derived import Derived, derive
+from reallm.codegen.launch import kept_with, multiply
 from reallm.kernels.codecs import TrellisCodec
 from reallm.kernels.formats import Format
 from reallm.kernels.packing import pack_codes
@@ -68,17 +69,16 @@ def random_fields(fmt: Format, rows: int, cols: int) -> dict[str, torch.Tensor]:
 
 def ours(fmt: Format, rows: int, cols: int, count: int) -> float:
     """Microseconds of a product of ours with `count` rows of x."""
+
+    def product(fields: dict[str, torch.Tensor], derived: Derived, x: torch.Tensor) -> None:
+        kept_with(x).clear()  # x' is made for every product
+        multiply(fmt, fields, x, rows, cols, derived=derived)
+
     calls: list[Callable[[], object]] = []
     for _ in range(sets_for(fmt.nbytes(rows, cols))):
         fields = random_fields(fmt, rows, cols)
-        derived = derive(fmt, fields, rows, cols)
         x = torch.randn(count, cols, device="cuda", dtype=torch.bfloat16)
-
-        def call(fields=fields, derived=derived, x=x) -> None:  # type: ignore[no-untyped-def]
-            x._reallm_kept = (None, {})  # x' is made for every product
-            multiply(fmt, fields, x, rows, cols, derived=derived)
-
-        calls.append(call)
+        calls.append(partial(product, fields, derive(fmt, fields, rows, cols), x))
     return microseconds(calls)
 
 
@@ -86,7 +86,7 @@ def dense(rows: int, cols: int, count: int) -> float:
     """Microseconds of torch's product in bf16."""
     x = torch.randn(count, cols, device="cuda", dtype=torch.bfloat16)
     weights = [torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) for _ in range(sets_for(2 * rows * cols))]
-    return microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])  # type: ignore[misc]
+    return microseconds([partial(torch.nn.functional.linear, x, weight) for weight in weights])
 
 
 def bandwidth() -> float:

@@ -28,12 +28,11 @@ from .emit import bindings, constants, emit, pointers
 from .operations import LIFT, AddLowRank, AddSparse, CodegenError, Store, Trellis
 from .passes import dense_kernel, run_passes
 from .program import KernelSpec, MatrixProgram, Program, Tile, lower
-from .trellis import kernel_widths
+from .trellis import WARP, kernel_widths
 
 if TYPE_CHECKING:
     import torch
 
-WARP = 32
 MAX_BATCH = 4
 """Rows of x one instance of a GEMV takes; more of them become more instances, or a GEMM."""
 GEMM_BATCHES = (16, 32, 64)
@@ -46,8 +45,6 @@ WANTED_WARPS = 2048
 """Of a trellis product: about fifteen for each multiprocessor."""
 SPLITS = (8, 4, 2, 1)
 """Instances that may share out the columns of a product."""
-LEAST_BLOCKS = 1
-"""Blocks of columns that one warp takes at least."""
 
 
 @cache
@@ -332,7 +329,7 @@ def splits_for(spec: KernelSpec, rows: int, cols: int, count: int) -> int:
     instances = -(-rows // spec.tile.block_n) * -(-count // spec.batch)
     warps = spec.tile.num_warps
     together = warps if spec.function == "gemv" else 1  # blocks of columns that an instance takes at once
-    most = min(WANTED_WARPS // (instances * warps), -(-cols // TILE) // (LEAST_BLOCKS * together))
+    most = min(WANTED_WARPS // (instances * warps), -(-cols // TILE) // together)
     return next((splits for splits in SPLITS if splits <= most), 1)
 
 

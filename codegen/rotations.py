@@ -48,15 +48,6 @@ def together(own: int, base: int, size: int, entries: int) -> int:
     return max(1, min(MOST_TOGETHER, entries // (own * size), 1 << (base - 1).bit_length()))
 
 
-def _start_mixing(spec: KernelSpec) -> list[str]:
-    """Lines before the pieces of a vector are mixed: which of them an instance makes, `own`."""
-    own, size = spec.tile.block_n, spec.tile.block_k
-    return [
-        f"own = tl.minimum(first * {own} + tl.arange(0, {own}), pieces - 1)",
-        f"lane = tl.arange(0, {size})[None, None, :]",
-    ]
-
-
 def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
     """Lines that add the pieces from `begin` on, each times an entry of B, to `total` [own pieces, size].
 
@@ -75,7 +66,11 @@ def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
 def _mixing(spec: KernelSpec, base: str, load: list[str]) -> list[str]:
     """Lines that set `total` [own pieces, size] to the pieces of a vector mixed by rows of B; `load` as for `_mix`."""
     own, size = spec.tile.block_n, spec.tile.block_k
-    zero = [*_start_mixing(spec), f"total = tl.zeros(({own}, {size}), tl.float32)"]
+    zero = [
+        f"own = tl.minimum(first * {own} + tl.arange(0, {own}), pieces - 1)",
+        f"lane = tl.arange(0, {size})[None, None, :]",
+        f"total = tl.zeros(({own}, {size}), tl.float32)",
+    ]
     if spec.even:
         return [*zero, *_mix(spec, "0", base, load)]
     loop = f"for begin in range(0, pieces, {spec.pieces}):"

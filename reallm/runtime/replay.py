@@ -146,9 +146,7 @@ class RecordedStep:
             self._walk(self._token, self._now)
         torch.cuda.current_stream().wait_stream(side)
         packed = [module for module in self.model.modules() if isinstance(module, Packed)]
-        self._read = [
-            (module, module.derived, module.decoded) for module in packed
-        ]  # kept, as the recording reads them
+        self._read = [(module, module.derived, module.decoded) for module in packed]  # must live as long
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
             self._logits = self._walk(self._token, self._now)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from packed_fields import product_bound, random_fields, sum_bound
+from packed_fields import random_fields
 
-from reallm.codegen.launch import MAX_BATCH, kernels_for, load_kernel, multiply
+from reallm.codegen.launch import kernels_for, load_kernel, multiply
 from reallm.codegen.operations import CodegenError
-from reallm.kernels.codecs import TrellisCodec
 from reallm.kernels.formats import Format
-from reallm.kernels.reference import decode_reference
 
 pytest.importorskip("triton", reason="Triton is an extra")
 
@@ -82,32 +79,3 @@ def test_a_source_changed_in_the_cache_is_written_anew(tmp_path: Path, monkeypat
     load_kernel.cache_clear()
     load_kernel(spec)
     assert path.read_bytes() == good
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["int4-g64", "nf3-g64-dq8x256+r16", "uint5-g24+r8i8", "aq2x8-d8", "aq3x12-d4-shared"])
-@pytest.mark.parametrize(("rows", "cols", "batch"), [(576, 1536, 1), (192, 576, 3), (33, 77, 5)])
-def test_on_a_cuda_device(name: str, rows: int, cols: int, batch: int) -> None:
-    fmt = Format.parse(name)
-    packed = random_fields(fmt, rows, cols, 0)
-    x = np.random.default_rng(0).normal(size=(batch, cols)).astype(np.float32)
-    weights = decode_reference(fmt, packed, rows, cols)
-    out = torch.full((batch, rows), float("nan"), device="cuda")
-    on_device = {key: torch.from_numpy(raw).cuda() for key, raw in packed.items()}
-    y = multiply(fmt, on_device, torch.from_numpy(x).cuda(), rows, cols, out=out).cpu().double().numpy()
-    assert np.all(np.abs(y - x.astype(np.float64) @ weights.T) <= sum_bound(fmt, rows, cols, packed, x))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["tq2.25-l12+rot", "tq3-l12+r8i4+o5", "e8p3+rot", "km3+o5", "lm4-g32+perm+cs+rot"])
-@pytest.mark.parametrize(("rows", "cols", "batch"), [(576, 1536, 1), (192, 576, 3), (33, 77, 7)])
-def test_transformed_formats_on_a_cuda_device(name: str, rows: int, cols: int, batch: int) -> None:
-    fmt = Format.parse(name)
-    packed = random_fields(fmt, rows, cols, 0)
-    x = np.random.default_rng(0).normal(size=(batch, cols)).astype(np.float32)
-    on_device = {key: torch.from_numpy(raw).cuda() for key, raw in packed.items()}
-    out = torch.full((batch, rows), float("nan"), device="cuda")
-    y = multiply(fmt, on_device, torch.from_numpy(x).cuda(), rows, cols, out=out).cpu().double().numpy()
-    half = batch > MAX_BATCH and (isinstance(fmt.codec, TrellisCodec) or fmt.transformed)
-    bound = product_bound(fmt, rows, cols, packed, x, half)
-    assert np.all(np.abs(y - x.astype(np.float64) @ decode_reference(fmt, packed, rows, cols).T) <= bound)

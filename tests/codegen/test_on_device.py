@@ -17,9 +17,10 @@ SCALARS = [
     *("uint8-g0", "int4-g32+o10+r3i8", "lm4-g32+perm+cs+rot", "uint2-g16+perm+rot+r8i8", "lm3-g64-dq6x64"),
 ]
 WORDS = [
-    *("aq1x8-d8", "aq2x8-d8+r70", "aq3x12-d4-shared", "aq2x10-d8", "e8p2", "e8p3+rot", "e8p4+rot+o20+r3i4"),
+    *("aq1x8-d8", "aq2x8-d8", "aq2x8-d8+r70", "aq3x12-d4-shared", "aq2x10-d8", "e8p2", "e8p3+rot", "e8p4+rot+o20+r3i4"),
     *("km2", "km3+o5", "km4+perm"),
 ]
+"""Each codec with what may stand behind it; the interpreter has tests of every one of these apart."""
 SHAPES = [(576, 1536, 1), (192, 576, 3), (33, 77, 2), (128, 256, 16), (150, 96, 70), (40, 77, 5), (1000, 4096, 33)]
 
 
