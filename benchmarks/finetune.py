@@ -6,7 +6,7 @@ After NAME=quality, whose measured folder it uses; the training text is the cali
 
 - 2.0, 2.5, 3.0  bits per weight: the planner's mix and the default recipe, not a byte more, beside the mix untouched;
                  its seconds and its peak memory
-- stages         at 2.0 bits: the default recipe, end to end, beside the other stages, alone and before it
+- stages         at 2.0 bits: the default recipe, new codes and then end to end, beside other stages and orders
 - qlora, loftq, lq-lora   the preset's format with its own start, its factors trained STEPS steps, beside the planner's
                  mix in no more bytes, its scales and norms trained as many
 - inits          at 2.5 bits with factors of rank 8: where they start, after STEPS steps
@@ -70,14 +70,13 @@ class Recipe:
     options: Options
 
 
-DEFAULT = Recipe("reallm, default recipe", FREE | {"order": "end-to-end", "steps": "60"})
-"""Written out, so that no result of other defaults is taken for it."""
-STAGES = (
-    Recipe("codes, end-to-end", FREE | {"order": "codes,end-to-end"}),
-    Recipe("blocks alone", FREE | {"order": "blocks"}),
-    Recipe("blocks, end-to-end", FREE | {"order": "blocks,end-to-end"}),
-    Recipe("codes alone", FREE | {"order": "codes"}),
-)
+CHOSEN = {"2.0": "codes,end-to-end", "2.5": "end-to-end", "3.0": "end-to-end"}
+"""The order that the default takes by itself at these bits."""
+STAGES = {
+    "end to end alone": "end-to-end",
+    "blocks alone": "blocks",
+    "blocks, then end to end": "blocks,end-to-end",
+}
 TUNED = Recipe(f"reallm, scales and norms, {STEPS} steps", ONE_STAGE)
 PRESETS = {
     "qlora": ("nf4-g64-dq8x256", {"rank": "16", "factor-dtype": "f16", "init": "zero"}),
@@ -86,6 +85,16 @@ PRESETS = {
 }
 INITS = ("zero", "loftq")
 UNIFORM = "tq2-l12+ldl2+rot"
+
+
+def of_order(name: str, order: str) -> Recipe:
+    """The default recipe with these stages; written out, so that no result of other defaults is taken for it."""
+    return Recipe(name, FREE | {"order": order, "steps": "60"})
+
+
+def default(bits: str) -> Recipe:
+    """The default recipe, as it comes out at so many bits."""
+    return of_order("reallm, default recipe", CHOSEN[bits])
 
 
 def tuned(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
@@ -143,7 +152,7 @@ def costs(result: Measured, bits: str, weights: int) -> Iterator[Row]:
 def budget_rows(bits: str, bench: Bench) -> Iterator[Row]:
     """The default recipe at so many bits beside the plan untouched, and what it took."""
     chosen = mixed(bench, f"{bits}bpw")
-    after = tuned(bench, DEFAULT, chosen)
+    after = tuned(bench, default(bits), chosen)
     yield row(after, planned(bench, "reallm, not trained", chosen))
     yield from costs(after, bits, sum(tensor.numel() for tensor in bench.base.model.parameters()))
 
@@ -151,8 +160,9 @@ def budget_rows(bits: str, bench: Bench) -> Iterator[Row]:
 def stage_rows(bench: Bench) -> Iterator[Row]:
     """The default recipe beside others at 2.0 bits."""
     chosen = mixed(bench, "2.0bpw")
-    for recipe in STAGES:
-        yield row(tuned(bench, DEFAULT, chosen), tuned(bench, recipe, chosen))
+    ours = tuned(bench, default("2.0"), chosen)
+    for name, order in STAGES.items():
+        yield row(ours, tuned(bench, of_order(name, order), chosen))
 
 
 def preset_rows(name: str, bench: Bench) -> Iterator[Row]:

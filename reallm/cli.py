@@ -484,8 +484,12 @@ def finetune(
         int, typer.Option(min=0, help="End after so many evaluations without a lower held-out KL; 0: never.")
     ] = 3,
     order: Annotated[
-        str, typer.Option(help="The stages in order, separated by commas: codes, blocks, end-to-end.")
-    ] = "end-to-end",
+        str | None,
+        typer.Option(
+            help="The stages in order, separated by commas: codes, blocks, end-to-end; default: the last, after new "
+            "codes where the model has lost .4 nats or more."
+        ),
+    ] = None,
     block_windows: Annotated[int, typer.Option(min=1, help="Windows that each block is trained on.")] = 64,
     block_epochs: Annotated[int, typer.Option(min=1, help="How often.")] = 2,
     code_steps: Annotated[int, typer.Option(min=0, help="Steps after each block that gets new codes.")] = 4,
@@ -519,7 +523,7 @@ def finetune(
         output=output,
         teacher=teacher,
         train=_listed(train),
-        order=_listed(order),
+        order=None if order is None else _listed(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,

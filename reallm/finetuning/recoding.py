@@ -45,6 +45,8 @@ LOG = logging.getLogger(__name__)
 STATE_FILE = "codes.safetensors"
 SAVES = 5
 """How often a run keeps its state, about."""
+CODE_WINDOWS = 64
+"""At least so many windows of the text take part; those of the end-to-end stage, which the original sees anyway."""
 NORM_RATE = 10
 """Of norms, whose weights are about one and few: their learning rate over that of the weights."""
 
@@ -179,7 +181,11 @@ class _Student:
         """The steps that follow block number `index` of those that are coded."""
         training, pair = self.training, self.pair
         each, total = training.code_steps * training.batch_size, len(self.coder.blocks)
-        order = training_order(len(pair.train.tokens), each * total, training.seed)[each * index : each * (index + 1)]
+        pool = training_order(
+            len(pair.train.tokens), max(training.steps * training.batch_size, CODE_WINDOWS), training.seed
+        )
+        picked = training_order(len(pool), each * total, training.seed)[each * index : each * (index + 1)]
+        order = pool[picked]
         for step, rows in enumerate(order.view(training.code_steps, training.batch_size)):
             share = (index + step / training.code_steps) / (total - 1)
             for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):

@@ -39,7 +39,7 @@ from .distillation import (
     training_order,
 )
 from .factors import column_moments
-from .order import check_order, in_words
+from .order import Stage, best_order, check_order, in_words
 from .pair import Pair, Training, open_pair
 from .ranks import ALONE, Ranks
 from .recoding import recode
@@ -65,6 +65,8 @@ class Gain:
     """Of training, until it ended."""
     gain_rate: float
     """The peak learning rate of scales and norms."""
+    order: tuple[Stage, ...]
+    """The stages it took."""
 
 
 def finetune(
@@ -85,7 +87,7 @@ def finetune(
     loss: Literal["kl", "text"] = "kl",
     patience: int = 3,
     seed: int = 0,
-    order: Sequence[str] = ("end-to-end",),
+    order: Sequence[str] | None = None,
     block_windows: int = 64,
     block_epochs: int = 2,
     code_steps: int = 4,
@@ -115,8 +117,9 @@ def finetune(
     `order` holds the stages: "codes" (`recoding`), first, codes the blocks anew, one after another, with `code_steps`
     steps of training for the weights behind each, and reads the measured folder `work` (default: the plan's); "blocks"
     (`blockwise`) takes `block_epochs` times `block_windows` windows for every block and needs the memory of one;
-    "end-to-end" is the training described above. `gain_learning_rate` None is a 120th of the divergence before it, 5e-3
-    at most.
+    "end-to-end" is the training described above. None is "end-to-end", after "codes" where the held-out divergence is
+    .4 nats or more, the measured folder is there and memory suffices (`order`). `gain_learning_rate` None is a 120th of
+    the divergence before it, 5e-3 at most.
 
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
@@ -131,7 +134,7 @@ def finetune(
     if not is_artifact(artifact):
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
     plan = read_plan(Path(artifact))
-    measured = Path(work or plan.work)
+    measured: Path | None = Path(work or plan.work)
     training = Training(
         train=check_parts(train),
         rank=(ADAPTER_RANK if adapter else 0) if rank is None else rank,
@@ -145,21 +148,22 @@ def finetune(
         loss=loss,
         patience=patience,
         seed=seed,
-        order=check_order(order),
+        order=None if order is None else check_order(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,
         code_learning_rate=code_learning_rate,
         dora=dora,
     )
-    if ranks.count > 1 and training.order != ("end-to-end",):
-        raise UserError(f"--order {','.join(training.order)}: of {ranks.count} processes only end-to-end makes use")
-    if adapter and "codes" in training.order:
+    named = training.order or ()
+    if ranks.count > 1 and named not in ((), ("end-to-end",)):
+        raise UserError(f"--order {','.join(named)}: of {ranks.count} processes only end-to-end makes use")
+    if adapter and "codes" in named:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
-    if "codes" in training.order:
-        read_record(
-            measured / TABLE_FILE, MeasuredTable, "measure"
-        )  # what is missing is told before anything is loaded
+    if "codes" in named:  # what is missing is told before anything is loaded
+        read_record(Path(work or plan.work) / TABLE_FILE, MeasuredTable, "measure")
+    if adapter or training.loss == "text" or ranks.count > 1:
+        measured = None
     source = load_text(text)
     pair = open_pair(Path(artifact), plan, teacher, source, training, device, ranks)
     folder, settings = progress_folder(output), _settings(plan, source, training, artifact)
@@ -205,7 +209,7 @@ def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str
     """What makes two runs the same run."""
     return asdict(training) | {
         "train": ",".join(training.train),
-        "order": ",".join(training.order),
+        "order": ",".join(training.order or ("best",)),
         "artifact_sha256": sha256_file(Path(artifact) / MANIFEST_FILE),
         "model_sha256": plan.model_sha256,
         "text_sha256": source.sha256,
@@ -219,24 +223,29 @@ def train_pair(
     folder: Path,
     checkpoint: Path | None,
     checkpointing: bool,
-    work: Path,
+    work: Path | None,
     ranks: Ranks = ALONE,
 ) -> Gain:
-    """Train, and leave the better of the trained and the fresh state folded into the model."""
+    """Train, and leave the better of the trained and the fresh state folded into the model.
+
+    `work` is the measured folder; None where new codes are out of the question.
+    """
     _freeze(pair, checkpointing)
     before = coded = pair.held_out_loss()
-    if "codes" in training.order:
+    order = training.order or best_order(pair, work, before)
+    if "codes" in order:
+        assert work is not None
         coded = recode(pair, work, training, folder, before)
     training = replace(training, gain_learning_rate=training.gain_rate(coded))
-    if training.order == ("codes",):
-        return Gain(before, coded, coded, 0, training.gain_rate(coded))
+    if order == ("codes",):
+        return Gain(before, coded, coded, 0, training.gain_rate(coded), order)
     sample = pair.train[:MOMENT_WINDOWS].tokens
     moments = column_moments(pair.model, pair.modules, sample) if training.term and training.init == "lq-lora" else {}
     trained.start(pair.original, moments)
     started = pair.held_out_loss(trained.maps) if training.term else coded
     LOG.info("held-out loss %.4f nats per token, %.4f untrained", before, started)
     steps = 0
-    for stage in training.order:
+    for stage in order:
         if stage == "codes":
             continue
         pair.restore()
@@ -256,7 +265,7 @@ def train_pair(
     if not after < started:
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
         trained.fresh()
-    return Gain(before, started, after, steps, training.gain_rate(coded))
+    return Gain(before, started, after, steps, training.gain_rate(coded), order)
 
 
 def _train_end_to_end(trainer: Distillation, folder: Path, checkpoint: Path | None) -> int:
@@ -326,9 +335,9 @@ def _folded(pair: Pair, trained: Trained) -> float:
 def _notes(pair: Pair, training: Training, source: Text, gain: Gain) -> list[str]:
     """What the plan and the model card say about it."""
     how = (
-        f"trained {in_words(training, gain.steps)} at learning rates "
+        f"trained {in_words(training, gain.order, gain.steps)} at learning rates "
         f"{training.learning_rate:g} and {gain.gain_rate:.2g} on {source.description}"
-        if gain.trained < gain.started or training.order == ("codes",)
+        if gain.trained < gain.started or gain.order == ("codes",)
         else f"left as they started, new factors from {source.description}; training did not lower the loss further"
     )
     after = min(gain.started, gain.trained)

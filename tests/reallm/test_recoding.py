@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny import save_tiny
@@ -13,7 +15,7 @@ from tuning import SEQLEN, StopError, files, kl
 
 from reallm.compiler import compile_plan
 from reallm.errors import UserError
-from reallm.finetuning import finetune, recoding
+from reallm.finetuning import finetune, order, recoding
 from reallm.finetuning.pair import Pair, Training, open_pair
 from reallm.finetuning.recoding import _Coder, _Student, recode
 from reallm.measurement import measure
@@ -115,7 +117,8 @@ def test_new_codes_come_nearer_for_no_byte(llama: Path, tuned: Path, text: str) 
 
 
 def test_then_scales_and_norms(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
-    output = finetune(llama, text=text, output=tmp_path / "both", **RUN | {"order": ("codes", "end-to-end")})
+    both = RUN | {"order": ("codes", "end-to-end"), "gain_learning_rate": None}
+    output = finetune(llama, text=text, output=tmp_path / "both", **both)
     assert verify(output).deep
     assert kl(output, llama.parent / "model", text) < kl(tuned, llama.parent / "model", text)
 
@@ -159,3 +162,43 @@ def test_mistakes(llama: Path, text: str, tmp_path: Path, change: dict[str, Any]
     assert (
         not (tmp_path / "tuned.partial").exists() or "code_learning_rate" in change
     )  # refused before anything is made
+
+
+@pytest.mark.parametrize(
+    ("divergence", "measured", "free", "first", "said"),
+    [
+        (0.41, True, 1 << 40, "codes", ""),
+        (0.39, True, 1 << 40, "end-to-end", ""),
+        (0.41, False, 1 << 40, "end-to-end", "table.json"),
+        (0.41, True, 1000, "end-to-end", "0.0 are free"),
+    ],
+)
+def test_new_codes_come_first_where_they_help_and_can_be_made(
+    llama: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    divergence: float,
+    measured: bool,
+    free: int,
+    first: str,
+    said: str,
+) -> None:
+    pair, _ = opened(llama, text)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    work = llama.parent / ("work" if measured else "elsewhere")
+    assert order.best_order(pair, work, divergence) == (("codes", "end-to-end") if first == "codes" else (first,))
+    assert order.best_order(pair, None, divergence) == ("end-to-end",)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == bool(said) and all(said in line and "0.41 nats" in line for line in warned)
+
+
+def test_the_default_takes_them_and_says_so(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "CODES_FROM", 0.0)
+    both = RUN | {"order": ("codes", "end-to-end"), "gain_learning_rate": None}
+    named = finetune(llama, text=text, output=tmp_path / "named", **both)
+    chosen = finetune(llama, text=text, output=tmp_path / "chosen", **both | {"order": None})
+    assert files(chosen) == files(named)
+    assert any("by new codes, 12 steps after each block, then for" in note for note in read_plan(chosen).notes)
