@@ -99,6 +99,9 @@ FactorDtype = Literal["f16", "i8", "i4"]
 FactorInit = Literal["zero", "loftq", "lq-lora", "plan"]
 FinetuningLoss = Literal["kl", "text"]
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")]
+AdapterName = Annotated[
+    str | None, typer.Option(help="A LoRA or DoRA adapter of an artifact: its name in MODEL/adapters/, or a folder.")
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]
 
@@ -406,6 +409,7 @@ def eval_(
     windows: Annotated[int | None, typer.Option(help="Score this many windows only.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for both models.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    adapter: AdapterName = None,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
@@ -415,7 +419,15 @@ def eval_(
 
     _quiet_transformers()
     result = evaluate(
-        model, against=against, text=text, seqlen=seqlen, windows=windows, dtype=dtype, device=device, seed=seed
+        model,
+        against=against,
+        text=text,
+        seqlen=seqlen,
+        windows=windows,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        adapter=adapter,
     )
     if json is not None:
         write_text_atomic(json, result.to_json())
@@ -429,10 +441,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message.")] = False,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="A LoRA or DoRA adapter of an artifact: its name in MODEL/adapters/, or a folder."),
-    ] = None,
+    adapter: AdapterName = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Seed = 0,
 ) -> None:

@@ -61,17 +61,19 @@ def evaluate(
     device: str = "cpu",
     seed: int = 0,
     progress: bool = True,
+    adapter: str | Path | None = None,
 ) -> Evaluation:
     """Measure the model at `path` (an artifact, or any model) on `text`, against the model `against` where given.
 
     `seqlen` is the context in tokens, `windows` the most windows to score (None: the whole text), `seed` chooses
-    the masked tokens of an encoder. Raises UserError on unreadable models, too little text, logits that are not finite.
+    the masked tokens of an encoder. `adapter` is a LoRA or DoRA adapter to an artifact, as for `load`. Raises UserError
+    on unreadable models, too little text, logits that are not finite.
     """
     began = time.perf_counter()
     if seqlen < MIN_SEQLEN or (windows is not None and windows < 1):
         raise UserError(f"--seqlen {seqlen} --windows {windows}: expected at least {MIN_SEQLEN} tokens and 1 window")
     source = load_text(text, split="test")
-    opened = open_model(path, dtype, device)
+    opened = open_model(path, dtype, device, adapter)
     base = open_model(against, dtype, device) if against is not None else None
     if base is not None and base.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
         raise UserError(
@@ -98,7 +100,7 @@ def evaluate(
         base_sizes=base.sizes if base else None,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=peak_rss_bytes(),
-        notes=tuple(_notes(source, mask)),
+        notes=tuple(_notes(source, mask, adapter)),
         versions={name: version(name) for name in ("reallm", "torch", "transformers")},
     )
 
@@ -113,9 +115,11 @@ def _mask_token(opened: Opened, path: str | Path) -> int | None:
     return mask
 
 
-def _notes(text: Text, mask: int | None) -> Iterator[str]:
+def _notes(text: Text, mask: int | None, adapter: str | Path | None) -> Iterator[str]:
     """What the reader of the figures must know."""
     if text.is_fallback:
         yield "this text comes with Python and is no benchmark; give --text for figures to compare"
+    if adapter is not None:
+        yield f"with the adapter {adapter}, whose bytes the sizes leave out"
     if mask is not None:
         yield f"an encoder: pseudo-perplexity of a seeded {MASK_SHARE:.0%} of the tokens, masked"

@@ -101,6 +101,20 @@ def test_an_unknown_name_lists_those_that_are_there(artifact: Path) -> None:
     ]
 
 
+def test_a_model_is_evaluated_with_one(artifact: Path, tmp_path: Path) -> None:
+    add(artifact, "chat")
+    (tmp_path / "test.txt").write_text("abc " * 200)
+    options = ("--text", tmp_path / "test.txt", "--seqlen", "32", "--windows", "2", "--against", artifact)
+    plain = run("eval", artifact, *options)
+    shown = run("eval", artifact, *options, "--adapter", "chat", "--json", tmp_path / "eval.json")
+    assert plain.exit_code == shown.exit_code == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["comparison"]["divergence"]["mean"] > 0.01  # from the artifact without it
+    assert "with the adapter chat" in shown.stdout and "adapter" not in plain.stdout
+    refused = run("eval", artifact, *options, "--adapter", "other")
+    assert refused.exit_code == 2 and "there is no adapter 'other'" in refused.stderr
+
+
 def test_commands_list_them(artifact: Path, tmp_path: Path) -> None:
     add(artifact, "chat")
     add(artifact, "code", dora=True)
