@@ -168,6 +168,7 @@ def finetune(
     pair = open_pair(Path(artifact), plan, teacher, source, training, device, ranks)
     folder, settings = progress_folder(output), _settings(plan, source, training, artifact)
     read_settings(folder)  # a folder that is no run is refused before it is touched
+    ranks.wait()  # all have read it before the first one writes
     with ranks.alone_in(folder):
         if ranks.first:
             check_output(output, force, mark)  # another process may have made it meanwhile
