@@ -44,6 +44,8 @@ class Evaluation:
     peak_rss_bytes: int
     notes: tuple[str, ...]
     versions: dict[str, str]
+    adapter: str | None = None
+    """That it was measured with; the sizes leave out its bytes."""
 
     def to_json(self) -> str:
         """Canonical JSON of every field."""
@@ -102,6 +104,7 @@ def evaluate(
         peak_rss_bytes=peak_rss_bytes(),
         notes=tuple(_notes(source, mask, adapter)),
         versions={name: version(name) for name in ("reallm", "torch", "transformers")},
+        adapter=None if adapter is None else str(adapter),
     )
 
 

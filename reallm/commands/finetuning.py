@@ -47,8 +47,8 @@ def finetune(
     order: Annotated[
         str | None,
         typer.Option(
-            help="The stages in order, separated by commas: codes, blocks, end-to-end; default: the last, after new "
-            "codes where the model has lost .4 nats or more."
+            help="The stages in order, separated by commas: codes, blocks, end-to-end. Default: end-to-end, after "
+            "codes where the held-out KL is .4 nats or more, the measured folder is there and memory suffices."
         ),
     ] = None,
     block_windows: Annotated[int, typer.Option(min=1, help="Windows that each block is trained on.")] = 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 import psutil
 import torch
 
+from ..calibration import statistics_path
+from ..encoding import Encoded
 from ..errors import UserError
-from ..planner.records import TABLE_FILE, MeasuredTable, RecordError, read_record
+from ..planner.records import RecordError, canonical_json, write_text_atomic
 
 if TYPE_CHECKING:
     from .pair import Pair, Training
 
 LOG = logging.getLogger(__name__)
 Stage = Literal["codes", "blocks", "end-to-end"]
+ORDER_FILE = "order.json"
 CODES_FROM = 0.4
 """Nats of divergence from which new codes are worth their time: at .6 they bring much, at .15 nothing (docs/log.md)."""
 CODES_BYTES = 24
@@ -35,27 +39,45 @@ def check_order(stages: Sequence[str]) -> tuple[Stage, ...]:
     return found
 
 
-def best_order(pair: Pair, work: Path | None, divergence: float) -> tuple[Stage, ...]:
+def kept_order(pair: Pair, work: Path | None, divergence: float, folder: Path) -> tuple[Stage, ...]:
+    """`best_order`, decided once for the run in `folder`: an interrupted one goes on as it began."""
+    if work is None:
+        return ("end-to-end",)
+    path = folder / ORDER_FILE
+    try:
+        return check_order(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        order = best_order(pair, work, divergence)
+    write_text_atomic(path, canonical_json(list(order)))
+    return order
+
+
+def best_order(pair: Pair, work: Path, divergence: float) -> tuple[Stage, ...]:
     """The stages of a model so far from the original, nats per token: new codes first where they help and can be made.
 
-    `work` is the measured folder; None where new codes are out of the question.
+    `work` is the measured folder.
     """
-    if work is None or divergence < CODES_FROM:
+    if divergence < CODES_FROM:
         return ("end-to-end",)
-    weights = sum(tensor.numel() for tensor in pair.original.model.parameters())
-    missing = _missing(work, weights * CODES_BYTES, pair.model.device)
+    missing = _missing(pair, work)
     if missing is None:
+        LOG.info("%.2f nats are lost: new codes come first; --order end-to-end leaves them out", divergence)
         return "codes", "end-to-end"
-    LOG.warning("new codes would help, as the model has lost %.2f nats; left out: %s", divergence, missing)
+    LOG.warning("%.2f nats are lost, where new codes would help; they are left out: %s", divergence, missing)
     return ("end-to-end",)
 
 
-def _missing(work: Path, wanted: int, device: torch.device) -> str | None:
-    """What new codes lack that need so many bytes of memory; None for nothing."""
+def _missing(pair: Pair, work: Path) -> str | None:
+    """What new codes lack; None for nothing."""
+    original, device = pair.original, pair.model.device
     try:
-        read_record(work / TABLE_FILE, MeasuredTable, "measure")
-    except RecordError as error:
+        statistics = Encoded(work, original).job.statistics
+    except (RecordError, UserError) as error:
         return f"{error}; or give --work"
+    blocks = {matrix.block for matrix in original.matrices}
+    if gone := [path for block in blocks if not (path := statistics_path(statistics, block)).exists()]:
+        return f"{gone[0]} is gone; measure again"
+    wanted = CODES_BYTES * sum(tensor.numel() for tensor in original.model.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return None if wanted <= free else f"they take {wanted / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
 

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..comparison import mask_window
 from ..errors import UserError
@@ -170,6 +171,15 @@ class Pair:
             again = load_model(self.original.source).model
             for name, parameter in freed.items():
                 parameter.data = again.get_parameter(name).data.to(parameter)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Compute them again in the backward pass instead of keeping them."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # by transformers on its way to 6
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # the layer's own flag only: its dropout stays off
 
 
 def open_pair(

@@ -38,7 +38,7 @@ from ..runtime.packed import Packed
 from ..runtime.replace import packed_modules
 from .distillation import BETAS, training_order
 from .objective import Objective
-from .pair import Pair, Training
+from .pair import Pair, Training, checkpoint_activations
 from .trained import norms_of
 
 LOG = logging.getLogger(__name__)
@@ -51,12 +51,15 @@ NORM_RATE = 10
 """Of norms, whose weights are about one and few: their learning rate over that of the weights."""
 
 
-def recode(pair: Pair, work: Path, training: Training, folder: Path, before: float) -> float:
+def recode(
+    pair: Pair, work: Path, training: Training, folder: Path, before: float, *, checkpointing: bool = False
+) -> float:
     """Give the blocks of `pair.model` new codes and norms; `work` is the measured folder of the plan.
 
     Returns the loss on the held-out windows; unless it is less than `before`, the old codes and norms stay. Goes on
-    where an interrupted run in `folder` kept its state last. Raises UserError for a folder that is gone or of another
-    model, and for a loss that is not finite.
+    where an interrupted run in `folder` kept its state last. With `checkpointing` activations are computed again.
+    Raises UserError for a folder that is gone or of another model and, where new codes were asked for by name, for a
+    loss that is not finite; where they were not, the old ones stay then too.
     """
     coder = _Coder(pair, work)
     fields = {
@@ -64,18 +67,21 @@ def recode(pair: Pair, work: Path, training: Training, folder: Path, before: flo
     }
     norms = {name: norm.get_parameter("weight").clone() for name, norm in norms_of(pair.model).items()}
     student, path = _Student(pair, coder, training), folder / STATE_FILE
+    if checkpointing:
+        checkpoint_activations(student.model)
     done, count = student.restore(path), len(coder.blocks)
     every = max(1, count // SAVES)
     with tqdm(total=count, initial=done, desc="codes", unit="block", disable=not LOG.isEnabledFor(logging.INFO)) as bar:
         for index in range(done, count):
             student.settle(coder.blocks[index])
-            if index + 1 < count and training.code_steps:
-                student.train(index)
+            if index + 1 < count and training.code_steps and not student.train(index):
+                break
             if (index + 1) % every == 0 or index + 1 == count:
                 student.save(path, index + 1)
             bar.update()
-    student.hand_over()
-    after = pair.held_out_loss()
+        else:
+            student.hand_over()
+    after = pair.held_out_loss() if student.finite else math.inf
     LOG.info("held-out loss %.4f nats per token, %.4f with new codes", before, after)
     if after < before:
         return after
@@ -139,7 +145,8 @@ class _Student:
 
     def __init__(self, pair: Pair, coder: _Coder, training: Training) -> None:
         self.pair, self.coder, self.training = pair, coder, training
-        self.model = copy.deepcopy(pair.original.model)
+        self.finite = True
+        self.model = copy.deepcopy(pair.original.model).float()  # steps are smaller than what bfloat16 tells apart
         self.loaded = replace(pair.original, model=self.model)
         self.put({matrix.name: coder.decoded(matrix.name) for matrix in coder.of_block(None)})
         self.model.requires_grad_(False)
@@ -177,8 +184,11 @@ class _Student:
             parameter.grad = None
             self.optimiser.state.pop(parameter, None)
 
-    def train(self, index: int) -> None:
-        """The steps that follow block number `index` of those that are coded."""
+    def train(self, index: int) -> bool:
+        """The steps that follow block number `index` of those that are coded; False after a loss that is not finite.
+
+        Raises UserError for such a loss where new codes were asked for by name.
+        """
         training, pair = self.training, self.pair
         each, total = training.code_steps * training.batch_size, len(self.coder.blocks)
         pool = training_order(
@@ -195,11 +205,16 @@ class _Student:
             loss = self.objective(part.tokens.to(self.model.device), part.names.tolist(), scored)
             if not bool(loss.detach().isfinite()):
                 where = f"behind block {self.coder.blocks[index]} the loss is not finite"
-                raise UserError(f"{where}; nothing is written: try a smaller --code-learning-rate")
+                if training.order is not None:
+                    raise UserError(f"{where}; nothing is written: try a smaller --code-learning-rate")
+                LOG.warning("%s: no more is coded", where)
+                self.finite = False
+                return False
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
             self.optimiser.step()
             self.optimiser.zero_grad()
+        return True
 
     # -- state ------------------------------------------------------------------------------------------------------
 

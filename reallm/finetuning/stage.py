@@ -17,7 +17,6 @@ from typing import Literal
 
 from torch import Tensor
 from transformers import EarlyStoppingCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapter_files import CONFIG_FILE, write_adapter
 from ..compiler import Compilation, write_artifact
@@ -39,8 +38,8 @@ from .distillation import (
     training_order,
 )
 from .factors import column_moments
-from .order import Stage, best_order, check_order, in_words
-from .pair import Pair, Training, open_pair
+from .order import Stage, check_order, in_words, kept_order
+from .pair import Pair, Training, checkpoint_activations, open_pair
 from .ranks import ALONE, Ranks
 from .recoding import recode
 from .trained import Trained, check_parts
@@ -66,7 +65,7 @@ class Gain:
     gain_rate: float
     """The peak learning rate of scales and norms."""
     order: tuple[Stage, ...]
-    """The stages it took."""
+    """The stages it took, without new codes that were put back."""
 
 
 def finetune(
@@ -118,8 +117,9 @@ def finetune(
     steps of training for the weights behind each, and reads the measured folder `work` (default: the plan's); "blocks"
     (`blockwise`) takes `block_epochs` times `block_windows` windows for every block and needs the memory of one;
     "end-to-end" is the training described above. None is "end-to-end", after "codes" where the held-out divergence is
-    .4 nats or more, the measured folder is there and memory suffices (`order`). `gain_learning_rate` None is a 120th of
-    the divergence before it, 5e-3 at most.
+    .4 nats or more, scales and norms are trained, the measured folder is there and memory suffices (`order`); never for
+    an adapter, the loss of a text or several processes. `gain_learning_rate` None is a 120th of the divergence before
+    it, 5e-3 at most.
 
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
@@ -134,7 +134,6 @@ def finetune(
     if not is_artifact(artifact):
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
     plan = read_plan(Path(artifact))
-    measured: Path | None = Path(work or plan.work)
     training = Training(
         train=check_parts(train),
         rank=(ADAPTER_RANK if adapter else 0) if rank is None else rank,
@@ -160,10 +159,10 @@ def finetune(
         raise UserError(f"--order {','.join(named)}: of {ranks.count} processes only end-to-end makes use")
     if adapter and "codes" in named:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
-    if "codes" in named:  # what is missing is told before anything is loaded
+    if "codes" in named or work is not None:  # what is missing is told before anything is loaded
         read_record(Path(work or plan.work) / TABLE_FILE, MeasuredTable, "measure")
-    if adapter or training.loss == "text" or ranks.count > 1:
-        measured = None
+    unasked = not (adapter or training.loss == "text" or ranks.count > 1) and {"scales", "norms"} <= set(training.train)
+    measured = Path(work or plan.work) if "codes" in named or unasked else None
     source = load_text(text)
     pair = open_pair(Path(artifact), plan, teacher, source, training, device, ranks)
     folder, settings = progress_folder(output), _settings(plan, source, training, artifact)
@@ -173,6 +172,7 @@ def finetune(
         if ranks.first:
             check_output(output, force, mark)  # another process may have made it meanwhile
             open_progress(folder, settings, resume)
+            last_whole(folder)  # removes what was cut off, once
         ranks.wait()
         checkpoint = last_whole(folder)
         trained = Trained(
@@ -233,12 +233,14 @@ def train_pair(
     """
     _freeze(pair, checkpointing)
     before = coded = pair.held_out_loss()
-    order = training.order or best_order(pair, work, before)
+    order = training.order or kept_order(pair, work, before, folder)
     if "codes" in order:
         assert work is not None
-        coded = recode(pair, work, training, folder, before)
+        coded = recode(pair, work, training, folder, before, checkpointing=checkpointing)
+        if not coded < before:
+            order = tuple(stage for stage in order if stage != "codes")
     training = replace(training, gain_learning_rate=training.gain_rate(coded))
-    if order == ("codes",):
+    if order in ((), ("codes",)):
         return Gain(before, coded, coded, 0, training.gain_rate(coded), order)
     sample = pair.train[:MOMENT_WINDOWS].tokens
     moments = column_moments(pair.model, pair.modules, sample) if training.term and training.init == "lq-lora" else {}
@@ -283,11 +285,7 @@ def _freeze(pair: Pair, checkpointing: bool) -> None:
     pair.original.model.requires_grad_(False)
     pair.model.requires_grad_(False)
     if checkpointing:
-        renamed = getattr(pair.model, "activation_checkpointing_enable", None)  # by transformers on its way to 6
-        (renamed or pair.model.gradient_checkpointing_enable)({"use_reentrant": False})
-        for module in pair.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # the layer's own flag only: its dropout stays off
+        checkpoint_activations(pair.model)
 
 
 def _last_good(trainer: Distillation) -> str:
@@ -335,12 +333,16 @@ def _folded(pair: Pair, trained: Trained) -> float:
 
 def _notes(pair: Pair, training: Training, source: Text, gain: Gain) -> list[str]:
     """What the plan and the model card say about it."""
+    helped = gain.trained < gain.started
+    stages = gain.order if helped else tuple(stage for stage in gain.order if stage == "codes")
     how = (
-        f"trained {in_words(training, gain.order, gain.steps)} at learning rates "
+        f"trained {in_words(training, stages, gain.steps)} at learning rates "
         f"{training.learning_rate:g} and {gain.gain_rate:.2g} on {source.description}"
-        if gain.trained < gain.started or gain.order == ("codes",)
-        else f"left as they started, new factors from {source.description}; training did not lower the loss further"
+        if stages
+        else f"left as they started, new factors from {source.description}"
     )
+    if not helped and gain.order != stages:
+        how += "; training did not lower the loss further"
     after = min(gain.started, gain.trained)
     return [
         f"{', '.join(training.train)} of {len(pair.modules)} matrices were {how}",
