@@ -55,6 +55,8 @@ from reallm.verification import read_plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
 STEPS = os.environ.get("STEPS") or "40"
+NOTHING_GAINED = "nothing is written: try a smaller --learning-rate"
+"""What the command says of a run that brought nothing: the artifact as it was is its result."""
 FREE = {"train": "scales,norms"}
 """Not a byte more."""
 ONE_STAGE = FREE | {"order": "end-to-end", "steps": STEPS, "patience": "0"}
@@ -113,9 +115,13 @@ def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
         options = [word for name, value in (given | dict(recipe.options)).items() for word in (f"--{name}", value)]
         command = [sys.executable, "-m", "reallm", "finetune", str(before), "-o", str(after), "--no-kernels", *options]
         began = time.monotonic()
-        _, status, used = os.wait4(subprocess.Popen(command).pid, 0)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        said = _echoed(process)
+        _, status, used = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
-        if status:
+        if status and NOTHING_GAINED in said:
+            after = before
+        elif status:
             raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
         found = bench.compare(load(after, dtype=torch.float32)[0])
         bits = read_plan(after).bits_per_weight
@@ -123,6 +129,17 @@ def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
     result = Measured(recipe.name, bits, found.divergence.mean, found.perplexity, {"torch": torch.__version__})
     processor = used.ru_utime + used.ru_stime
     return replace(result, seconds=seconds, processor_seconds=processor, peak_rss_bytes=used.ru_maxrss * 1024)
+
+
+def _echoed(process: subprocess.Popen[bytes]) -> str:
+    """What `process` writes to its stderr, passed on as it comes; the end of it."""
+    assert process.stderr is not None
+    end = b""
+    while some := os.read(process.stderr.fileno(), 1 << 16):
+        sys.stderr.buffer.write(some)
+        sys.stderr.flush()
+        end = (end + some)[-4096:]
+    return end.decode(errors="replace")
 
 
 def costs(result: Measured, bits: str, weights: int) -> Iterator[Row]:
