@@ -40,7 +40,7 @@ def check_order(stages: Sequence[str]) -> tuple[Stage, ...]:
 
 
 def kept_order(pair: Pair, work: Path | None, divergence: float, folder: Path) -> tuple[Stage, ...]:
-    """`best_order`, decided once for the run in `folder`: an interrupted one goes on as it began."""
+    """`best_order`, decided once for the run in `folder`: an interrupted one goes on as it began. Raises UserError."""
     if work is None:
         return ("end-to-end",)
     path = folder / ORDER_FILE
@@ -48,6 +48,8 @@ def kept_order(pair: Pair, work: Path | None, divergence: float, folder: Path) -
         return check_order(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         order = best_order(pair, work, divergence)
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged; give --no-resume to start anew") from None
     write_text_atomic(path, canonical_json(list(order)))
     return order
 

@@ -69,7 +69,7 @@ def recode(
     student, path = _Student(pair, coder, training), folder / STATE_FILE
     if checkpointing:
         checkpoint_activations(student.model)
-    done, count = student.restore(path), len(coder.blocks)
+    done, count, after = student.restore(path), len(coder.blocks), math.inf
     every = max(1, count // SAVES)
     with tqdm(total=count, initial=done, desc="codes", unit="block", disable=not LOG.isEnabledFor(logging.INFO)) as bar:
         for index in range(done, count):
@@ -81,7 +81,7 @@ def recode(
             bar.update()
         else:
             student.hand_over()
-    after = pair.held_out_loss() if student.finite else math.inf
+            after = pair.held_out_loss()
     LOG.info("held-out loss %.4f nats per token, %.4f with new codes", before, after)
     if after < before:
         return after
@@ -145,7 +145,6 @@ class _Student:
 
     def __init__(self, pair: Pair, coder: _Coder, training: Training) -> None:
         self.pair, self.coder, self.training = pair, coder, training
-        self.finite = True
         self.model = copy.deepcopy(pair.original.model).float()  # steps are smaller than what bfloat16 tells apart
         self.loaded = replace(pair.original, model=self.model)
         self.put({matrix.name: coder.decoded(matrix.name) for matrix in coder.of_block(None)})
@@ -208,7 +207,6 @@ class _Student:
                 if training.order is not None:
                     raise UserError(f"{where}; nothing is written: try a smaller --code-learning-rate")
                 LOG.warning("%s: no more is coded", where)
-                self.finite = False
                 return False
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(self.trained.values(), 1.0)

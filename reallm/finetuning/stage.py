@@ -172,9 +172,10 @@ def finetune(
         if ranks.first:
             check_output(output, force, mark)  # another process may have made it meanwhile
             open_progress(folder, settings, resume)
-            last_whole(folder)  # removes what was cut off, once
+            checkpoint = last_whole(folder)  # removes what was cut off
         ranks.wait()
-        checkpoint = last_whole(folder)
+        if not ranks.first:
+            checkpoint = last_whole(folder)
         trained = Trained(
             pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init, dora
         )

@@ -126,6 +126,11 @@ def test_then_scales_and_norms(llama: Path, tuned: Path, text: str, tmp_path: Pa
     assert kl(output, llama.parent / "model", text) < kl(tuned, llama.parent / "model", text)
 
 
+def test_activations_computed_again_change_no_byte(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
+    output = finetune(llama, text=text, output=tmp_path / "tuned", **RUN, gradient_checkpointing=True)
+    assert files(output) == files(tuned)
+
+
 @pytest.mark.parametrize("saves", [1, 5])
 def test_an_interrupted_run_ends_in_the_same_bytes(
     llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
@@ -220,6 +225,12 @@ def test_the_default_takes_them_says_so_and_resumes_so(
             patch.setattr(_Student, function, stopping)
             finetune(llama, text=text, output=tmp_path / "chosen", **both | {"order": None})
     monkeypatch.setattr(order, "CODES_FROM", 1e9)  # what was decided stays so
+    path = tmp_path / "chosen.partial" / order.ORDER_FILE
+    decided = path.read_bytes()
+    path.write_bytes(decided[:4])
+    with pytest.raises(UserError, match=r"order\.json is damaged; give --no-resume"):
+        finetune(llama, text=text, output=tmp_path / "chosen", **both | {"order": None})
+    path.write_bytes(decided)
     chosen = finetune(llama, text=text, output=tmp_path / "chosen", **both | {"order": None})
     assert files(chosen) == files(named)
     assert any("by new codes, 12 steps after each block, then for" in note for note in read_plan(chosen).notes)
