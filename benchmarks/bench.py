@@ -107,7 +107,8 @@ class Row:
 class Bench:
     """The base model, the tokens, and what is measured on them."""
 
-    def __init__(self, model: str, text: str, test: str) -> None:
+    def __init__(self, model: str, text: str, test: str, nsamples: int = NSAMPLES) -> None:
+        """`nsamples`: windows that our own measured folder is calibrated on; peers get NSAMPLES."""
         source = load_model(model)
         if source.tokenizer is None:
             raise UserError(f"{model} has no tokenizer")
@@ -119,7 +120,8 @@ class Bench:
         if not (self.base_folder / "config.json").exists():
             source.model.save_pretrained(self.base_folder)
             source.tokenizer.save_pretrained(self.base_folder)
-        self.work = self.folder / "work"
+        self.nsamples = nsamples
+        self.work = self.folder / ("work" if nsamples == NSAMPLES else f"work-{nsamples}")
         self.base = load_model(self.base_folder)
         self.dense = RememberedLogits(load_model(self.base_folder, dtype=torch.float32).model)
         self.calibration = self.folder / "calibration.safetensors"
@@ -202,20 +204,28 @@ def machine() -> str:
     return f"{name}, {psutil.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
-def bench_from_environment(console: Console) -> Bench:
+def bench_from_environment(console: Console, nsamples: int = NSAMPLES) -> Bench:
     """The bench of MODEL, TEXT and TEST, or of their defaults."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     text, test = os.environ.get("TEXT") or DEFAULT_TEXT, os.environ.get("TEST") or DEFAULT_TEST
-    return Bench(os.environ.get("MODEL") or str(fetch_model(FOLDER, console)), text, test)
+    return Bench(os.environ.get("MODEL") or str(fetch_model(FOLDER, console)), text, test, nsamples)
 
 
-def measure_formats(bench: Bench, label: str, formats: Iterable[str]) -> MeasuredTable:
-    """The measured table of `bench`, grown by `formats` where they are missing."""
+def measure_formats(
+    bench: Bench, label: str, formats: Iterable[str], bpw: tuple[float, float] | None = None
+) -> MeasuredTable:
+    """The measured table of `bench`, grown by `formats` where they are missing; `bpw` as in `measure`."""
     space = bench.folder / f"{label}.yaml"
     space.write_text(f"linear: [{', '.join(formats)}]\n", encoding="utf-8")
-    jobs = int(os.environ.get("JOBS") or -1)
     return measure(
-        bench.base_folder, text=bench.text, output=bench.work, space=space, nsamples=NSAMPLES, seqlen=SEQLEN, jobs=jobs
+        bench.base_folder,
+        text=bench.text,
+        output=bench.work,
+        space=space,
+        nsamples=bench.nsamples,
+        seqlen=SEQLEN,
+        jobs=int(os.environ.get("JOBS") or -1),
+        bpw=bpw,
     )
 
 

@@ -2,7 +2,7 @@
 
     make bench NAME=finetune [MODEL=...] [TEXT=training] [TEST=held-out] [PARTS=2.0,stages] [STEPS=40]
 
-After NAME=quality, whose measured folder it uses; the training text is the calibration text. PARTS are
+The measured folder is calibrated on SAMPLES windows of the training text. PARTS are
 
 - 2.0, 2.5, 3.0  bits per weight: the planner's mix and the default recipe, not a byte more, beside the mix untouched;
                  its seconds and its peak memory
@@ -10,6 +10,7 @@ After NAME=quality, whose measured folder it uses; the training text is the cali
 - qlora, loftq, lq-lora   the preset's format with its own start, its factors trained STEPS steps, beside the planner's
                  mix in no more bytes, its scales and norms trained as many
 - inits          at 2.5 bits with factors of rank 8: where they start, after STEPS steps
+- adapters       at 2.5 bits, an adapter of rank 8 in fp16 beside the artifact: LoRA and DoRA, after STEPS steps
 - planning       at the bytes of one format everywhere: that format, and the mix that the plain relative error gives,
                  beside the mix that the Fisher information gives, all with scales and norms trained STEPS steps
 
@@ -37,6 +38,7 @@ from benchmarks.bench import (
     Measured,
     Row,
     bench_from_environment,
+    candidates,
     machine,
     measure_formats,
     mixed,
@@ -45,6 +47,7 @@ from benchmarks.bench import (
     row,
 )
 from benchmarks.peers import ROOT
+from reallm.adapter_files import WEIGHTS_FILE
 from reallm.cache import content_key
 from reallm.compiler import compile_plan
 from reallm.loading import load
@@ -55,6 +58,8 @@ from reallm.verification import read_plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
 STEPS = os.environ.get("STEPS") or "40"
+SAMPLES = 64
+"""Windows of calibration: four times those of NAME=quality, where peers have to make do with as many."""
 NOTHING_GAINED = "nothing is written: try a smaller --learning-rate"
 """What the command says of a run that brought nothing: the artifact as it was is its result."""
 FREE = {"train": "scales,norms"}
@@ -66,7 +71,7 @@ Options = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A name, and the options of `reallm finetune`."""
+    """A name, and the options of `reallm finetune`; a flag's value is empty."""
 
     name: str
     options: Options
@@ -85,6 +90,8 @@ PRESETS = {
     "loftq": ("nf2-g64-dq8x256", {"rank": "16", "factor-dtype": "f16", "init": "loftq"}),
     "lq-lora": ("nf3-g64-dq8x256", {"rank": "16", "factor-dtype": "f16", "init": "lq-lora"}),
 }
+MOST_BITS = {"lq-lora": 3.9, "qlora": 4.9}
+"""Of the presets; no other part has more than three."""
 INITS = ("zero", "loftq")
 UNIFORM = "tq2-l12+ldl2+rot"
 
@@ -112,7 +119,8 @@ def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
         write_record(plan_path, chosen)
         compile_plan(plan_path, before, model=bench.base, kernels=False)
         given: dict[str, str] = {"text": bench.text, "teacher": str(bench.base_folder), "work": str(bench.work)}
-        options = [word for name, value in (given | dict(recipe.options)).items() for word in (f"--{name}", value)]
+        pairs = (given | dict(recipe.options)).items()
+        options = [word for name, value in pairs for word in (f"--{name}", value) if word]
         command = [sys.executable, "-m", "reallm", "finetune", str(before), "-o", str(after), "--no-kernels", *options]
         began = time.monotonic()
         process = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -123,8 +131,13 @@ def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
             after = before
         elif status:
             raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-        found = bench.compare(load(after, dtype=torch.float32)[0])
-        bits = read_plan(after).bits_per_weight
+        adapter = after if "adapter" in recipe.options else None
+        found = bench.compare(load(before if adapter else after, dtype=torch.float32, adapter=adapter)[0])
+        bits = read_plan(before if adapter else after).bits_per_weight
+        if adapter:
+            bits += (
+                8 * (after / WEIGHTS_FILE).stat().st_size / sum(choice.rows * choice.cols for choice in chosen.choices)
+            )
     assert found.divergence is not None
     result = Measured(recipe.name, bits, found.divergence.mean, found.perplexity, {"torch": torch.__version__})
     processor = used.ru_utime + used.ru_stime
@@ -200,6 +213,13 @@ def init_rows(bench: Bench) -> Iterator[Row]:
         yield row(ours, tuned(bench, Recipe(f"factors from {init}, {STEPS} steps", options), chosen))
 
 
+def adapter_rows(bench: Bench) -> Iterator[Row]:
+    """LoRA and DoRA."""
+    chosen, options = mixed(bench, "2.5bpw"), {"adapter": "", "rank": "8", "steps": STEPS, "patience": "0"}
+    lora = tuned(bench, Recipe(f"LoRA adapter, {STEPS} steps", options), chosen)
+    yield row(lora, tuned(bench, Recipe(f"DoRA adapter, {STEPS} steps", options | {"dora": ""}), chosen))
+
+
 def planning_rows(bench: Bench) -> Iterator[Row]:
     """With and without the planner, and the Fisher information in it."""
     table = measure_formats(bench, "finetune", [UNIFORM])
@@ -216,6 +236,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "stages": stage_rows,
     **{name: partial(preset_rows, name) for name in PRESETS},
     "inits": init_rows,
+    "adapters": adapter_rows,
     "planning": planning_rows,
 }
 
@@ -229,7 +250,9 @@ def wanted_parts() -> Sequence[str]:
 def main() -> None:
     """Plan, fine-tune, evaluate, write and print."""
     console = Console()
-    bench = bench_from_environment(console)
+    bench = bench_from_environment(console, SAMPLES)
+    most = max(MOST_BITS.get(part, 3.0) for part in wanted_parts())
+    measure_formats(bench, "finetune", candidates(), bpw=(2.0, most))
     rows = (found for part in wanted_parts() for found in PARTS[part](bench))
     report("finetune", rows, RESULTS, console, keep=bool(os.environ.get("PARTS")))
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from rich.console import Console
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from benchmarks.bench import Bench, Figure, bench_from_environment, machine
 from benchmarks.peers import ROOT
-from reallm.calibration import read_statistics
-from reallm.encoding import Encoded
 from reallm.planner.plan import Choice
 from reallm.planner.records import TABLE_FILE, MeasuredTable, canonical_json, read_record, write_text_atomic
 from reallm.planner.uniform import uniform_plan
@@ -62,21 +62,39 @@ def changes(bench: Bench, table: MeasuredTable) -> list[Choice]:
     return [every[i] for i in np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)]
 
 
+@torch.no_grad()
+def second_moments(bench: Bench, names: set[str]) -> dict[str, torch.Tensor]:
+    """H = x^T x [cols, cols] of the inputs of the linears called `names`, over the calibration windows."""
+    found: dict[str, torch.Tensor] = {}
+
+    def hook(name: str, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        x = arguments[0].float().flatten(0, -2)
+        found[name] = found.get(name, torch.zeros(())) + x.T @ x
+
+    model = bench.dense.model
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in names]
+    for window in load_file(bench.calibration)["windows"]:
+        model(input_ids=window[None])
+    for each in hooks:
+        each.remove()
+    return found
+
+
 def measured(bench: Bench, table: MeasuredTable) -> tuple[list[float], dict[str, list[float]]]:
     """(KL of every change, cost name -> its value for every change)."""
     plan = uniform_plan(table, FORMATS[0], work=str(bench.work))
     memory = InMemory(bench.base, bench.work, bench.windows[:WINDOWS], progress=False)
     records = {(r.matrix, r.format): r for r in table.measurements}
-    statistics = Encoded(bench.work, bench.base).job.statistics
     kls, costs = [], {name: list[float]() for name in COSTS}
-    for choice in tqdm(changes(bench, table), desc="change", unit="matrix"):
+    chosen = changes(bench, table)
+    moments = second_moments(bench, {choice.matrix for choice in chosen})
+    for choice in tqdm(chosen, desc="change", unit="matrix"):
         matrix, record = memory.matrices[choice.matrix], records[choice.matrix, choice.format]
         kls.append(memory.loss(plan.model_copy(update={"choices": (choice,)})))
         parameter = memory.model.get_parameter(matrix.parameter).detach()
         error = bench.base.weight(matrix) - (parameter.T if matrix.transposed else parameter)
-        H = read_statistics(statistics, matrix.block, [matrix]).hessians[matrix.input]
         costs["frobenius"].append(float(error.square().sum()))
-        costs["plain H"].append(float(((error @ H) * error).sum(dtype=torch.float64)))
+        costs["plain H"].append(float(((error @ moments[choice.matrix]) * error).sum(dtype=torch.float64)))
         for name in ("relative", "fisher", "guided", OURS):
             costs[name].append(getattr(record, name))
     return kls, costs

@@ -5,7 +5,6 @@ gradients. Only one block's statistics are ever in memory. With labels sampled f
 summed loss at a matrix's output and x_t its input at token t, over the n tokens of the text (of which an encoder's loss
 is taken at the masked ones):
 
-    H         = 1/n sum x_t x_t^T                        per distinct input
     H_guided  = 1/n sum mean_i(g_ti^2) x_t x_t^T         per matrix (GuidedQuant, arXiv 2505.07004)
     F_ij      = 1/n sum g_ti^2 x_tj^2                    per matrix, the diagonal Fisher (LQ-LoRA, arXiv 2311.12023)
     G         = 1/n sum mean_j(x_tj^2) g_t g_t^T         per linear layer: H_guided x G is a Kronecker factorisation of
@@ -52,8 +51,6 @@ MEMORY_SHARE = 0.3
 class BlockStatistics:
     """Float32 statistics of the matrices of one block (or of those outside all blocks), by name."""
 
-    hessians: dict[str, Tensor]
-    """Input name -> H [K, K]."""
     guided: dict[str, Tensor]
     """Matrix name -> H_guided [K, K]."""
     fisher: dict[str, Tensor]
@@ -87,18 +84,16 @@ def read_statistics(folder: Path, block: int | None, matrices: Sequence[Matrix])
     """Statistics of `matrices`, which all lie in `block`; nothing else is read. Raises UserError for a damaged file."""
     path = statistics_path(folder, block)
     names = {m.name for m in matrices}
-    kinds = ("hessian", "guided", "fisher", "row_weight", "lookup", "gram")
-    wanted = dict.fromkeys(kinds, names) | {"hessian": {m.input for m in matrices}}
-    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("guided", "fisher", "row_weight", "lookup", "gram")}
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 kind, name = key.split("/", 1)
-                if name in wanted[kind]:
+                if kind in parts and name in names:
                     parts[kind][name] = file.get_tensor(key).float()
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove the folder {folder} and measure again") from None
-    return BlockStatistics(*(parts[kind] for kind in kinds))
+    return BlockStatistics(*parts.values())
 
 
 def calibrate(

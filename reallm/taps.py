@@ -17,11 +17,20 @@ from torch.overrides import TorchFunctionMode
 from .model import LoadedModel, Matrix
 
 ROW_BLOCK = 8192  # rows of a head's Fisher at a time
+PANELS = 4  # of a symmetric sum, each up to the diagonal: 5/8 of the products
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
 
 
 def _on_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
     output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+
+def add_moment(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Add scale left^T right, both [tokens, n], to the lower triangle of `total` [n, n]; above, only some is added."""
+    width = -(-len(total) // PANELS)
+    for start in range(0, len(total), width):
+        stop = start + width
+        total[start:stop, :stop].addmm_(left[:, start:stop].T, right[:, :stop], alpha=scale)
 
 
 class _Calls(TorchFunctionMode):
@@ -81,8 +90,10 @@ class Taps:
             if kind == "row_weight":
                 mean = value.mean()
                 result[key] = value / mean if float(mean) > 0 else torch.ones_like(value)
-            else:
-                result[key] = value.to(torch.bfloat16) if kind in ("fisher", "lookup", "gram") else value
+                continue
+            if kind in ("guided", "gram"):
+                value = value.tril() + value.tril(-1).T
+            result[key] = value.to(torch.bfloat16) if kind in ("fisher", "lookup", "gram") else value
         return result
 
     # -- what the hooks see -----------------------------------------------------------------------------------------
@@ -122,13 +133,12 @@ class Taps:
         return self.sums[key]
 
     def _input(self, matrix: Matrix, value: Tensor) -> Tensor:
-        """x [tokens, K] float32, its Hessian added once for all matrices that share it."""
+        """x [tokens, K] float32, cast once for all matrices that share it."""
         held = self._inputs.get(matrix.input)
         if held is not None and (held[0] is value or torch.equal(held[0], value)):
             return held[1]
         x = value.detach().float().reshape(-1, matrix.cols)
         self._inputs[matrix.input] = (value, x)
-        self._sum(f"hessian/{matrix.input}", matrix.cols, matrix.cols).add_((x.T @ x).div_(self.tokens))
         return x
 
     def _record(self, matrix: Matrix, value: Tensor, output: Tensor) -> None:
@@ -141,7 +151,7 @@ class Taps:
             g2 = gradient.detach().float().reshape(-1, matrix.rows).square()  # a copy: autograd goes on with its own
             importance = g2.mean(1, keepdim=True)
             guided = self._sum(f"guided/{matrix.name}", matrix.cols, matrix.cols)
-            guided.add_(((x * importance).T @ x).div_(self.tokens))
+            add_moment(guided, x * importance, x, 1 / self.tokens)
             self._add_fisher(matrix, g2, x, half)
             if matrix.kind in ("linear", "expert"):
                 self._add_gram(matrix, gradient, x)
@@ -153,7 +163,7 @@ class Taps:
     def _add_gram(self, matrix: Matrix, gradient: Tensor, x: Tensor) -> None:
         g = gradient.detach().float().reshape(-1, matrix.rows)
         weighted = g * x.square().mean(1, keepdim=True)
-        self._sum(f"gram/{matrix.name}", matrix.rows, matrix.rows).add_((weighted.T @ g).div_(self.tokens))
+        add_moment(self._sum(f"gram/{matrix.name}", matrix.rows, matrix.rows), weighted, g, 1 / self.tokens)
 
     def _add_fisher(self, matrix: Matrix, g2: Tensor, x: Tensor, half: torch.dtype) -> None:
         """Sums of positive products: the model's own dtype is precise enough for each window's share (bf16: 2^-9)."""
@@ -164,4 +174,7 @@ class Taps:
         scale = float(peak) / self.tokens
         for start in range(0, matrix.rows, ROW_BLOCK):
             rows = slice(start, start + ROW_BLOCK)
-            total[rows].add_((left[:, rows].T @ right).float(), alpha=scale)
+            if dtype == torch.float32:
+                total[rows].addmm_(left[:, rows].T, right, alpha=scale)
+            else:
+                total[rows].add_((left[:, rows].T @ right).float(), alpha=scale)

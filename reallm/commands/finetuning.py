@@ -59,7 +59,11 @@ def finetune(
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Less memory, more time: activations are computed, and weights decoded, again where they are needed.",
+        ),
     ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run of the same settings.")] = True,
     kernels: Annotated[bool, typer.Option(help="Generate and compile GPU kernels too.")] = True,

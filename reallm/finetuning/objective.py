@@ -3,8 +3,7 @@
     loss = sum_t w_t KL(p_t || q_t),   q_t = softmax(W h_t),   dloss / dh_t = w_t W^T (q_t - p_t),   sum_t w_t = 1
 
 p is the original's, or all at the text's own next token ("text": the cross entropy). A vocabulary of 49,152 makes five
-tensors of 100 MB out of 512 tokens otherwise. The original's last hidden states are kept for windows that come again:
-its decoder then runs once a window, not once a step.
+tensors of 100 MB out of 512 tokens otherwise.
 """
 
 from __future__ import annotations
@@ -15,18 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..runtime.packed import Packed
 from .maps import EmbeddingMaps
+from .original import Original, hidden_state, plain_head
 
 Loss = Literal["kl", "text"]
 
 CHUNK = 128
 """Tokens whose logits exist at once."""
-KEPT_BYTES = 1 << 30
-"""Of hidden states of the original, at most."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -100,84 +96,17 @@ def token_weights(input_ids: Tensor, scored: Tensor | None, loss: Loss) -> Tenso
     return weights / weights.sum()
 
 
-def hidden_state(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """What the head of `model` is given, [batch, seqlen, features]."""
-    result: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return result
-
-
-@torch.no_grad()
-def plain_head(model: PreTrainedModel, input_ids: Tensor) -> nn.Linear | None:
-    """The head of `model`, if its logits are no more than W h, which is tried on `input_ids`; else None.
-
-    A compressed head is none: while it is trained its weight is not what it multiplies with.
-    """
-    head = model.get_output_embeddings()
-    if (
-        not isinstance(head, nn.Linear)
-        or isinstance(head, Packed)
-        or head.bias is not None
-        or model.base_model is model
-    ):
-        return None
-    try:
-        hidden = hidden_state(model, input_ids)
-    except (AttributeError, TypeError):  # an encoder, or several outputs
-        return None
-    logits = model(input_ids=input_ids).logits
-    found = head(hidden)
-    same = found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-3, atol=1e-3)
-    return head if same else None
-
-
-class KeptStates:
-    """The last hidden states of `model`, by window; those that fit are kept."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.kept, self.nbytes = model, dict[int, Tensor](), 0
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, names: Sequence[int]) -> Tensor:
-        """Hidden states [batch, seqlen, features] of windows that are called `names`."""
-        if all(name in self.kept for name in names):
-            return torch.stack([self.kept[name] for name in names])
-        result = hidden_state(self.model, input_ids)
-        for name, state in zip(names, result, strict=True):
-            if name not in self.kept and self.nbytes < KEPT_BYTES:
-                self.kept[name] = state.clone()
-                self.nbytes += state.nbytes
-        return result
-
-    def keep_all(self, input_ids: Tensor, names: Sequence[int]) -> bool:
-        """Keep those of all these windows, int64 [windows, seqlen]; False, and nothing done, where they do not fit."""
-        missing = {name: row for row, name in enumerate(names) if name not in self.kept}
-        if not missing:
-            return True
-        first = self(input_ids[:1].to(self.model.device), names[:1])
-        if self.nbytes + first.nbytes * len(missing) > KEPT_BYTES:
-            return False
-        for name, row in tqdm(missing.items(), desc="original", unit="window", leave=False):
-            self(input_ids[row : row + 1].to(self.model.device), [name])
-        return True
-
-
 class Objective:
     """What is minimised: the loss of `model` on windows of tokens, against `original` or against the text itself."""
 
-    def __init__(self, model: PreTrainedModel, original: PreTrainedModel, sample: Tensor, loss: Loss) -> None:
-        """`sample`: a few token ids [1, seqlen], on which the heads are tried."""
+    def __init__(self, model: PreTrainedModel, original: Original, sample: Tensor, loss: Loss) -> None:
+        """`sample`: a few token ids [1, seqlen], on which the head is tried."""
         self.model, self.original, self.loss = model, original, loss
-        self.heads = plain_head(model, sample), plain_head(original, sample)
-        self.states = KeptStates(original)
+        self.head = plain_head(model, sample.to(model.device))
 
-    def remember(self, input_ids: Tensor, names: Sequence[int]) -> bool:
-        """Make all that the original is needed for on these windows; False where it will be needed again.
-
-        Its head is needed in any case.
-        """
-        if self.loss == "text":
-            return True
-        return None not in self.heads and self.states.keep_all(input_ids, names)
+    def can_remember(self, input_ids: Tensor, names: Sequence[int]) -> bool:
+        """Make all that the original's weights are needed for on these windows; False where they are needed again."""
+        return self.loss == "text" or (self.head is not None and self.original.keep_all(input_ids, names))
 
     def __call__(
         self, input_ids: Tensor, names: Sequence[int], scored: Tensor | None = None, maps: EmbeddingMaps | None = None
@@ -187,7 +116,7 @@ class Objective:
         `scored` as in `token_weights`; `maps` are those being trained.
         """
         weights = token_weights(input_ids, scored, self.loss)
-        own, others = self.heads
+        own, others = self.head, self.original.head
         if own is None or others is None:
             return self._by_logits(input_ids, weights)
         hidden = hidden_state(self.model, input_ids)
@@ -196,7 +125,7 @@ class Objective:
         head = own.weight.to(hidden.dtype)
         if self.loss == "text":
             return head_cross_entropy(hidden, head, input_ids.roll(-1, 1), weights)
-        original = self.states(input_ids, names)
+        original = self.original.states(input_ids, names)
         return head_divergence(hidden, head, original, others.weight.to(original.dtype), weights)
 
     def _by_logits(self, input_ids: Tensor, weights: Tensor) -> Tensor:
@@ -206,6 +135,6 @@ class Objective:
             losses = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         else:
             with torch.no_grad():
-                original = self.original(input_ids=input_ids).logits
+                original = self.original.runner(input_ids=input_ids).logits
             losses = token_losses(logits, original)
         return (losses * weights).sum()

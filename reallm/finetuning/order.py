@@ -79,7 +79,7 @@ def _missing(pair: Pair, work: Path) -> str | None:
     blocks = {matrix.block for matrix in original.matrices}
     if gone := [path for block in blocks if not (path := statistics_path(statistics, block)).exists()]:
         return f"{gone[0]} is gone; measure again"
-    wanted = CODES_BYTES * sum(tensor.numel() for tensor in original.model.parameters())
+    wanted = CODES_BYTES * pair.windows.original.weights
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return None if wanted <= free else f"they take {wanted / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
 

@@ -21,13 +21,15 @@ from ..kernels.terms import MAX_RANK, LowRank
 from ..loading import load
 from ..model import LoadedModel, load_model
 from ..planner.plan import Plan
+from ..runtime.packed import DecodeMode
 from ..text import Text
 from .answers import Sample, draw_sample
 from .factors import Init, Modules, trainable_modules
 from .maps import EmbeddingMaps
 from .objective import Loss, Objective
 from .order import Stage, check_order
-from .ranks import ALONE, Ranks
+from .original import Original
+from .ranks import Ranks
 from .trained import Part, check_parts
 
 GAIN_RATE, MOST_GAIN_RATE = 1 / 120, 5e-3
@@ -129,16 +131,49 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The packed model, the one it was made from, and the windows they are compared on."""
+class Windows:
+    """The dense model and the windows of the text, before there is a compressed model."""
 
-    original: LoadedModel
-    model: PreTrainedModel
-    modules: Modules
-    objective: Objective
+    original: Original
     train: Sample
     held_out: Sample
     """No window of `train` is among them."""
+
+    def release(self, rows: Tensor) -> None:
+        """Free the dense model's weights for training on the windows `rows` of `train`, int64 [n], if that can be."""
+        tokens, names = self.needed(rows)
+        if self.original.keep_all(tokens, names):
+            self.original.release()
+
+    def needed(self, rows: Tensor) -> tuple[Tensor, list[int]]:
+        """Token ids and names of the windows `rows` of `train`, each once, and of those held out."""
+        parts = [self.train[torch.unique(rows)], self.held_out]
+        return torch.cat([part.tokens for part in parts]), [name for part in parts for name in part.names.tolist()]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The packed model, the one it was made from, and the windows they are compared on."""
+
+    windows: Windows
+    model: PreTrainedModel
+    modules: Modules
+    objective: Objective
+
+    @property
+    def original(self) -> LoadedModel:
+        """The dense model; its weights are there after `restore`."""
+        return self.windows.original.loaded
+
+    @property
+    def train(self) -> Sample:
+        """The windows that are trained on."""
+        return self.windows.train
+
+    @property
+    def held_out(self) -> Sample:
+        """The windows that the gain is measured on."""
+        return self.windows.held_out
 
     @torch.no_grad()
     def held_out_loss(self, maps: EmbeddingMaps | None = None) -> float:
@@ -155,22 +190,12 @@ class Pair:
 
         Its head stays. `restore` brings them back.
         """
-        needed = [self.train[torch.unique(rows)], self.held_out]
-        names = [name for sample in needed for name in sample.names.tolist()]
-        if not self.objective.remember(torch.cat([sample.tokens for sample in needed]), names):
-            return
-        head = self.objective.heads[1]
-        for parameter in self.original.model.parameters():
-            if head is None or parameter is not head.weight:
-                parameter.data = parameter.data.new_empty(0)
+        if self.objective.can_remember(*self.windows.needed(rows)):
+            self.windows.original.release()
 
     def restore(self) -> None:
         """Read the original's weights again, if they were freed."""
-        freed = {name: p for name, p in self.original.model.named_parameters() if not p.numel()}
-        if freed:
-            again = load_model(self.original.source).model
-            for name, parameter in freed.items():
-                parameter.data = again.get_parameter(name).data.to(parameter)
+        self.windows.original.restore()
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -182,27 +207,18 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
             module.training = True  # the layer's own flag only: its dropout stays off
 
 
-def open_pair(
-    artifact: Path,
-    plan: Plan,
-    teacher: Path | str | None,
-    source: Text,
-    training: Training,
-    device: str,
-    ranks: Ranks = ALONE,
-) -> Pair:
-    """Load both models and cut the text into windows; the last ones are held out. Raises UserError."""
+def open_windows(
+    artifact: Path, plan: Plan, teacher: Path | str | None, source: Text, training: Training, device: str, ranks: Ranks
+) -> Windows:
+    """Load the model that `artifact` was made from and cut the text into windows; the last ones are held out.
+
+    Raises UserError.
+    """
     place = ranks.place(_device(device))
     original = load_model(teacher or plan.model)
     if original.digest != plan.model_sha256:
         raise UserError(f"{original.source} is not the model {artifact} was made from; give that one as --teacher")
     sample = _windows(original, source, training)
-    dtype = _compute_dtype(original.dtype, place)
-    model, _ = load(artifact, device=place, dtype=dtype)
-    original.model.to(device=place, dtype=dtype)
-    modules = trainable_modules(model)
-    if not modules:
-        raise UserError(f"{artifact} has no compressed linear, so there is nothing to train")
     mask_token = _mask_token(original)
     if mask_token is not None:
         if training.loss == "text":
@@ -210,8 +226,25 @@ def open_pair(
         shown = [mask_window(window, mask_token, training.seed + i).inputs for i, window in enumerate(sample.tokens)]
         sample = replace(sample, tokens=torch.cat(shown))
     count = min(HELD_OUT_WINDOWS, max(1, len(sample.tokens) // HELD_OUT_SHARE))
-    objective = Objective(model, original.model, sample.tokens[:1].to(place), training.loss)
-    return Pair(original, model, modules, objective, sample[:-count], sample[-count:])
+    dense = Original(original, sample.tokens[:1], place, _compute_dtype(original.dtype, place), ranks)
+    return Windows(dense, sample[:-count], sample[-count:])
+
+
+def open_pair(artifact: Path, windows: Windows, training: Training, *, low_memory: bool = False) -> Pair:
+    """Load the compressed model beside the dense one; with `low_memory` its weights are decoded at every use.
+
+    Raises UserError.
+    """
+    original = windows.original
+    decode: DecodeMode = "call" if low_memory else "load"
+    model, _ = load(artifact, device=original.device, dtype=original.dtype, decode=decode)
+    modules = trainable_modules(model)
+    if not modules:
+        raise UserError(f"{artifact} has no compressed linear, so there is nothing to train")
+    objective = Objective(model, original, windows.train.tokens[:1], training.loss)
+    if objective.head is None and training.loss == "kl":
+        original.restore()  # the logits are needed, not what the head is given
+    return Pair(windows, model, modules, objective)
 
 
 def _device(name: str) -> torch.device:

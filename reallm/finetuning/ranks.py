@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m reallm finetune out/ --text train.txt -o tuned/
 
 All hold the whole compressed model; one step takes `batch_size` windows of each, and their gradients are averaged. The
-first of them opens the folder, keeps checkpoints and writes the result.
+first of them opens the folder, keeps checkpoints and writes the result. With `accelerate launch --use_fsdp` they share
+the weights of the dense model (`original`), which are what is large; the compressed ones are not sharded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from ..lock import alone_in
 
@@ -27,6 +29,8 @@ class Ranks:
 
     index: int
     count: int
+    shares_original: bool = False
+    """Whether each holds a part of the dense model only."""
 
     @staticmethod
     def found(device: str) -> Ranks:
@@ -34,15 +38,21 @@ class Ranks:
         count = int(os.environ.get("WORLD_SIZE") or 1)
         if count < 2:
             return Ranks(0, 1)
+        # from here on: or else the Trainer would shard what is trained, which is small
+        shares = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
         state = PartialState(cpu=device == "cpu")
         if state.process_index:
             logging.getLogger("reallm").setLevel(logging.WARNING)  # the first speaks for all
-        return Ranks(state.process_index, state.num_processes)
+        return Ranks(state.process_index, state.num_processes, shares)
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes."""
         return self.index == 0
+
+    def own(self, rows: Tensor, batch_size: int) -> Tensor:
+        """Those of `rows`, int64 [steps * count * batch_size], that this process is given by the Trainer's sampler."""
+        return rows.view(-1, self.count, batch_size)[:, self.index].flatten()
 
     def wait(self) -> None:
         """Until all have come here."""
@@ -70,8 +80,13 @@ ALONE = Ranks(0, 1)
 
 def everywhere(holds: bool) -> bool:
     """Whether it holds in every process of the run: all go on, or none."""
+    return not most(not holds)
+
+
+def most(count: int) -> int:
+    """The largest `count` of all processes of the run."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return holds
-    found = torch.tensor(float(holds), device=PartialState().device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
-    return bool(found)
+        return count
+    found = torch.tensor(count, device=PartialState().device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)

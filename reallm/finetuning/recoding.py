@@ -159,8 +159,7 @@ class _Student:
         groups = [{"params": [self.trained[name] for name in names], "lr": rate} for names, rate in rates]
         self.optimiser = torch.optim.Adam(groups, betas=BETAS)
         self.rates = [rate for _, rate in rates]
-        self.objective = Objective(self.model, pair.original.model, pair.train.tokens[:1].to(self.model.device), "kl")
-        self.objective.states = pair.objective.states
+        self.objective = Objective(self.model, pair.windows.original, pair.train.tokens[:1], "kl")
 
     @torch.no_grad()
     def put(self, decoded: Mapping[str, Tensor]) -> None:

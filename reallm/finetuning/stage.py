@@ -39,7 +39,7 @@ from .distillation import (
 )
 from .factors import column_moments
 from .order import Stage, check_order, in_words, kept_order
-from .pair import Pair, Training, checkpoint_activations, open_pair
+from .pair import Pair, Training, Windows, checkpoint_activations, open_pair, open_windows
 from .ranks import ALONE, Ranks
 from .recoding import recode
 from .trained import Trained, check_parts
@@ -164,7 +164,7 @@ def finetune(
     unasked = not (adapter or training.loss == "text" or ranks.count > 1) and {"scales", "norms"} <= set(training.train)
     measured = Path(work or plan.work) if "codes" in named or unasked else None
     source = load_text(text)
-    pair = open_pair(Path(artifact), plan, teacher, source, training, device, ranks)
+    windows = open_windows(Path(artifact), plan, teacher, source, training, device, ranks)
     folder, settings = progress_folder(output), _settings(plan, source, training, artifact)
     read_settings(folder)  # a folder that is no run is refused before it is touched
     ranks.wait()  # all have read it before the first one writes
@@ -176,6 +176,11 @@ def finetune(
         ranks.wait()
         if not ranks.first:
             checkpoint = last_whole(folder)
+        if training.loss == "text":
+            windows.original.release()
+        elif named in ((), ("end-to-end",)):  # else a stage soon needs the weights
+            windows.release(_to_come(windows, training, checkpoint, ranks))
+        pair = open_pair(Path(artifact), windows, training, low_memory=gradient_checkpointing)
         trained = Trained(
             pair.model, pair.modules, training.train, training.term, pair.original.dtype, training.init, dora
         )
@@ -237,6 +242,7 @@ def train_pair(
     order = training.order or kept_order(pair, work, before, folder)
     if "codes" in order:
         assert work is not None
+        pair.restore()
         coded = recode(pair, work, training, folder, before, checkpointing=checkpointing)
         if not coded < before:
             order = tuple(stage for stage in order if stage != "codes")
@@ -245,6 +251,8 @@ def train_pair(
         return Gain(before, coded, coded, 0, training.gain_rate(coded), order)
     sample = pair.train[:MOMENT_WINDOWS].tokens
     moments = column_moments(pair.model, pair.modules, sample) if training.term and training.init == "lq-lora" else {}
+    if training.term:
+        pair.restore()
     trained.start(pair.original, moments)
     started = pair.held_out_loss(trained.maps) if training.term else coded
     LOG.info("held-out loss %.4f nats per token, %.4f untrained", before, started)
@@ -252,17 +260,13 @@ def train_pair(
     for stage in order:
         if stage == "codes":
             continue
-        pair.restore()
         if stage == "blocks":
+            pair.restore()
             train_blocks(pair, trained, training, folder)
             LOG.info("held-out loss %.4f nats per token after the blocks", pair.held_out_loss(trained.maps))
         else:
-            rows = training_order(
-                len(pair.train.tokens), ranks.count * training.steps * training.batch_size, training.seed
-            )
-            if ranks.count == 1:
-                pair.release(rows[steps_of(checkpoint) * training.batch_size :])
-            trainer = _trainer(pair, trained, training, folder, ranks, rows)
+            pair.release(_to_come(pair.windows, training, checkpoint, ranks))
+            trainer = _trainer(pair, trained, training, folder, ranks)
             steps = _train_end_to_end(trainer, folder, checkpoint)
     after = _folded(pair, trained)
     pair.restore()
@@ -270,6 +274,17 @@ def train_pair(
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
         trained.fresh()
     return Gain(before, started, after, steps, training.gain_rate(coded), order)
+
+
+def _rows(windows: Windows, training: Training, ranks: Ranks) -> Tensor:
+    """The windows that the steps of all processes take, in order, int64 [n]."""
+    return training_order(len(windows.train.tokens), ranks.count * training.steps * training.batch_size, training.seed)
+
+
+def _to_come(windows: Windows, training: Training, checkpoint: Path | None, ranks: Ranks) -> Tensor:
+    """Those that this process takes after `checkpoint`."""
+    own = ranks.own(_rows(windows, training, ranks), training.batch_size)
+    return own[steps_of(checkpoint) * training.batch_size :]
 
 
 def _train_end_to_end(trainer: Distillation, folder: Path, checkpoint: Path | None) -> int:
@@ -298,10 +313,7 @@ def _last_good(trainer: Distillation) -> str:
     return f"the state of {Path(best).name} is taken, the best on the held-out windows"
 
 
-def _trainer(
-    pair: Pair, trained: Trained, training: Training, folder: Path, ranks: Ranks, rows: Tensor
-) -> Distillation:
-    """Of the windows `rows` of the training text, in that order."""
+def _trainer(pair: Pair, trained: Trained, training: Training, folder: Path, ranks: Ranks) -> Distillation:
     callbacks = [FinalEvaluation(), Progress(folder, LOG.isEnabledFor(logging.INFO), ranks)]
     if training.patience:
         callbacks.append(EarlyStoppingCallback(training.patience))
@@ -315,7 +327,7 @@ def _trainer(
             device=pair.model.device,
         ),
         rates=training.rates,
-        train=pair.train[rows],
+        train=pair.train[_rows(pair.windows, training, ranks)],
         held_out=pair.held_out,
         callbacks=callbacks,
     )

@@ -25,13 +25,14 @@ class ScaleTraining(LowRankTraining):
     """A packed matrix whose scales can be trained, beside its low-rank term."""
 
     scale_gain: nn.Parameter | None
-    _coded: tuple[Tensor, Tensor] | None
+    _scales: Tensor | None
+    _coded: Tensor | None
 
     def start_decoding(self, mode: DecodeMode, dtype: torch.dtype) -> None:
         """As for every packed matrix; nothing is being trained yet."""
         super().start_decoding(mode, dtype)
         self.register_parameter("scale_gain", None)
-        self._coded = None
+        self._scales = self._coded = None
 
     @property
     def has_scales(self) -> bool:
@@ -42,32 +43,41 @@ class ScaleTraining(LowRankTraining):
         """Make a gain on every stored scale trainable, float32 ones [count]. Raises ValueError where there is none."""
         if not self.has_scales:
             raise ValueError(f"format {self.format.name} stores no scales by themselves, so there are none to train")
-        scales = decode_scales(self.format, self.fields, self.rows, self.cols)
-        coded = decode_coded(self.format, self.fields, self.rows, self.cols, shared=self.shared_codebooks)
-        if self._by_vector and self.format.rotated:
-            coded = unrotate(coded.T.contiguous()).T.contiguous()  # once, not at every output
-        self._coded = (coded.to(self.decoded.dtype), scales)  # no buffers: neither saved nor counted
-        self.scale_gain = nn.Parameter(torch.ones_like(scales))
+        self._scales = decode_scales(self.format, self.fields, self.rows, self.cols)  # no buffer, so it is not saved
+        self.scale_gain = nn.Parameter(torch.ones_like(self._scales))
         self.forget()
         return self.scale_gain
+
+    def _codes(self) -> Tensor:
+        """What the scales multiply, [rows, cols] in the compute dtype; of a rotated matrix back in its rows' places."""
+        if self._coded is not None:
+            return self._coded
+        with torch.inference_mode(False), torch.no_grad():
+            coded = decode_coded(self.format, self.fields, self.rows, self.cols, shared=self.shared_codebooks)
+            if self._by_vector and self.format.rotated:
+                coded = unrotate(coded.T.contiguous()).T.contiguous()
+            coded = coded.to(self.decoded.dtype)
+        if self.mode == "load":
+            self._coded = coded
+        return coded
 
     def fold_scales(self) -> None:
         """Write the trained scales back into their field.
 
         Raises ValueError if they are not being trained or one is not finite in fp16.
         """
-        if self.scale_gain is None or self._coded is None:
+        if self.scale_gain is None or self._scales is None:
             raise ValueError("no scales are being trained; call train_scales() first")
-        scales = (self._coded[1] * self.scale_gain.detach()).to(torch.float16)
+        scales = (self._scales * self.scale_gain.detach()).to(torch.float16)
         if not bool(scales.isfinite().all()):
             raise ValueError("a scale is not finite in fp16; train with a smaller learning rate")
-        self.scale_gain, self._coded = None, None
+        self.scale_gain = self._scales = self._coded = None
         self.write([("scales", packed_bytes(scales))])
         self.forget()
 
     def revert(self, fmt: Format, fields: dict[str, Tensor]) -> None:
         """Give up whatever is being trained, and take on a format and its fields."""
-        self.left_factor = self.right_factor = self.scale_gain = self._coded = None
+        self.left_factor = self.right_factor = self.scale_gain = self._scales = self._coded = None
         for name in self.fields:
             self._buffers.pop(name, None)
         self.format = fmt
@@ -92,9 +102,9 @@ class ScaleTraining(LowRankTraining):
         return result if self.left_factor is None else result + self.low_rank_output(inputs)
 
     def _scaled_output(self, inputs: Tensor) -> Tensor:
-        assert self.scale_gain is not None and self._coded is not None
-        fmt, coded = self.format, self._coded[0].to(inputs.dtype)
-        spread = spread_scales(fmt, self._coded[1] * self.scale_gain, self.rows, self.cols).to(inputs.dtype)
+        assert self.scale_gain is not None and self._scales is not None
+        fmt, coded = self.format, self._codes().to(inputs.dtype)
+        spread = spread_scales(fmt, self._scales * self.scale_gain, self.rows, self.cols).to(inputs.dtype)
         if not self._by_vector:
             weight = decode_transform(fmt, self.fields, self.rows, self.cols, (coded * spread).float())
             return linear(inputs, weight.to(inputs.dtype))

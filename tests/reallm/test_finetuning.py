@@ -16,14 +16,16 @@ from typer.testing import CliRunner
 
 from reallm.cli import app
 from reallm.errors import UserError
-from reallm.finetuning import finetune, objective, stage
+from reallm.finetuning import finetune, original, stage
 from reallm.finetuning.checkpoints import WHOLE_FILE
 from reallm.finetuning.distillation import Distillation, Student, training_order
-from reallm.finetuning.pair import Training, open_pair
+from reallm.finetuning.pair import Training, open_pair, open_windows
+from reallm.finetuning.ranks import ALONE
 from reallm.finetuning.stage import train_pair
 from reallm.finetuning.trained import Trained
 from reallm.model import load_model
 from reallm.text import load_text
+from reallm.runtime.replace import packed_modules
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +73,9 @@ def test_the_artifact_comes_nearer_to_the_original(llama: Path, tuned: Path, tex
 
 def test_training_lowers_the_divergence_beyond_that_of_fresh_factors(llama: Path, text: str, tmp_path: Path) -> None:
     training = Training(rank=4, steps=12, batch_size=2, seqlen=SEQLEN, learning_rate=3e-3)
-    pair = open_pair(llama, read_plan(llama), None, load_text(text), training, "cpu")
+    pair = open_pair(
+        llama, open_windows(llama, read_plan(llama), None, load_text(text), training, "cpu", ALONE), training
+    )
     trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype)
     gain = train_pair(pair, trained, training, tmp_path, None, False, tmp_path)
     assert gain.trained < 0.95 * gain.started < 0.95 * gain.before
@@ -85,16 +89,23 @@ def test_the_original_is_not_in_memory_while_it_is_not_needed(
     compute, seen = Distillation.compute_loss, []
 
     def watching(self: Distillation, *arguments: Any, **options: Any) -> Any:
-        seen.append(sum(p.numel() for p in self.student.objective.original.parameters()))
+        seen.append(sum(p.numel() for p in self.student.objective.original.runner.parameters()))
         return compute(self, *arguments, **options)
 
+    def loading(*arguments: Any, **options: Any) -> Any:
+        dense = arguments[1].original.runner
+        seen.append(sum(p.numel() for p in dense.parameters()))
+        return opening(*arguments, **options)
+
+    opening = stage.open_pair
+    monkeypatch.setattr(stage, "open_pair", loading)  # before the compressed model is there, too
     monkeypatch.setattr(Distillation, "compute_loss", watching)
     whole = load_model(llama.parent / "model").model
     head = whole.get_output_embeddings().weight.numel()
     assert files(finetune(llama, text=text, output=tmp_path / "freed", **RUN)) == files(tuned)
     assert set(seen) == {head}
     seen.clear()
-    monkeypatch.setattr(objective, "KEPT_BYTES", 1)
+    monkeypatch.setattr(original, "KEPT_BYTES", 1)
     assert files(finetune(llama, text=text, output=tmp_path / "kept", **RUN)) == files(tuned)
     assert set(seen) == {sum(p.numel() for p in whole.parameters())}
 
@@ -236,9 +247,22 @@ def test_another_run_starts_anew(
     assert kept[-1] == "checkpoint-3" and "checkpoint-1" not in kept  # the last, and the best if it is another
 
 
-def test_gradient_checkpointing_gives_the_same_factors(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_the_same_factors(
+    llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no weight of the compressed model decoded for longer than its product takes."""
+    compute, kept = Distillation.compute_loss, []
+
+    def watching(self: Distillation, *arguments: Any, **options: Any) -> Any:
+        loss = compute(self, *arguments, **options)
+        packed = dict(packed_modules(self.student.objective.model)).values()
+        kept.append(sum(m.decoded.numel() + (0 if m._coded is None else m._coded.numel()) for m in packed))
+        return loss
+
+    monkeypatch.setattr(Distillation, "compute_loss", watching)
     output = finetune(llama, text=text, output=tmp_path / "tuned", gradient_checkpointing=True, **RUN)
     assert files(output) == files(tuned)  # the same operations, done twice
+    assert kept and not any(kept)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "roberta", "gemma2", "qwen3_moe"])

@@ -6,25 +6,30 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
-from reallm.finetuning import objective as objective_module
+from reallm.finetuning import original as original_module
 from reallm.finetuning.objective import (
     CHUNK,
-    KeptStates,
     Objective,
     head_cross_entropy,
     head_divergence,
-    hidden_state,
-    plain_head,
     token_losses,
     token_weights,
 )
+from reallm.finetuning.original import Original, hidden_state, plain_head
 from reallm.kernels.formats import Format
+from reallm.model import LoadedModel
 from reallm.runtime.modules import pack_linear
 
 
 def draw(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense(model: PreTrainedModel) -> Original:
+    loaded = LoadedModel(model, None, "nowhere", "", torch.float32, (), ())
+    return Original(loaded, torch.arange(15)[None], torch.device("cpu"), torch.float32)
 
 
 def definition(model: torch.Tensor, original: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -91,18 +96,18 @@ def test_a_compressed_head_is_asked_for_logits() -> None:
 
 @pytest.mark.parametrize("loss", ["kl", "text"])
 def test_both_ways_to_the_loss_agree(loss: str) -> None:
-    model, original = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    model, original = tiny_model("llama", seed=1), dense(tiny_model("llama", seed=2))
     ids, scored = torch.arange(40).view(2, 20), (torch.arange(40) % 3 == 0).view(2, 20)
     objective = Objective(model, original, ids[:1], "kl" if loss == "kl" else "text")
-    assert None not in objective.heads
+    assert objective.head is not None and original.head is not None
     fast = objective(ids, [0, 1], scored)
-    objective.heads = (None, None)
+    objective.head = None
     torch.testing.assert_close(fast, objective(ids, [0, 1], scored), rtol=1e-4, atol=1e-6)
 
 
 def test_kept_states_run_the_model_once_a_window() -> None:
     model = tiny_model("llama")
-    states, ids = KeptStates(model), torch.arange(30).view(2, 15)
+    states, ids = dense(model).states, torch.arange(30).view(2, 15)
     first = states(ids, [4, 7])
     model.requires_grad_(False)
     for parameter in model.parameters():
@@ -114,9 +119,9 @@ def test_kept_states_run_the_model_once_a_window() -> None:
 
 def test_all_states_are_kept_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), torch.arange(60).view(4, 15)
-    states = KeptStates(model)
-    assert states.keep_all(ids, [3, 1, 4, 9]) and set(states.kept) == {3, 1, 4, 9}
-    torch.testing.assert_close(states.kept[4], hidden_state(model, ids[2:3])[0])
-    monkeypatch.setattr(objective_module, "KEPT_BYTES", 3 * states.kept[3].nbytes)
-    few = KeptStates(model)
+    original = dense(model)
+    assert original.keep_all(ids, [3, 1, 4, 9]) and set(original.kept) == {3, 1, 4, 9}
+    torch.testing.assert_close(original.kept[4], hidden_state(model, ids[2:3])[0])
+    monkeypatch.setattr(original_module, "KEPT_BYTES", 3 * original.kept[3].nbytes)
+    few = dense(model)
     assert not few.keep_all(ids, [3, 1, 4, 9]) and few.keep_all(ids[:3], [3, 1, 4])

@@ -27,7 +27,7 @@ def second_moments(loaded: LoadedModel, folder: Path, prefix: Path | None) -> di
     found = {}
     for block in range(len(loaded.blocks)):
         members = [m for m in loaded.matrices if m.block == block and m.kind == "linear"]
-        found |= read_statistics(folder, block, members).hessians
+        found |= read_statistics(folder, block, members).guided
     return found
 
 

@@ -37,22 +37,47 @@ main()
 """
 """The command, whose second process gets NaN at its fourth step."""
 
+SHARING = """
+import os
+from reallm.cli import main
+from reallm.finetuning.distillation import Student
+
+compute = Student.forward
+
+
+def forward(self, *arguments, **options):
+    weights = list(self.objective.original.runner.base_model.parameters())
+    own, whole = sum(p.to_local().numel() for p in weights), sum(p.numel() for p in weights)
+    with open(f"{__file__}-{os.environ['RANK']}", "a") as file:
+        print(own, whole, file=file)
+    return compute(self, *arguments, **options)
+
+
+Student.forward = forward
+main()
+"""
+"""The command, which writes down at every step how much of the dense model a process holds."""
+
 
 def run(
-    artifact: Path, text: Path, output: Path, *options: str, program: Sequence[str] = ("-m", "reallm")
+    artifact: Path, text: Path, output: Path, *options: str, program: Sequence[str] = ("-m", "reallm"), **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """`reallm finetune` in two processes."""
+    """`reallm finetune` in two processes; `more` of the environment."""
     root = str(Path(reallm.__file__).parents[1])
     given = ["--text", str(text), "-o", str(output), "--seqlen", str(SEQLEN), "--no-kernels", "--patience", "0"]
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, "finetune"]
     return subprocess.run(
         [sys.executable, "-m", *launch, str(artifact), *given, *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root} | more,
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
+
+
+def weights_of(artifact: Path) -> bytes:
+    return (artifact / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +101,22 @@ def test_two_processes_train_as_one_with_twice_the_batch(base: Path) -> None:
         change = (packed.decode_now(torch.float32) - before[name].decode_now(torch.float32)).norm()
         gap = (packed.decode_now(torch.float32) - both[name].decode_now(torch.float32)).norm()
         assert gap < 0.02 * change  # sums in another order, then Adam
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_two_processes_share_the_dense_model(base: Path, fits: bool) -> None:
+    """What comes out is the same, whether its hidden states are kept or it is run at every step."""
+    script, name = base / f"sharing-{fits}.py", f"shared-{fits}"
+    limit = "" if fits else "import reallm.finetuning.original as original\noriginal.KEPT_BYTES = 0\n"
+    script.write_text(limit + SHARING)
+    done = run(
+        base / "out", base / "text.txt", base / name, "--steps", "6", program=[str(script)], ACCELERATE_USE_FSDP="true"
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        shares = {tuple(map(int, line.split())) for line in Path(f"{script}-{rank}").read_text().splitlines()}
+        assert shares and all(own <= 0.6 * whole for own, whole in shares)
+    assert weights_of(base / name) == weights_of(base / "two")
 
 
 def test_a_loss_that_is_not_finite_in_one_ends_both(base: Path) -> None:

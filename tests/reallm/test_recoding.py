@@ -18,7 +18,8 @@ from tuning import SEQLEN, StopError, files, kl
 from reallm.compiler import compile_plan
 from reallm.errors import UserError
 from reallm.finetuning import finetune, order, recoding
-from reallm.finetuning.pair import Pair, Training, open_pair
+from reallm.finetuning.pair import Pair, Training, open_pair, open_windows
+from reallm.finetuning.ranks import ALONE
 from reallm.finetuning.recoding import _Coder, _Student, recode
 from reallm.measurement import measure
 from reallm.planner.records import TABLE_FILE
@@ -70,7 +71,8 @@ def tuned(llama: Path, text: str) -> Path:
 def opened(artifact: Path, text: str, **change: Any) -> tuple[Pair, Training]:
     kept = {name: value for name, value in (RUN | change).items() if name not in ("kernels", "steps")}
     training = Training(**kept)
-    return open_pair(artifact, read_plan(artifact), None, load_text(text), training, "cpu"), training
+    windows = open_windows(artifact, read_plan(artifact), None, load_text(text), training, "cpu", ALONE)
+    return open_pair(artifact, windows, training), training
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3_moe", "gpt2"])

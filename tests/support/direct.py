@@ -104,8 +104,6 @@ def _add_uses(loaded: LoadedModel, uses: Uses, sums: dict[str, Tensor]) -> None:
         matrix = by_name[name]
         x = value.reshape(-1, matrix.cols)
         g2 = output.grad.reshape(-1, matrix.rows).square()
-        if matrix.input == name or matrix.kind == "embedding":
-            _add(sums, f"hessian/{matrix.input}", x.T @ x)
         _add(sums, f"guided/{name}", (x * g2.mean(1, keepdim=True)).T @ x)
         _add(sums, f"fisher/{name}", g2.T @ x.square())
         if matrix.kind in ("linear", "expert"):
