@@ -35,8 +35,10 @@ from reallm.measurement import draw, measure
 from reallm.model import load_model
 from reallm.planner.plan import Cost, Plan
 from reallm.planner.records import (
+    TABLE_FILE,
     MeasuredTable,
     canonical_json,
+    read_record,
     write_record,
     write_text_atomic,
 )
@@ -235,8 +237,9 @@ def candidates() -> list[str]:
 
 
 def mixed(bench: Bench, budget: str, cost: Cost = "two_sided") -> Plan:
-    """The planner's mix of `candidates` within `budget`."""
-    return plan(bench.work, budget=budget, formats=candidates(), cost=cost)
+    """The planner's mix of those `candidates` that were worth measuring, within `budget`."""
+    known = {r.format for r in read_record(bench.work / TABLE_FILE, MeasuredTable, "measure").measurements}
+    return plan(bench.work, budget=budget, formats=[name for name in candidates() if name in known], cost=cost)
 
 
 def report(name: str, found: Iterable[Row], results: Path, console: Console, keep: bool = False) -> None:

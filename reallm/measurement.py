@@ -219,7 +219,7 @@ def measure(
     text: str | Path | None = None,
     output: str | Path,
     space: str | Path | None = None,
-    nsamples: int = 16,
+    nsamples: int = 64,
     seqlen: int = 1024,
     seed: int = 0,
     jobs: int = -1,

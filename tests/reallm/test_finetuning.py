@@ -24,8 +24,8 @@ from reallm.finetuning.ranks import ALONE
 from reallm.finetuning.stage import train_pair
 from reallm.finetuning.trained import Trained
 from reallm.model import load_model
-from reallm.text import load_text
 from reallm.runtime.replace import packed_modules
+from reallm.text import load_text
 from reallm.verification import read_bytes, read_plan, read_tensors, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
