@@ -17,7 +17,9 @@ def measure(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, statistics and cache.")],
     text: Text = None,
     space: Annotated[str, typer.Option(help="Candidate formats: a preset, or a YAML file.")] = "default",
-    nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows; 16 take a quarter of the time, and lose more.")] = 64,
+    nsamples: Annotated[
+        int, typer.Option(min=1, help="Calibration windows; 16 take a quarter of the time, and lose more.")
+    ] = 64,
     seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 1024,
     seed: Seed = 0,
     jobs: Annotated[int, typer.Option(help="Matrices encoded at once; -1 for every core.")] = -1,
