@@ -251,7 +251,7 @@ def train_pair(
         return Gain(before, coded, coded, 0, training.gain_rate(coded), order)
     sample = pair.train[:MOMENT_WINDOWS].tokens
     moments = column_moments(pair.model, pair.modules, sample) if training.term and training.init == "lq-lora" else {}
-    if training.term:
+    if training.term and training.init != "zero":
         pair.restore()
     trained.start(pair.original, moments)
     started = pair.held_out_loss(trained.maps) if training.term else coded
