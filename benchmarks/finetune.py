@@ -59,7 +59,7 @@ from reallm.verification import read_plan
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
 STEPS = os.environ.get("STEPS") or "40"
 SAMPLES = 64
-"""Windows of calibration: four times those of NAME=quality, where peers have to make do with as many."""
+"""Windows of calibration, the default of `measure`; NAME=quality takes as few as its peers."""
 NOTHING_GAINED = "nothing is written: try a smaller --learning-rate"
 """What the command says of a run that brought nothing: the artifact as it was is its result."""
 FREE = {"train": "scales,norms"}
@@ -131,13 +131,14 @@ def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
             after = before
         elif status:
             raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-        adapter = after if "adapter" in recipe.options else None
-        found = bench.compare(load(before if adapter else after, dtype=torch.float32, adapter=adapter)[0])
-        bits = read_plan(before if adapter else after).bits_per_weight
+        adapter = after if "adapter" in recipe.options and after != before else None
+        artifact = before if adapter else after
+        found, bits = bench.compare(load(artifact, dtype=torch.float32, adapter=adapter)[0]), chosen.bits_per_weight
         if adapter:
-            bits += (
-                8 * (after / WEIGHTS_FILE).stat().st_size / sum(choice.rows * choice.cols for choice in chosen.choices)
-            )
+            weights = sum(choice.rows * choice.cols for choice in chosen.choices)
+            bits += 8 * (adapter / WEIGHTS_FILE).stat().st_size / weights
+        else:
+            bits = read_plan(artifact).bits_per_weight
     assert found.divergence is not None
     result = Measured(recipe.name, bits, found.divergence.mean, found.perplexity, {"torch": torch.__version__})
     processor = used.ru_utime + used.ru_stime

@@ -92,7 +92,7 @@ class Taps:
                 result[key] = value / mean if float(mean) > 0 else torch.ones_like(value)
                 continue
             if kind in ("guided", "gram"):
-                value = value.tril() + value.tril(-1).T
+                value.tril_().add_(value.tril(-1).T)
             result[key] = value.to(torch.bfloat16) if kind in ("fisher", "lookup", "gram") else value
         return result
 

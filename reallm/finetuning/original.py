@@ -141,4 +141,6 @@ def _share(loaded: LoadedModel, device: torch.device, dtype: torch.dtype, ranks:
     for name in loaded.blocks:
         fully_shard(model.get_submodule(name), mesh=mesh, reshard_after_forward=True)
     fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True)
-    model.get_output_embeddings().to(device)
+    for part in model.children():
+        if part is not model.base_model:
+            part.to(device)

@@ -87,6 +87,6 @@ def most(count: int) -> int:
     """The largest `count` of all processes of the run."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count
-    found = torch.tensor(count, device=PartialState().device)
+    found = torch.tensor(int(count), device=PartialState().device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return int(found)

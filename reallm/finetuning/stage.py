@@ -22,11 +22,14 @@ from ..adapter_files import CONFIG_FILE, write_adapter
 from ..compiler import Compilation, write_artifact
 from ..errors import UserError
 from ..folder import check_output, is_artifact
+from ..kernels.codecs import DenseCodec
+from ..kernels.formats import Format
 from ..manifest import MANIFEST_FILE, sha256_file
-from ..planner.plan import Plan
+from ..planner.plan import Choice, Plan
 from ..planner.records import TABLE_FILE, MeasuredTable, read_record
 from ..text import Text, load_text
 from ..verification import read_plan
+from ..verification import verify as verify_artifact
 from .blockwise import train_blocks
 from .checkpoints import Progress, last_whole, open_progress, progress_folder, read_settings, steps_of
 from .distillation import (
@@ -133,7 +136,10 @@ def finetune(
     check_output(output, force, mark)
     if not is_artifact(artifact):
         raise UserError(f"{artifact} is no artifact of reallm; `reallm compile` writes one")
+    verify_artifact(Path(artifact), adapters=False)
     plan = read_plan(Path(artifact))
+    if not any(_trainable(choice) for choice in plan.choices):
+        raise UserError(f"{artifact} has no compressed linear, so there is nothing to train")
     training = Training(
         train=check_parts(train),
         rank=(ADAPTER_RANK if adapter else 0) if rank is None else rank,
@@ -212,6 +218,10 @@ def finetune(
     return output
 
 
+def _trainable(choice: Choice) -> bool:
+    return choice.kind in ("linear", "head") and not isinstance(Format.parse(choice.format).codec, DenseCodec)
+
+
 def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str) -> dict[str, int | float | str]:
     """What makes two runs the same run."""
     return asdict(training) | {
@@ -269,7 +279,8 @@ def train_pair(
             trainer = _trainer(pair, trained, training, folder, ranks)
             steps = _train_end_to_end(trainer, folder, checkpoint)
     after = _folded(pair, trained)
-    pair.restore()
+    if ranks.first:
+        pair.restore()  # what is not compressed goes into the file
     if not after < started:
         LOG.warning("training did not help (%.4f): the untrained state is kept", after)
         trained.fresh()

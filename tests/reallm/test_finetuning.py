@@ -397,6 +397,17 @@ def test_an_artifact_without_compressed_linears_is_refused(text: str, tmp_path: 
     artifact = pack("llama", tmp_path, lambda matrix: "int4-g16" if matrix.kind == "embedding" else None)
     with pytest.raises(UserError, match="no compressed linear"):
         finetune(artifact, text=text, output=tmp_path / "tuned", **RUN)
+    assert not (tmp_path / "tuned.partial").exists()
+
+
+def test_a_damaged_artifact_is_refused_before_anything_is_written(text: str, tmp_path: Path) -> None:
+    artifact = pack("llama", tmp_path, linears("int4-g16"))
+    weights = artifact / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        finetune(artifact, text=text, output=tmp_path / "tuned", **RUN)
+    assert not (tmp_path / "tuned.partial").exists()
 
 
 def test_the_learning_rate_of_scales_follows_the_divergence() -> None:
