@@ -22,12 +22,13 @@ from reallm.codecs import Workspace, encode
 from reallm.codecs.trellis import CLIPS, SCALES
 from reallm.codecs.viterbi import closed_walks
 from reallm.codegen.native import machine_tier
-from reallm.encoding import Job, one_thread
+from reallm.encoding import Job
 from reallm.kernels.codecs import TILE
 from reallm.kernels.formats import Format
 from reallm.model import Matrix
 from reallm.planner.records import TABLE_FILE, MeasuredTable, canonical_json, read_record, write_text_atomic
 from reallm.printing import columns_table
+from reallm.threads import one_thread
 
 RESULTS = ROOT / "benchmarks" / "results" / "encoding.json"
 TARGETS = {10: 60.0, 12: 180.0}

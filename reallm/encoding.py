@@ -6,8 +6,6 @@ longer has their codes: the same function on one thread, so the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +26,7 @@ from .model import LoadedModel, Matrix
 from .planner.plan import Choice
 from .planner.records import TABLE_FILE, MeasuredTable, read_record
 from .planner.stored import shared_key
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within it torch computes on one thread: the same bytes however many cores there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+from .threads import one_thread
 
 
 @dataclass(frozen=True)

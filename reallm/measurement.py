@@ -25,7 +25,7 @@ from .cache import content_key, fields_sha256
 from .calibration import calibrate, compute_dtype
 from .codecs import CODEC_VERSION, Workspace, encode
 from .codecs.shared import fit_shared_codebooks
-from .encoding import Job, codebook_bytes, codebook_values, one_thread
+from .encoding import Job, codebook_bytes, codebook_values
 from .errors import UserError
 from .footprint import experts_per_token, kv_cache
 from .handover import handing_over, take
@@ -47,6 +47,7 @@ from .prefix import prefix_digest
 from .runtime.decode import decode
 from .space import Space, load_space
 from .text import Text, load_text, shortage, windows
+from .threads import one_thread
 
 LOG = logging.getLogger(__name__)
 STATISTICS_VERSION = 2  # part of every key: raise it whenever the statistics may change

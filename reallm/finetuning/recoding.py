@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from ..boundaries import save_tensors
 from ..codecs import PackedFields, Workspace, encode
-from ..encoding import Encoded, codebook_values, one_thread
+from ..encoding import Encoded, codebook_values
 from ..errors import UserError
 from ..kernels.codecs import DenseCodec
 from ..model import LoadedModel, Matrix
 from ..runtime.packed import Packed
 from ..runtime.replace import packed_modules
+from ..threads import one_thread
 from .distillation import BETAS, training_order
 from .objective import Objective
 from .pair import Pair, Training, checkpoint_activations

@@ -100,8 +100,7 @@ class RecordedStep:
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, tokens: Tensor) -> Tensor:
-        """Read int64 `tokens` [n] after those read before; logits of the next, float32 [vocabulary], until the next
-        call. Raises CacheOverflowError where the cache has not as many positions left, ValueError for no token or, in
+        """Read int64 `tokens` [n] after those read before; logits of the next, float32 [vocabulary]. Raises CacheOverflowError where the cache has not as many positions left, ValueError for no token or, in
         a prompt, one that is not in the vocabulary."""
         tokens = tokens.to(self.device, torch.int64, copy=True)
         count, first = tokens.numel(), not self.position
@@ -113,7 +112,7 @@ class RecordedStep:
                 "reserve more before the text begins"
             )
         with on_device(self._token):
-            return self._next(tokens) if count == 1 and not first else self._prompt_of(tokens)
+            return self._next(tokens).clone() if count == 1 and not first else self._prompt_of(tokens)
 
     def _prompt_of(self, tokens: Tensor) -> Tensor:
         """The logits after several tokens, walked."""

@@ -67,6 +67,7 @@ class Step:
         self.model, self.program, self.native = model, program, native
         self.vocabulary = program.weights[-1].rows
         self.position = self.capacity = 0
+        self.threads = 1
         self._biases: dict[str, Tensor] = {}
         self._bind()
         self.refresh()
@@ -89,6 +90,7 @@ class Step:
             copy.copy_(original)
         modules: list[Any] = [self.model.get_submodule(name) for name in self.program.vectors]
         self._norms = [module.weight.detach().to(torch.float32, copy=True).contiguous() for module in modules]
+        self._norms_at = _pointers(self._norms)
         for operand, weight in zip(self._operands, self.program.weights, strict=True):
             if weight.bias:
                 module: Any = self.model.get_submodule(weight.name)
@@ -123,8 +125,8 @@ class Step:
         return self._identity != list(identities(self.model))
 
     def reserve(self, positions: int) -> None:
-        """Start a new text of at most `positions` tokens."""
-        self.position = 0
+        """Start a new text of at most `positions` tokens, to be read on as many threads as torch has now."""
+        self.position, self.threads = 0, torch.get_num_threads()
         wanted = -(-positions // POSITION_UNIT) * POSITION_UNIT
         if wanted <= self.capacity:
             return
@@ -133,6 +135,7 @@ class Step:
         shape = (self.program.layers, self.program.kv_heads, wanted * stride)
         self._keys, self._values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
         self._angles = [each for name in self.program.tables for each in rotary_table(self.model, name, wanted)]
+        self._angles_at = _pointers(self._angles)
         self.capacity = wanted
 
     @torch.no_grad()
@@ -161,18 +164,17 @@ class Step:
         needed = count * (self.program.scratch + self._prepared)
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed)
-        norms, angles = _pointers(self._norms), _pointers(self._angles)
         run = _Run(
             ctypes.addressof(self._operands),
-            ctypes.addressof(norms),
-            ctypes.addressof(angles),
+            ctypes.addressof(self._norms_at),
+            ctypes.addressof(self._angles_at),
             self._keys.data_ptr(),
             self._values.data_ptr(),
             self._scratch.data_ptr(),
             self.capacity,
             self.position,
             count,
-            torch.get_num_threads(),
+            self.threads,
         )
         self.native.reallm_step(
             ctypes.byref(run), ctypes.c_void_p(tokens.data_ptr()), ctypes.c_void_p(logits.data_ptr())

@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -114,6 +115,27 @@ def test_another_architecture_goes_the_old_way_and_says_so(caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         assert torch.equal(drawn(model), drawn(tiny_model("phi3")))
     assert "Phi3ForCausalLM is none of the architectures" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_the_step_takes_all_threads_while_tokens_are_drawn(fails: bool, model: PreTrainedModel) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(_: Tensor, scores: Tensor) -> Tensor:
+        seen.append((torch.get_num_threads(), use_step(model).ready().threads))
+        if fails:
+            raise ValueError("enough")
+        return scores
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(ValueError, match="enough") if fails else nullcontext():
+            drawn(model, logits_processor=[watch])
+        assert seen == [(1, 3)] * (1 if fails else 12)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_streamer_gets_every_token(model: PreTrainedModel) -> None:
