@@ -100,8 +100,11 @@ class RecordedStep:
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, tokens: Tensor) -> Tensor:
-        """Read int64 `tokens` [n] after those read before; logits of the next, float32 [vocabulary]. Raises CacheOverflowError where the cache has not as many positions left, ValueError for no token or, in
-        a prompt, one that is not in the vocabulary."""
+        """Read int64 `tokens` [n] after those read before; logits of the next, float32 [vocabulary].
+
+        Raises CacheOverflowError where the cache has not as many positions left, ValueError for no token or, in a
+        prompt, one that is not in the vocabulary.
+        """
         tokens = tokens.to(self.device, torch.int64, copy=True)
         count, first = tokens.numel(), not self.position
         if count == 0 or ((count > 1 or first) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary):
