@@ -6,7 +6,7 @@ The measured folder is calibrated on SAMPLES windows of the training text. PARTS
 
 - 2.0, 2.5, 3.0  bits per weight: the planner's mix and the default recipe, not a byte more, beside the mix untouched;
                  its seconds and its peak memory
-- stages         at 2.0 bits: the default recipe, new codes and then end to end, beside other stages and orders
+- stages         at 2.0 bits: the default recipe, end to end alone, beside other stages, orders and fewer steps
 - qlora, loftq, lq-lora   the preset's format with its own start, its factors trained STEPS steps, beside the planner's
                  mix in no more bytes, its scales and norms trained as many
 - inits          at 2.5 bits with factors of rank 8: where they start, after STEPS steps
@@ -77,12 +77,13 @@ class Recipe:
     options: Options
 
 
-CHOSEN = {"2.0": "codes,end-to-end", "2.5": "end-to-end", "3.0": "end-to-end"}
-"""The order that the default takes by itself at these bits."""
+CHOSEN = {"2.0": "160", "2.5": "60", "3.0": "60"}
+"""The steps that the default takes by itself at these bits."""
 STAGES = {
-    "end to end alone": "end-to-end",
+    "end to end, 60 steps": "end-to-end",
+    "new codes, then end to end, 60 steps": "codes,end-to-end",
     "blocks alone": "blocks",
-    "blocks, then end to end": "blocks,end-to-end",
+    "blocks, then end to end, 60 steps": "blocks,end-to-end",
 }
 TUNED = Recipe(f"reallm, scales and norms, {STEPS} steps", ONE_STAGE)
 PRESETS = {
@@ -96,14 +97,14 @@ INITS = ("zero", "loftq")
 UNIFORM = "tq2-l12+ldl2+rot"
 
 
-def of_order(name: str, order: str) -> Recipe:
+def of_order(name: str, order: str, steps: str = "60") -> Recipe:
     """The default recipe with these stages; written out, so that no result of other defaults is taken for it."""
-    return Recipe(name, FREE | {"order": order, "steps": "60"})
+    return Recipe(name, FREE | {"order": order, "steps": steps})
 
 
 def default(bits: str) -> Recipe:
     """The default recipe, as it comes out at so many bits."""
-    return of_order("reallm, default recipe", CHOSEN[bits])
+    return of_order("reallm, default recipe", "end-to-end", CHOSEN[bits])
 
 
 def tuned(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:

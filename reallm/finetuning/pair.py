@@ -59,8 +59,8 @@ class Training:
     patience: int = 3
     """Evaluations without a lower held-out KL after which training ends; 0 for never."""
     seed: int = 0
-    order: tuple[Stage, ...] | None = None
-    """The stages, one after another; None for `best_order`."""
+    order: tuple[Stage, ...] = ("end-to-end",)
+    """The stages, one after another."""
     block_windows: int = 64
     """Of the training text, that block-wise training takes."""
     block_epochs: int = 2
@@ -74,15 +74,14 @@ class Training:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", check_parts(self.train))
-        if self.order is not None:
-            object.__setattr__(self, "order", check_order(self.order))
+        object.__setattr__(self, "order", check_order(self.order))
         if self.block_windows < 1 or self.block_epochs < 1:
             expected = "expected at least 1 of each"
             raise UserError(f"--block-windows {self.block_windows} --block-epochs {self.block_epochs}: {expected}")
         if self.code_steps < 0 or not 0 < self.code_learning_rate < 1:
             found = f"--code-steps {self.code_steps} --code-learning-rate {self.code_learning_rate}"
             raise UserError(f"{found}: expected at least 0 steps, and a rate between 0 and 1 such as 1e-4")
-        if self.loss == "text" and (stage := next((s for s in self.order or () if s != "end-to-end"), None)):
+        if self.loss == "text" and (stage := next((s for s in self.order if s != "end-to-end"), None)):
             raise UserError(f"--order {stage} brings a model nearer to the dense one: it goes with --loss kl only")
         if not 0 <= self.rank <= MAX_RANK:
             raise UserError(f"--rank {self.rank}: expected 0 to {MAX_RANK}")

@@ -59,8 +59,7 @@ def recode(
 
     Returns the loss on the held-out windows; unless it is less than `before`, the old codes and norms stay. Goes on
     where an interrupted run in `folder` kept its state last. With `checkpointing` activations are computed again.
-    Raises UserError for a folder that is gone or of another model and, where new codes were asked for by name, for a
-    loss that is not finite; where they were not, the old ones stay then too.
+    Raises UserError for a folder that is gone or of another model, and for a loss that is not finite.
     """
     coder = _Coder(pair, work)
     fields = {
@@ -70,19 +69,18 @@ def recode(
     student, path = _Student(pair, coder, training), folder / STATE_FILE
     if checkpointing:
         checkpoint_activations(student.model)
-    done, count, after = student.restore(path), len(coder.blocks), math.inf
+    done, count = student.restore(path), len(coder.blocks)
     every = max(1, count // SAVES)
     with tqdm(total=count, initial=done, desc="codes", unit="block", disable=not LOG.isEnabledFor(logging.INFO)) as bar:
         for index in range(done, count):
             student.settle(coder.blocks[index])
-            if index + 1 < count and training.code_steps and not student.train(index):
-                break
+            if index + 1 < count and training.code_steps:
+                student.train(index)
             if (index + 1) % every == 0 or index + 1 == count:
                 student.save(path, index + 1)
             bar.update()
-        else:
-            student.hand_over()
-            after = pair.held_out_loss()
+    student.hand_over()
+    after = pair.held_out_loss()
     LOG.info("held-out loss %.4f nats per token, %.4f with new codes", before, after)
     if after < before:
         return after
@@ -183,10 +181,10 @@ class _Student:
             parameter.grad = None
             self.optimiser.state.pop(parameter, None)
 
-    def train(self, index: int) -> bool:
-        """The steps that follow block number `index` of those that are coded; False after a loss that is not finite.
+    def train(self, index: int) -> None:
+        """The steps that follow block number `index` of those that are coded.
 
-        Raises UserError for such a loss where new codes were asked for by name.
+        Raises UserError for a loss that is not finite.
         """
         training, pair = self.training, self.pair
         each, total = training.code_steps * training.batch_size, len(self.coder.blocks)
@@ -203,16 +201,14 @@ class _Student:
             scored = None if part.scored is None else part.scored.to(self.model.device)
             loss = self.objective(part.tokens.to(self.model.device), part.names.tolist(), scored)
             if not bool(loss.detach().isfinite()):
-                where = f"behind block {self.coder.blocks[index]} the loss is not finite"
-                if training.order is not None:
-                    raise UserError(f"{where}; nothing is written: try a smaller --code-learning-rate")
-                LOG.warning("%s: no more is coded", where)
-                return False
+                raise UserError(
+                    f"behind block {self.coder.blocks[index]} the loss is not finite; nothing is written: "
+                    "try a smaller --code-learning-rate"
+                )
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
             self.optimiser.step()
             self.optimiser.zero_grad()
-        return True
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ from .distillation import (
     training_order,
 )
 from .factors import column_moments
-from .order import Stage, check_order, in_words, kept_order
+from .order import Stage, check_order, in_words, worthwhile_steps
 from .pair import Pair, Training, Windows, checkpoint_activations, open_pair, open_windows
 from .ranks import ALONE, Ranks
 from .recoding import recode
@@ -81,7 +81,7 @@ def finetune(
     rank: int | None = None,
     factor_dtype: Literal["f16", "i8", "i4"] = "i8",
     init: Literal["zero", "loftq", "lq-lora", "plan"] = "lq-lora",
-    steps: int = 60,
+    steps: int | None = None,
     batch_size: int = 1,
     seqlen: int = 512,
     learning_rate: float = 1e-3,
@@ -89,7 +89,7 @@ def finetune(
     loss: Literal["kl", "text"] = "kl",
     patience: int = 3,
     seed: int = 0,
-    order: Sequence[str] | None = None,
+    order: Sequence[str] = ("end-to-end",),
     block_windows: int = 64,
     block_epochs: int = 2,
     code_steps: int = 4,
@@ -119,10 +119,8 @@ def finetune(
     `order` holds the stages: "codes" (`recoding`), first, codes the blocks anew, one after another, with `code_steps`
     steps of training for the weights behind each, and reads the measured folder `work` (default: the plan's); "blocks"
     (`blockwise`) takes `block_epochs` times `block_windows` windows for every block and needs the memory of one;
-    "end-to-end" is the training described above. None is "end-to-end", after "codes" where the held-out divergence is
-    .4 nats or more, scales and norms are trained, the measured folder is there and memory suffices (`order`); never for
-    an adapter, the loss of a text or several processes. `gain_learning_rate` None is a 120th of the divergence before
-    it, 5e-3 at most.
+    "end-to-end" is the training described above. `steps` None is 60, 160 for a plan that is predicted to lose .3 nats
+    or more. `gain_learning_rate` None is a 120th of the divergence before it, 5e-3 at most.
 
     `loss` "kl" is the divergence from that model; "text" the cross entropy of the text's next tokens, which teaches
     what that model does not know. Of a .jsonl of messages only the assistant's answers count (`answers`).
@@ -145,7 +143,7 @@ def finetune(
         rank=(ADAPTER_RANK if adapter else 0) if rank is None else rank,
         factor_dtype=factor_dtype,
         init=init,
-        steps=steps,
+        steps=worthwhile_steps(plan) if steps is None else steps,
         batch_size=batch_size,
         seqlen=seqlen,
         learning_rate=learning_rate,
@@ -153,22 +151,20 @@ def finetune(
         loss=loss,
         patience=patience,
         seed=seed,
-        order=None if order is None else check_order(order),
+        order=check_order(order),
         block_windows=block_windows,
         block_epochs=block_epochs,
         code_steps=code_steps,
         code_learning_rate=code_learning_rate,
         dora=dora,
     )
-    named = training.order or ()
-    if ranks.count > 1 and named not in ((), ("end-to-end",)):
-        raise UserError(f"--order {','.join(named)}: of {ranks.count} processes only end-to-end makes use")
-    if adapter and "codes" in named:
+    if ranks.count > 1 and training.order != ("end-to-end",):
+        raise UserError(f"--order {','.join(training.order)}: of {ranks.count} processes only end-to-end makes use")
+    if adapter and "codes" in training.order:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
-    if "codes" in named or work is not None:  # what is missing is told before anything is loaded
-        read_record(Path(work or plan.work) / TABLE_FILE, MeasuredTable, "measure")
-    unasked = not (adapter or training.loss == "text" or ranks.count > 1) and {"scales", "norms"} <= set(training.train)
-    measured = Path(work or plan.work) if "codes" in named or unasked else None
+    measured = Path(work or plan.work)
+    if "codes" in training.order or work is not None:  # what is missing is told before anything is loaded
+        read_record(measured / TABLE_FILE, MeasuredTable, "measure")
     source = load_text(text)
     windows = open_windows(Path(artifact), plan, teacher, source, training, device, ranks)
     folder, settings = progress_folder(output), _settings(plan, source, training, artifact)
@@ -184,7 +180,7 @@ def finetune(
             checkpoint = last_whole(folder)
         if training.loss == "text":
             windows.original.release()
-        elif named in ((), ("end-to-end",)):  # else a stage soon needs the weights
+        elif training.order == ("end-to-end",):  # else a stage soon needs the weights
             windows.release(_to_come(windows, training, checkpoint, ranks))
         pair = open_pair(Path(artifact), windows, training, low_memory=gradient_checkpointing)
         trained = Trained(
@@ -226,7 +222,7 @@ def _settings(plan: Plan, source: Text, training: Training, artifact: Path | str
     """What makes two runs the same run."""
     return asdict(training) | {
         "train": ",".join(training.train),
-        "order": ",".join(training.order or ("best",)),
+        "order": ",".join(training.order),
         "artifact_sha256": sha256_file(Path(artifact) / MANIFEST_FILE),
         "model_sha256": plan.model_sha256,
         "text_sha256": source.sha256,
@@ -240,18 +236,17 @@ def train_pair(
     folder: Path,
     checkpoint: Path | None,
     checkpointing: bool,
-    work: Path | None,
+    work: Path,
     ranks: Ranks = ALONE,
 ) -> Gain:
     """Train, and leave the better of the trained and the fresh state folded into the model.
 
-    `work` is the measured folder; None where new codes are out of the question.
+    `work` is the measured folder, which new codes read.
     """
     _freeze(pair, checkpointing)
     before = coded = pair.held_out_loss()
-    order = training.order or kept_order(pair, work, before, folder)
+    order = training.order
     if "codes" in order:
-        assert work is not None
         pair.restore()
         coded = recode(pair, work, training, folder, before, checkpointing=checkpointing)
         if not coded < before:

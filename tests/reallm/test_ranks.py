@@ -88,14 +88,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(base: Path) -> None:
+@pytest.fixture(scope="module")
+def two(base: Path) -> Path:
+    """What two processes make of it."""
     done = run(base / "out", base / "text.txt", base / "two", "--steps", "6")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wrote ") == 1 and not (base / "two.partial").exists()
-    verify(base / "two")
+    return base / "two"
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(base: Path, two: Path) -> None:
+    verify(two)
     options = {"steps": 6, "batch_size": 2, "seqlen": SEQLEN, "patience": 0, "kernels": False}
     one = finetune(base / "out", text=str(base / "text.txt"), output=base / "one", **options)
-    assert read_plan(one).file_bytes == read_plan(base / "two").file_bytes
+    assert read_plan(one).file_bytes == read_plan(two).file_bytes
     before, alone, both = (dict(packed_modules(reallm.load(base / name)[0])) for name in ("out", "one", "two"))
     for name, packed in alone.items():
         change = (packed.decode_now(torch.float32) - before[name].decode_now(torch.float32)).norm()
@@ -104,7 +110,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(base: Path) -> None:
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_two_processes_share_the_dense_model(base: Path, fits: bool) -> None:
+def test_two_processes_share_the_dense_model(base: Path, two: Path, fits: bool) -> None:
     """What comes out is the same, whether its hidden states are kept or it is run at every step."""
     script, name = base / f"sharing-{fits}.py", f"shared-{fits}"
     limit = "" if fits else "import reallm.finetuning.original as original\noriginal.KEPT_BYTES = 0\n"
@@ -116,7 +122,7 @@ def test_two_processes_share_the_dense_model(base: Path, fits: bool) -> None:
     for rank in range(2):
         shares = {tuple(map(int, line.split())) for line in Path(f"{script}-{rank}").read_text().splitlines()}
         assert shares and all(own <= 0.6 * whole for own, whole in shares)
-    assert weights_of(base / name) == weights_of(base / "two")
+    assert weights_of(base / name) == weights_of(two)
 
 
 def test_a_loss_that_is_not_finite_in_one_ends_both(base: Path) -> None:

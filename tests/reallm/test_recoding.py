@@ -6,10 +6,8 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from tiny import save_tiny
@@ -21,6 +19,7 @@ from reallm.finetuning import finetune, order, recoding
 from reallm.finetuning.pair import Pair, Training, open_pair, open_windows
 from reallm.finetuning.ranks import ALONE
 from reallm.finetuning.recoding import _Coder, _Student, recode
+from reallm.finetuning.trained import Trained
 from reallm.measurement import measure
 from reallm.planner.records import TABLE_FILE
 from reallm.planning import plan
@@ -175,98 +174,39 @@ def test_mistakes(llama: Path, text: str, tmp_path: Path, change: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("divergence", "measured", "free", "first", "said"),
-    [
-        (0.41, "work", 1 << 40, "codes", ""),
-        (0.39, "work", 1 << 40, "end-to-end", ""),
-        (0.41, "elsewhere", 1 << 40, "end-to-end", "table.json"),
-        (0.41, "other", 1 << 40, "end-to-end", "was measured on another model"),
-        (0.41, "emptied", 1 << 40, "end-to-end", "block-0001.safetensors is gone"),
-        (0.41, "work", 1000, "end-to-end", "0.0 are free"),
-    ],
+    ("fault", "message"),
+    [("other", "was measured on another model"), ("emptied", r"block-0001\.safetensors.* measure")],
 )
-def test_new_codes_come_first_where_they_help_and_can_be_made(
-    llama: Path,
-    text: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    divergence: float,
-    measured: str,
-    free: int,
-    first: str,
-    said: str,
+def test_a_measured_folder_that_does_not_fit_is_refused(
+    llama: Path, text: str, tmp_path: Path, fault: str, message: str
 ) -> None:
-    pair, _ = opened(llama, text)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    work = llama.parent / measured
-    if measured in ("other", "emptied"):
-        work = shutil.copytree(llama.parent / "work", tmp_path / "work")
-    if measured == "other":
+    work = shutil.copytree(llama.parent / "work", tmp_path / "work")
+    if fault == "other":
         table = json.loads((work / TABLE_FILE).read_text())
         (work / TABLE_FILE).write_text(json.dumps(table | {"model_sha256": "0" * 64}))
-    if measured == "emptied":
+    else:
         next(work.glob("statistics/*/block-0001.safetensors")).unlink()
-    assert order.best_order(pair, work, divergence) == (("codes", "end-to-end") if first == "codes" else (first,))
-    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warned) == bool(said) and all(said in line and "0.41 nats" in line for line in warned)
+    with pytest.raises(UserError, match=message):
+        finetune(llama, text=text, output=tmp_path / "tuned", **RUN, work=work)
+    assert not (tmp_path / "tuned").exists()
 
 
-def test_the_default_takes_them_says_so_and_resumes_so(
-    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("least", "steps"), [(math.inf, 60), (0.0, 160)])
+def test_what_is_predicted_to_lose_more_is_trained_longer(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: float, steps: int
 ) -> None:
-    monkeypatch.setattr(order, "CODES_FROM", 0.0)
-    both = RUN | {"order": ("codes", "end-to-end"), "gain_learning_rate": None}
-    named = finetune(llama, text=text, output=tmp_path / "named", **both)
+    seen = []
 
-    def stopping(self: _Student, *_: object) -> None:
+    def stopping(pair: Pair, trained: Trained, training: Training, *_: object) -> None:
+        seen.append((training.order, training.steps))
         raise StopError
 
-    for function in ("settle", "hand_over"):
-        with monkeypatch.context() as patch, pytest.raises(StopError):
-            patch.setattr(_Student, function, stopping)
-            finetune(llama, text=text, output=tmp_path / "chosen", **both | {"order": None})
-    monkeypatch.setattr(order, "CODES_FROM", 1e9)  # what was decided stays so
-    path = tmp_path / "chosen.partial" / order.ORDER_FILE
-    decided = path.read_bytes()
-    path.write_bytes(decided[:4])
-    with pytest.raises(UserError, match=r"order\.json is damaged; give --no-resume"):
-        finetune(llama, text=text, output=tmp_path / "chosen", **both | {"order": None})
-    path.write_bytes(decided)
-    chosen = finetune(llama, text=text, output=tmp_path / "chosen", **both | {"order": None})
-    assert files(chosen) == files(named)
-    assert any("by new codes, 12 steps after each block, then for" in note for note in read_plan(chosen).notes)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"loss": "text"}, {"train": ("norms",)}, {"adapter": True, "rank": 2}, {"order": ("end-to-end",)}],
-    ids=lambda change: next(iter(change)),
-)
-def test_no_new_codes_where_they_are_out_of_the_question(
-    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
-) -> None:
-    def refusing(*_: object, **__: object) -> float:
-        raise AssertionError("new codes")
-
-    monkeypatch.setattr(order, "CODES_FROM", 0.0)
-    monkeypatch.setattr("reallm.finetuning.stage.recode", refusing)
-    run = RUN | {"order": None, "gain_learning_rate": 1e-3, "learning_rate": 1e-3}
-    assert finetune(llama, text=text, output=tmp_path / "tuned", **run | change).exists()
-    with pytest.raises(AssertionError, match="new codes"):
-        finetune(llama, text=text, output=tmp_path / "other", **run)
-
-
-def test_a_loss_that_is_not_finite_puts_the_old_codes_back(
-    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(order, "CODES_FROM", 0.0)
-    run = RUN | {"order": None, "code_learning_rate": 0.99, "code_steps": 50, "gain_learning_rate": None}
-    output = finetune(llama, text=text, output=tmp_path / "tuned", **run)
-    old, new = read_tensors(llama), read_tensors(output)
-    codes = [name for name in old if name.rpartition(".")[2] in ("codes", "words")]
-    assert len(codes) > 7 and all(read_bytes(old[n]).tobytes() == read_bytes(new[n]).tobytes() for n in codes)
-    assert not any("new codes" in note for note in read_plan(output).notes)
+    monkeypatch.setattr(order, "MORE_STEPS_FROM", least)
+    monkeypatch.setattr("reallm.finetuning.stage.train_pair", stopping)
+    assert order.worthwhile_steps(read_plan(llama).model_copy(update={"cost": "relative"})) == 60
+    with pytest.raises(StopError):
+        finetune(llama, text=text, output=tmp_path / "tuned", seqlen=SEQLEN)
+    assert seen == [(("end-to-end",), steps)]
 
 
 def test_weights_of_a_bfloat16_model_are_trained_in_float32(
@@ -277,7 +217,7 @@ def test_weights_of_a_bfloat16_model_are_trained_in_float32(
     assert pair.original.model.dtype == torch.bfloat16
     student = _Student(pair, _Coder(pair, llama.parent / "work"), training)
     before = {name: value.detach().clone() for name, value in student.trained.items()}
-    assert student.train(0)
+    student.train(0)
     moved = [(value != before[name]).float().mean() for name, value in student.trained.items() if value.ndim == 2]
     assert all(value.dtype == torch.float32 for value in student.trained.values())
     assert min(map(float, moved)) > 0.9
