@@ -22,7 +22,8 @@ def finetune(
     text: Text = None,
     teacher: Annotated[str | None, typer.Option(help="The dense model, if it has moved since it was measured.")] = None,
     train: Annotated[
-        str, typer.Option(help="What: factors (more bytes); scales, norms, embeddings (none); separated by commas.")
+        str,
+        typer.Option(help="What: factors (more bytes); scales, norms, codebooks, embeddings (none); with commas."),
     ] = "factors,scales,norms",
     rank: Annotated[
         int | None,

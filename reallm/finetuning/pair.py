@@ -34,6 +34,8 @@ from .trained import Part, check_parts
 
 GAIN_RATE, MOST_GAIN_RATE = 1 / 120, 5e-3
 """Of scales and norms: the peak learning rate for each nat of divergence, and at most."""
+CODEBOOK_RATE = 0.2
+"""Of codebooks, in units of the root mean square of each: their learning rate over that of scales and norms."""
 HELD_OUT_WINDOWS = 8
 HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
 
@@ -105,7 +107,8 @@ class Training:
     def rates(self) -> dict[str, float]:
         """The peak learning rate of each of `Trained.groups`."""
         gains = MOST_GAIN_RATE if self.gain_learning_rate is None else self.gain_learning_rate
-        return {"factors": self.learning_rate, "gains": gains, "maps": self.learning_rate / 10}
+        books = gains * CODEBOOK_RATE
+        return {"factors": self.learning_rate, "gains": gains, "codebooks": books, "maps": self.learning_rate / 10}
 
     def gain_rate(self, divergence: float) -> float:
         """The peak learning rate of scales and norms of a model so far from the original, nats per token.

@@ -105,12 +105,12 @@ def finetune(
 ) -> Path:
     """Train `artifact` against the model it was made from, into the artifact `output`.
 
-    `train` names what: "factors", "scales", "norms", "embeddings" (see `trained`). With factors, a compressed linear
-    without a low-rank term gets one of `rank` in `factor_dtype`; 0, the default but for an adapter, adds none, and then
-    not one byte is added. `teacher` is that model, if it has moved since. One step is `batch_size` windows of `seqlen`
-    tokens. Training ends when `patience` evaluations in turn brought no lower held-out KL (0: never), or at a loss that
-    is not finite; the best state is kept. An interrupted run goes on at its last checkpoint, in `<output>.partial`,
-    unless `resume` is false. Raises UserError; when nothing was gained, nothing is written.
+    `train` names what: "factors", "scales", "norms", "codebooks", "embeddings" (see `trained`). With factors, a
+    compressed linear without a low-rank term gets one of `rank` in `factor_dtype`; 0, the default but for an adapter,
+    adds none, and then not one byte is added. `teacher` is that model, if it has moved since. One step is `batch_size`
+    windows of `seqlen` tokens. Training ends when `patience` evaluations in turn brought no lower held-out KL (0:
+    never), or at a loss that is not finite; the best state is kept. An interrupted run goes on at its last checkpoint,
+    in `<output>.partial`, unless `resume` is false. Raises UserError; when nothing was gained, nothing is written.
 
     `init` says where new factors start (`factors`). With `adapter`, `output` is a LoRA adapter in PEFT's form that
     holds the change of the factors alone, and no artifact: `train` is then "factors", in fp16. With `dora` it holds

@@ -4,6 +4,7 @@
             magnitudes of rows beside them (`runtime.magnitude`), which only an adapter can store
 - scales    a gain on every fp16 scale that a format stores by itself: not one byte more
 - norms     a gain on every weight of a normalisation: not one byte more
+- codebooks the fp16 values of codebooks and of tables of levels: not one byte more (`codebooks`)
 - embeddings  a square map on what is stored of them as plain floats: not one byte more (`maps`)
 """
 
@@ -23,10 +24,11 @@ from ..kernels.formats import Format
 from ..kernels.terms import LowRank
 from ..model import LoadedModel
 from ..runtime.decode import decode_factors
+from .codebooks import Codebooks
 from .factors import Init, Modules, Snapshot, fold_all, restore, snapshot, start_factors
 from .maps import EmbeddingMaps, plain_weights
 
-Part = Literal["factors", "scales", "norms", "embeddings"]
+Part = Literal["factors", "scales", "norms", "codebooks", "embeddings"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -91,6 +93,7 @@ class Trained:
 
     def __post_init__(self) -> None:
         self.maps = EmbeddingMaps(self.model)
+        self.codebooks = Codebooks(self.model, self.modules)
 
     def start(self, original: LoadedModel, moments: Mapping[str, Tensor]) -> list[nn.Parameter]:
         """Make every part trainable; the parameters. Raises UserError when there is none."""
@@ -109,6 +112,8 @@ class Trained:
             for module in self.modules.values():
                 if module.has_scales:
                     module.train_scales()
+        if "codebooks" in self.parts:
+            self.codebooks.start()
         if "norms" in self.parts:
             for norm in norms_of(self.model).values():
                 about_one = "gemma" in type(norm).__name__.lower()
@@ -122,7 +127,7 @@ class Trained:
         return found
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by what moves alike: "factors", "gains" (of scales and norms) and "maps" (of embeddings).
+        """The parameters by what moves alike: "factors", "gains" (scales and norms), "codebooks", "maps" (embeddings).
 
         Magnitudes go with the factors, at one rate, as in DoRA.
         """
@@ -130,7 +135,8 @@ class Trained:
         factors = [p for m in modules for p in (m.left_factor, m.right_factor, m.magnitude) if p is not None]
         gains = [m.scale_gain for m in modules if m.scale_gain is not None]
         gains += [gain.gain for gain in self._gains().values()]
-        return {"factors": factors, "gains": gains, "maps": list(self.maps.maps.values())}
+        maps = list(self.maps.maps.values())
+        return {"factors": factors, "gains": gains, "codebooks": self.codebooks.parameters(), "maps": maps}
 
     def groups_within(self, part: nn.Module) -> dict[str, list[nn.Parameter]]:
         """As `groups`, of what lies in `part` of the model alone."""
@@ -174,6 +180,7 @@ class Trained:
         for module in self.modules.values():
             if module.scale_gain is not None:
                 module.fold_scales()
+        self.codebooks.fold()
         values = {name: self.model.get_submodule(name).weight.detach().clone() for name in self._gains()}
         self._drop_gains()
         for name, value in values.items():
@@ -185,6 +192,7 @@ class Trained:
         self._drop_gains()
         for name, module in self.modules.items():
             module.revert(*self._before[name])
+        self.codebooks.restore()
         for name, value in self._norms_before.items():
             self._set_norm(name, value)
         self.maps.drop()

@@ -84,9 +84,17 @@ def read_floats(packed: Tensor, dtype: str, count: int) -> Tensor:
 class _Reader:
     """The fields of one matrix, read by rows: all of them, or those named in `select` (int64 [n])."""
 
-    def __init__(self, stored: tuple[Field, ...], fields: Fields, rows: int, select: Tensor | None) -> None:
+    def __init__(
+        self,
+        stored: tuple[Field, ...],
+        fields: Fields,
+        rows: int,
+        select: Tensor | None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`given` holds the values of some fields of floats, float32 [count], in place of what is stored."""
         self.stored = {field.name: field for field in stored}
-        self.fields, self.rows, self.select = fields, rows, select
+        self.fields, self.rows, self.select, self.given = fields, rows, select, given or {}
 
     def codes(self, name: str) -> Tensor:
         """Codes [n, count / rows]."""
@@ -103,6 +111,8 @@ class _Reader:
 
     def flat(self, name: str) -> Tensor:
         """All values of a field that has no rows, float32 [count]."""
+        if name in self.given:
+            return self.given[name]
         field = self.stored[name]
         return read_floats(self.fields[name], field.dtype, field.count)
 
@@ -313,18 +323,38 @@ def decode(
     return weight.to(dtype)
 
 
-def decode_coded(fmt: Format, fields: Fields, rows: int, cols: int, *, shared: Tensor | None = None) -> Tensor:
-    """The codes as if every scale were one, before any transform is undone: float32 [rows, cols].
+def decode_coded(
+    fmt: Format,
+    fields: Fields,
+    rows: int,
+    cols: int,
+    *,
+    shared: Tensor | None = None,
+    codebook: Tensor | None = None,
+) -> Tensor:
+    """The codes as if every scale stored by itself were one, before any transform is undone: float32 [rows, cols].
 
-    For formats with a field `scales` (see `scale_count`). Raises ValueError on a missing field or one of a wrong size.
+    `codebook` holds other values for `codebook_field`, float32 [count], and the result is differentiable in them.
+    Raises ValueError on a missing field or one of a wrong size.
     """
     stored = _with_shared(fmt, fields, rows, cols, shared)
-    count = scale_count(fmt, rows, cols)
-    ones = fields["scales"].new_zeros(fields["scales"].numel())
-    ones[: 2 * count] = torch.ones(count, dtype=torch.float16, device=ones.device).view(torch.uint8)
+    count, device = scale_count(fmt, rows, cols), next(iter(fields.values())).device
+    given = {"scales": torch.ones(count, device=device)} if count else {}
+    field = codebook_field(fmt, rows, cols)
+    if codebook is not None and field is not None:
+        given[field.name] = codebook
     books = {} if shared is None or not fmt.shared_field else {fmt.shared_field.name: shared}
-    read = _Reader(stored, {**fields, **books, "scales": ones}, rows, None)
+    read = _Reader(stored, {**fields, **books}, rows, None, given)
     return _codes(fmt, read, rows, cols)
+
+
+def codebook_field(fmt: Format, rows: int, cols: int) -> Field | None:
+    """The field of the fp16 values that codes choose among, in the matrix or shared; None where there is none."""
+    if isinstance(fmt.codec, AdditiveCodec):
+        return fmt.codec.codebook_field()
+    if isinstance(fmt.codec, KMeansCodec):
+        return next(field for field in fmt.fields(rows, cols) if field.name == "levels")
+    return None
 
 
 def decode_scales(fmt: Format, fields: Fields, rows: int, cols: int) -> Tensor:

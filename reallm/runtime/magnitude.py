@@ -66,7 +66,7 @@ class MagnitudeTraining(ScaleTraining):
 
         Raises ValueError unless the factors are being trained, and nothing else.
         """
-        if self.left_factor is None or self.scale_gain is not None:
+        if self.left_factor is None or self._values_in_training:
             raise ValueError("a magnitude is trained beside low-rank factors alone; call train_low_rank() first")
         self.magnitude = nn.Parameter(self.magnitudes())
         self.set_gain(None)

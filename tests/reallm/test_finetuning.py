@@ -348,7 +348,7 @@ def test_mistakes_are_told_before_anything_is_written(llama: Path, text: str, tm
         ({"text": str(tmp_path / "no.txt")}, "no.txt does not exist"),
         ({"seqlen": 4096}, "--seqlen 4096: this model takes 1 to 256"),
         ({"rank": -1}, "--rank -1: expected 0 to 1024"),
-        ({"train": ("factors", "biases")}, "--train biases: expected factors, scales, norms, embeddings"),
+        ({"train": ("factors", "biases")}, "--train biases: expected factors, scales, norms, codebooks, embeddings"),
         ({"train": ()}, "--train: nothing is to be trained"),
         ({"factor_dtype": "f8"}, "--factor-dtype f8: expected f16, i8 or i4"),
         ({"steps": 0}, "--steps 0"),
