@@ -85,7 +85,9 @@ TABLES = {"pairs", "grid", "roots"}
 
 @given(formats.filter(has_kernel), st.sampled_from(ORDERS), st.sampled_from(ORDERS), st.booleans())
 def test_every_format_with_kernels_has_a_verified_program(fmt: Format, rows: int, cols: int, prefill: bool) -> None:
-    program = run_passes(Program((MatrixProgram("m", rows, cols, fmt, lower(fmt, bias=True, prefill=prefill)),)))
+    program = run_passes(
+        Program((MatrixProgram("m", rows, cols, fmt, lower(fmt, bias=True, prefill=prefill), prefill=prefill),))
+    )
     stored = {field.name for field in fmt.fields(rows, cols)} | ({"codebooks"} if fmt.shared_field else set())
     expected = {DERIVED.get(name, (name, ""))[0] for name in stored}
     passed = {name for kernel in program.kernels for name, _ in pointers(kernel)}
