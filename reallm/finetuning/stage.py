@@ -45,7 +45,7 @@ from .order import Stage, check_order, in_words, worthwhile_steps
 from .pair import Pair, Training, Windows, checkpoint_activations, open_pair, open_windows
 from .ranks import ALONE, Ranks
 from .recoding import recode
-from .trained import Trained, check_parts
+from .trained import Trained, check_parts, formats_hold, nothing_of
 from .tuned import TrainedCodes, tuned_plan
 
 LOG = logging.getLogger(__name__)
@@ -158,6 +158,9 @@ def finetune(
         code_learning_rate=code_learning_rate,
         dora=dora,
     )
+    linears = [(Format.parse(c.format), c.rows, c.cols) for c in plan.choices if _trainable(c)]
+    if not formats_hold(training.train, training.term, linears):
+        raise nothing_of(training.train)
     if ranks.count > 1 and training.order != ("end-to-end",):
         raise UserError(f"--order {','.join(training.order)}: of {ranks.count} processes only end-to-end makes use")
     if adapter and "codes" in training.order:

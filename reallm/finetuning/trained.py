@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..kernels.formats import Format
 from ..kernels.terms import LowRank
 from ..model import LoadedModel
-from ..runtime.decode import decode_factors
+from ..runtime.decode import codebook_field, decode_factors, scale_count
 from .codebooks import Codebooks
 from .factors import Init, Modules, Snapshot, fold_all, restore, snapshot, start_factors
 from .maps import EmbeddingMaps, plain_weights
@@ -39,6 +39,26 @@ def check_parts(parts: Sequence[str]) -> tuple[Part, ...]:
     if not parts:
         raise UserError(f"--train: nothing is to be trained; expected one or more of {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in parts)
+
+
+def nothing_of(parts: Sequence[Part]) -> UserError:
+    """That an artifact has nothing of `parts`."""
+    return UserError(
+        f"--train {','.join(parts)}: the artifact has nothing of that; give --rank 8 for new factors, or train scales "
+        "and norms"
+    )
+
+
+def formats_hold(parts: Sequence[Part], term: LowRank | None, formats: Iterable[tuple[Format, int, int]]) -> bool:
+    """Whether a model with linears of these formats, rows and columns may have some of `parts`."""
+    if term is not None or {"norms", "embeddings"} & set(parts):
+        return True
+    return any(
+        ("factors" in parts and fmt.low_rank is not None)
+        or ("scales" in parts and scale_count(fmt, rows, cols) > 0)
+        or ("codebooks" in parts and codebook_field(fmt, rows, cols) is not None)
+        for fmt, rows, cols in formats
+    )
 
 
 class _Gain(nn.Module):
@@ -120,10 +140,7 @@ class Trained:
                 parametrize.register_parametrization(norm, "weight", _Gain(_weight(norm), about_one), unsafe=True)
         found = self.parameters()
         if not found:
-            raise UserError(
-                f"--train {','.join(self.parts)}: the artifact has nothing of that; give --rank 8 for new factors, or "
-                "train scales and norms"
-            )
+            raise nothing_of(self.parts)
         return found
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

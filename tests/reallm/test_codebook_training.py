@@ -177,3 +177,4 @@ def test_nothing_of_that_is_an_error(text: str, tmp_path: Path) -> None:
     artifact = pack("llama", tmp_path, linears("int4-g16"))
     with pytest.raises(UserError, match="--train codebooks: the artifact has nothing of that"):
         finetune(artifact, text=text, output=tmp_path / "tuned", **RUN)
+    assert not (tmp_path / "tuned.partial").exists()
