@@ -158,13 +158,13 @@ def finetune(
         code_learning_rate=code_learning_rate,
         dora=dora,
     )
-    linears = [(Format.parse(c.format), c.rows, c.cols) for c in plan.choices if _trainable(c)]
-    if not formats_hold(training.train, training.term, linears):
-        raise nothing_of(training.train)
     if ranks.count > 1 and training.order != ("end-to-end",):
         raise UserError(f"--order {','.join(training.order)}: of {ranks.count} processes only end-to-end makes use")
     if adapter and "codes" in training.order:
         raise UserError("--order codes makes another artifact, which no --adapter can hold")
+    linears = [(Format.parse(c.format), c.rows, c.cols) for c in plan.choices if _trainable(c)]
+    if not formats_hold(training.train, training.term, linears):
+        raise nothing_of(training.train)
     measured = Path(work or plan.work)
     if "codes" in training.order or work is not None:  # what is missing is told before anything is loaded
         read_record(measured / TABLE_FILE, MeasuredTable, "measure")
