@@ -10,6 +10,7 @@ The measured folder is calibrated on SAMPLES windows of the training text. PARTS
 - qlora, loftq, lq-lora   the preset's format with its own start, its factors trained STEPS steps, beside the planner's
                  mix in no more bytes, its scales and norms trained as many
 - inits          at 2.5 bits with factors of rank 8: where they start, after STEPS steps
+- codebooks      additive codes everywhere: their codebooks trained as well, beside scales and norms alone, STEPS steps
 - adapters       at 2.5 bits, an adapter of rank 8 in fp16 beside the artifact: LoRA and DoRA, after STEPS steps
 - planning       at the bytes of one format everywhere: that format, and the mix that the plain relative error gives,
                  beside the mix that the Fisher information gives, all with scales and norms trained STEPS steps
@@ -93,8 +94,11 @@ PRESETS = {
 }
 MOST_BITS = {"lq-lora": 3.9, "qlora": 4.9}
 """Of the presets; no other part has more than three."""
+UNPLANNED = ("codebooks",)
+"""Parts that need no mix."""
 INITS = ("zero", "loftq")
 UNIFORM = "tq2-l12+ldl2+rot"
+ADDITIVE = "aq2x8-d8"
 
 
 def of_order(name: str, order: str, steps: str = "60") -> Recipe:
@@ -215,6 +219,17 @@ def init_rows(bench: Bench) -> Iterator[Row]:
         yield row(ours, tuned(bench, Recipe(f"factors from {init}, {STEPS} steps", options), chosen))
 
 
+def codebook_rows(bench: Bench) -> Iterator[Row]:
+    """With and without the values of the codebooks."""
+    table = measure_formats(bench, "finetune", [ADDITIVE])
+    chosen = uniform_plan(table, ADDITIVE, work=str(bench.work))
+    options = ONE_STAGE | {"train": "codebooks,scales,norms"}
+    ours = tuned(bench, Recipe(f"{ADDITIVE} everywhere, codebooks, scales and norms, {STEPS} steps", options), chosen)
+    others = replace(TUNED, name=f"{ADDITIVE} everywhere, scales and norms, {STEPS} steps")
+    yield row(ours, tuned(bench, others, chosen))
+    yield row(ours, planned(bench, f"{ADDITIVE} everywhere, not trained", chosen))
+
+
 def adapter_rows(bench: Bench) -> Iterator[Row]:
     """LoRA and DoRA."""
     chosen, options = mixed(bench, "2.5bpw"), {"adapter": "", "rank": "8", "steps": STEPS, "patience": "0"}
@@ -238,6 +253,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "stages": stage_rows,
     **{name: partial(preset_rows, name) for name in PRESETS},
     "inits": init_rows,
+    "codebooks": codebook_rows,
     "adapters": adapter_rows,
     "planning": planning_rows,
 }
@@ -253,8 +269,8 @@ def main() -> None:
     """Plan, fine-tune, evaluate, write and print."""
     console = Console()
     bench = bench_from_environment(console, SAMPLES)
-    most = max(MOST_BITS.get(part, 3.0) for part in wanted_parts())
-    measure_formats(bench, "finetune", candidates(), bpw=(2.0, most))
+    if of_mixes := [MOST_BITS.get(part, 3.0) for part in wanted_parts() if part not in UNPLANNED]:
+        measure_formats(bench, "finetune", candidates(), bpw=(2.0, max(of_mixes)))
     rows = (found for part in wanted_parts() for found in PARTS[part](bench))
     report("finetune", rows, RESULTS, console, keep=bool(os.environ.get("PARTS")))
 
