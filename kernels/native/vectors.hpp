@@ -3,8 +3,9 @@
 //   additive   W = scale_n sum_m codebooks[m][code_m]                      words of 2, 4 or 8 weights
 //   lattice    W = scale_b (word(code) + c word_2(residual)),  word(code) = (signs a[code >> 8]) +- 1/4
 //
-// Words are read from float32 tables of a few KiB, which stay in the first cache, and multiplied as they come: one load
-// of a code, one product of a word. Partial-dot tables would need one load a word too, and have to be built for every x.
+// Words are read from float32 tables of a few KiB, which stay in the first cache, and multiplied as they come. What limits
+// that is loads of words: so codes are taken eight bytes at a time and cut apart in registers. Partial-dot tables would need
+// one load a word too, and have to be built for every x.
 #pragma once
 
 #include <type_traits>
@@ -15,47 +16,80 @@
 
 namespace reallm {
 
-// Codes of row n: where they lie if each is a byte or two, otherwise unpacked. `Code` is uint8_t or uint16_t.
-template <class Code, int bits>
-REALLM_INLINE const uint8_t* row_codes(const void* stored, int64_t rows, int64_t n, int64_t count, float* held) {
+// Codes of row n: where they lie if each is a byte or two, otherwise unpacked, as row `slot` of kSlots at most. `Code` is
+// uint8_t or uint16_t.
+template <class Code, int bits, int kSlots>
+REALLM_INLINE const uint8_t* row_codes(const void* stored, int64_t rows, int64_t n, int64_t count, int slot) {
   if constexpr (bits == 8 * sizeof(Code)) return static_cast<const uint8_t*>(stored) + sizeof(Code) * n * count;
+  float* held = scratch<3>(kSlots * (count / 2 + 4)) + slot * (count / 2 + 4);
   unpack(stored, bits, rows * count, n * count, count, reinterpret_cast<Code*>(held));
   return reinterpret_cast<const uint8_t*>(held);
+}
+
+// Field `width` bits wide, from bit `from` of `word` on, as the offset of a table entry of 2^shift bytes; `from` must be a
+// constant once loops are unrolled.
+REALLM_INLINE uint64_t entry_offset(uint64_t word, int from, int width, int shift) {
+  const uint64_t moved = from < shift ? word << (shift - from) : word >> (from - shift);
+  return moved & (((uint64_t(1) << width) - 1) << shift);
+}
+
+template <class V>
+REALLM_INLINE V entry(const float* table, uint64_t offset) {
+  return load<V>(reinterpret_cast<const uint8_t*>(table) + offset);
 }
 
 // op.table: codebooks [books, 2^bits, dim]; for dim 2 the last word is followed by two more floats.
 template <int books, int bits, int dim>
 struct Additive : Bare {
-  static constexpr int kRows = 8;
+  static constexpr int kRows = 4, kTotals = 2;
   using Code = std::conditional_t<(bits <= 8), uint8_t, uint16_t>;
   using Word = std::conditional_t<dim == 8, F8, F4>;
+  static constexpr int kCode = sizeof(Code), kEntry = dim == 8 ? 5 : dim == 4 ? 4 : 3;  // bytes, their logarithm
+  static constexpr int kTogether = 8 / kCode, kReads = kTogether % books ? books : 1;   // codes a read, reads a turn
+  static constexpr int kGroups = kReads * kTogether / books;                            // of a turn
 
   static int64_t groups(const Operand& op) { return (op.cols + dim - 1) / dim; }
 
-  static float* held(const Operand& op) { return scratch<3>(kRows * (groups(op) * books / 2 + 4)); }
+  REALLM_INLINE static Word columns(const float* xc, int64_t g) {
+    if constexpr (dim == 2) return Word{xc[2 * g], xc[2 * g + 1], 0, 0};
+    else return load<Word>(xc + g * dim);
+  }
 
   template <int rows>
   static void some(const Operand& op, const float* xc, float* yc, int64_t n) {
-    const int64_t count = groups(op) * books;
+    const int64_t count = groups(op), stride = count * books * kCode;
     const uint8_t* codes[rows];
-    for (int r = 0; r < rows; r++)
-      codes[r] = row_codes<Code, bits>(op.codes, op.rows, n + r, count, held(op) + r * (count / 2 + 4));
-    Word total[rows];
-    for (int r = 0; r < rows; r++) total[r] = Word{};
-    for (int64_t g = 0; g < groups(op); g++) {
-      Word x;
-      if constexpr (dim == 2) {
-        x = Word{xc[2 * g], xc[2 * g + 1], 0, 0};
-      } else {
-        x = load<Word>(xc + g * dim);
-      }
-      for (int m = 0; m < books; m++)
-        for (int r = 0; r < rows; r++) {
-          const int64_t code = load<Code>(codes[r] + sizeof(Code) * (g * books + m));
-          total[r] = fma(x, load<Word>(op.table + ((int64_t(m) << bits) + code) * dim), total[r]);
-        }
+    Word total[rows][kTotals];
+    for (int r = 0; r < rows; r++) {
+      codes[r] = row_codes<Code, bits, rows>(op.codes, op.rows, n + r, count * books, r);
+      for (int t = 0; t < kTotals; t++) total[r][t] = Word{};
     }
-    for (int r = 0; r < rows; r++) yc[n + r] = sum(total[r]) * half_at(op.scales, n + r);
+    int64_t g = 0;
+    for (; g + kGroups <= count; g += kGroups)
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        const uint8_t* from = codes[r] + g * books * kCode;
+        if (bits == 8 * kCode && g * books * kCode % 64 < 8 * kReads) __builtin_prefetch(from + rows * stride);
+#pragma GCC unroll 8
+        for (int k = 0; k < kReads; k++) {
+          const uint64_t read = load<uint64_t>(from + 8 * k);
+#pragma GCC unroll 8
+          for (int i = 0; i < kTogether; i++) {
+            const int at = k * kTogether + i;
+            const float* book = op.table + (int64_t(at % books) << bits) * dim;
+            const Word word = entry<Word>(book, entry_offset(read, 8 * kCode * i, bits, kEntry));
+            total[r][at % kTotals] = fma(columns(xc, g + at / books), word, total[r][at % kTotals]);
+          }
+        }
+      }
+    for (; g < count; g++)
+      for (int r = 0; r < rows; r++)
+        for (int m = 0; m < books; m++) {
+          const int64_t code = load<Code>(codes[r] + kCode * (g * books + m));
+          const Word word = load<Word>(op.table + ((int64_t(m) << bits) + code) * dim);
+          total[r][m % kTotals] = fma(columns(xc, g), word, total[r][m % kTotals]);
+        }
+    for (int r = 0; r < rows; r++) yc[n + r] = sum(total[r][0] + total[r][1]) * half_at(op.scales, n + r);
   }
 
   static void gemv(const Operand& op, const float* xc, float* yc, int64_t first, int64_t last) {
@@ -67,7 +101,7 @@ struct Additive : Bare {
   static void decode(const Operand& op, int64_t first, int64_t last, float* panel, int64_t stride) {
     const int64_t count = groups(op) * books;
     for (int64_t n = first; n < last; n++, panel += stride) {
-      const uint8_t* codes = row_codes<Code, bits>(op.codes, op.rows, n, count, held(op));
+      const uint8_t* codes = row_codes<Code, bits, 1>(op.codes, op.rows, n, count, 0);
       const float scale = half_at(op.scales, n);
       for (int64_t g = 0; g < groups(op); g++)
         for (int d = 0; d < dim; d++) {
@@ -86,7 +120,8 @@ struct Additive : Bare {
 // words [256, 8]; words of residuals are already multiplied by the residual scale `c`.
 template <int bits>
 struct Lattice : Bare {
-  static constexpr int kWord = 8, kTile = 16;
+  static constexpr int kWord = 8, kTile = 16, kTurn = 8;  // of columns, columns and groups
+  static constexpr float kShift = 0.25f;
   static constexpr float kResidual = bits == 4 ? 0.265625f : 1.0f;
 
   static int64_t groups(const Operand& op) { return (op.cols + kWord - 1) / kWord; }
@@ -106,34 +141,81 @@ struct Lattice : Bare {
     return first;
   }
 
-  // x times the scales of its columns: once for all rows of a call.
-  static const float* scaled(const Operand& op, const float* xc) {
-    float* x = scratch<3>(padded(op.cols));
-    for (int64_t j = 0; j < padded(op.cols); j++) x[j] = 0;
-    for (int64_t j = 0; j < op.cols; j += kTile) {
-      const float scale = half_at(op.scales, j / kTile);
-      for (int64_t i = j; i < j + kTile && i < op.cols; i++) x[i] = xc[i] * scale;
+  // What products with words want of x, once for all rows of a call: x times the scales of its columns; the sums of its
+  // groups of eight times minus the shift; and both times the scale of the residuals.
+  struct Scaled {
+    float *x, *shifts, *second, *second_shifts;
+
+    Scaled(const Operand& op, const float* xc) {
+      const int64_t width = padded(op.cols), count = (width / kWord + kTurn - 1) / kTurn * kTurn;
+      x = scratch<3>(2 * (width + count));
+      shifts = x + width, second = shifts + count, second_shifts = second + width;
+      for (int64_t j = 0; j < width; j++) x[j] = j < op.cols ? xc[j] * half_at(op.scales, j / kTile) : 0;
+      for (int64_t g = 0; g < count; g++) shifts[g] = g * kWord < width ? sum(load<F8>(x + g * kWord)) * -kShift : 0;
+      for (int64_t j = 0; bits == 4 && j < width + count; j++) second[j] = x[j] * kResidual;
     }
-    return x;
+  };
+
+  // What eight words are shifted by, times x: `shifts`, negated where the shift is positive.
+  REALLM_INLINE static F8 shifted(const uint8_t* codes, const float* shifts) {
+    typedef uint16_t Codes __attribute__((vector_size(16)));
+    return (F8)(load<U8>(shifts) ^ __builtin_convertvector(load<Codes>(codes), U8) << 31);
+  }
+
+  // total += four words, not shifted, times x.
+  REALLM_INLINE static void four(const float* table, const uint8_t* codes, const float* x, F8* total) {
+    const uint64_t read = load<uint64_t>(codes);
+    const float* signs = table + 256 * kWord;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const U8 flip = entry<U8>(signs, entry_offset(read, 16 * i, 8, 5));
+      const F8 word = (F8)(entry<U8>(table, entry_offset(read, 16 * i + 8, 8, 5)) ^ flip);
+      total[i % 2] = fma(load<F8>(x + i * kWord), word, total[i % 2]);
+    }
   }
 
   template <int rows>
-  static void some(const Operand& op, const float* x, float* yc, int64_t n) {
-    F8 total[rows];
-    for (int r = 0; r < rows; r++) total[r] = F8{};
+  static void some(const Operand& op, const Scaled& scaled, float* yc, int64_t n) {
+    constexpr int kBytes = bits == 4 ? 2 : 1;  // of a residual's code
     const int64_t count = groups(op);
-    for (int64_t g = 0; g < count; g++) {
-      const F8 part = load<F8>(x + g * kWord);
-      for (int r = 0; r < rows; r++) total[r] = fma(part, value(op, (n + r) * count + g), total[r]);
-    }
-    for (int r = 0; r < rows; r++) yc[n + r] = sum(total[r]);
+    const uint8_t *codes = static_cast<const uint8_t*>(op.codes) + 2 * n * count, *residuals = nullptr;
+    if (bits > 2) residuals = static_cast<const uint8_t*>(op.residuals) + kBytes * n * count;
+    F8 total[rows][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = F8{};
+    int64_t g = 0;
+    for (; g + kTurn <= count; g += kTurn)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++)
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+          const int64_t at = r * count + g + 4 * half;
+          if (half == 0) {
+            if (g % 32 == 0) __builtin_prefetch(codes + 2 * (at + rows * count));
+            total[r][0] += shifted(codes + 2 * at, scaled.shifts + g);
+            if constexpr (bits == 4) total[r][1] += shifted(residuals + 2 * at, scaled.second_shifts + g);
+          }
+          four(op.table, codes + 2 * at, scaled.x + (g + 4 * half) * kWord, total[r]);
+          if constexpr (bits == 4) four(op.table, residuals + 2 * at, scaled.second + (g + 4 * half) * kWord, total[r]);
+          if constexpr (bits == 3) {
+            const float* words = op.table + 2 * 256 * kWord + 256;
+            const uint64_t read = load<uint32_t>(residuals + at);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+              total[r][i % 2] = fma(load<F8>(scaled.x + (g + 4 * half + i) * kWord),
+                                    entry<F8>(words, entry_offset(read, 8 * i, 8, 5)), total[r][i % 2]);
+          }
+        }
+    for (; g < count; g++)
+      for (int r = 0; r < rows; r++)
+        total[r][0] = fma(load<F8>(scaled.x + g * kWord), value(op, (n + r) * count + g), total[r][0]);
+    for (int r = 0; r < rows; r++) yc[n + r] = sum(total[r][0] + total[r][1]);
   }
 
   static void gemv(const Operand& op, const float* xc, float* yc, int64_t first, int64_t last) {
-    const float* x = scaled(op, xc);
+    const Scaled scaled(op, xc);
     int64_t n = first;
-    for (; n + 4 <= last; n += 4) some<4>(op, x, yc, n);
-    for (; n < last; n++) some<1>(op, x, yc, n);
+    for (; n + 4 <= last; n += 4) some<4>(op, scaled, yc, n);
+    for (; n < last; n++) some<1>(op, scaled, yc, n);
   }
 
   static void decode(const Operand& op, int64_t first, int64_t last, float* panel, int64_t stride) {

@@ -85,9 +85,11 @@ class NativeMatrix:
         return ctypes.addressof(self.operand)
 
     def pointer(self, values: Kept) -> int:
-        """The address of `values`, which are kept."""
-        self.kept.append(values)
-        return values.data_ptr() if isinstance(values, Tensor) else values.ctypes.data
+        """The address of `values`, which are kept; of an array, of a copy where torch aligns it: no word of a table then
+        lies in two cache lines."""
+        held = values if isinstance(values, Tensor) else torch.from_numpy(values).clone()
+        self.kept.append(held)
+        return held.data_ptr()
 
     def add_gain(self, gain: Tensor) -> None:
         """Make the operand multiply its rows by a copy of `gain` [rows]."""
