@@ -9,6 +9,7 @@ looked at in a loop over codes. The contract of the functions is kernels/native/
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -96,9 +97,12 @@ class CpuFunctions:
         """What those floats are: kernels with equal layouts read each other's."""
         return int(self.library.reallm_layout())
 
-    def linear(self, operand: int, x: int, y: int, kind: int, batch: int, threads: int) -> int:
-        """y = W_hat x by addresses; 0, or 1 without memory."""
-        return int(self.library.reallm_linear(operand, x, y, kind, batch, threads))
+    @property
+    def linear(self) -> Callable[[int, int, int, int, int, int], int]:
+        """y = W_hat x: operand, x, y (addresses), kind, batch, threads -> 0, or 1 without memory. No layer of Python in
+        between, which would cost a small product a tenth of its time."""
+        found: Callable[[int, int, int, int, int, int], int] = self.library.reallm_linear
+        return found
 
     def rows(self, operand: int, index: int, count: int, out: int, kind: int) -> int:
         """Rows of W_hat by addresses; 0, or 1 without memory."""

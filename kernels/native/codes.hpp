@@ -8,6 +8,7 @@ namespace reallm {
 
 constexpr int kGroup = 32;  // codes read at once: whole 32-bit words of every plane
 constexpr int kParts = kGroup / kLanes;
+constexpr int kAhead = 1024;  // bytes that are called for before they are read
 
 // `count` codes from `first` on, wherever they lie.
 template <class T>

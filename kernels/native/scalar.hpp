@@ -232,25 +232,34 @@ struct Scalar {
     Row row(op, last);
     float* const factors = scratch<2>(Short<bits>::groups(padded(op.cols)));
     for (int64_t i = 0; i < Short<bits>::groups(padded(op.cols)); i++) factors[i] = kOwnLevels ? x.units[i] : 0;
-    ShortLevels levels = {};
-    if constexpr (table == Table::levels) levels = ShortLevels::of<bits, false>(op.table);
+    ShortLevels levels[kRowBlock] = {};  // of some rows at once: one alone waits for its own largest entry
+    if constexpr (table == Table::levels) levels[0] = ShortLevels::of<bits, false>(op.table);
     for (int64_t n = first; n < last; n++) {
       const Planes<bits> planes(op.codes, op.rows * op.cols, n * op.cols);
-      row.read(op, n);
-      if constexpr (kOwnLevels) levels = ShortLevels::of<bits, true>(row.levels);
-      else spread_scales(row.scales, x.units, all, steps, factors);
+      const int slot = kOwnLevels ? (n - first) % kRowBlock : 0;
+      if (kOwnLevels && slot == 0)
+        for (int64_t r = n; r < last && r < n + kRowBlock; r++) {
+          row.read(op, r);
+          levels[r - n] = ShortLevels::of<bits, true>(row.levels);
+        }
+      const ShortLevels& own = levels[slot];
+      if constexpr (!kOwnLevels) {
+        row.read(op, n);
+        spread_scales(row.scales, x.units, all, steps, factors);
+      }
       F8 even = F8{}, odd = F8{};
       int64_t at = 0;
       for (; at + 2 <= all; at += 2) {
-        even = fma(x.template dot<kIntegers>(planes, at, levels), all8(factors[at]), even);
-        odd = fma(x.template dot<kIntegers>(planes, at + 1, levels), all8(factors[at + 1]), odd);
+        if constexpr (bits >= 4) __builtin_prefetch(planes.plane[0] + (bits == 8 ? 32 : 16) * at + kAhead);
+        even = fma(x.template dot<kIntegers>(planes, at, own), all8(factors[at]), even);
+        odd = fma(x.template dot<kIntegers>(planes, at + 1, own), all8(factors[at + 1]), odd);
       }
-      if (at < all) even = fma(x.template dot<kIntegers>(planes, at, levels), all8(factors[at]), even);
+      if (at < all) even = fma(x.template dot<kIntegers>(planes, at, own), all8(factors[at]), even);
       F8 zeros = F8{};
       if constexpr (stored_zeros) spread_scales(row.zeros, factors, all, steps, factors);
       for (int64_t i = 0; kIntegers && i < all; i += 8) zeros = fma(load<F8>(factors + i), load<F8>(x.sums + i), zeros);
       const F8 total = even + odd - (stored_zeros ? zeros : all8(kIntegers ? kZero : 0) * zeros);
-      yc[n] = sum(total) * (kIntegers ? kUnit : levels.unit);
+      yc[n] = sum(total) * (kIntegers ? kUnit : own.unit);
     }
   }
 #endif

@@ -29,8 +29,8 @@ REALLM_INLINE const uint8_t* row_codes(const void* stored, int64_t rows, int64_t
 // Field `width` bits wide, from bit `from` of `word` on, as the offset of a table entry of 2^shift bytes; `from` must be a
 // constant once loops are unrolled.
 REALLM_INLINE uint64_t entry_offset(uint64_t word, int from, int width, int shift) {
-  const uint64_t moved = from < shift ? word << (shift - from) : word >> (from - shift);
-  return moved & (((uint64_t(1) << width) - 1) << shift);
+  const int by = (from - shift) & 63;  // a rotation does not overwrite the word: an instruction less than a shift
+  return (word >> by | word << (-by & 63)) & (((uint64_t(1) << width) - 1) << shift);
 }
 
 template <class V>
@@ -233,7 +233,6 @@ enum class Float { f16, bf16, f32 };
 template <Float kind>
 struct Dense : Bare {
   static constexpr int kBytes = kind == Float::f32 ? 4 : 2;
-  static constexpr int kAhead = 1024;  // bytes that are called for before they are read
 
   REALLM_INLINE static float one(const uint8_t* at) {
     if constexpr (kind == Float::f32) return load<float>(at);

@@ -71,6 +71,9 @@ class NativeMatrix:
         self.operand = Operand(rows=rows, cols=cols, kernels=built.kernels(fmt.rotated))
         self.operand.prepared = -(-cols // PAD) * PAD + built.behind(cols)
         self.looks_up = not fmt.rotated
+        self.address = ctypes.addressof(self.operand)
+        """Of the Operand."""
+        self._linear = built.linear
         _Filling(self, fmt, fields).fill()
 
     def __deepcopy__(self, memo: object) -> None:
@@ -79,13 +82,8 @@ class NativeMatrix:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
-    @property
-    def address(self) -> int:
-        """Of the Operand."""
-        return ctypes.addressof(self.operand)
-
     def pointer(self, values: Kept) -> int:
-        """The address of `values`, which are kept; of an array, of a copy where torch aligns it: no word of a table then
+        """The address of `values`, which are kept; of an array, of a copy that torch aligns, so that no word of a table
         lies in two cache lines."""
         held = values if isinstance(values, Tensor) else torch.from_numpy(values).clone()
         self.kept.append(held)
@@ -101,13 +99,10 @@ class NativeMatrix:
 
     def linear(self, inputs: Tensor) -> Tensor:
         """x W_hat^T for x [..., cols] of a dtype in `_KINDS`: [..., rows]."""
-        x = inputs.detach().contiguous()
-        y = torch.empty(*x.shape[:-1], self.rows, dtype=x.dtype)
+        x = inputs.contiguous()
+        y = torch.empty((*x.shape[:-1], self.rows), dtype=x.dtype)
         batch = x.numel() // self.cols
-        failed = batch and self.built.linear(
-            self.address, x.data_ptr(), y.data_ptr(), _KINDS[x.dtype], batch, torch.get_num_threads()
-        )
-        if failed:
+        if self._linear(self.address, x.data_ptr(), y.data_ptr(), _KINDS[x.dtype], batch, torch.get_num_threads()):
             raise MemoryError(f"no memory for {batch} rows of a [{self.rows}, {self.cols}] matrix")
         return y
 
