@@ -29,9 +29,14 @@ class Weight:
     bias: bool = False
     transform: str = ""
     """What is done to the input before the codes see it; matrices with equal inputs and transforms share the result."""
+    permuted: bool = False
+    """Whether its columns are stored in another order, and only what its codes are multiplied by needs that order."""
+    ordered: bool = False
+    """Whether its input comes in the order of its stored columns. Made by `step_passes.fold_permutations`."""
 
     def __str__(self) -> str:
-        return f"{self.name} [{self.rows}, {self.cols}] {self.stored}{' + bias' if self.bias else ''}"
+        notes = f"{' + bias' if self.bias else ''}{', its input in order' if self.ordered else ''}"
+        return f"{self.name} [{self.rows}, {self.cols}] {self.stored}{notes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +145,15 @@ class Gate:
 
     activation: Activation
     width: int
+    order: str = ""
+    """The matrix in whose order of columns the values are written; their own if empty."""
 
     @property
     def outputs(self) -> tuple[int, ...]:
         return (self.width,)
 
     def __str__(self) -> str:
-        return f"{self.activation} gate"
+        return f"{self.activation} gate{_in_order(self.order)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +209,8 @@ class Attend:
     table: str
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    order: str = ""
+    """As of a Gate."""
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -209,7 +218,11 @@ class Attend:
 
     def __str__(self) -> str:
         norms = [f"{name} {norm}" for name, norm in (("q", self.query_norm), ("k", self.key_norm)) if norm]
-        return "; ".join([f"{self.attention} rotary by {self.table}", *norms])
+        return "; ".join([f"{self.attention} rotary by {self.table}", *norms]) + _in_order(self.order)
+
+
+def _in_order(matrix: str) -> str:
+    return f" in the order of {matrix}" if matrix else ""
 
 
 Op = Token | Embed | Norm | Linear | Rotary | Attention | Gate | Add | Softcap | Residual | Attend

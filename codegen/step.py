@@ -177,6 +177,13 @@ class _Emission:
         block.weights += weights
         return f"w + {len(block.weights) - len(weights)}"
 
+    def _order(self, index: int, order: str) -> str:
+        """The places of values in the order of a matrix that comes later, as a last argument."""
+        if not order:
+            return ""
+        later = [weight.name for _, op in self.order[index:] if isinstance(op, Linear) for weight in op.weights]
+        return f", run.orders[w + {len(self.blocks[-1].weights) + later.index(order)}]"
+
     def _embed(self, index: int, name: str, op: object) -> str:
         assert isinstance(op, Embed)
         return f"embed(run, {self._weights(op.weight)}, tokens, {_f(op.scale)}, {self._write(index, Value(name))});"
@@ -208,7 +215,8 @@ class _Emission:
         assert isinstance(op, Gate)
         a, b = self.graph.inputs(name)
         reads = f"{self._read(a)}, {self._read(b)}"
-        return f"gate<{op.width}>(run, {reads}, {self._write(index, Value(name), a)}, {op.activation});"
+        result = self._write(index, Value(name), None if op.order else a)  # what is scattered must not lie over `a`
+        return f"gate<{op.width}>(run, {reads}, {result}, {op.activation}{self._order(index, op.order)});"
 
     def _linear(self, index: int, name: str, op: object) -> str:
         assert isinstance(op, Linear)
@@ -239,7 +247,8 @@ class _Emission:
         reads = ", ".join(self._read(value) for value in self.graph.inputs(name))
         numbers = ", ".join([*vectors, *eps, _f(inner.scale), "layer", str(inner.window or 0), _f(inner.softcap or 0)])
         angles = f"run.angles[{table}], run.angles[{table + 1}]"
-        return f"Attend<{shape}>{{run, {reads}, {angles}, {numbers}, {self._write(index, Value(name))}}}();"
+        result = f"{self._write(index, Value(name))}{self._order(index, op.order)}"
+        return f"Attend<{shape}>{{run, {reads}, {angles}, {numbers}, {result}}}();"
 
     def _softcap(self, index: int, name: str, op: object) -> str:
         assert isinstance(op, Softcap)

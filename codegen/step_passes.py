@@ -5,14 +5,20 @@ and fewer meetings of the threads. The verifier runs before the first and after 
                     the threads meet once (q, k and v; gate and up).
 2. fuse_residuals   h + y, the norm that may lie on y, and the norm of the sum become one node with two outputs.
 3. fuse_attention   norms and rotations of query and key move into the attention, which reads its inputs head by head.
+
+and on the CPU alone (a GPU's kernels permute as they read)
+
+4. fold_permutations   a matrix whose columns are stored in another order gets its input in that order from the gate or
+                       the attention that makes it and is read by nothing else (down_proj, o_proj).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
-from .graph import Add, Attend, Attention, Linear, Norm, Residual, Rotary, StepGraph, Value, verify_step
+from .graph import Add, Attend, Attention, Gate, Linear, Norm, Residual, Rotary, StepGraph, Value, verify_step
 
 
 def group_linears(graph: StepGraph) -> None:
@@ -93,13 +99,27 @@ def _through(graph: StepGraph, rotation: str) -> tuple[str, Value, Norm | None, 
     return op.table, graph.inputs(source)[0], norm, [rotation, source]
 
 
-PASSES: tuple[Callable[[StepGraph], None], ...] = (group_linears, fuse_residuals, fuse_attention)
+def fold_permutations(graph: StepGraph) -> None:
+    """The gate or the attention before a permuted matrix writes in the order of its stored columns."""
+    for name, op in list(graph):
+        if not isinstance(op, Linear) or len(op.weights) != 1 or not op.weights[0].permuted:
+            continue
+        (value,), weight = graph.inputs(name), op.weights[0]
+        source = graph.op(value.node)
+        if isinstance(source, Gate | Attend) and len(graph.readers(value)) == 1:
+            graph.replace(value.node, replace(source, order=weight.name), graph.inputs(value.node))
+            graph.replace(name, Linear((replace(weight, permuted=False, ordered=True),)), (value,))
 
 
-def run_step_passes(graph: StepGraph) -> StepGraph:
-    """All passes in order, in place, the verifier between them. Raises CodegenError for a graph that does not fit."""
+Passes = tuple[Callable[[StepGraph], None], ...]
+PASSES: Passes = (group_linears, fuse_residuals, fuse_attention)
+CPU_PASSES: Passes = (*PASSES, fold_permutations)
+
+
+def run_step_passes(graph: StepGraph, passes: Passes = PASSES) -> StepGraph:
+    """`passes` in order, in place, the verifier between them. Raises CodegenError for a graph that does not fit."""
     verify_step(graph)
-    for change in PASSES:
+    for change in passes:
         change(graph)
         verify_step(graph)
     return graph

@@ -21,6 +21,7 @@ namespace step {
 struct Run {
   const Operand* operands;
   const float* const* vectors;  // the weights of norms
+  const int32_t* const* orders;  // of every operand: where each value of its input belongs; null: where it is
   const float* const* angles;   // of every rotation its cosines, then its sines: [capacity, head_dim / 2]
   void *keys, *values;          // see above, layer after layer
   float* scratch;
@@ -99,9 +100,19 @@ inline void add(const Run& run, const float* a, const float* b, float* y) {
   });
 }
 
+// y = activation(a) b; with an order, value i at place order[i].
 template <int W, class F>
-inline void gate(const Run& run, const float* a, const float* b, float* y, const F& activation) {
+inline void gate(const Run& run, const float* a, const float* b, float* y, const F& activation,
+                 const int32_t* order = nullptr) {
   over_tokens(run, [&](int64_t first, int64_t count) {
+    for (int64_t m = first; order && m < first + count; m++) {
+      float row[W];
+      int i = 0;
+      for (; i + kEight <= W; i += kEight) store(row + i, activation(load(a + m * W + i)) * load(b + m * W + i));
+      for (; i < W; i++) row[i] = activation(all(a[m * W + i]))[0] * b[m * W + i];
+      for (i = 0; i < W; i++) y[m * W + order[i]] = row[i];
+    }
+    if (order) return;
     const int64_t start = first * W, n = count * W;
     int64_t i = 0;
     for (; i + kEight <= n; i += kEight)
@@ -183,6 +194,7 @@ struct Attend {
   int64_t layer, window;  // 0: none
   float softcap;          // 0: none
   float* out;
+  const int32_t* order = nullptr;  // value i of a token's output goes to place order[i]
 
   T* keys(int64_t head) const { return static_cast<T*>(run.keys) + (layer * KV_HEADS + head) * kStride * run.capacity; }
   T* values(int64_t head) const {
@@ -230,7 +242,9 @@ struct Attend {
     }
     for (int r = 0; r < R; r++) {
       const float inverse = 1.0f / weight[r];
-      map(total[r], out + ((first + r) * HEADS + head) * D, D, [&](F8 x) { return x * all(inverse); });
+      float* to = out + (first + r) * HEADS * D;
+      map(total[r], order ? total[r] : to + head * D, D, [&](F8 x) { return x * all(inverse); });
+      for (int i = 0; order && i < D; i++) to[order[head * D + i]] = total[r][i];
     }
   }
 

@@ -16,6 +16,7 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from ..codegen.graph import Weight
 from ..codegen.native import generated
 from ..codegen.step import CacheDtype, StepProgram, emit_step
-from ..codegen.step_passes import run_step_passes
+from ..codegen.step_passes import CPU_PASSES, run_step_passes
 from ..kernels.formats import Format
 from .cpu import NativeMatrix, Operand, native_matrix
 from .modules import TiedHead
@@ -49,6 +50,7 @@ class _Run(ctypes.Structure):
     _fields_ = (
         ("operands", ctypes.c_void_p),
         ("vectors", ctypes.c_void_p),
+        ("orders", ctypes.c_void_p),
         ("angles", ctypes.c_void_p),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
@@ -77,9 +79,12 @@ class Step:
         """Point at the model's matrices."""
         self._held: list[object] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
-        operands = (Operand * len(self.program.weights))()
+        count = len(self.program.weights)
+        operands, self._orders_at = (Operand * count)(), (ctypes.c_void_p * count)()
         for index, weight in enumerate(self.program.weights):
             operands[index] = self._operand(weight)
+            if weight.ordered:
+                self._orders_at[index] = self._fold(weight, operands[index])
         self._operands = operands
         self._prepared = max(operand.prepared for operand in operands)
         self._scratch = torch.empty(0)
@@ -106,6 +111,18 @@ class Step:
             native = self._dense(holder.dense() if isinstance(holder, Packed) else holder.weight.detach())
         self._held.append(native)
         return Operand.from_buffer_copy(native.operand)
+
+    def _fold(self, weight: Weight, operand: Operand) -> int:
+        """Let `operand` take its input in the order of its stored columns; the address of the places in that order."""
+        order = np.ctypeslib.as_array((ctypes.c_int32 * weight.cols).from_address(operand.permutation))
+        places = torch.from_numpy(np.argsort(order).astype(np.int32))
+        if operand.channel_scales:
+            scales = np.ctypeslib.as_array((ctypes.c_float * weight.cols).from_address(operand.channel_scales))
+            self._held.append(moved := torch.from_numpy(scales[order]))
+            operand.channel_scales = moved.data_ptr()
+        operand.permutation = None
+        self._held.append(places)
+        return places.data_ptr()
 
     def _dense(self, weight: Tensor) -> NativeMatrix:
         """The uncompressed matrix where it lies; if its bytes are no whole field, a copy that `refresh` renews."""
@@ -167,6 +184,7 @@ class Step:
         run = _Run(
             ctypes.addressof(self._operands),
             ctypes.addressof(self._norms_at),
+            ctypes.addressof(self._orders_at),
             ctypes.addressof(self._angles_at),
             self._keys.data_ptr(),
             self._values.data_ptr(),
@@ -184,7 +202,7 @@ class Step:
 
 def compile_step(model: PreTrainedModel, cache: CacheDtype = "f32") -> Step:
     """The compiled step of `model`, with its weights bound. Raises StepUnsupportedError, saying why there is none."""
-    program = emit_step(run_step_passes(read_step(model)), cache)
+    program = emit_step(run_step_passes(read_step(model), CPU_PASSES), cache)
     native = generated("step", program.source)
     if native is None:
         raise StepUnsupportedError(NO_NATIVE)

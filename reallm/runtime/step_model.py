@@ -278,7 +278,9 @@ def _weight(path: str, module: Any, bias: bool) -> Weight:
     if isinstance(holder, Packed):
         native = holder.native
         transform = f"{native.operand.input_key:016x}" if native else ""
-        return Weight(path, holder.rows, holder.cols, holder.format.name, bias, transform)
+        fmt = holder.format
+        permuted = native is not None and fmt.permuted and not fmt.sparse and not fmt.low_rank
+        return Weight(path, holder.rows, holder.cols, fmt.name, bias, transform, permuted)
     kind = DTYPES.get(holder.weight.dtype)
     if kind is None:
         _refuse(f"{path} is {holder.weight.dtype}")

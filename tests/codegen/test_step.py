@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import tiny_model
 
-from reallm.codegen.graph import Add, Embed, Linear, Norm, StepGraph, Token, Value, Weight, verify_step
+from reallm.codegen.graph import Add, Embed, Gate, Linear, Norm, StepGraph, Token, Value, Weight, verify_step
 from reallm.codegen.operations import CodegenError
 from reallm.codegen.step import emit_step
-from reallm.codegen.step_passes import group_linears, run_step_passes
+from reallm.codegen.step_passes import CPU_PASSES, fold_permutations, group_linears, run_step_passes
 from reallm.runtime.step_model import read_step
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -80,3 +81,26 @@ def test_matrices_that_transform_their_input_apart_stay_apart() -> None:
     verify_step(graph)
     assert [len(op.weights) for _, op in graph if isinstance(op, Linear)] == [2, 1]
     assert graph.inputs("all") == (Value("sum"), Value("a", 1))
+
+
+def gated(down: Weight, *others: Weight) -> StepGraph:
+    """The embedding, gated by itself, read by `down` and `others`, whose sum are the logits."""
+    graph, x = started()
+    value = graph.add("gate", Gate("silu", 8), x, x)
+    total = graph.add("down", Linear((down,)), value)
+    for other in others:
+        total = graph.add(f"with {other.name}", Add(4), total, graph.add(other.name, Linear((other,)), value))
+    return graph
+
+
+def test_a_gate_writes_in_the_order_of_the_only_matrix_that_reads_it() -> None:
+    permuted = Weight("w", 4, 8, "int4-g4+perm", permuted=True)
+    graph = run_step_passes(gated(permuted), CPU_PASSES)
+    assert "silu gate in the order of w" in str(graph) and "int4-g4+perm, its input in order" in str(graph)
+    for other in (
+        gated(permuted, Weight("v", 4, 8, "f32", transform="none")),
+        gated(replace(permuted, permuted=False)),
+    ):
+        text = str(other)
+        fold_permutations(other)
+        assert str(other) == text

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from artifacts import make
 from compilers import needs_compiler
 from tiny import VOCAB, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import reallm
 from reallm.runtime.step import CacheOverflowError, Step, compile_step
 from reallm.runtime.step_model import StepUnsupportedError, read_step
 
@@ -122,6 +125,28 @@ def test_a_cache_in_bfloat16_is_close() -> None:
     # keys and values are rounded to 8 bits, 2^-9 of themselves each: so are scores and sums of values, on a residual
     # stream that carries as much again from the embedding; logits below 4
     torch.testing.assert_close(found, dense_logits(model)[PROMPT - 1 :], rtol=0, atol=4 * 2**-6)
+
+
+FOLDED = {
+    "model.layers.0.self_attn.o_proj": "aq1x4-d4+perm",
+    "model.layers.0.mlp.down_proj": "aq1x4-d4+perm+cs",
+    "model.layers.1.mlp.down_proj": "e8p2+perm+rot",
+}
+NOT_FOLDED = {
+    "model.layers.0.self_attn.q_proj": "aq1x4-d4+perm",  # a norm makes its input, and others read that
+    "model.layers.1.self_attn.o_proj": "aq1x4-d4+perm+o5",  # outliers read the input as it is
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_what_makes_the_input_of_a_permuted_matrix_writes_it_in_order(architecture: str, tmp_path: Path) -> None:
+    made = make(architecture, tmp_path, lambda matrix: (FOLDED | NOT_FOLDED).get(matrix.name))
+    model, _ = reallm.load(made.folder, dtype=torch.float32)
+    step, expected = compile_step(model), dense_logits(made.replaced())
+    assert {weight.name for weight in step.program.weights if weight.ordered} == set(FOLDED)
+    tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))  # random codes: larger than a trained matrix
+    torch.testing.assert_close(step_logits(step), expected[PROMPT - 1 :], rtol=0, atol=tolerance)
 
 
 @needs_compiler
