@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,27 @@ def test_every_width_that_a_trellis_can_have(width: int) -> None:
 def test_lower_tiers_give_the_same_products(name: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALLM_NATIVE", "portable")
     for rows, cols in ((33, 64), (20, 51)):
+        check(name, rows, cols, 3, 1)
+        check(name, rows, cols, 1, 2)
+
+
+@pytest.fixture
+def avx512(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The AVX-512 tier, where need be with its instructions written out for AVX2."""
+    if native.machine_tier() == "portable":
+        pytest.skip("takes AVX2")
+    if native.machine_tier() != "avx512":
+        header = Path(__file__).parents[1] / "support" / "avx512.hpp"
+        made_of = f"-DMADE_OF=0x{zlib.crc32(header.read_bytes()):x}"  # another name for the library, if it changes
+        flags = ("-march=x86-64-v3", "-DLANES=32", made_of, "-include", str(header))
+        monkeypatch.setitem(native.TIERS, "avx512", flags)
+        monkeypatch.setattr(native, "machine_tier", lambda: "avx512")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["tq2.5-l12+rot", "uint3-g32", "nf4-g64", "lm6-g32", "km3"])
+def test_the_avx512_tier_gives_the_same_products(name: str, avx512: None) -> None:
+    for rows, cols in ((33, 64), (20, 51), (19, 96)):
         check(name, rows, cols, 3, 1)
         check(name, rows, cols, 1, 2)
 
