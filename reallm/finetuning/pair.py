@@ -34,7 +34,7 @@ from .trained import Part, check_parts
 
 GAIN_RATE, MOST_GAIN_RATE = 1 / 120, 5e-3
 """Of scales and norms: the peak learning rate for each nat of divergence, and at most."""
-CODEBOOK_RATE = 0.2
+CODEBOOK_RATE = 0.04
 """Of codebooks, in units of the root mean square of each: their learning rate over that of scales and norms."""
 HELD_OUT_WINDOWS = 8
 HELD_OUT_SHARE = 8  # at most one window in so many is held out, but always one
