@@ -216,7 +216,8 @@ class _Emission:
         a, b = self.graph.inputs(name)
         reads = f"{self._read(a)}, {self._read(b)}"
         result = self._write(index, Value(name), None if op.order else a)  # what is scattered must not lie over `a`
-        return f"gate<{op.width}>(run, {reads}, {result}, {op.activation}{self._order(index, op.order)});"
+        function = "gate_in_order" if op.order else "gate"
+        return f"{function}<{op.width}>(run, {reads}, {result}, {op.activation}{self._order(index, op.order)});"
 
     def _linear(self, index: int, name: str, op: object) -> str:
         assert isinstance(op, Linear)
@@ -243,7 +244,16 @@ class _Emission:
             kinds.append("0" if norm is None else str(1 + norm.plus_one))
             vectors.append("nullptr" if norm is None else f"run.vectors[{self._vector(norm)}]")
             eps.append("0" if norm is None else _f(norm.eps))
-        shape = ", ".join([str(inner.heads), str(inner.kv_heads), str(inner.head_dim), *kinds, "Cache"])
+        shape = ", ".join(
+            [
+                str(inner.heads),
+                str(inner.kv_heads),
+                str(inner.head_dim),
+                *kinds,
+                "Cache",
+                *(["true"] if op.order else []),
+            ]
+        )
         reads = ", ".join(self._read(value) for value in self.graph.inputs(name))
         numbers = ", ".join([*vectors, *eps, _f(inner.scale), "layer", str(inner.window or 0), _f(inner.softcap or 0)])
         angles = f"run.angles[{table}], run.angles[{table + 1}]"

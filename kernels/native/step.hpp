@@ -100,24 +100,29 @@ inline void add(const Run& run, const float* a, const float* b, float* y) {
   });
 }
 
-// y = activation(a) b; with an order, value i at place order[i].
 template <int W, class F>
-inline void gate(const Run& run, const float* a, const float* b, float* y, const F& activation,
-                 const int32_t* order = nullptr) {
+inline void gate(const Run& run, const float* a, const float* b, float* y, const F& activation) {
   over_tokens(run, [&](int64_t first, int64_t count) {
-    for (int64_t m = first; order && m < first + count; m++) {
+    const int64_t start = first * W, n = count * W;
+    int64_t i = 0;
+    for (; i + kEight <= n; i += kEight)
+      store(y + start + i, activation(load(a + start + i)) * load(b + start + i));
+    for (; i < n; i++) y[start + i] = activation(all(a[start + i]))[0] * b[start + i];
+  });
+}
+
+// The same, value i of a token at place order[i].
+template <int W, class F>
+inline void gate_in_order(const Run& run, const float* a, const float* b, float* y, const F& activation,
+                          const int32_t* order) {
+  over_tokens(run, [&](int64_t first, int64_t count) {
+    for (int64_t m = first; m < first + count; m++) {
       float row[W];
       int i = 0;
       for (; i + kEight <= W; i += kEight) store(row + i, activation(load(a + m * W + i)) * load(b + m * W + i));
       for (; i < W; i++) row[i] = activation(all(a[m * W + i]))[0] * b[m * W + i];
       for (i = 0; i < W; i++) y[m * W + order[i]] = row[i];
     }
-    if (order) return;
-    const int64_t start = first * W, n = count * W;
-    int64_t i = 0;
-    for (; i + kEight <= n; i += kEight)
-      store(y + start + i, activation(load(a + start + i)) * load(b + start + i));
-    for (; i < n; i++) y[start + i] = activation(all(a[start + i]))[0] * b[start + i];
   });
 }
 
@@ -183,7 +188,8 @@ inline void rotate(float* head, const float* cosines, const float* sines, int64_
 }
 
 // Everything about one layer's attention that is known when the step is made. *_NORM: 0 none, 1 weight, 2 1 + weight.
-template <int HEADS, int KV_HEADS, int D, int QUERY_NORM, int KEY_NORM, class T>
+// ORDERED: value i of a token's output goes to place order[i].
+template <int HEADS, int KV_HEADS, int D, int QUERY_NORM, int KEY_NORM, class T, bool ORDERED = false>
 struct Attend {
   static constexpr int kStride = (D + kWide - 1) / kWide * kWide, kGroup = HEADS / KV_HEADS;
   const Run& run;
@@ -194,7 +200,7 @@ struct Attend {
   int64_t layer, window;  // 0: none
   float softcap;          // 0: none
   float* out;
-  const int32_t* order = nullptr;  // value i of a token's output goes to place order[i]
+  const int32_t* order = nullptr;
 
   T* keys(int64_t head) const { return static_cast<T*>(run.keys) + (layer * KV_HEADS + head) * kStride * run.capacity; }
   T* values(int64_t head) const {
@@ -243,8 +249,8 @@ struct Attend {
     for (int r = 0; r < R; r++) {
       const float inverse = 1.0f / weight[r];
       float* to = out + (first + r) * HEADS * D;
-      map(total[r], order ? total[r] : to + head * D, D, [&](F8 x) { return x * all(inverse); });
-      for (int i = 0; order && i < D; i++) to[order[head * D + i]] = total[r][i];
+      map(total[r], ORDERED ? total[r] : to + head * D, D, [&](F8 x) { return x * all(inverse); });
+      for (int i = 0; ORDERED && i < D; i++) to[order[head * D + i]] = total[r][i];
     }
   }
 
