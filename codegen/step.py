@@ -2,11 +2,11 @@
 
     step(run, tokens, logits)     tokens at run.position, ... through the model; logits of the last
 
-Values live in buffers of one scratch area, taken and given back in the order of the graph, so that every layer uses the
-same ones; a value that dies where another of its width is
-born gives its place to it if the operation allows. The operations
-of layers that then read the same become one function, called once a layer with the places of its weights. Nothing in
-the source depends on how matrices are stored: they are reached through their Operand (kernels/native/linear.hpp).
+Values live in buffers of one scratch area, taken and given back in the order of the graph, so that every layer uses
+the same ones; a value that dies where another of its width is born gives its place to it if the operation allows. The
+operations of layers that then read the same become one function, called once a layer with the places of its weights.
+Of how matrices are stored, the source knows only which want their input in an order of their own: they are reached
+through their Operand (kernels/native/linear.hpp).
 """
 
 from __future__ import annotations
@@ -177,12 +177,12 @@ class _Emission:
         block.weights += weights
         return f"w + {len(block.weights) - len(weights)}"
 
-    def _order(self, index: int, order: str) -> str:
+    def _order(self, index: int, reader: str) -> str:
         """The places of values in the order of a matrix that comes later, as a last argument."""
-        if not order:
+        if not reader:
             return ""
         later = [weight.name for _, op in self.order[index:] if isinstance(op, Linear) for weight in op.weights]
-        return f", run.orders[w + {len(self.blocks[-1].weights) + later.index(order)}]"
+        return f", run.orders[w + {len(self.blocks[-1].weights) + later.index(reader)}]"
 
     def _embed(self, index: int, name: str, op: object) -> str:
         assert isinstance(op, Embed)
@@ -215,7 +215,7 @@ class _Emission:
         assert isinstance(op, Gate)
         a, b = self.graph.inputs(name)
         reads = f"{self._read(a)}, {self._read(b)}"
-        result = self._write(index, Value(name), None if op.order else a)  # what is scattered must not lie over `a`
+        result = self._write(index, Value(name), a)
         function = "gate_in_order" if op.order else "gate"
         return f"{function}<{op.width}>(run, {reads}, {result}, {op.activation}{self._order(index, op.order)});"
 

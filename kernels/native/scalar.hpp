@@ -237,8 +237,8 @@ struct Scalar {
     for (int64_t n = first; n < last; n++) {
       const Planes<bits> planes(op.codes, op.rows * op.cols, n * op.cols);
       const int slot = kOwnLevels ? (n - first) % kRowBlock : 0;
-      if (kOwnLevels && slot == 0)
-        for (int64_t r = n; r < last && r < n + kRowBlock; r++) {
+      if constexpr (kOwnLevels)
+        for (int64_t r = n; slot == 0 && r < last && r < n + kRowBlock; r++) {
           row.read(op, r);
           levels[r - n] = ShortLevels::of<bits, true>(row.levels);
         }

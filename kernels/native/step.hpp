@@ -111,7 +111,7 @@ inline void gate(const Run& run, const float* a, const float* b, float* y, const
   });
 }
 
-// The same, value i of a token at place order[i].
+// The same, value i of a token at place order[i]; y may be a or b.
 template <int W, class F>
 inline void gate_in_order(const Run& run, const float* a, const float* b, float* y, const F& activation,
                           const int32_t* order) {

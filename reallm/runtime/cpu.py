@@ -67,7 +67,7 @@ class NativeMatrix:
 
     def __init__(self, fmt: Format, fields: Mapping[str, Tensor], rows: int, cols: int, built: CpuFunctions) -> None:
         self.rows, self.cols, self.built = rows, cols, built
-        self.kept: list[Kept] = []
+        self.kept: list[Tensor] = []
         self.operand = Operand(rows=rows, cols=cols, kernels=built.kernels(fmt.rotated))
         self.operand.prepared = -(-cols // PAD) * PAD + built.behind(cols)
         self.looks_up = not fmt.rotated
@@ -83,9 +83,8 @@ class NativeMatrix:
         return type(None), ()
 
     def pointer(self, values: Kept) -> int:
-        """The address of `values`, which are kept; of an array, of a copy that torch aligns, so that no word of a table
-        lies in two cache lines."""
-        held = values if isinstance(values, Tensor) else torch.from_numpy(values).clone()
+        """The address of `values`, which are kept; of an array, of an aligned copy."""
+        held = values if isinstance(values, Tensor) else _aligned(values)
         self.kept.append(held)
         return held.data_ptr()
 
@@ -217,16 +216,24 @@ class _Filling:
             self.point("right_scales", self.floats("right_scales"))
 
 
+def _aligned(values: NDArray[Any]) -> Tensor:
+    """A copy where torch aligns it: no word of a table lies in two cache lines."""
+    return torch.from_numpy(values).clone()
+
+
 @cache
-def _rotation_parts(order: int) -> tuple[NDArray[np.float32], int, NDArray[np.float32]]:
-    """B, 2^a and the signs over sqrt(order), float32."""
+def _rotation_parts(order: int) -> tuple[Tensor, int, Tensor]:
+    """B, 2^a and the signs over sqrt(order), float32, one copy for all matrices."""
     base, power = factors(order)
-    return np.array(base, np.float32), power, (signs(order) / order**0.5).astype(np.float32)
+    return _aligned(np.array(base, np.float32)), power, _aligned((signs(order) / order**0.5).astype(np.float32))
 
 
 @cache
-def _lattice_table(bits: int) -> NDArray[np.float32]:
-    """What vectors.hpp's Lattice reads: vectors, signs as bit patterns, shifts and, at 3 bits, the second words."""
+def _lattice_table(bits: int) -> Tensor:
+    """What vectors.hpp's Lattice reads: vectors, signs as bit patterns, shifts and, at 3 bits, the second words.
+
+    One copy for all matrices.
+    """
     vectors = absolute_vectors().astype(np.float32)
     vectors[:, 7] *= np.where(odd_minuses(), -1, 1)
     low = np.arange(256)
@@ -234,7 +241,8 @@ def _lattice_table(bits: int) -> NDArray[np.float32]:
     flips = np.concatenate([minus, minus.sum(1, keepdims=True) & 1], 1).astype(np.uint32) << np.uint32(31)
     shifts = np.where(low & 1, SHIFT, -SHIFT).astype(np.float32)
     second = root_words() * RESIDUAL_SCALE[3] if bits == 3 else np.empty(0)
-    return np.concatenate([vectors.ravel(), flips.view(np.float32).ravel(), shifts, second.ravel().astype(np.float32)])
+    parts = vectors.ravel(), flips.view(np.float32).ravel(), shifts, second.ravel().astype(np.float32)
+    return _aligned(np.concatenate(parts))
 
 
 def native_matrix(

@@ -6,7 +6,7 @@
     logits = step.run(token)            # then token by token: one CUDA graph
 
 Products are those of the model's own modules, packed or not; norms, gates and attention are `codegen.step_kernels`.
-The graph is `step_model`'s, after the passes that the compiled step of the CPU has too. The sum of the blocks' outputs
+The graph is `step_model`'s, after `step_passes.PASSES`. The sum of the blocks' outputs
 is kept in float32; everything else has the dtype the model computes in, keys and values too.
 """
 

@@ -120,7 +120,7 @@ class Step:
             scales = np.ctypeslib.as_array((ctypes.c_float * weight.cols).from_address(operand.channel_scales))
             self._held.append(moved := torch.from_numpy(scales[order]))
             operand.channel_scales = moved.data_ptr()
-        operand.permutation = None
+        operand.permutation, operand.input_key = None, operand.input_key ^ 2  # another xc is made of that input
         self._held.append(places)
         return places.data_ptr()
 

@@ -320,3 +320,12 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("REALLM_CACHE", str(tmp_path / "file"))
     check("km2", 5, 40, 2, 0)
+
+
+@needs_compiler
+def test_matrices_share_the_tables_that_are_the_same_for_all() -> None:
+    (_, _, one), (_, _, other) = (packed_matrix("e8p2+rot", 48, 64, seed) for seed in (1, 2))
+    assert one.operand.table == other.operand.table
+    for rotation in ("input", "output"):
+        assert getattr(one.operand, rotation).signs == getattr(other.operand, rotation).signs
+    assert one.operand.table % 64 == 0
