@@ -179,18 +179,18 @@ def rows_of(shape: tuple[int, int], threads: int, found: dict[Key, float], numba
     pairs += [(name, "aten int4 g64") for name in ("int4-g64", "nf4-g64", "tq4-l12+rot")]
     pairs += [(NUMBA_FORMAT, "numba")]
     for name, peer_name in pairs:
-        us, peer = found[shape, "ours", name], found.get((shape, "peer", peer_name))
+        own, peer = found[shape, "ours", name], found.get((shape, "peer", peer_name))
         yield Row(
             figure=f"{name} [{shape[0]}, {shape[1]}]",
             unit="ns per 1000 weights",
-            ours=us,
+            ours=own,
             peer_name=peer_name,
             peer=peer,
-            ratio=us / peer if peer else None,
+            ratio=own / peer if peer else None,
             versions=versions,
             machine=machine(),
             threads=threads,
-            weights_per_second=1e12 / us,
+            weights_per_second=1e12 / own,
             peer_weights_per_second=1e12 / peer if peer else None,
         )
 

@@ -244,16 +244,8 @@ class _Emission:
             kinds.append("0" if norm is None else str(1 + norm.plus_one))
             vectors.append("nullptr" if norm is None else f"run.vectors[{self._vector(norm)}]")
             eps.append("0" if norm is None else _f(norm.eps))
-        shape = ", ".join(
-            [
-                str(inner.heads),
-                str(inner.kv_heads),
-                str(inner.head_dim),
-                *kinds,
-                "Cache",
-                *(["true"] if op.order else []),
-            ]
-        )
+        shape = ", ".join([str(inner.heads), str(inner.kv_heads), str(inner.head_dim), *kinds, "Cache"])
+        shape += ", true" if op.order else ""
         reads = ", ".join(self._read(value) for value in self.graph.inputs(name))
         numbers = ", ".join([*vectors, *eps, _f(inner.scale), "layer", str(inner.window or 0), _f(inner.softcap or 0)])
         angles = f"run.angles[{table}], run.angles[{table + 1}]"

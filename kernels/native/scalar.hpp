@@ -232,7 +232,8 @@ struct Scalar {
     Row row(op, last);
     float* const factors = scratch<2>(Short<bits>::groups(padded(op.cols)));
     for (int64_t i = 0; i < Short<bits>::groups(padded(op.cols)); i++) factors[i] = kOwnLevels ? x.units[i] : 0;
-    ShortLevels levels[kRowBlock] = {};  // of some rows at once: one alone waits for its own largest entry
+    // Levels of some rows are made at once: one row's alone would wait for their largest.
+    ShortLevels levels[kOwnLevels ? kRowBlock : 1] = {};
     if constexpr (table == Table::levels) levels[0] = ShortLevels::of<bits, false>(op.table);
     for (int64_t n = first; n < last; n++) {
       const Planes<bits> planes(op.codes, op.rows * op.cols, n * op.cols);

@@ -20,9 +20,10 @@ namespace step {
 // Filled by reallm/runtime/step.py, field by field.
 struct Run {
   const Operand* operands;
-  const float* const* vectors;  // the weights of norms
-  const int32_t* const* orders;  // of every operand: where each value of its input belongs; null: where it is
-  const float* const* angles;   // of every rotation its cosines, then its sines: [capacity, head_dim / 2]
+  const float* const* vectors;   // the weights of norms
+  const int32_t* const* orders;  // of every operand: where each value of its input belongs; null: where it is.
+                                 // With one it has no outliers or factors, which want their x as `finish` says
+  const float* const* angles;    // of every rotation its cosines, then its sines: [capacity, head_dim / 2]
   void *keys, *values;          // see above, layer after layer
   float* scratch;
   int64_t capacity, position, tokens, threads;

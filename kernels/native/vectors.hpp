@@ -148,8 +148,8 @@ struct Lattice : Bare {
 
     Scaled(const Operand& op, const float* xc) {
       const int64_t width = padded(op.cols), count = (width / kWord + kTurn - 1) / kTurn * kTurn;
-      x = scratch<3>(2 * (width + count));
-      shifts = x + width, second = shifts + count, second_shifts = second + width;
+      x = scratch<3>((bits == 4 ? 2 : 1) * (width + count));
+      shifts = x + width, second = x + (width + count) * (bits == 4), second_shifts = second + width;
       for (int64_t j = 0; j < width; j++) x[j] = j < op.cols ? xc[j] * half_at(op.scales, j / kTile) : 0;
       for (int64_t g = 0; g < count; g++) shifts[g] = g * kWord < width ? sum(load<F8>(x + g * kWord)) * -kShift : 0;
       for (int64_t j = 0; bits == 4 && j < width + count; j++) second[j] = x[j] * kResidual;
