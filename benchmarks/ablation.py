@@ -12,11 +12,21 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from benchmarks.bench import ROUNDING, Bench, Row, bench_from_environment, measure_formats, mixed, planned, report, row
+from benchmarks.bench import (
+    ROUNDING,
+    Bench,
+    Row,
+    bench_from_environment,
+    measure_formats,
+    mixed,
+    planned,
+    report,
+    row,
+)
 from benchmarks.peers import ROOT
-from reallm.planner.plan import Cost
-from reallm.planner.records import MeasuredTable
-from reallm.planner.uniform import uniform_plan
+from reallm.planner.results.uniform import uniform_plan
+from reallm.planner.tables.measured_table import MeasuredTable
+from reallm.planner.tables.plan import Cost
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
 FULL = "tq3-l12+ldl2+rot"

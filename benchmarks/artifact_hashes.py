@@ -2,11 +2,11 @@
 
     python -m benchmarks.artifact_hashes [--check] [--demo demo]
 
-Three tiny random models are measured, planned and compiled by the commands that a user types: llama with a LoRA adapter
-inside its artifact, Mixtral with experts, GPT-2 with shared codebooks. `--demo FOLDER` adds the artifact of `make demo`.
-Of each artifact: the SHA-256 of every file that decides what the model computes (tensors, plan, configuration, adapter),
-and of the plan's choices. `--check` compares with the committed list instead of writing it. Floating-point sums differ
-from processor to processor, so compare on the machine that wrote the list.
+Three tiny random models are measured, planned and compiled by the commands that a user types: llama with a LoRA
+adapter inside its artifact, Mixtral with experts, GPT-2 with shared codebooks. `--demo FOLDER` adds the artifact of
+`make demo`. Of each artifact: the SHA-256 of every file that decides what the model computes (tensors, plan,
+configuration, adapter), and of the plan's choices. `--check` compares with the committed list instead of writing it.
+Floating-point sums differ from processor to processor, so compare on the machine that wrote the list.
 """
 
 from __future__ import annotations

@@ -25,16 +25,16 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from benchmarks.peers import ROOT, Peer, run_peer
-from reallm.cache import content_key
-from reallm.comparison import Comparison, RememberedLogits, compare_models
-from reallm.compiler import compile_plan
-from reallm.demo import fetch_model
+from reallm.cli.demo import fetch_model
+from reallm.cli.tables import columns_table
+from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
-from reallm.loading import load
-from reallm.measurement import draw, measure
-from reallm.model import load_model
-from reallm.planner.plan import Cost, Plan
-from reallm.planner.records import (
+from reallm.evaluation.compare import CachedLogits, Comparison, compare_models
+from reallm.measurement.cache import content_key
+from reallm.measurement.measure import draw, measure
+from reallm.measurement.search_space import load_space
+from reallm.models.loaded import load_model
+from reallm.planner.tables.measured_table import (
     TABLE_FILE,
     MeasuredTable,
     canonical_json,
@@ -42,10 +42,10 @@ from reallm.planner.records import (
     write_record,
     write_text_atomic,
 )
-from reallm.planning import plan
-from reallm.printing import columns_table
-from reallm.space import load_space
-from reallm.text import load_text, windows
+from reallm.planner.tables.plan import Cost, Plan
+from reallm.planning.plan import plan
+from reallm.runtime.load import load
+from reallm.text.corpus import load_text, windows
 
 FOLDER = ROOT / ".bench" / "quality"
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -125,7 +125,7 @@ class Bench:
         self.nsamples = nsamples
         self.work = self.folder / ("work" if nsamples == NSAMPLES else f"work-{nsamples}")
         self.base = load_model(self.base_folder)
-        self.dense = RememberedLogits(load_model(self.base_folder, dtype=torch.float32).model)
+        self.dense = CachedLogits(load_model(self.base_folder, dtype=torch.float32).model)
         self.calibration = self.folder / "calibration.safetensors"
         save_file({"windows": draw(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
         self.windows = windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]

@@ -27,12 +27,12 @@ from rich.console import Console
 from benchmarks.bench import Figure, machine
 from benchmarks.cluster_paper import CORES, MEMORY_BYTES, TOKENS, calibration_flops, estimates, measured_scaling
 from benchmarks.peers import ROOT
-from reallm.backends import Backend
-from reallm.demo import fetch_model
-from reallm.measurement import measure
-from reallm.model import load_model
-from reallm.planner.records import MeasuredTable, canonical_json, write_text_atomic
-from reallm.printing import columns_table
+from reallm.cli.demo import fetch_model
+from reallm.cli.tables import columns_table
+from reallm.measurement.measure import measure
+from reallm.measurement.workers.pool import Backend
+from reallm.models.loaded import load_model
+from reallm.planner.tables.measured_table import MeasuredTable, canonical_json, write_text_atomic
 from tests.support.clusters import kill_an_encoder, local_cluster
 
 FOLDER = ROOT / ".bench" / "cluster"

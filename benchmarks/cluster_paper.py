@@ -34,12 +34,13 @@ import torch
 
 from benchmarks.peers import ROOT
 from benchmarks.planner_instances import MODELS, Shape, llama
-from reallm.codecs import Metric, Workspace, encode
-from reallm.kernels.formats import Format
-from reallm.memory import peak_rss_bytes
-from reallm.planner.records import canonical_json, write_text_atomic
-from reallm.space import load_space
-from reallm.threads import one_thread
+from reallm.codecs.encode import encode
+from reallm.codecs.metric import Metric, Workspace
+from reallm.kernels.formats.formats import Format
+from reallm.measurement.search_space import load_space
+from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.system.memory import peak_rss_bytes
+from reallm.system.threads import one_thread
 
 KEPT = ROOT / ".bench" / "cluster" / "shapes.json"
 RESULTS = ROOT / "benchmarks" / "results" / "cluster_paper.json"

@@ -30,12 +30,12 @@ from transformers import PreTrainedModel
 import reallm
 from benchmarks.bench import Figure, machine
 from benchmarks.peers import PYTHON, ROOT
-from reallm.codegen.native import machine_tier
-from reallm.demo import MODEL_FILE
-from reallm.model import load_model
-from reallm.planner.plan import Plan
-from reallm.planner.records import canonical_json, read_record, write_text_atomic
-from reallm.printing import columns_table
+from reallm.cli.demo import MODEL_FILE
+from reallm.cli.tables import columns_table
+from reallm.codegen.cpu.compiler import machine_tier
+from reallm.models.loaded import load_model
+from reallm.planner.tables.measured_table import canonical_json, read_record, write_text_atomic
+from reallm.planner.tables.plan import Plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
 FOLDER = ROOT / ".bench" / "decode"

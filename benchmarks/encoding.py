@@ -18,17 +18,24 @@ from rich.console import Console
 
 from benchmarks.bench import Bench, Figure, bench_from_environment, machine
 from benchmarks.peers import ROOT
-from reallm.codecs import Workspace, encode
-from reallm.codecs.trellis import CLIPS, SCALES
-from reallm.codecs.viterbi import closed_walks
-from reallm.codegen.native import machine_tier
-from reallm.encoding import Job
-from reallm.kernels.codecs import TILE
-from reallm.kernels.formats import Format
-from reallm.model import Matrix
-from reallm.planner.records import TABLE_FILE, MeasuredTable, canonical_json, read_record, write_text_atomic
-from reallm.printing import columns_table
-from reallm.threads import one_thread
+from reallm.cli.tables import columns_table
+from reallm.codecs.encode import encode
+from reallm.codecs.metric import Workspace
+from reallm.codecs.trellis.encode import CLIPS, SCALES
+from reallm.codecs.trellis.viterbi import closed_walks
+from reallm.codegen.cpu.compiler import machine_tier
+from reallm.kernels.formats.codecs import TILE
+from reallm.kernels.formats.formats import Format
+from reallm.measurement.encoding import Job
+from reallm.models.loaded import Matrix
+from reallm.planner.tables.measured_table import (
+    TABLE_FILE,
+    MeasuredTable,
+    canonical_json,
+    read_record,
+    write_text_atomic,
+)
+from reallm.system.threads import one_thread
 
 RESULTS = ROOT / "benchmarks" / "results" / "encoding.json"
 TARGETS = {10: 60.0, 12: 180.0}

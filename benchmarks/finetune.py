@@ -48,14 +48,14 @@ from benchmarks.bench import (
     row,
 )
 from benchmarks.peers import ROOT
-from reallm.adapter_files import WEIGHTS_FILE
-from reallm.cache import content_key
-from reallm.compiler import compile_plan
-from reallm.loading import load
-from reallm.planner.plan import Plan
-from reallm.planner.records import write_record
-from reallm.planner.uniform import uniform_plan
-from reallm.verification import read_plan
+from reallm.artifacts.peft_files import WEIGHTS_FILE
+from reallm.artifacts.verify import read_plan
+from reallm.compilation.compile import compile_plan
+from reallm.measurement.cache import content_key
+from reallm.planner.results.uniform import uniform_plan
+from reallm.planner.tables.measured_table import write_record
+from reallm.planner.tables.plan import Plan
+from reallm.runtime.load import load
 
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
 STEPS = os.environ.get("STEPS") or "40"

@@ -26,13 +26,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from benchmarks.bench import Figure, machine
 from benchmarks.gpu_kernels import random_fields
 from benchmarks.peers import ROOT
-from reallm.kernels.formats import Format
-from reallm.planner.records import canonical_json, write_text_atomic
-from reallm.printing import columns_table
+from reallm.artifacts.quantization_config import QuantizationRecord
+from reallm.cli.tables import columns_table
+from reallm.kernels.formats.formats import Format
+from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.runtime.install import install
 from reallm.runtime.packed import Packed
-from reallm.runtime.record import QuantizationRecord
-from reallm.runtime.replace import install
-from reallm.runtime.step_generate import use_step
+from reallm.runtime.step.generate import use_step
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_decode.json"
 PROMPT, DECODED, SHORT, PREFILL, ROUNDS = 64, 128, 8, 512, 3

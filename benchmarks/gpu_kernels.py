@@ -22,11 +22,11 @@ import torch
 from benchmarks.bench import Figure, machine
 from benchmarks.gpu_timing import microseconds, sets_for
 from benchmarks.peers import PYTHON, ROOT
-from reallm.codegen.derived import Derived, derive
-from reallm.codegen.launch import kept_with, multiply
-from reallm.kernels.codecs import TrellisCodec
-from reallm.kernels.formats import Format
-from reallm.kernels.packing import pack_codes
+from reallm.codegen.launch.derived_tensors import Derived, derive
+from reallm.codegen.launch.launch import input_cache, multiply
+from reallm.kernels.codes.packing import pack_codes
+from reallm.kernels.formats.codecs import TrellisCodec
+from reallm.kernels.formats.formats import Format
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 """Of LLaMA-3-8B."""
@@ -71,7 +71,7 @@ def ours(fmt: Format, rows: int, cols: int, count: int) -> float:
     """Microseconds of a product of ours with `count` rows of x."""
 
     def product(fields: dict[str, torch.Tensor], derived: Derived, x: torch.Tensor) -> None:
-        kept_with(x).clear()  # x' is made for every product
+        input_cache(x).clear()  # x' is made for every product
         multiply(fmt, fields, x, rows, cols, derived=derived)
 
     calls: list[Callable[[], object]] = []

@@ -31,11 +31,11 @@ from torch.nn.functional import linear
 
 from benchmarks.bench import Figure, machine
 from benchmarks.peers import PYTHON, ROOT
-from reallm.kernels.codecs import Field, TrellisCodec
-from reallm.kernels.formats import Format
-from reallm.kernels.packing import pack_codes, pad
-from reallm.planner.records import canonical_json, write_text_atomic
-from reallm.printing import columns_table
+from reallm.cli.tables import columns_table
+from reallm.kernels.codes.packing import pack_codes, pad
+from reallm.kernels.formats.codecs import Field, TrellisCodec
+from reallm.kernels.formats.formats import Format
+from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
 from reallm.runtime.cpu import NativeMatrix, native_matrix
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.json"

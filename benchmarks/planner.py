@@ -28,12 +28,12 @@ from rich.console import Console
 from benchmarks.bench import Figure, machine
 from benchmarks.peers import ROOT
 from benchmarks.planner_instances import MODELS, instance
-from reallm.planner.ilp import build
-from reallm.planner.knapsack import solve_knapsack
-from reallm.planner.optimise import optimise_all
-from reallm.planner.problem import Candidate, Item, Problem
-from reallm.planner.records import canonical_json, write_text_atomic
-from reallm.printing import columns_table
+from reallm.cli.tables import columns_table
+from reallm.planner.problem.problem import Candidate, Item, Problem
+from reallm.planner.solvers.ilp import build
+from reallm.planner.solvers.knapsack import solve_knapsack
+from reallm.planner.solvers.solve import optimise_all
+from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
 
 RESULTS = ROOT / "benchmarks" / "results" / "planner.json"
 BUDGETS, SEEDS = (2.0, 3.0, 4.0), (0, 1, 2)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.peers import ROOT
-from reallm.planner.knapsack import Instance
+from reallm.planner.solvers.knapsack import Instance
 
 COSTS = ROOT / "benchmarks" / "results" / "costs.json"
 CANDIDATES, LEAST_BITS, MOST_BITS, UNIT = 100, 1.5, 8.0, 32

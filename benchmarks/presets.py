@@ -19,9 +19,9 @@ from rich.console import Console
 from benchmarks.bench import Bench, Row, bench_from_environment, measure_formats, mixed, planned, report, row
 from benchmarks.peers import ROOT, Peer, wanted_peers
 from benchmarks.quality import TARGETS
-from reallm.planner.records import MeasuredTable
-from reallm.planner.uniform import uniform_plan
-from reallm.space import PRESETS
+from reallm.measurement.search_space import PRESETS
+from reallm.planner.results.uniform import uniform_plan
+from reallm.planner.tables.measured_table import MeasuredTable
 
 RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
 SHOWN: dict[str, tuple[str, ...]] = {

@@ -23,11 +23,17 @@ from tqdm import tqdm
 
 from benchmarks.bench import Bench, Figure, bench_from_environment, machine
 from benchmarks.peers import ROOT
-from reallm.planner.plan import Choice
-from reallm.planner.records import TABLE_FILE, MeasuredTable, canonical_json, read_record, write_text_atomic
-from reallm.planner.uniform import uniform_plan
-from reallm.printing import columns_table
-from reallm.refit import InMemory
+from reallm.cli.tables import columns_table
+from reallm.planner.results.uniform import uniform_plan
+from reallm.planner.tables.measured_table import (
+    TABLE_FILE,
+    MeasuredTable,
+    canonical_json,
+    read_record,
+    write_text_atomic,
+)
+from reallm.planner.tables.plan import Choice
+from reallm.planning.refit import PlanEvaluator
 
 RESULTS = ROOT / "benchmarks" / "results" / "proxies.json"
 FORMATS = ("tq1.5-l12+ldl2+rot", "tq2.25-l12+ldl2+rot", "tq3-l12+ldl2+rot", "lm4-g64-dq6x64+ldl")
@@ -83,7 +89,7 @@ def second_moments(bench: Bench, names: set[str]) -> dict[str, torch.Tensor]:
 def measured(bench: Bench, table: MeasuredTable) -> tuple[list[float], dict[str, list[float]]]:
     """(KL of every change, cost name -> its value for every change)."""
     plan = uniform_plan(table, FORMATS[0], work=str(bench.work))
-    memory = InMemory(bench.base, bench.work, bench.windows[:WINDOWS], progress=False)
+    memory = PlanEvaluator(bench.base, bench.work, bench.windows[:WINDOWS], progress=False)
     records = {(r.matrix, r.format): r for r in table.measurements}
     kls, costs = [], {name: list[float]() for name in COSTS}
     chosen = changes(bench, table)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from benchmarks.bench import bench_from_environment
 from benchmarks.peers import wanted_peers
-from reallm.printing import columns_table
+from reallm.cli.tables import columns_table
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from benchmarks.bench import Bench, Measured, Row, bench_from_environment, mixed, planned, report, row
 from benchmarks.peers import ROOT
-from reallm.planner.plan import Plan
-from reallm.refit import refit
+from reallm.planner.tables.plan import Plan
+from reallm.planning.refit import refit
 
 RESULTS = ROOT / "benchmarks" / "results" / "refit.json"
 DEFAULT_HELD = "Salesforce/wikitext:wikitext-2-raw-v1:validation"

@@ -12,12 +12,22 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from benchmarks.bench import NSAMPLES, SEQLEN, Bench, Row, bench_from_environment, measure_formats, planned, report, row
+from benchmarks.bench import (
+    NSAMPLES,
+    SEQLEN,
+    Bench,
+    Row,
+    bench_from_environment,
+    measure_formats,
+    planned,
+    report,
+    row,
+)
 from benchmarks.peers import ROOT
-from reallm.compiler import compile_plan
-from reallm.measurement import measure
-from reallm.planner.records import write_record
-from reallm.planner.uniform import uniform_plan
+from reallm.compilation.compile import compile_plan
+from reallm.measurement.measure import measure
+from reallm.planner.results.uniform import uniform_plan
+from reallm.planner.tables.measured_table import write_record
 
 RESULTS = ROOT / "benchmarks" / "results" / "sequential.json"
 FORMATS = ("tq2-l12+ldl2+rot",)

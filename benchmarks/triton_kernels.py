@@ -26,18 +26,18 @@ import torch
 from rich.console import Console
 
 from benchmarks.bench import Figure, machine
+from benchmarks.machine_code.cost import Cost, product_cost
+from benchmarks.machine_code.sass import lint, read_code
 from benchmarks.peers import PYTHON, ROOT
-from reallm.codegen.build import compile_kernels
-from reallm.codegen.cost import Cost, product_cost
-from reallm.codegen.emit import emit
-from reallm.codegen.launch import kernels_for, splits_for
-from reallm.codegen.program import KernelSpec
-from reallm.codegen.sass import lint, read_code
-from reallm.codegen.together import Member, program_of
-from reallm.kernels.codecs import TrellisCodec
-from reallm.kernels.formats import Format
-from reallm.planner.records import canonical_json, write_text_atomic
-from reallm.printing import columns_table
+from reallm.cli.tables import columns_table
+from reallm.codegen.artifact.build import compile_kernels
+from reallm.codegen.ir.program import KernelSpec
+from reallm.codegen.launch.grouped import Member, program_of
+from reallm.codegen.launch.launch import kernels_for, splits_for
+from reallm.codegen.triton.emit import emit
+from reallm.kernels.formats.codecs import TrellisCodec
+from reallm.kernels.formats.formats import Format
+from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
 
 RESULTS = ROOT / "benchmarks" / "results" / "triton_kernels.json"
 TIMED = RESULTS.with_name("gpu_kernels.json")

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import (
+from .codes.hadamard import rotation
+from .codes.lattice import decode_lattice
+from .codes.neural import decode_neural
+from .codes.packing import unpack_codes
+from .codes.tables import table
+from .codes.trellis import decode_trellis
+from .formats.codecs import (
     TILE,
     AdditiveCodec,
     DenseCodec,
@@ -21,14 +27,8 @@ from .codecs import (
     ScalarCodec,
     TrellisCodec,
 )
-from .formats import Format
-from .hadamard import rotation
-from .lattice import decode_lattice
-from .neural import decode_neural
-from .packing import unpack_codes
-from .tables import table
-from .terms import LowRank
-from .trellis import decode_trellis
+from .formats.formats import Format
+from .formats.terms import LowRank
 
 Packed = Mapping[str, NDArray[np.uint8]]
 Array = NDArray[np.float64]

@@ -8,30 +8,30 @@ are functions here, imported when they are first asked for: measure, plan, compi
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .registration import register_with_transformers
+from reallm.runtime.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from .compiler import compile_plan as compile  # noqa: A004 - the stage's name; never imported with *
-    from .evaluation import evaluate
-    from .finetuning import finetune
-    from .loading import load
-    from .measurement import measure
-    from .planner.requirements import Requirements
-    from .planning import plan, sweep
-    from .reporting import report
+    from reallm.compilation.compile import compile_plan as compile  # noqa: A004 - the stage's name; never imported with *
+    from reallm.evaluation.evaluate import evaluate
+    from reallm.finetuning.run import finetune
+    from reallm.measurement.measure import measure
+    from reallm.planner.tables.requirements import Requirements
+    from reallm.planning.plan import plan, sweep
+    from reallm.reporting.report import report
+    from reallm.runtime.load import load
 
 __all__ = ["Requirements", "compile", "evaluate", "finetune", "load", "measure", "plan", "report", "sweep"]
 
 _STAGES = {
-    "measure": ("measurement", "measure"),
-    "plan": ("planning", "plan"),
-    "sweep": ("planning", "sweep"),
-    "report": ("reporting", "report"),
-    "Requirements": ("planner.requirements", "Requirements"),
-    "compile": ("compiler", "compile_plan"),
-    "load": ("loading", "load"),
-    "evaluate": ("evaluation", "evaluate"),
-    "finetune": ("finetuning", "finetune"),
+    "measure": ("measurement.measure", "measure"),
+    "plan": ("planning.plan", "plan"),
+    "sweep": ("planning.plan", "sweep"),
+    "report": ("reporting.report", "report"),
+    "Requirements": ("planner.tables.requirements", "Requirements"),
+    "compile": ("compilation.compile", "compile_plan"),
+    "load": ("runtime.load", "load"),
+    "evaluate": ("evaluation.evaluate", "evaluate"),
+    "finetune": ("finetuning.run", "finetune"),
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m reallm`, the same as the command."""
 
-from .cli import main
+from .cli.main import main
 
 main()

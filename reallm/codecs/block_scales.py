@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reallm.kernels.codecs import TILE
+from reallm.kernels.formats.codecs import TILE
 
 RIDGE = 1e-6
 

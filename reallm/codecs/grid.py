@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reallm.kernels.codecs import ScalarCodec
-from reallm.kernels.tables import table
+from reallm.kernels.codes.tables import table
+from reallm.kernels.formats.codecs import ScalarCodec
 
 
 class Grid:

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from reallm.runtime.rotation import rotate_both
+from reallm.decoding.rotation import rotate_both
 
 LOG = logging.getLogger(__name__)
 DAMPING = 0.01  # share of the mean diagonal added to H (GPTQ, arXiv 2210.17323)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reallm.kernels.codecs import KMeansCodec, ScalarCodec
-from reallm.kernels.formats import Format
+from reallm.kernels.formats.codecs import KMeansCodec, ScalarCodec
+from reallm.kernels.formats.formats import Format
 
-from .kmeans import round_kmeans
 from .metric import Workspace
-from .scalar import round_scalar
+from .scalar.encode import round_scalar
+from .scalar.row_tables import round_kmeans
 
 
-class Judge:
+class RoundingCost:
     """The cost of rounding in one format; `weight` [K] is what a squared error of each column counts."""
 
     def __init__(self, fmt: Format, work: Workspace) -> None:

@@ -7,6 +7,6 @@ start from an SVD of what the codes miss; as in LQ-LoRA (arXiv 2311.12023), the 
 the result is an artifact like any other. `stage` is the order of events.
 """
 
-from .stage import finetune
+from .run import finetune
 
 __all__ = ["finetune"]

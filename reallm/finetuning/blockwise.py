@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..boundaries import save_tensors
-from ..calibration import frozen
-from ..streaming import Streamer
-from ..taps import Taps
-from .answers import Sample
+from reallm.calibration.block_streaming import Streamer
+from reallm.calibration.calibrate import frozen
+from reallm.calibration.hidden_states import save_tensors
+from reallm.calibration.hooks import StatisticsHooks
+
+from .chat_windows import SampledWindows
 from .distillation import BETAS, training_order
 from .pair import Pair, Training
 from .trained import Trained
@@ -89,7 +90,7 @@ def _each(states: Tensor) -> list[Tensor]:
     return [states[index : index + 1] for index in range(len(states))]
 
 
-def _token_weights(sample: Sample) -> list[Tensor]:
+def _token_weights(sample: SampledWindows) -> list[Tensor]:
     """Of every window's tokens, float32 [seqlen], sum one; none after the last that is scored, which may be padding."""
     if sample.scored is None:
         return [torch.full((sample.tokens.shape[1],), 1 / sample.tokens.shape[1])] * len(sample.tokens)
@@ -113,13 +114,13 @@ def _output_moments(streamer: Streamer, seed: int) -> list[Tensor]:
     folder, windows = streamer.boundaries.folder / "few", streamer.inputs[:GRADIENT_WINDOWS]
     few = Streamer(streamer.loaded, folder, windows, seed, masked=True)
     few.store_inputs()
-    few.run_tail(Taps(streamer.loaded, [], 1))
+    few.run_tail(StatisticsHooks(streamer.loaded, [], 1))
     moments: list[Tensor] = []
     for number in reversed(range(len(few.blocks))):
         g = few.boundaries.gradient(number + 1).float().flatten(0, -2)
         G = g.T @ g / len(g)
         moments.append(G + torch.diag(DAMPING * G.diagonal().mean().expand(len(G))))
-        few.boundaries.keep_gradient(number, few.run_block(number, Taps(streamer.loaded, [], 1)))
+        few.boundaries.keep_gradient(number, few.run_block(number, StatisticsHooks(streamer.loaded, [], 1)))
     return moments[::-1]
 
 

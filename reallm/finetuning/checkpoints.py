@@ -19,11 +19,12 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
-from ..errors import UserError
-from ..lock import LOCK_FILE
-from ..manifest import sha256_file
-from ..planner.records import canonical_json, write_text_atomic
-from .ranks import ALONE, Ranks
+from reallm.artifacts.manifest import sha256_file
+from reallm.errors import UserError
+from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.system.lock import LOCK_FILE
+
+from .processes import ALONE, TrainingProcesses
 
 LOG = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.json"
@@ -138,7 +139,7 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Marks checkpoints and the end, shows a bar, and says how the held-out divergence develops."""
 
-    def __init__(self, folder: Path, show: bool, ranks: Ranks = ALONE) -> None:
+    def __init__(self, folder: Path, show: bool, ranks: TrainingProcesses = ALONE) -> None:
         self.folder, self.show, self.ranks = folder, show and ranks.first, ranks
         self.bar: tqdm[Any] | None = None
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..runtime.codebook import TrainedCodebook
-from ..runtime.low_rank import packed_bytes
-from ..runtime.packed import Packed, SharedCodebooks
-from ..runtime.replace import packed_modules
+from reallm.runtime.install import packed_modules
+from reallm.runtime.packed import Packed, SharedCodebooks
+from reallm.runtime.training.codebook import TrainedCodebook
+from reallm.runtime.training.low_rank import packed_bytes
+
 from .factors import Modules
 
 

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..errors import UserError
-from .answers import Sample
+from reallm.errors import UserError
+
+from .chat_windows import SampledWindows
 from .checkpoints import read_end
-from .maps import EmbeddingMaps
+from .embedding_maps import EmbeddingMaps
 from .objective import Objective
-from .ranks import everywhere
+from .processes import everywhere
 
 LOG = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
@@ -49,7 +50,7 @@ class NotFiniteError(ArithmeticError):
 class Windows(Dataset[dict[str, Tensor]]):
     """The windows of a Sample as the Trainer wants them; equal ones may stand in it more than once."""
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: SampledWindows) -> None:
         self.sample = sample
 
     def __len__(self) -> int:
@@ -84,8 +85,8 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
         *,
         arguments: TrainingArguments,
         rates: Mapping[str, float],
-        train: Sample,
-        held_out: Sample,
+        train: SampledWindows,
+        held_out: SampledWindows,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         super().__init__(student, arguments, train_dataset=Windows(train), eval_dataset=Windows(held_out))

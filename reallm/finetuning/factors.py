@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..codecs.lowrank import factorise
-from ..codecs.metric import Metric, Workspace
-from ..kernels.codecs import DenseCodec
-from ..kernels.terms import LowRank
-from ..model import LoadedModel
-from ..runtime.magnitude import MagnitudeTraining
-from ..runtime.replace import packed_modules
-from ..runtime.scale_training import ScaleTraining
+from reallm.codecs.metric import Metric, Workspace
+from reallm.codecs.terms.low_rank import factorise
+from reallm.kernels.formats.codecs import DenseCodec
+from reallm.kernels.formats.terms import LowRank
+from reallm.models.loaded import LoadedModel
+from reallm.runtime.install import packed_modules
+from reallm.runtime.training.magnitude import MagnitudeTraining
+from reallm.runtime.training.scales import ScaleTraining
 
 Modules = Mapping[str, MagnitudeTraining]
 Init = Literal["zero", "loftq", "lq-lora", "plan"]

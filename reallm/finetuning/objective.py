@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear
 from transformers import PreTrainedModel
 
-from .maps import EmbeddingMaps
-from .original import Original, hidden_state, plain_head
+from .embedding_maps import EmbeddingMaps
+from .teacher import Teacher, hidden_state, plain_head
 
 Loss = Literal["kl", "text"]
 
@@ -99,7 +99,7 @@ def token_weights(input_ids: Tensor, scored: Tensor | None, loss: Loss) -> Tenso
 class Objective:
     """What is minimised: the loss of `model` on windows of tokens, against `original` or against the text itself."""
 
-    def __init__(self, model: PreTrainedModel, original: Original, sample: Tensor, loss: Loss) -> None:
+    def __init__(self, model: PreTrainedModel, original: Teacher, sample: Tensor, loss: Loss) -> None:
         """`sample`: a few token ids [1, seqlen], on which the head is tried."""
         self.model, self.original, self.loss = model, original, loss
         self.head = plain_head(model, sample.to(model.device))

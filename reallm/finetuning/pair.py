@@ -15,21 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..comparison import mask_window
-from ..errors import UserError
-from ..kernels.terms import MAX_RANK, LowRank
-from ..loading import load
-from ..model import LoadedModel, load_model
-from ..planner.plan import Plan
-from ..runtime.packed import DecodeMode
-from ..text import Text
-from .answers import Sample, draw_sample
+from reallm.errors import UserError
+from reallm.evaluation.compare import mask_window
+from reallm.kernels.formats.terms import MAX_RANK, LowRank
+from reallm.models.loaded import LoadedModel, load_model
+from reallm.planner.tables.plan import Plan
+from reallm.runtime.load import load
+from reallm.runtime.packed import DecodeMode
+from reallm.text.corpus import Text
+
+from .chat_windows import SampledWindows, sample_windows
+from .embedding_maps import EmbeddingMaps
 from .factors import Init, Modules, trainable_modules
-from .maps import EmbeddingMaps
 from .objective import Loss, Objective
-from .order import Stage, check_order
-from .original import Original
-from .ranks import Ranks
+from .processes import TrainingProcesses
+from .stages import Stage, check_order
+from .teacher import Teacher
 from .trained import Part, check_parts
 
 GAIN_RATE, MOST_GAIN_RATE = 1 / 120, 5e-3
@@ -136,9 +137,9 @@ class Training:
 class Windows:
     """The dense model and the windows of the text, before there is a compressed model."""
 
-    original: Original
-    train: Sample
-    held_out: Sample
+    original: Teacher
+    train: SampledWindows
+    held_out: SampledWindows
     """No window of `train` is among them."""
 
     def release(self, rows: Tensor) -> None:
@@ -168,12 +169,12 @@ class Pair:
         return self.windows.original.loaded
 
     @property
-    def train(self) -> Sample:
+    def train(self) -> SampledWindows:
         """The windows that are trained on."""
         return self.windows.train
 
     @property
-    def held_out(self) -> Sample:
+    def held_out(self) -> SampledWindows:
         """The windows that the gain is measured on."""
         return self.windows.held_out
 
@@ -210,7 +211,13 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def open_windows(
-    artifact: Path, plan: Plan, teacher: Path | str | None, source: Text, training: Training, device: str, ranks: Ranks
+    artifact: Path,
+    plan: Plan,
+    teacher: Path | str | None,
+    source: Text,
+    training: Training,
+    device: str,
+    ranks: TrainingProcesses,
 ) -> Windows:
     """Load the model that `artifact` was made from and cut the text into windows; the last ones are held out.
 
@@ -228,7 +235,7 @@ def open_windows(
         shown = [mask_window(window, mask_token, training.seed + i).inputs for i, window in enumerate(sample.tokens)]
         sample = replace(sample, tokens=torch.cat(shown))
     count = min(HELD_OUT_WINDOWS, max(1, len(sample.tokens) // HELD_OUT_SHARE))
-    dense = Original(original, sample.tokens[:1], place, _compute_dtype(original.dtype, place), ranks)
+    dense = Teacher(original, sample.tokens[:1], place, _compute_dtype(original.dtype, place), ranks)
     return Windows(dense, sample[:-count], sample[-count:])
 
 
@@ -260,9 +267,9 @@ def _tokenizer(original: LoadedModel) -> PreTrainedTokenizerBase:
     return original.tokenizer
 
 
-def _windows(original: LoadedModel, source: Text, training: Training) -> Sample:
+def _windows(original: LoadedModel, source: Text, training: Training) -> SampledWindows:
     """All windows of the text, at least two. Raises UserError."""
-    sample = draw_sample(source, _tokenizer(original), training.seqlen, original.max_positions)
+    sample = sample_windows(source, _tokenizer(original), training.seqlen, original.max_positions)
     if len(sample.tokens) < 2:
         raise UserError(
             f"{source.description}: one window of {training.seqlen} tokens found, two needed (one is held out); "

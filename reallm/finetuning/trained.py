@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..errors import UserError
-from ..kernels.formats import Format
-from ..kernels.terms import LowRank
-from ..model import LoadedModel
-from ..runtime.decode import codebook_field, decode_factors, scale_count
+from reallm.decoding.decode import codebook_field, decode_factors, scale_count
+from reallm.errors import UserError
+from reallm.kernels.formats.formats import Format
+from reallm.kernels.formats.terms import LowRank
+from reallm.models.loaded import LoadedModel
+
 from .codebooks import Codebooks
+from .embedding_maps import EmbeddingMaps, plain_weights
 from .factors import Init, Modules, Snapshot, fold_all, restore, snapshot, start_factors
-from .maps import EmbeddingMaps, plain_weights
 
 Part = Literal["factors", "scales", "norms", "codebooks", "embeddings"]
 PARTS: tuple[Part, ...] = get_args(Part)

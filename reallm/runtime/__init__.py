@@ -1,1 +1,1 @@
-"""The portable runtime: packed fields to weights in torch, modules that hold them, and the tie to transformers."""
+"""Running an artifact: packed modules, products on CPU and GPU, the tie to transformers."""

@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..codegen.cpu import CpuFunctions, functions, kernel_for
-from ..kernels.codecs import AdditiveCodec, LatticeCodec, ScalarCodec, TrellisCodec
-from ..kernels.formats import Format
-from ..kernels.hadamard import factors, signs
-from ..kernels.lattice import RESIDUAL_SCALE, SHIFT, absolute_vectors, odd_minuses, root_words
-from ..kernels.packing import unpack_codes
-from ..kernels.tables import table
-from ..kernels.trellis import WORDS_PER_WIDTH, check_widths
-from .decode import check_fields, read_floats
+from reallm.codegen.cpu.linear import CpuFunctions, functions, kernel_for
+from reallm.decoding.decode import check_fields, read_floats
+from reallm.kernels.codes.hadamard import factors, signs
+from reallm.kernels.codes.lattice import RESIDUAL_SCALE, SHIFT, absolute_vectors, odd_minuses, root_words
+from reallm.kernels.codes.packing import unpack_codes
+from reallm.kernels.codes.tables import table
+from reallm.kernels.codes.trellis import WORDS_PER_WIDTH, check_widths
+from reallm.kernels.formats.codecs import AdditiveCodec, LatticeCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.formats.formats import Format
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from ..kernels.formats import Format
+from reallm.decoding.decode import decode
+from reallm.kernels.formats.formats import Format
+
 from .cpu import can_look_up, can_multiply
-from .decode import decode
-from .generated import packed_linear, takes_kernel
-from .magnitude import MagnitudeTraining
+from .frozen_weight import REFUSAL, FrozenWeightError, frozen
 from .packed import DecodeMode, Decoding, Packed, Shared
-from .weight import REFUSAL, FrozenWeightError, frozen
+from .training.magnitude import MagnitudeTraining
+from .triton_linear import packed_linear, takes_kernel
 
 
 class CompressedLinear(MagnitudeTraining, nn.Linear):  # type: ignore[override]  # weight: a property, not a Parameter
@@ -59,10 +60,10 @@ class CompressedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # we
         )
         return rows.view(*input.shape, self.cols)
 
-    def get_ready(self) -> None:
+    def prepare(self) -> None:
         """As for every packed matrix; rows of a rotated one come out of its decoded weight."""
         if self.native is None or not self.native.looks_up:
-            super(Packed, self).get_ready()
+            super(Packed, self).prepare()
 
 
 class TiedHead(nn.Linear):

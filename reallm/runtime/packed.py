@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..codegen.derived import Derived
-from ..kernels.codecs import Field
-from ..kernels.formats import Format
+from reallm.codegen.launch.derived_tensors import Derived
+from reallm.decoding.decode import decode
+from reallm.kernels.formats.codecs import Field
+from reallm.kernels.formats.formats import Format
+
 from .cpu import NativeMatrix, native_matrix
-from .decode import decode
-from .weight import REFUSAL, FrozenWeightError, frozen
+from .frozen_weight import REFUSAL, FrozenWeightError, frozen
 
 if TYPE_CHECKING:
-    from .siblings import Siblings
+    from .input_groups import InputGroup
 
 DecodeMode = Literal["load", "call"]
 
@@ -57,7 +58,7 @@ class Decoding(nn.Module):
                 kept = self.decoded = self.decode_now(kept.dtype)
         return kept if dtype is None else kept.to(dtype)
 
-    def get_ready(self) -> None:
+    def prepare(self) -> None:
         """Make now what the first use would make and keep."""
         if self.mode == "load":
             self.dense()
@@ -109,7 +110,7 @@ class Packed(Decoding):
     _shared: Shared
     derived: Derived | None = None
     """What generated kernels read in place of some fields; made at their first use."""
-    siblings: Siblings | None = None
+    siblings: InputGroup | None = None
     """The linears that multiply the same x, this one among them; no children of this module."""
     _native: NativeMatrix | Literal[False] | None
     """Made at its first use; False where there is no kernel."""
@@ -163,10 +164,10 @@ class Packed(Decoding):
                 self._native.add_gain(self.gain)
         return self._native or None
 
-    def get_ready(self) -> None:
+    def prepare(self) -> None:
         """Make now what the first use would make and keep: with a native kernel, no decoded weight."""
         if self.native is None:
-            super().get_ready()
+            super().prepare()
 
     def forget(self) -> None:
         """Drop the kept weight and what was made of the fields; the next use makes them again."""

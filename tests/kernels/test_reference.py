@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from strategies import formats, random_packed, seeds, shapes
 
-from reallm.kernels.formats import Format
-from reallm.kernels.packing import pack_codes, pad
+from reallm.kernels.codes.packing import pack_codes, pad
+from reallm.kernels.codes.tables import table
+from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
-from reallm.kernels.tables import table
 
 
 def f16(*values: float) -> np.ndarray:

@@ -13,11 +13,11 @@ from tiny import save_tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reallm.compiler import compile_plan
-from reallm.kernels.formats import Format
+from reallm.compilation.compile import compile_plan
+from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
-from reallm.model import LoadedModel, Matrix, load_model
-from reallm.planner.stored import shared_key
+from reallm.models.loaded import LoadedModel, Matrix, load_model
+from reallm.planner.problem.tensor_layout import shared_key
 
 MIX = ("int4-g16", "nf3-g8-dq8x8+r2i8", "aq2x4-d4-shared", "uint5-g24+ldl", "tq2.5-l8+ldl2+rot", "aq1x6-d8+r3")
 MIX += ("lm2-g0", "km3+o20", "e8p2+rot+r2i4", "uint4-g16+perm+cs")

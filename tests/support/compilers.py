@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from reallm.codegen import native
+from reallm.codegen.cpu import compiler as native
 
 needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler here")

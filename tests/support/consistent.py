@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from reallm.kernels.codecs import NeuralCodec, TrellisCodec
-from reallm.kernels.formats import Format
-from reallm.kernels.neural import pack_tensors
-from reallm.kernels.packing import pack_codes, pad
+from reallm.kernels.codes.neural import pack_tensors
+from reallm.kernels.codes.packing import pack_codes, pad
+from reallm.kernels.formats.codecs import NeuralCodec, TrellisCodec
+from reallm.kernels.formats.formats import Format
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
 

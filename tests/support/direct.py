@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
-from reallm.model import LoadedModel, discover
+from reallm.models.loaded import LoadedModel, discover
 
 Uses = list[tuple[str, Tensor, Tensor]]
 """(matrix, input [tokens, K], output that keeps its gradient)."""

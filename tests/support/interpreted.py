@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from packed_fields import Packed, coded_magnitudes, product_bound, random_fields
 
-from reallm.codegen.launch import DENSE_ROWS, MAX_BATCH
-from reallm.codegen.program import Tile
-from reallm.kernels.codecs import TrellisCodec
-from reallm.kernels.formats import Format
+from reallm.codegen.ir.program import Tile
+from reallm.codegen.launch.launch import DENSE_ROWS, MAX_BATCH
+from reallm.kernels.formats.codecs import TrellisCodec
+from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
 
 Result = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]
@@ -51,7 +51,7 @@ def run(call: Call) -> Result:
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 
-    from reallm.codegen.launch import kernels_for, load_kernel
+    from reallm.codegen.launch.launch import kernels_for, load_kernel
 
     torch.set_num_threads(1)
     fmt = Format.parse(call.format)
@@ -65,7 +65,7 @@ def run_on(call: Call, device: str) -> Result:
     """As `run`, by whatever runs kernels on `device`. The output is filled with NaN before."""
     import torch
 
-    from reallm.codegen.launch import multiply
+    from reallm.codegen.launch.launch import multiply
 
     dtype = getattr(torch, call.dtype)
     x = torch.from_numpy(call.x).to(device, dtype)
@@ -82,8 +82,8 @@ def run_together(calls: tuple[Call, ...]) -> list[Result]:
     """As `run`, for matrices with one x whose products must be one launch; uninitialised memory is filled with NaN."""
     import torch
 
-    from reallm.codegen.launch import StoredMatrix
-    from reallm.codegen.together import Member, multiply_together
+    from reallm.codegen.launch.grouped import Member, multiply_group
+    from reallm.codegen.launch.launch import StoredMatrix
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty makes
@@ -97,7 +97,7 @@ def run_together(calls: tuple[Call, ...]) -> list[Result]:
         matrices.append(StoredMatrix(fmt, fields, call.rows, call.cols, bias))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        outputs = multiply_together(members, matrices, x)
+        outputs = multiply_group(members, matrices, x)
     results = []
     for y, matrix in zip(outputs, matrices, strict=True):
         bias = matrix.bias

@@ -8,12 +8,12 @@ import numpy as np
 from consistent import consistent_fields
 from numpy.typing import NDArray
 
-from reallm.kernels.codecs import TILE, Field, LatticeCodec, ScalarCodec, TrellisCodec
-from reallm.kernels.formats import Format
-from reallm.kernels.hadamard import rotation
-from reallm.kernels.packing import pack_codes, pad, unpack_codes
+from reallm.kernels.codes.hadamard import rotation
+from reallm.kernels.codes.packing import pack_codes, pad, unpack_codes
+from reallm.kernels.codes.trellis import CODE_UNIT
+from reallm.kernels.formats.codecs import TILE, Field, LatticeCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
-from reallm.kernels.trellis import CODE_UNIT
 
 Packed = dict[str, NDArray[np.uint8]]
 DTYPES = {"f16": "<f2", "f32": "<f4", "i8": "i1", "u4": "u1"}

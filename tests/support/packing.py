@@ -10,15 +10,15 @@ import numpy as np
 from consistent import consistent_fields
 from numpy.typing import NDArray
 
-from reallm.compiler import codes_digest
-from reallm.kernels.codecs import DenseCodec, Field
-from reallm.kernels.formats import Format
-from reallm.kernels.layout import file_bytes
-from reallm.kernels.packing import pack_codes, pad
-from reallm.model import LoadedModel, Matrix
-from reallm.planner.plan import Bound, Choice, Plan
-from reallm.planner.records import write_record
-from reallm.planner.stored import DENSE_NAME, dense_nbytes, shared_key, weights_tensors, whole_stacks
+from reallm.compilation.compile import codes_digest
+from reallm.kernels.codes.packing import pack_codes, pad
+from reallm.kernels.formats.codecs import DenseCodec, Field
+from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.layout import file_bytes
+from reallm.models.loaded import LoadedModel, Matrix
+from reallm.planner.problem.tensor_layout import DENSE_NAME, dense_nbytes, shared_key, weights_tensors, whole_stacks
+from reallm.planner.tables.measured_table import write_record
+from reallm.planner.tables.plan import Bound, Choice, Plan
 
 Bytes = NDArray[np.uint8]
 DTYPES = {"torch.float16": "f16", "torch.bfloat16": "bf16", "torch.float32": "f32"}

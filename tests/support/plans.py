@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from reallm.kernels.formats import Format
-from reallm.planner.plan import Bound, Choice, Plan
+from reallm.kernels.formats.formats import Format
+from reallm.planner.tables.plan import Bound, Choice, Plan
 
 BOUND = Bound(
     solver="none",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from reallm.kernels.codecs import AdditiveCodec, KMeansCodec, LatticeCodec, ScalarCodec, TrellisCodec
-from reallm.kernels.formats import Format
+from reallm.kernels.formats.codecs import AdditiveCodec, KMeansCodec, LatticeCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import read_field
 
 UNIT = 2.0**-24

@@ -15,7 +15,7 @@ def logits(
     architecture: str, settings: Mapping[str, object], device: str = "cpu", dtype: str = "float32", share: int = 256
 ) -> Logits:
     """(the step's, transformers' in float32), [1 + DECODED, vocabulary] after a prompt in two parts and each token."""
-    from reallm.runtime import replay
+    from reallm.runtime.step import cuda_graph as replay
 
     replay.PROMPT_TOKENS, replay.SHARE = 12, share
     model = tiny_model(architecture, dtype=getattr(torch, dtype), settings=settings).to(device)
@@ -33,7 +33,7 @@ def logits(
 def packed_logits(folder: str, device: str = "cpu") -> Logits:
     """As `logits`, of the artifact at `folder` with float32 activations, after two tokens and each of two more."""
     import reallm
-    from reallm.runtime import replay
+    from reallm.runtime.step import cuda_graph as replay
 
     model, _ = reallm.load(folder, dtype="float32", device=device)
     tokens = torch.arange(5, 9).to(device)

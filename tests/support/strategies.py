@@ -9,7 +9,8 @@ from consistent import consistent_fields
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from reallm.kernels.codecs import (
+from reallm.kernels.codes.packing import pack_codes, pad
+from reallm.kernels.formats.codecs import (
     SCALAR_BITS,
     AdditiveCodec,
     DenseCodec,
@@ -21,12 +22,11 @@ from reallm.kernels.codecs import (
     ScalarCodec,
     TrellisCodec,
 )
-from reallm.kernels.formats import Format
-from reallm.kernels.packing import pack_codes, pad
-from reallm.kernels.terms import LowRank, Sparse
-from reallm.planner.problem import Candidate, Item, Limit, Problem
-from reallm.planner.records import MatrixRecord, MeasuredTable, MeasurementRecord, SharedRecord
-from reallm.planner.stored import shared_key
+from reallm.kernels.formats.formats import Format
+from reallm.kernels.formats.terms import LowRank, Sparse
+from reallm.planner.problem.problem import Candidate, Item, Limit, Problem
+from reallm.planner.problem.tensor_layout import shared_key
+from reallm.planner.tables.measured_table import MatrixRecord, MeasuredTable, MeasurementRecord, SharedRecord
 
 shapes = st.tuples(st.integers(1, 41), st.integers(1, 83))
 seeds = st.integers(0, 2**32 - 1)

@@ -10,13 +10,14 @@ import torch
 from packing import Codes, PackedModel
 from tiny import save_tiny
 
-from reallm.codecs import Metric, Workspace, encode
-from reallm.compiler import compile_plan
-from reallm.encoding import codebook_values
-from reallm.evaluation import evaluate
-from reallm.kernels.formats import Format
-from reallm.model import Matrix, load_model
-from reallm.planner.stored import shared_key
+from reallm.codecs.encode import encode
+from reallm.codecs.metric import Metric, Workspace
+from reallm.compilation.compile import compile_plan
+from reallm.evaluation.evaluate import evaluate
+from reallm.kernels.formats.formats import Format
+from reallm.measurement.encoding import codebook_values
+from reallm.models.loaded import Matrix, load_model
+from reallm.planner.problem.tensor_layout import shared_key
 
 SEQLEN = 32
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reallm.codecs import Metric
+from reallm.codecs.metric import Metric
 
 
 def correlated(rows: int, cols: int, seed: int, scale: float = 1.0) -> tuple[Tensor, Metric]:

@@ -1,0 +1,136 @@
+"""Machine code of NVIDIA GPUs: read with the tools that come with Triton, linted, its instructions counted.
+
+A loop is a stretch of code that a branch behind it jumps back to. Instructions are counted a thread: what stands
+outside of loops once, each loop as often as its caller says it turns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reallm.codegen.ir.operations import CodegenError
+
+MAX_REGISTERS = 128
+"""A thread: 16 warps fit a multiprocessor of 65536."""
+MAX_SHARED_BYTES = 49152
+"""Of an instance, what every GPU gives without being asked."""
+NARROW_BITS = 16
+_LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+_OPCODE = re.compile(r"(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_ATOMIC = ("ATOM", "ATOMG", "ATOMS", "RED")
+_LOAD_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a kernel takes of a multiprocessor: registers a thread, bytes of stack, shared and local memory."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    local_bytes: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """The instructions of one kernel in order, by opcode, and its innermost loops as (first, end)."""
+
+    opcodes: tuple[str, ...]
+    loops: tuple[tuple[int, int], ...]
+    usage: Usage
+
+    def count(self, turns: Sequence[float]) -> float:
+        """Instructions that a thread runs, with `turns` of each loop in order. Raises CodegenError for other loops."""
+        if len(turns) != len(self.loops):
+            raise CodegenError(f"the code has {len(self.loops)} loops, not {len(turns)}")
+        inside = [end - first for first, end in self.loops]
+        return len(self.opcodes) - sum(inside) + sum(n * turn for n, turn in zip(inside, turns, strict=True))
+
+    def histogram(self) -> Counter[str]:
+        """How many instructions of each kind there are."""
+        return Counter(opcode.split(".")[0] for opcode in self.opcodes)
+
+
+def tool(name: str) -> Path:
+    """A program of CUDA's binary utilities as Triton brings it. Raises CodegenError where Triton is missing."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        raise CodegenError("reading machine code needs Triton, whose wheel has cuobjdump and nvdisasm")
+    return Path(found.origin).parent / "backends" / "nvidia" / "bin" / name
+
+
+def read_code(path: Path) -> Code:
+    """The code of the one kernel in the object at `path`. Raises CodegenError if it is not read."""
+    text = _said(["nvdisasm", "-c", str(path)])
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _said(["cuobjdump", "-res-usage", str(path)]))
+    if found is None:
+        raise CodegenError(f"{path}: cuobjdump names no resources")
+    return parse_code(text, Usage(*(int(value) for value in found.groups())))
+
+
+def _said(command: list[str]) -> str:
+    done = subprocess.run([tool(command[0]), *command[1:]], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise CodegenError(f"{command[0]} failed: {done.stderr.strip()[:200]}")
+    return done.stdout + done.stderr
+
+
+def parse_code(text: str, usage: Usage) -> Code:
+    """The code that nvdisasm prints as `text`; padding behind the last branch is left out."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(opcodes)
+        elif (found := _LINE.match(line)) and (opcode := _OPCODE.match(found[1])):
+            opcodes.append(opcode[1])
+            branch = _BRANCH.search(found[1])
+            if branch and branch[1] in labels:
+                spans.append((labels[branch[1]], len(opcodes)))
+    end = len(opcodes)
+    while end and opcodes[end - 1] == "NOP":
+        end -= 1
+    if end and opcodes[end - 1] == "BRA":  # the endless loop behind a kernel's last EXIT
+        end -= 1
+    spans = [span for span in spans if span[1] <= end]
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return Code(tuple(opcodes[:end]), tuple(sorted(inner)), usage)
+
+
+def load_bits(opcode: str) -> int:
+    """Bits a thread loads from global memory by `opcode`, 0 for other instructions."""
+    parts = opcode.split(".")
+    if parts[0] not in ("LDG", "LD"):
+        return 0
+    return next((_LOAD_BITS[part] for part in parts if part in _LOAD_BITS), 32)
+
+
+def lint(code: Code, product: bool = True) -> tuple[str, ...]:
+    """What is wrong with a kernel's code, in words: spills, local memory, atomics, too much of a GPU; in the loops of a
+    `product`, which reads codes, also narrow loads."""
+    usage, faults = code.usage, []
+    if usage.stack_bytes or usage.local_bytes:
+        faults.append(f"{usage.stack_bytes} bytes of stack and {usage.local_bytes} of local memory")
+    if spilled := [opcode for opcode in code.opcodes if opcode.startswith(("STL", "LDL"))]:
+        faults.append(f"{len(spilled)} spills")
+    if usage.registers > MAX_REGISTERS:
+        faults.append(f"{usage.registers} registers, more than {MAX_REGISTERS}")
+    if usage.shared_bytes > MAX_SHARED_BYTES:
+        faults.append(f"{usage.shared_bytes} bytes of shared memory, more than {MAX_SHARED_BYTES}")
+    for first, end in code.loops if product else ():
+        bits = [load_bits(opcode) for opcode in code.opcodes[first:end] if load_bits(opcode)]
+        narrow = sum(b for b in bits if b <= NARROW_BITS)
+        if narrow * 4 > sum(bits):
+            faults.append(f"narrow loads carry {narrow} of the {sum(bits)} bits of a loop")
+    if atomics := [opcode for opcode in code.opcodes if opcode.split(".")[0] in _ATOMIC]:
+        faults.append(f"{len(atomics)} atomic operations: sums would depend on the order of instances")
+    return tuple(faults)

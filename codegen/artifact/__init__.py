@@ -1,0 +1,1 @@
+"""The kernel sources of an artifact."""

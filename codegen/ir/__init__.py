@@ -1,0 +1,1 @@
+"""The typed operations of a matrix product, the program of a plan, and its verifier."""

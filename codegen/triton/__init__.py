@@ -1,0 +1,1 @@
+"""Writers of Triton source."""

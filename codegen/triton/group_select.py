@@ -1,0 +1,64 @@
+"""One kernel for the matrices of a group: how an instance finds its matrix, and that matrix's tensors and sizes.
+
+The tiles of all members follow each other along one axis of the grid. An instance compares its place with the running
+counts of tiles and selects among the members' arguments, all of which are passed (`words_of_0`, `words_of_1`, ...): no
+table in memory, and pointers whose alignment the compiler knows. From there on it is the kernel of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reallm.codegen.ir.operations import Unrotate
+from reallm.codegen.ir.program import KernelSpec
+
+OWN_BESIDE_FIELDS = frozenset({"y", "part", "t", "bias", "base_out", "signs_out"})
+"""Tensors that each member has for itself, beside its stored fields and what is derived from them."""
+OWN_SIZES = frozenset({"rows", "pieces"})
+"""Whole-number arguments that each member has for itself."""
+
+
+def member_name(name: str, member: int) -> str:
+    """The argument that stands for `name` of one member."""
+    return f"{name}_of_{member}"
+
+
+def _tiles(spec: KernelSpec) -> str:
+    """How many tiles a member has, an expression with `{}` for its number: those of its rows, or of its pieces."""
+    order, size = "rows_of_{}", spec.tile.block_n
+    if spec.function == "finish":
+        rotated = any(isinstance(operation, Unrotate) and operation.rotated for operation in spec.operations)
+        order, size = ("pieces_of_{}", spec.tile.block_n) if rotated else ("rows_of_{}", spec.tile.block_k)
+    return f"({order} + {size - 1}) // {size}"
+
+
+def place(spec: KernelSpec) -> str:
+    """The instance's tile of its matrix, an expression."""
+    return "down" if spec.members > 1 else f"tl.program_id({_axis(spec)})"
+
+
+def _axis(spec: KernelSpec) -> int:
+    return 1 if spec.function == "finish" else 0
+
+
+def select_lines(spec: KernelSpec, own: Sequence[str]) -> list[str]:
+    """Lines that set `down` and each name of `own` to that of the instance's matrix; none in a kernel of one matrix."""
+    if spec.members == 1:
+        return []
+    lines = [f"down = tl.program_id({_axis(spec)})"]
+    later, count = range(1, spec.members), _tiles(spec)
+    for member in later:
+        before = f"tiles_{member - 1} + " if member > 1 else ""
+        lines.append(f"tiles_{member} = {before}{count.format(member - 1)}  # of the matrices before {member}")
+        lines.append(f"from_{member} = down >= tiles_{member}")
+    members = range(spec.members)
+    lines.append(f"down -= {_selected(['0', *(f'tiles_{member}' for member in later)])}")
+    return [*lines, *(f"{name} = {_selected([member_name(name, member) for member in members])}" for name in own)]
+
+
+def _selected(choices: Sequence[str]) -> str:
+    """The choice of the last member whose tiles have begun."""
+    text = choices[0]
+    for member, choice in enumerate(choices[1:], 1):
+        text = f"tl.where(from_{member}, {choice}, {text})"
+    return text

@@ -1,0 +1,252 @@
+"""The writers of what stands before and behind a product of a transformed matrix: `prepare` and `finish`.
+
+    x' = R_K P (channel_scales * x) / norm          y = R_N^T (sums of the parts) norm + S x + L t + bias
+
+A rotation is kron(B, S) diag(signs) / sqrt(n) with B [m, m] and S the Sylvester-Hadamard matrix of order P = 2^a
+(`kernels.hadamard`). One instance makes P outputs: it mixes the m pieces of its input by a row of B, then runs the
+Walsh-Hadamard transform on the result. `base_in` and `base_out` hold B / sqrt(n), `signs_in` and `signs_out` the signs,
+float32, for n = K and n = N.
+"""
+
+from __future__ import annotations
+
+from reallm.codegen.ir.operations import (
+    AddBias,
+    AddLowRank,
+    AddSparse,
+    CodegenError,
+    Operation,
+    Prepare,
+    Store,
+    Unrotate,
+)
+from reallm.codegen.ir.program import KernelSpec
+
+from .group_select import place
+from .snippets import code_lines, indent, planes
+
+BLOCK_TILE = 16
+LARGEST_EXPONENT = 100
+"""norm is 2^-100 to 2^100: its inverse is a float too, whatever x is."""
+CHUNK = 1024
+"""Entries of a row that an instance finishes without a rotation."""
+NORM_CHUNK = 4096
+"""Entries of a row that an instance looks at together for their largest, at most."""
+MOST_TOGETHER = 64
+"""Pieces that are mixed, in registers at once."""
+
+
+def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
+    """The Walsh-Hadamard transform of each row of `name` [pieces, size], which becomes [pieces * size].
+
+    Each line's butterflies are on the lowest bit of the index, which becomes the highest; after all of them the bits of
+    the row are where those of the column were.
+    """
+    flat = pieces * size
+    lines = [f"{name} = tl.reshape({name}, ({flat},))"]
+    for _ in range(size.bit_length() - 1):
+        lines.append(f"even, odd = tl.split(tl.reshape({name}, ({flat // 2}, 2)))")
+        lines.append(f"{name} = tl.reshape(tl.trans(tl.join(even + odd, even - odd)), ({flat},))")
+    if pieces > 1 and size > 1:
+        lines.append(f"{name} = tl.reshape(tl.trans(tl.reshape({name}, ({size}, {pieces}))), ({flat},))")
+    return lines
+
+
+def together(own: int, base: int, size: int, entries: int) -> int:
+    """Pieces of a vector of `base` pieces of `size` entries that an instance which makes `own` of them has at once, in
+    at most `entries` registers of all its threads."""
+    return max(1, min(MOST_TOGETHER, entries // (own * size), 1 << (base - 1).bit_length()))
+
+
+def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
+    """Lines that add the pieces from `begin` on, each times an entry of B, to `total` [own pieces, size].
+
+    `load` sets `value` [1, together, size] to the pieces `other` [together] of the vector, zero where `known` is not.
+    """
+    count = spec.pieces
+    return [
+        f"other = {begin} + tl.arange(0, {count})",
+        "known = (other < pieces)[None, :, None]",
+        f"weight = tl.load({base}, mask=(other < pieces)[None, :], other=0)  # [{spec.tile.block_n}, {count}]",
+        *load,
+        "total += tl.sum(weight[:, :, None] * value, 1)",
+    ]
+
+
+def _mixing(spec: KernelSpec, base: str, load: list[str]) -> list[str]:
+    """Lines that set `total` [own pieces, size] to the pieces of a vector mixed by rows of B; `load` as for `_mix`."""
+    own, size = spec.tile.block_n, spec.tile.block_k
+    zero = [
+        f"own = tl.minimum(first * {own} + tl.arange(0, {own}), pieces - 1)",
+        f"lane = tl.arange(0, {size})[None, None, :]",
+        f"total = tl.zeros(({own}, {size}), tl.float32)",
+    ]
+    if spec.even:
+        return [*zero, *_mix(spec, "0", base, load)]
+    loop = f"for begin in range(0, pieces, {spec.pieces}):"
+    return [*zero, loop, *(f"    {line}" for line in _mix(spec, "begin", base, load))]
+
+
+def _value_lines(prepare: Prepare, target: str, mask: str) -> list[str]:
+    """Lines that set `target` to channel_scales * x at column `k` of the prepared vector, in float32."""
+    lines, at = [], "k"
+    if prepare.permuted:
+        lines, at = code_lines(planes("permutation", 16), "k", mask, "source"), "source"
+    lines.append(f"{target} = tl.load(origin + {at}{mask}).to(tl.float32)")
+    if prepare.channel_scales:
+        lines.append(f"{target} *= tl.load(channel_scales + {at}{mask}).to(tl.float32)")
+    return lines
+
+
+def _norm_lines(prepare: Prepare, warps: int) -> list[str]:
+    """`norm`: the power of two of the row's largest magnitude."""
+    plain, chunk = Prepare(channel_scales=prepare.channel_scales), min(NORM_CHUNK, CHUNK * warps)
+    return [
+        f"largest = tl.zeros(({chunk},), tl.float32)",
+        f"for begin in range(0, cols, {chunk}):",
+        f"    k = begin + tl.arange(0, {chunk})",
+        *(f"    {line}" for line in _value_lines(plain, "value", ", mask=k < cols, other=0")),
+        "    largest = tl.maximum(largest, tl.abs(value))",
+        *_power_lines("tl.max(largest, 0)"),
+    ]
+
+
+def _power_lines(largest: str) -> list[str]:
+    """`norm`, the power of two of the expression `largest`, which the first instance stores."""
+    return [
+        f"top = tl.minimum({largest}, {2.0**LARGEST_EXPONENT!r})",
+        f"top = tl.maximum(top, {2.0**-LARGEST_EXPONENT!r})",
+        "norm = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)",
+        "if first == 0:",
+        "    tl.store(norms + m, norm)",
+    ]
+
+
+def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
+    """What makes x' and norm, behind the function's signature; the tile is some pieces of P entries, or a chunk of
+    columns where nothing rotates."""
+    size, whole = spec.tile.block_k, spec.tile.block_n * spec.tile.block_k
+    lines = [
+        "m = tl.program_id(0)",
+        "first = tl.program_id(1)",
+        "origin = x + m.to(tl.int64) * cols",
+        f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}",
+        "goal = ready + m.to(tl.int64) * padded",
+    ]
+    seen = prepare.rotated and spec.even  # every instance has the whole row in its registers anyway
+    if not seen:
+        lines += _norm_lines(prepare, spec.tile.num_warps)
+    factor = "(1 / norm)" + (f" * {2.0**prepare.lift!r}" if prepare.lift else "")  # one after the other: no overflow
+    if prepare.rotated:
+        load = [
+            f"k = other[None, :, None] * {size} + lane",
+            *_value_lines(prepare, "value", ", mask=known, other=0"),
+            *(_power_lines(f"tl.max(tl.reshape(tl.abs(value), ({spec.pieces * size},)), 0)") if seen else ()),
+            "value *= tl.load(signs_in + k, mask=known, other=0)",
+        ]
+        lines += [
+            *_mixing(spec, "base_in + own[:, None] * pieces + other[None, :]", load),
+            f"total = total * {factor}",
+            *butterfly_lines(spec.tile.block_n, size, "total"),
+            f"k = first * {whole} + tl.arange(0, {whole})",
+            "tl.store(goal + k, total, mask=k < cols)",
+            "if first == 0:",
+            f"    rest = cols + tl.arange(0, {BLOCK_TILE})",
+            f"    tl.store(goal + rest, tl.zeros(({BLOCK_TILE},), tl.float32), mask=rest < padded)",
+        ]
+    else:
+        lines += [
+            f"k = first * {size} + tl.arange(0, {size})",
+            *_value_lines(prepare, "value", ", mask=k < cols, other=0"),
+            f"tl.store(goal + k, value * {factor}, mask=k < padded)",
+        ]
+    return (
+        "    # x [batch, cols], ready float32 [batch, cols in whole blocks], norms float32 [batch]\n"
+        f"    # one instance: {whole} entries of a row\n"
+        f"{indent(lines, 4)}\n"
+    )
+
+
+def sparse_lines(sums: list[str], rows_of_x: list[str]) -> list[str]:
+    """Lines that add S x to each of `sums`, one for each row of x, at the rows `row`."""
+    lines = [
+        "begin = tl.load(sparse_offsets + row)",
+        "many = tl.load(sparse_offsets + row + 1) - begin",
+        "for entry in range(0, tl.max(many, 0)):",
+        "    there = begin + entry",
+        *(
+            f"    {line}"
+            for line in code_lines(planes("sparse_cols", 16), "there", ", mask=entry < many, other=0", "column")
+        ),
+        "    outlier = tl.load(sparse_values + there, mask=entry < many, other=0).to(tl.float32)",
+    ]
+    for total, m in zip(sums, rows_of_x, strict=True):
+        entry = f"tl.load(x + {m}.to(tl.int64) * cols + column, mask=entry < many, other=0)"
+        lines.append(f"    {total} += outlier * {entry}.to(tl.float32)")
+    return lines
+
+
+def factor_lines(dtype: str, at: str, mask: str, target: str) -> list[str]:
+    """Lines that set `target` to entries of the factor L at the flat indices named `at`, without its scales."""
+    if dtype != "i4":
+        return [f"{target} = tl.load(left + {at}{mask}).to(tl.float32)"]
+    return [*code_lines(planes("left", 4), at, mask, target), f"{target} = ({target} - 8).to(tl.float32)"]
+
+
+def _finish_step(spec: KernelSpec, operation: Operation) -> list[str]:
+    match operation:
+        case Unrotate(rotated):
+            return [*_unrotate_lines(spec, rotated), "total *= tl.load(norms + m)"]
+        case AddSparse():
+            return sparse_lines(["total"], ["m"])
+        case AddLowRank(rank, dtype):
+            return [
+                f"for r in range(0, {rank}):",
+                f"    there = row * {rank} + r",
+                *(f"    {line}" for line in factor_lines(dtype, "there", "", "factor")),
+                f"    total += factor * tl.load(t + m.to(tl.int64) * {rank} + r)",
+            ]
+        case AddBias():
+            return ["total += tl.load(bias + row).to(tl.float32)"]
+        case Store():
+            return ["tl.store(y + m.to(tl.int64) * rows + n, total.to(y.dtype.element_ty), mask=n < rows)"]
+    raise CodegenError(f"{operation} is no part of what finishes a product")
+
+
+def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
+    """Lines that set `total` to the sums of the parts, rotated back."""
+    size = spec.tile.block_k
+    at = f"other[None, :, None] * {size} + lane" if rotated else "row"
+    mask = ", mask=known, other=0" if rotated else ""
+    load = [
+        f"part_at = part + m.to(tl.int64) * rows + {at}",
+        f"value = tl.load(part_at{mask})",
+        "for split in tl.static_range(1, SPLITS):",
+        f"    value += tl.load(part_at + split * batch.to(tl.int64) * rows{mask})",
+    ]
+    if not rotated:
+        return [*load, "total = value"]
+    return [
+        *_mixing(spec, "base_out + other[None, :] * pieces + own[:, None]", load),
+        *butterfly_lines(spec.tile.block_n, size, "total"),
+        "total *= tl.load(signs_out + row)",
+    ]
+
+
+def emit_finish(spec: KernelSpec, select: list[str]) -> str:
+    """What makes y of the parts, behind the function's signature; the tile is as for `emit_prepare`, and `select` are
+    the lines that choose its matrix."""
+    whole = spec.tile.block_n * spec.tile.block_k
+    lines = [
+        "m = tl.program_id(0)",
+        *select,
+        f"first = {place(spec)}",
+        f"n = first * {whole} + tl.arange(0, {whole})  # [{whole}]",
+        "row = tl.minimum(n, rows - 1)",
+    ]
+    for operation in spec.operations:
+        lines += _finish_step(spec, operation)
+    return (
+        f"    # part float32 [SPLITS, batch, rows], y [batch, rows]; one instance: {whole} entries of a row of y\n"
+        f"{indent(lines, 4)}\n"
+    )

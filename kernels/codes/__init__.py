@@ -1,0 +1,1 @@
+"""The codes themselves: packing, tables, trellis, lattice, neural decoder, rotations."""

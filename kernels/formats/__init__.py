@@ -1,0 +1,1 @@
+"""Storage formats, exact to the byte."""

@@ -1,0 +1,1 @@
+"""Files of weights: their layout, reading and writing."""

@@ -1,0 +1,110 @@
+"""The plan made of an answer, every byte added up again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import fsum
+
+from reallm.kernels.formats.codecs import DenseCodec
+from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.layout import natural_key
+from reallm.planner.problem.problem import Candidate
+from reallm.planner.problem.selection import Selection
+from reallm.planner.problem.tensor_layout import whole_stacks
+from reallm.planner.tables.plan import Bound, Choice, LimitState, Plan, Uniform
+
+
+def assemble(
+    selection: Selection,
+    *,
+    chosen: Mapping[str, Candidate],
+    runners_up: Mapping[str, str | None],
+    bound: Bound,
+    budget: tuple[str, int],
+    uniform: Uniform | None,
+    work: str,
+    limits: Sequence[LimitState] = (),
+) -> Plan:
+    """The plan for a choice by item name; `budget` is the user's text and its bytes.
+
+    Raises ArithmeticError when the exact bytes exceed the budget: a mistake of the planner, never of the user.
+    """
+    table = selection.table
+    choices = _choices(selection, chosen, runners_up)
+    matrices_bytes, whole_file = selection.sizes(chosen)
+    counted = whole_file if selection.scope == "file" else matrices_bytes
+    if counted + selection.reserved.nbytes > budget[1]:
+        raise ArithmeticError(f"a plan of {counted} bytes for a budget of {budget[1]}")
+    return Plan(
+        model=table.model,
+        model_sha256=table.model_sha256,
+        work=work,
+        table_sha256=table.digest(),
+        budget=budget[0],
+        budget_bytes=budget[1],
+        scope=selection.scope,
+        counted_bytes=counted,
+        matrices_bytes=matrices_bytes,
+        file_bytes=whole_file,
+        bits_per_weight=8 * matrices_bytes / selection.numel,
+        predicted_loss=fsum(choice.cost for choice in choices),
+        bound=bound,
+        choices=choices,
+        shared=selection.used(chosen),
+        dense=tuple(sorted((m.name for m in selection.fixed), key=natural_key)),
+        uniform=uniform,
+        pins=selection.plan_options.pins,
+        exclude=selection.plan_options.exclude,
+        formats=selection.plan_options.formats,
+        ties=selection.plan_options.ties,
+        cost=selection.plan_options.cost,
+        requirements=selection.plan_options.requirements,
+        reserved=selection.reserved,
+        limits=tuple(limits),
+        corrections=selection.plan_options.corrections,
+        notes=_notes(selection, choices, bound),
+    )
+
+
+def _choices(
+    selection: Selection, chosen: Mapping[str, Candidate], runners_up: Mapping[str, str | None]
+) -> tuple[Choice, ...]:
+    formats = selection.formats(chosen)
+    whole = whole_stacks(selection.table.matrices, formats)
+    choices = []
+    for item, group in selection.members.items():
+        for matrix in group:
+            option = selection.options[matrix.name][chosen[item].format]
+            choices.append(
+                Choice(
+                    matrix=matrix.name,
+                    format=option.format.name,
+                    rows=matrix.rows,
+                    cols=matrix.cols,
+                    kind=matrix.kind,
+                    family=matrix.family,
+                    nbytes=selection.stored_bytes(matrix, formats, whole),
+                    cost=option.cost,
+                    codes_sha256=option.codes_sha256,
+                    runner_up=runners_up[item],
+                )
+            )
+    return tuple(sorted(choices, key=lambda choice: natural_key(choice.matrix)))
+
+
+def _notes(selection: Selection, choices: tuple[Choice, ...], bound: Bound) -> tuple[str, ...]:
+    notes = []
+    if all(isinstance(Format.parse(c.format).codec, DenseCodec) for c in choices):
+        notes.append("the budget holds every matrix uncompressed; a smaller one would give a smaller model")
+    if only := [c.matrix for c in choices if len(selection.options[c.matrix]) == 1 and not c.codes_sha256]:
+        notes.append(f"{len(only)} matrices have no measured candidate and stay dense, such as {only[0]}")
+    if bounded := selection.table.bounded:
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(bounded.items()))
+        notes.append(f"bounded and not measured, with the number of matrices: {listed}")
+    if selection.plan_options.exclude:
+        notes.append(f"--exclude leaves {len(selection.fixed)} matrices dense and out of the bits per weight")
+    if selection.plan_options.cost not in ("two_sided", "guided"):
+        notes.append(f"costs are the {selection.plan_options.cost} error, not the guided loss")
+    if bound.status != "optimal" and bound.solver != "none":
+        notes.append("the search ended before the plan was proved optimal; more seconds may find a better one")
+    return tuple(notes)

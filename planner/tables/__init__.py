@@ -1,0 +1,1 @@
+"""The records that stages exchange on disk, and the units of budgets."""

@@ -1,0 +1,1 @@
+"""The artifact directory: its files, its manifest, and the checks on both."""

@@ -1,0 +1,125 @@
+"""Inspect: what is in an artifact, matrix by matrix, without reading a weight."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from reallm.kernels.storage.safetensors import StoredTensor
+from reallm.planner.tables.plan import Plan
+
+from .bundled_adapters import AdapterView, linear_shapes, view_adapters
+from .directory import read_config, read_record_of
+from .verify import read_plan, read_tensors
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """One matrix of an artifact."""
+
+    name: str
+    kind: str
+    rows: int
+    cols: int
+    format: str
+    nbytes: int
+    cost: float
+    """Predicted loss of its format, nats per token."""
+    packed: bool
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All of its bytes over its weights."""
+        return 8 * self.nbytes / (self.rows * self.cols)
+
+
+@dataclass(frozen=True)
+class FormatView:
+    """All matrices in one format."""
+
+    matrices: int
+    weights: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bytes over weights."""
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An artifact at a glance."""
+
+    path: str
+    architecture: str
+    plan: Plan
+    matrices: tuple[MatrixView, ...]
+    formats: Mapping[str, FormatView]
+    bits_histogram: Mapping[int, int]
+    """b -> weights stored in more than b - 1 and at most b bits each."""
+    shared_bytes: int
+    other_tensors: int
+    other_bytes: int
+    """What no choice covers: norms, biases, matrices left as they are."""
+    header_bytes: int
+    file_bytes: int
+    """Bytes of the weights files: matrices + shared + other + headers."""
+    adapters: tuple[AdapterView, ...] = ()
+    """Those inside the artifact, in no figure above."""
+
+
+def inspect(path: Path | str) -> Inspection:
+    """Read plan, config.json and headers of an artifact. Raises UserError."""
+    folder = Path(path)
+    plan, tensors = read_plan(folder), read_tensors(folder)
+    packed = {matrix for matrix, _ in read_record_of(folder).matrices()}
+    architectures = read_config(folder).get("architectures") or ["unknown"]
+    matrices = tuple(
+        MatrixView(c.matrix, c.kind, c.rows, c.cols, c.format, c.nbytes, c.cost, c.matrix in packed)
+        for c in plan.choices
+    )
+    file_bytes = sum(file.stat().st_size for file in {tensor.path for tensor in tensors.values()})
+    data_bytes = sum(tensor.stop - tensor.start for tensor in tensors.values())
+    return Inspection(
+        path=str(folder),
+        architecture=str(architectures[0]),
+        plan=plan,
+        matrices=matrices,
+        formats=_by_format(matrices),
+        bits_histogram=_histogram(matrices),
+        shared_bytes=sum(plan.shared.values()),
+        other_tensors=len(tensors) - _covered(tensors, plan),
+        other_bytes=data_bytes - plan.matrices_bytes,
+        header_bytes=file_bytes - data_bytes,
+        file_bytes=file_bytes,
+        adapters=view_adapters(folder, linear_shapes(plan, tensors)),
+    )
+
+
+def _covered(tensors: Mapping[str, StoredTensor], plan: Plan) -> int:
+    """How many tensors belong to a choice or are shared codebooks."""
+    owners = {choice.matrix for choice in plan.choices}
+    owners |= {name.rpartition(".")[0] for name in owners if name not in tensors and name.rpartition(".")[0] in tensors}
+    return sum(
+        name in owners or name.rpartition(".")[0] in owners or name.startswith("reallm_shared.") for name in tensors
+    )
+
+
+def _by_format(matrices: tuple[MatrixView, ...]) -> dict[str, FormatView]:
+    groups: dict[str, list[MatrixView]] = defaultdict(list)
+    for matrix in matrices:
+        groups[matrix.format].append(matrix)
+    return {
+        name: FormatView(len(group), sum(m.rows * m.cols for m in group), sum(m.nbytes for m in group))
+        for name, group in sorted(groups.items())
+    }
+
+
+def _histogram(matrices: tuple[MatrixView, ...]) -> dict[int, int]:
+    weights: dict[int, int] = defaultdict(int)
+    for matrix in matrices:
+        weights[-(-8 * matrix.nbytes // (matrix.rows * matrix.cols))] += matrix.rows * matrix.cols
+    return dict(sorted(weights.items()))

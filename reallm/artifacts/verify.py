@@ -1,0 +1,193 @@
+"""Verify: is an artifact, byte for byte, what was compiled, and does it hold what its plan says?
+
+Cheap checks read no tensor: manifest, names and sizes of files, headers, config.json and plan against each other. Deep
+ones hash every file and tensor, recompute the digest of every matrix's codes, and look for padding that is not zero
+and floats that are not finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reallm.errors import UserError
+from reallm.kernels.formats.codecs import DenseCodec, Field
+from reallm.kernels.formats.formats import Format
+from reallm.kernels.reference import read_field
+from reallm.kernels.storage.layout import LayoutError
+from reallm.kernels.storage.safetensors import StoredTensor, read_folder
+from reallm.planner.problem.tensor_layout import shared_tensor
+from reallm.planner.tables.measured_table import RecordError, read_record
+from reallm.planner.tables.plan import Choice, Plan
+
+from .bundled_adapters import AdapterView, check_adapters, linear_shapes
+from .directory import PLAN_FILE, read_record_of
+from .manifest import MANIFEST_FILE, Manifest, artifact_files, read_manifest, sha256_file
+from .quantization_config import QuantizationRecord
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked; there is a report only if all of it was right."""
+
+    path: str
+    files: int
+    file_bytes: int
+    """Bytes of the weights files."""
+    tensors: int
+    matrices: int
+    deep: bool
+    adapters: tuple[AdapterView, ...] = ()
+    """Those inside the artifact."""
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan inside an artifact. Raises UserError."""
+    try:
+        return read_record(folder / PLAN_FILE, Plan, "compile")
+    except RecordError as error:
+        raise UserError(str(error)) from None
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The headers of an artifact's weights files. Raises UserError."""
+    try:
+        return read_folder(folder)
+    except LayoutError as error:
+        raise UserError(str(error)) from None
+
+
+def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report:
+    """Check an artifact, and the `adapters` inside it.
+
+    Raises UserError, one line, for the first thing that is wrong; `deep` reads every byte.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; expected an artifact that `reallm compile` wrote")
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest, deep)
+    record, plan, tensors = read_record_of(folder), read_plan(folder), read_tensors(folder)
+    if manifest.model_sha256 != plan.model_sha256 or manifest.plan_sha256 != sha256_file(folder / PLAN_FILE):
+        raise UserError(f"{folder / MANIFEST_FILE} belongs to another plan than {PLAN_FILE}; copy the artifact again")
+    if set(manifest.tensors) != set(tensors):
+        odd = sorted(set(manifest.tensors) ^ set(tensors))[0]
+        raise UserError(f"{folder}: tensor {odd!r} stands in the weights or in {MANIFEST_FILE}, not in both")
+    _check_plan(folder, plan, record, tensors)
+    if deep:
+        _check_contents(manifest, plan, record, tensors)
+    weights = {tensor.path for tensor in tensors.values()}
+    return Report(
+        path=str(folder),
+        files=len(manifest.files) + 1,
+        file_bytes=sum(file.stat().st_size for file in weights),
+        tensors=len(tensors),
+        matrices=len(plan.choices),
+        deep=deep,
+        adapters=check_adapters(folder, linear_shapes(plan, tensors), deep) if adapters else (),
+    )
+
+
+def _check_files(folder: Path, manifest: Manifest, deep: bool) -> None:
+    found = dict(artifact_files(folder))
+    if missing := sorted(set(manifest.files) - set(found)):
+        raise UserError(f"{folder} lacks {missing[0]}, which {MANIFEST_FILE} lists; copy the artifact again")
+    if extra := sorted(set(found) - set(manifest.files)):
+        raise UserError(f"{folder / extra[0]} is no part of the artifact ({MANIFEST_FILE} does not list it); remove it")
+    for name, entry in manifest.files.items():
+        size = found[name].stat().st_size
+        if size != entry.nbytes:
+            raise UserError(f"{found[name]} has {size} bytes, compiled were {entry.nbytes}; copy the artifact again")
+    if not deep:
+        return
+    for name, entry in manifest.files.items():
+        if sha256_file(found[name]) != entry.sha256:
+            raise UserError(
+                f"{found[name]} was changed after it was compiled (sha256 differs); copy the artifact again"
+            )
+
+
+def _check_plan(folder: Path, plan: Plan, record: QuantizationRecord, tensors: Mapping[str, StoredTensor]) -> None:
+    """config.json names the formats the plan chose, and every matrix takes the bytes the plan counted."""
+    formats = {matrix: fmt.name for matrix, fmt in record.matrices()}
+    for choice in plan.choices:
+        fmt = Format.parse(choice.format)
+        if choice.matrix not in formats:
+            if choice.codes_sha256 and not isinstance(fmt.codec, DenseCodec):
+                raise UserError(f"{folder}: config.json does not name {choice.matrix}, which the plan packs")
+            continue
+        if formats[choice.matrix] != fmt.name:
+            raise UserError(
+                f"{folder}: {choice.matrix} is {formats[choice.matrix]} in config.json, {fmt.name} in the plan"
+            )
+        fields = fmt.fields(choice.rows, choice.cols)
+        _check_fields(folder, choice.matrix, fields, tensors)
+        if sum(field.nbytes for field in fields) != choice.nbytes:
+            raise UserError(f"{folder}: {choice.matrix} takes other bytes than its plan's {choice.nbytes}")
+    for key, nbytes in plan.shared.items():
+        stored = tensors.get(shared_tensor(key, nbytes).name)
+        if stored is None or stored.dtype != "U8" or stored.shape != (nbytes,):
+            raise UserError(f"{folder}: the shared codebooks {key} are missing or not of {nbytes} bytes")
+    total = sum(path.stat().st_size for path in {tensor.path for tensor in tensors.values()})
+    if total != plan.file_bytes:
+        raise UserError(f"{folder}: the weights take {total} bytes, the plan says {plan.file_bytes}")
+
+
+def _check_fields(folder: Path, matrix: str, fields: tuple[Field, ...], tensors: Mapping[str, StoredTensor]) -> None:
+    for field in fields:
+        stored = tensors.get(f"{matrix}.{field.name}")
+        if stored is None or stored.dtype != "U8" or stored.shape != (field.nbytes,):
+            found = "missing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+            raise UserError(f"{folder}: {matrix}.{field.name} is {found}, expected U8 [{field.nbytes}]")
+
+
+def read_bytes(tensor: StoredTensor) -> NDArray[np.uint8]:
+    """The bytes of one stored tensor."""
+    with tensor.path.open("rb") as stream:
+        stream.seek(tensor.start)
+        return np.frombuffer(stream.read(tensor.stop - tensor.start), dtype=np.uint8)
+
+
+def _check_contents(
+    manifest: Manifest, plan: Plan, record: QuantizationRecord, tensors: Mapping[str, StoredTensor]
+) -> None:
+    for name, tensor in tensors.items():
+        if hashlib.sha256(read_bytes(tensor).tobytes()).hexdigest() != manifest.tensors[name]:
+            raise UserError(f"{tensor.path}: tensor {name!r} was changed (sha256 differs); copy the artifact again")
+    packed = {matrix for matrix, _ in record.matrices()}
+    for choice in plan.choices:
+        if choice.matrix in packed:
+            _check_codes(choice, tensors)
+    for key, fmt in record.shared_formats().items():
+        if (field := fmt.shared_field) is not None:
+            tensor = tensors[shared_tensor(key, field.nbytes).name]
+            _check_values(key, [(field, read_bytes(tensor))], tensor.path)
+
+
+def _check_codes(choice: Choice, tensors: Mapping[str, StoredTensor]) -> None:
+    fields = list(_fields(choice, tensors))
+    path = tensors[f"{choice.matrix}.{fields[0][0].name}"].path
+    digest = hashlib.sha256(b"".join(raw.tobytes() for _, raw in fields)).hexdigest()
+    if choice.codes_sha256 and digest != choice.codes_sha256:
+        raise UserError(f"{path}: the codes of {choice.matrix} are not those of its plan; compile again")
+    _check_values(choice.matrix, fields, path)
+
+
+def _fields(choice: Choice, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[Field, NDArray[np.uint8]]]:
+    for field in Format.parse(choice.format).fields(choice.rows, choice.cols):
+        yield field, read_bytes(tensors[f"{choice.matrix}.{field.name}"])
+
+
+def _check_values(owner: str, fields: list[tuple[Field, NDArray[np.uint8]]], path: Path) -> None:
+    for field, raw in fields:
+        try:
+            values = read_field(field, {field.name: raw})
+        except ValueError as error:
+            raise UserError(f"{path}: {owner}: {error}; compile again") from None
+        if not np.isfinite(values).all():
+            raise UserError(f"{path}: {owner}.{field.name} holds NaN or infinity; compile again")

@@ -1,0 +1,1 @@
+"""E8 lattice codes (QuIP#)."""

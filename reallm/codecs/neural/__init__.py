@@ -1,0 +1,1 @@
+"""Codes for a neural decoder that a family of matrices shares (ReALLM)."""

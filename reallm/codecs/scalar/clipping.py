@@ -1,0 +1,91 @@
+"""Learned clipping (OmniQuant, arXiv 2308.13137): where each group's grid ends, by gradient descent on the cost.
+
+A group of weights w with grid scale s and zero point z decodes to w_hat = (q(w / s + z) - z) s. Its ends are the ends
+found by search times strengths that start at one: low and high for `uint`, whose s = (high - low) / (2^bits - 1) and
+z = -low / s; a single one times s for the others. Rounding passes gradients on as the identity inside the grid and none
+outside (a straight-through estimator). The gradient of 1/2 tr(E H E^T) in w_hat is -E H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reallm.codecs.grid import Grid
+from reallm.codecs.packed_fields import to_half
+from reallm.kernels.formats.codecs import ScalarCodec
+
+STEPS = 32
+LEARNING_RATE = 0.06
+BETAS = (0.9, 0.95)
+CHUNK_NUMEL = 1 << 22  # weights whose graph is held at a time
+
+Pull = Callable[[Tensor], Tensor]
+"""E -> E H, or as much of it as the codes answer for."""
+
+
+def learn_clipping(
+    W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None, pull: Pull
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points [N, G] of W[N, K], of every row the best that were met, its start among them."""
+    rows = max(1, CHUNK_NUMEL // W.shape[1])
+    found = [
+        _learn_rows(W[i : i + rows], codec, scales[i : i + rows], None if zeros is None else zeros[i : i + rows], pull)
+        for i in range(0, len(W), rows)
+    ]
+    shifts = [shift for _, shift in found if shift is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(shifts) if shifts else None
+
+
+def _learn_rows(
+    W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None, pull: Pull
+) -> tuple[Tensor, Tensor | None]:
+    grid, owner = Grid(codec), torch.arange(W.shape[1]) // codec.group_width(W.shape[1])
+    strengths = torch.ones(2 if zeros is not None else 1, *scales.shape, requires_grad=True)
+    optimiser = torch.optim.Adam([strengths], lr=LEARNING_RATE, betas=BETAS)
+    best_scales, best_zeros, least = scales, zeros, torch.full((len(W),), torch.inf)
+    for step in range(STEPS + 1):
+        optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / (STEPS + 1))
+        scale, zero = _ends(scales, zeros, strengths, grid)
+        values = _decoded(W, scale[:, owner], None if zero is None else zero[:, owner], grid)
+        error = (W - values).detach()
+        slope = pull(error)
+        cost = (slope * error).sum(1)
+        better = cost < least
+        least = torch.minimum(least, cost)
+        best_scales = torch.where(better[:, None], scale.detach(), best_scales)
+        if zero is not None and best_zeros is not None:
+            best_zeros = torch.where(better[:, None], zero.detach(), best_zeros)
+        optimiser.zero_grad()
+        torch.autograd.backward(
+            values, -slope / cost.abs().clamp_min(1e-30)[:, None]
+        )  # of half the log of each row's cost
+        optimiser.step()
+    return best_scales, best_zeros
+
+
+def _ends(scales: Tensor, zeros: Tensor | None, strengths: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """(scales, zero points) as stored, differentiable in the strengths."""
+    if zeros is None:
+        return _through(scales * strengths[0], to_half), None
+    low, high = -zeros * scales * strengths[0], (grid.top - zeros) * scales * strengths[1]
+    scale = _through((high - low) / grid.top, to_half)
+    exact = -low / torch.where(scale == 0, 1.0, scale)
+    return scale, _through(exact, lambda zero: zero.round().clamp(0, grid.top))
+
+
+def _decoded(W: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """W_hat, differentiable in scale and zero point."""
+    position = W / torch.where(scale == 0, torch.inf, scale)
+    level = grid.value(grid.code(position.detach(), zero if zero is None else zero.detach()), zero)
+    low = grid.levels[0] if zero is None else -zero
+    high = grid.levels[-1] if zero is None else grid.top - zero
+    inside = torch.minimum(torch.maximum(position, low), high)
+    return _through(inside, lambda _: level.detach()) * scale
+
+
+def _through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of the values, with the gradient of the values themselves."""
+    return values + (change(values.detach()) - values.detach())

@@ -1,0 +1,235 @@
+"""Scalar codes: choosing the scales, the codes, and the scales again.
+
+1. Scales of every group, chosen on W itself by least weighted squared error over a grid of clipping ratios, then by
+   least squares given the codes; where the format says so, learned from there (OmniQuant; `clipping`).
+2. Codes: the nearest level, or error feedback in the metric of H (GPTQ), columns visited by falling diagonal of H while
+   groups stay in storage order (static groups), so the order is free.
+3. Scales refitted jointly for each row: with the codes fixed, 1/2 e H e^T is quadratic in the row's scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reallm.codecs.feedback import descend, feed_back
+from reallm.codecs.grid import Grid, inverse
+from reallm.codecs.metric import Workspace
+from reallm.codecs.packed_fields import to_half
+from reallm.kernels.formats.codecs import DoubleQuant, ScalarCodec
+
+from .clipping import learn_clipping
+
+CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+LEAST_SQUARES_STEPS = 2
+DESCENTS = 2
+REFIT_BYTES = 1 << 28  # of the rows' systems held at a time
+REFIT_RIDGE = 1e-4  # towards the scale there was, in units of the mean curvature
+
+
+@dataclass
+class ScalarCodes:
+    """Codes and scales of W[N, K]; `scales` are what the stored ones decode to."""
+
+    codes: Tensor
+    """int64 [N, K]"""
+    scales: Tensor
+    """float32 [N, G]"""
+    zeros: Tensor | None
+    """float32 [N, G], for `uint` only."""
+    stored: dict[str, Tensor]
+    """The scale fields by name."""
+
+    def values(self, codec: ScalarCodec) -> Tensor:
+        """W_hat [N, K]."""
+        owner = torch.arange(self.codes.shape[1]) // codec.group_width(self.codes.shape[1])
+        zero = None if self.zeros is None else self.zeros[:, owner]
+        return Grid(codec).value(self.codes, zero) * self.scales[:, owner]
+
+
+def _grouped(values: Tensor, width: int) -> Tensor:
+    """[..., K] -> [..., G, width], the last group padded with zeros."""
+    missing = -values.shape[-1] % width
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return padded.reshape(*values.shape[:-1], -1, width)
+
+
+class _Searcher:
+    """Weighted least-squares scales of the groups of W."""
+
+    def __init__(self, codec: ScalarCodec, W: Tensor, weight: Tensor) -> None:
+        self.codec, self.grid, self.cols = codec, Grid(codec), W.shape[1]
+        self.width = codec.group_width(self.cols)
+        self.W, self.h = _grouped(W, self.width), _grouped(weight, self.width)
+
+    def candidates(self, ratio: float) -> tuple[Tensor, Tensor | None]:
+        """Scales [N, G] (and zero points) that clip at `ratio` of the group's range."""
+        if self.codec.table == "uint":
+            low = self.W.amin(-1).clamp_max(0) * ratio
+            high = self.W.amax(-1).clamp_min(0) * ratio
+            scale = to_half((high - low) / self.grid.top)
+            return scale, (-low * inverse(scale)).round().clamp(0, self.grid.top)
+        peak = self.W.gather(-1, self.W.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        if self.codec.table == "lm" or self.codec.double_quant is not None:
+            peak = peak.abs()  # a symmetric table, or scales that are stored shifted by their minimum
+        elif self.codec.table == "int":
+            peak = -peak  # the extra level of two's complement goes to the side of the peak
+        return to_half(peak * ratio), None
+
+    def quantise(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(levels, weighted squared error [N, G]) of the nearest codes."""
+        shift = None if zero is None else zero.unsqueeze(-1)
+        code = self.grid.code(self.W * inverse(scale).unsqueeze(-1), shift)
+        level = self.grid.value(code, shift)
+        error = (level * scale.unsqueeze(-1)).sub_(self.W).square_().mul_(self.h).sum(-1)
+        return level, error
+
+    def search(self) -> tuple[Tensor, Tensor | None]:
+        """The best scales and zero points of the grid, then of least squares."""
+        best_scale, best_zero = self.candidates(1.0)
+        best_level, best_error = self.quantise(best_scale, best_zero)
+        for ratio in CLIP_RATIOS[1:]:
+            scale, zero = self.candidates(ratio)
+            level, error = self.quantise(scale, zero)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_level = torch.where(better.unsqueeze(-1), level, best_level)
+            if zero is not None and best_zero is not None:
+                best_zero = torch.where(better, zero, best_zero)
+        for _ in range(LEAST_SQUARES_STEPS):
+            weighted = best_level * self.h
+            norm = (weighted * best_level).sum(-1)
+            scale = to_half(torch.where(norm > 0, (weighted * self.W).sum(-1) / norm.clamp_min(1e-30), best_scale))
+            level, error = self.quantise(scale, best_zero)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_level = torch.where(better.unsqueeze(-1), level, best_level)
+        return best_scale, best_zero
+
+
+def store_scales(scales: Tensor, double: DoubleQuant | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what the stored scales decode to [N, G], the fields) for fp16 or double-quantised scales."""
+    if double is None:
+        rounded = to_half(scales)
+        return rounded, {"scales": rounded}
+    flat = scales.reshape(-1)
+    low = flat.min()
+    padded = torch.nn.functional.pad(flat - low, (0, -flat.numel() % double.block)).reshape(-1, double.block)
+    ranges, steps = to_half(padded.amax(1)), 2**double.bits - 1
+    codes = (padded * inverse(ranges).unsqueeze(1) * steps).round().clamp(0, steps)
+    decoded = (low + codes / steps * ranges.unsqueeze(1)).reshape(-1)[: flat.numel()].reshape(scales.shape)
+    fields = {"scale_codes": codes.reshape(-1)[: flat.numel()], "scale_ranges": ranges, "scale_min": low.reshape(1)}
+    return decoded, fields
+
+
+def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian: Tensor) -> Tensor:
+    """Scales [N, G] minimising e H e^T row by row, e = w - sum_g s_g levels_g, with a small ridge towards `scales`."""
+    rows, cols = W.shape
+    starts = range(0, cols, width)
+    if rows > 1 and 8 * rows * len(starts) ** 2 > REFIT_BYTES:
+        halves = (slice(0, rows // 2), slice(rows // 2, rows))
+        return torch.cat([refit_scales(W[half], levels[half], scales[half], width, hessian) for half in halves])
+    rhs = _grouped(levels * (W @ hessian), width).sum(-1).double()
+    gram = torch.empty(rows, len(starts), len(starts), dtype=torch.float64)
+    for g, start in enumerate(starts):
+        part = slice(start, min(start + width, cols))
+        gram[:, g] = _grouped((levels[:, part] @ hessian[part]).mul_(levels), width).sum(-1)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    ridge = REFIT_RIDGE * diagonal.mean(1, keepdim=True).clamp_min(1e-30).expand_as(diagonal)
+    system = gram + torch.diag_embed(ridge)
+    solved, failed = torch.linalg.solve_ex(system, (rhs + ridge * scales).unsqueeze(-1))
+    usable = (failed == 0).reshape(-1, 1) & torch.isfinite(solved.squeeze(-1))
+    return torch.where(usable, solved.squeeze(-1).float(), scales)
+
+
+class _Fit:
+    """One matrix while codes and scales are fitted in turn; everything transposed and in the order of feedback."""
+
+    def __init__(self, W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None, work: Workspace) -> None:
+        self.W, self.codec, self.grid, self.work, self.zeros = W, codec, Grid(codec), work, zeros
+        self.width = codec.group_width(W.shape[1])
+        self.owner = torch.arange(W.shape[1]) // self.width
+        self.groups = self.owner[work.order].tolist()
+        self.zero_rows = None if self.zeros is None else self.zeros.T.contiguous()
+        self.codes = torch.empty(W.shape[1], W.shape[0], dtype=torch.uint8)
+        self.set_scales(scales)
+
+    def set_scales(self, scales: Tensor) -> None:
+        self.scales, self.fields = store_scales(scales, self.codec.double_quant)
+        self.scale_rows = self.scales.T.contiguous()
+        self.inverse_rows = inverse(self.scale_rows)
+
+    def quantise(self, position: int, target: Tensor) -> Tensor:
+        """Round the column at `position` of the order to `target` [N]; returns what it decodes to."""
+        group = self.groups[position]
+        zero = None if self.zero_rows is None else self.zero_rows[group]
+        code = self.grid.code(target * self.inverse_rows[group], zero)
+        self.codes[position] = code
+        return self.grid.value(code, zero).mul_(self.scale_rows[group])
+
+    def feed_back(self) -> None:
+        feed_back(self.W.T[self.work.order].contiguous(), self.work.ordered_factor, self.quantise)
+
+    def descend(self) -> None:
+        columns, values = self.W.T[self.work.order].contiguous(), self.result().values(self.codec)
+        descend(columns, values.T[self.work.order].contiguous(), self.work.ordered_hessian, self.quantise)
+
+    def refit(self) -> None:
+        codes = self.result().codes
+        levels = self.grid.value(codes, None if self.zeros is None else self.zeros[:, self.owner])
+        self.set_scales(refit_scales(self.W, levels, self.scales, self.width, self.work.hessian32))
+
+    def result(self) -> ScalarCodes:
+        stored = torch.empty_like(self.codes)
+        stored[self.work.order] = self.codes
+        fields = self.fields if self.zeros is None else {**self.fields, "zeros": self.zeros}
+        return ScalarCodes(stored.T.long().contiguous(), self.scales, self.zeros, fields)
+
+
+def encode_scalar(
+    W: Tensor, codec: ScalarCodec, feedback: bool, work: Workspace, clipping: bool = False
+) -> ScalarCodes:
+    """Codes and scales of W[N, K] float32; with `clipping` the grids learn where to clip first (OmniQuant)."""
+    if not feedback:
+        found = round_scalar(W, codec, work.column_weight)
+        if not clipping:
+            return found
+        ends = learn_clipping(W, codec, found.scales, found.zeros, lambda error: error @ work.hessian32)
+        learned = _nearest_codes(W, codec, *ends)
+        return min(found, learned, key=lambda codes: _cost(W, codes, codec, work))
+    scales, zeros = _Searcher(codec, W, work.feedback_weight).search()
+    if clipping:
+        scales, zeros = learn_clipping(W, codec, scales, zeros, lambda error: error * work.feedback_weight)
+    fit = _Fit(W, codec, scales, zeros, work)
+    fit.feed_back()
+    best = fit.result()
+    lowest = _cost(W, best, codec, work)
+    for _ in range(DESCENTS):
+        fit.refit()
+        fit.descend()
+        found = fit.result()
+        cost = _cost(W, found, codec, work)
+        if cost < lowest:
+            best, lowest = found, cost
+    return best
+
+
+def _cost(W: Tensor, found: ScalarCodes, codec: ScalarCodec, work: Workspace) -> float:
+    error = W - found.values(codec)
+    return float(((error @ work.hessian32) * error).sum(dtype=torch.float64))
+
+
+def round_scalar(W: Tensor, codec: ScalarCodec, weight: Tensor) -> ScalarCodes:
+    """Codes and scales of W[N, K] without feedback, a squared error of column k counting `weight` [K]."""
+    return _nearest_codes(W, codec, *_Searcher(codec, W, weight).search())
+
+
+def _nearest_codes(W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None) -> ScalarCodes:
+    scales, fields = store_scales(scales, codec.double_quant)
+    owner = torch.arange(W.shape[1]) // codec.group_width(W.shape[1])
+    codes = Grid(codec).code(W * inverse(scales)[:, owner], None if zeros is None else zeros[:, owner])
+    return ScalarCodes(codes, scales, zeros, fields if zeros is None else {**fields, "zeros": zeros})

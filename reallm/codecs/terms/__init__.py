@@ -1,0 +1,1 @@
+"""Terms added to the decoded codes: low-rank factors and sparse outliers."""

@@ -1,0 +1,65 @@
+"""Transforms: the matrix that is coded instead of W, the metric of its errors, and the way back.
+
+In order: a scale per column, W diag(s) (AWQ); a permutation of the columns (ReALLM); a rotation of both sides (QuIP#).
+An error E' of the coded matrix is E = E' T^-1, so H becomes T^-1 H T^-T; the cost is the same in both frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reallm.codecs.metric import Workspace
+from reallm.decoding.rotation import rotate_both, unrotate_both
+from reallm.kernels.formats.formats import Format
+
+from .channel_scales import find_channel_scales
+from .permutation import similar_columns
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A transformed matrix."""
+
+    weight: Tensor
+    """What the codec codes, float32 [N, K]."""
+    work: Workspace
+    stored: dict[str, Tensor]
+    """Fields of the transform."""
+    rotated: bool
+
+    def undo(self, decoded: Tensor) -> Tensor:
+        """What decoded codes [N, K] stand for: W_hat without its sparse and low-rank terms."""
+        if self.rotated:
+            decoded = unrotate_both(decoded)
+        if (order := self.stored.get("permutation")) is not None:
+            decoded = decoded[:, order.argsort()]
+        if (scales := self.stored.get("channel_scales")) is not None:
+            decoded = decoded * scales
+        return decoded
+
+
+def transform(W: Tensor, fmt: Format, work: Workspace) -> Frame:
+    """The frame in which `fmt` codes W[N, K] float32."""
+    stored: dict[str, Tensor] = {}
+    if fmt.channel_scales:
+        scales = find_channel_scales(W, fmt, work)  # what decoded columns are multiplied by, as stored
+        stored["channel_scales"], W = scales, W / scales
+        work = _child(work, work.hessian * scales.double() * scales.double()[:, None])
+    if fmt.permuted:
+        order = similar_columns(W, fmt, work)
+        stored["permutation"], W = order, W[:, order].contiguous()
+        work = _child(work, work.hessian[order][:, order])
+    if fmt.rotated:
+        W, work = rotate_both(W).contiguous(), work.rotated
+    return Frame(W, work, stored, fmt.rotated)
+
+
+def _child(work: Workspace, hessian: Tensor) -> Workspace:
+    """The workspace of the same rows in another frame of columns."""
+    mean = hessian.diagonal().mean()
+    child = Workspace(work.metric, torch.ldexp(hessian, -torch.frexp(mean).exponent), work.output_hessian)
+    child.notes = work.notes
+    return child

@@ -1,0 +1,1 @@
+"""From a plan to an artifact: a directory that transformers loads."""

@@ -1,0 +1,1 @@
+"""Perplexity, KL divergence, top-1 agreement and sizes."""

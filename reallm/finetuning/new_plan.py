@@ -1,0 +1,79 @@
+"""What a fine-tuned model is written from: its codes, and the plan with the formats and bytes it has now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from reallm.compilation.compile import Compilation, codes_digest
+from reallm.kernels.formats.codecs import DenseCodec
+from reallm.kernels.storage.layout import file_bytes
+from reallm.models.loaded import LoadedModel
+from reallm.planner.tables.plan import Choice, Plan
+from reallm.runtime.install import packed_modules
+from reallm.runtime.packed import Packed, SharedCodebooks
+
+Bytes = NDArray[np.uint8]
+
+
+def _numpy(raw: torch.Tensor) -> Bytes:
+    data: Bytes = raw.detach().cpu().contiguous().numpy()
+    return data
+
+
+class TrainedCodes:
+    """The codes of a packed model in memory, as `Compilation` asks for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.packed: dict[str, Packed] = dict(packed_modules(model))
+        self.codebooks = [module for module in model.modules() if isinstance(module, SharedCodebooks)]
+
+    def fields(self, choice: Choice) -> Mapping[str, Bytes]:
+        """The packed fields of a choice."""
+        return {name: _numpy(raw) for name, raw in self.packed[choice.matrix].fields.items()}
+
+    def shared(self, key: str) -> Bytes:
+        """The packed codebooks of a shared key."""
+        return _numpy(self.codebooks[0][key])
+
+    def updated(self, choice: Choice) -> Choice:
+        """`choice` with the format, bytes and digest its matrix has now."""
+        packed = self.packed.get(choice.matrix)
+        if packed is None or isinstance(packed.format.codec, DenseCodec):
+            return choice
+        rows, cols = choice.rows, choice.cols
+        return choice.model_copy(
+            update={
+                "format": packed.format.name,
+                "nbytes": packed.format.nbytes(rows, cols),
+                "codes_sha256": codes_digest(packed.format, rows, cols, self.fields(choice)),
+            }
+        )
+
+
+def new_plan(plan: Plan, original: LoadedModel, codes: TrainedCodes, notes: Sequence[str]) -> Plan:
+    """The plan of the trained model: every byte counted again; costs, bound and prices stay those of the old codes.
+
+    Where the factors take it over the budget, the budget becomes what it takes, and a note says so.
+    """
+    choices = tuple(codes.updated(choice) for choice in plan.choices)
+    matrices_bytes = sum(choice.nbytes for choice in choices) + sum(plan.shared.values())
+    draft = plan.model_copy(update={"choices": choices})
+    whole = file_bytes(Compilation(draft, original, codes).specs())
+    counted = whole if plan.scope == "file" else matrices_bytes
+    values = plan.model_dump() | {
+        "choices": choices,
+        "matrices_bytes": matrices_bytes,
+        "file_bytes": whole,
+        "counted_bytes": counted,
+        "bits_per_weight": 8 * matrices_bytes / sum(choice.rows * choice.cols for choice in choices),
+        "notes": (*plan.notes, *notes),
+    }
+    if counted > plan.budget_bytes:
+        over = f"the factors take it {counted - plan.budget_bytes} bytes over the budget of {plan.budget}"
+        values |= {"budget": f"{counted}B", "budget_bytes": counted, "uniform": None, "notes": (*values["notes"], over)}
+    return Plan.model_validate(values)

@@ -1,0 +1,1 @@
+"""Measuring what each candidate format costs for each matrix."""

@@ -1,0 +1,1 @@
+"""Where encoding tasks run: this process, local processes or a Ray cluster."""

@@ -1,0 +1,90 @@
+"""Worker processes of this machine: pools of one process each (joblib's loky), so that a dead one breaks no other."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+import joblib
+from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor, TerminatedWorkerError
+
+from .pool import Task, TaskOutcome, Workers
+
+IDLE_SECONDS = 300.0
+"""After so long without a task a process ends by itself: none outlives a caller that was killed."""
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+def local(jobs: int) -> Workers:
+    """`jobs` processes, -1 for one a core; for one, this process itself."""
+    count = joblib.cpu_count() if jobs < 0 else max(jobs, 1)
+    return InProcessWorkers() if count == 1 else Processes(count)
+
+
+class InProcessWorkers:
+    """This process: one task after the other."""
+
+    slots = 1
+
+    def __init__(self) -> None:
+        self._next: list[Task[Any]] = []
+
+    def start(self, task: Task[Any]) -> None:
+        """Begin `task`."""
+        self._next.append(task)
+
+    def wait(self) -> TaskOutcome:
+        """Run the task that was started."""
+        task = self._next.pop()
+        return TaskOutcome(task, task.call())
+
+    def stop(self) -> None:
+        """Nothing is under way."""
+
+
+class Processes:
+    """So many processes, each started when it is first needed."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._pools: list[ProcessPoolExecutor] = []
+        self._idle: list[ProcessPoolExecutor] = []
+        self._busy: dict[Future[Any], tuple[Task[Any], ProcessPoolExecutor]] = {}
+
+    def start(self, task: Task[Any]) -> None:
+        """Begin `task` in an idle process or a new one."""
+        while self._idle:
+            pool = self._idle.pop()
+            try:
+                self._busy[pool.submit(task.call)] = (task, pool)
+            except BrokenProcessPool:  # killed while it was idle
+                self._end(pool)
+            else:
+                return
+        pool = ProcessPoolExecutor(1, timeout=IDLE_SECONDS, env=ONE_THREAD)
+        self._pools.append(pool)
+        self._busy[pool.submit(task.call)] = (task, pool)
+
+    def wait(self) -> TaskOutcome:
+        """Until any process is done with its task, or dead."""
+        done, _ = wait(self._busy, return_when=FIRST_COMPLETED)
+        future = done.pop()
+        task, pool = self._busy.pop(future)
+        try:
+            result = future.result()
+        except TerminatedWorkerError as error:
+            self._end(pool)
+            codes = re.search(r"\{(.+)\}", str(error))
+            return TaskOutcome(task, death=codes[1] if codes else "no exit code")
+        self._idle.append(pool)
+        return TaskOutcome(task, result)
+
+    def stop(self) -> None:
+        """Kill all processes."""
+        while self._pools:
+            self._end(self._pools[-1])
+
+    def _end(self, pool: ProcessPoolExecutor) -> None:
+        pool.shutdown(kill_workers=True)
+        self._pools.remove(pool)

@@ -1,0 +1,1 @@
+"""Where models come from and which weight matrices they have."""

@@ -1,0 +1,132 @@
+"""One forward of a few tokens that shows how a model uses its weights: what the names cannot tell.
+
+- Which matrices share one input: those whose input has the same bytes (q, k and v; gate and up).
+- Which way round a 3-D stack of experts is: for y = x W^T the contracted axis of W is the last one, [E, out, in]; for
+  y = x W it is the middle one, [E, in, out].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from reallm.errors import UserError
+
+PROBE_TOKENS = 8
+_PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__})
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What one forward showed; a module or stack that is missing was not used by it."""
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Module path, or parameter path of a 3-D stack -> fingerprint of its input."""
+    transposed: dict[str, bool] = field(default_factory=dict)
+    """Parameter path of a 3-D stack -> whether it is stored [E, in, out]."""
+
+
+def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapping[str, Tensor]) -> Uses:
+    """Run PROBE_TOKENS tokens through `model` and watch `modules` and the 3-D parameters `stacks`.
+
+    The model is left as it was. Raises UserError when it cannot be run on token ids alone.
+    """
+    uses = Uses()
+    watchers = {name: _watcher(name, uses) for name in modules}
+    handles = [modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in watchers.items()]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), eager_experts(model), _StackWatch(stacks, uses):
+            model(input_ids=probe_ids(model))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{type(model).__name__} cannot be run on token ids alone: {reason}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return uses
+
+
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """int64 [1, PROBE_TOKENS]: different tokens spread over the vocabulary, the padding token not among them."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = {getattr(model.config.get_text_config(), "pad_token_id", None)}
+    ids = [token for token in range(rows) if token not in special]
+    step = max(1, len(ids) // PROBE_TOKENS)
+    return torch.tensor([ids[step // 2 :: step][:PROBE_TOKENS]], device=model.device)
+
+
+def _watcher(name: str, uses: Uses) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        uses.inputs[name] = uses.inputs.get(name, "") + fingerprint(given, name)
+
+    return hook
+
+
+def fingerprint(x: Tensor, owner: str) -> str:
+    """Digest of the rows of `x` [..., K], equal for equal inputs; a constant (dead) input is its owner's alone."""
+    flat = x.detach().reshape(-1, x.shape[-1]).contiguous().cpu()
+    if flat.numel() == 0 or bool((flat == flat[0, 0]).all()):
+        return f"constant:{owner};"
+    digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes())
+    digest.update(f"{flat.dtype} {tuple(flat.shape)}".encode())
+    return digest.hexdigest() + ";"
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """The plain loop over experts while probing: the grouped ones hide each expert's product in one call."""
+    if not (hasattr(model, "set_experts_implementation") and hasattr(model, "get_experts_implementation")):
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+class _StackWatch(TorchFunctionMode):
+    """Sees every matrix product whose weight lies inside one of the 3-D parameters."""
+
+    def __init__(self, stacks: Mapping[str, Tensor], uses: Uses) -> None:
+        super().__init__()
+        self.stacks = stacks
+        self.uses = uses
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self.stacks and len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            if func is nn.functional.linear:
+                self._note(args[1], -1, args[0])
+            elif func in _PRODUCTS:
+                self._note(args[1], -2, args[0])
+                self._note(args[0], -1, args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, weight: Tensor, contracted: int, x: Tensor) -> None:
+        """Record a product that contracts axis `contracted` of `weight` with `x`."""
+        for name, stack in self.stacks.items():
+            start = stack.data_ptr()
+            inside = start <= weight.data_ptr() < start + stack.numel() * stack.element_size()
+            if weight.ndim < 2 or not inside or name in self.uses.transposed:
+                continue
+            self.uses.transposed[name] = weight.stride(contracted) == stack.stride(1)
+            self.uses.inputs[name] = fingerprint(x, name)

@@ -1,0 +1,90 @@
+"""A model's size in three ways, for they are easily confused: its matrices, all its weights, its files.
+
+(a) bits per weight of the matrices that a bpw budget counts, with every byte stored for them: codes, scales, codebooks,
+factors, padding; (b) bits per weight of the whole model, embeddings, head and norms included; (c) bytes of the weights
+files, headers included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from reallm.planner.tables.measured_table import read_record
+from reallm.planner.tables.plan import PLAN_FILE, Plan
+
+from .checkpoint import StoredTensor, read_checkpoint
+from .loaded import LoadedModel
+from .source import locate
+
+BYTE_DTYPE = "U8"
+SHARED_PREFIX = "reallm_shared."
+COUNTED_KINDS = ("linear", "expert")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Exact bytes and weights of one model."""
+
+    matrices_bytes: int
+    matrices_weights: int
+    weights_bytes: int
+    """Bytes of all tensors, headers excluded."""
+    weights: int
+    file_bytes: int
+
+    @property
+    def matrices_bpw(self) -> float:
+        """(a) Bits per weight of the matrices."""
+        return 8 * self.matrices_bytes / max(1, self.matrices_weights)
+
+    @property
+    def weights_bpw(self) -> float:
+        """(b) Bits per weight of the whole model."""
+        return 8 * self.weights_bytes / max(1, self.weights)
+
+
+def artifact_sizes(folder: Path) -> Sizes:
+    """Sizes of the artifact in `folder`, from its plan and the headers of its weights files."""
+    plan = read_record(folder / PLAN_FILE, Plan, "compile")
+    tensors = read_checkpoint(folder)
+    chosen = {choice.matrix for choice in plan.choices}
+    stacks = {choice.matrix.rpartition(".")[0] for choice in plan.choices if choice.kind == "expert"}
+    counted = sum(choice.rows * choice.cols for choice in plan.choices)
+    rest = sum(
+        math.prod(t.shape) for name, t in tensors.items() if name not in stacks and not _belongs(name, t, chosen)
+    )
+    return Sizes(
+        matrices_bytes=plan.matrices_bytes,
+        matrices_weights=counted,
+        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        weights=counted + rest,
+        file_bytes=_file_bytes(folder, None),
+    )
+
+
+def _belongs(name: str, tensor: StoredTensor, chosen: set[str]) -> bool:
+    """Whether a stored tensor is (part of) a matrix that the plan chose a format for."""
+    owner, _, last = name.rpartition(".")
+    stored = tensor.dtype == BYTE_DTYPE or last == "weight"
+    return stored and (owner in chosen or name.startswith(SHARED_PREFIX))
+
+
+def model_sizes(loaded: LoadedModel) -> Sizes:
+    """Sizes of an uncompressed model, its tensors in the dtype it was loaded in (bfloat16 for GGUF)."""
+    counted = [matrix for matrix in loaded.matrices if matrix.kind in COUNTED_KINDS]
+    tensors = {id(tensor): tensor for tensor in loaded.model.state_dict(keep_vars=True).values()}.values()
+    place = locate(loaded.source)
+    return Sizes(
+        matrices_bytes=sum(matrix.source_bytes for matrix in counted),
+        matrices_weights=sum(matrix.rows * matrix.cols for matrix in counted),
+        weights_bytes=sum(tensor.nbytes for tensor in tensors),
+        weights=sum(tensor.numel() for tensor in tensors),
+        file_bytes=_file_bytes(place.folder, place.gguf_file),
+    )
+
+
+def _file_bytes(folder: Path, gguf_file: str | None) -> int:
+    files = [folder / gguf_file] if gguf_file else folder.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)

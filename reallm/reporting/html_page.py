@@ -1,0 +1,75 @@
+"""One HTML file with figures and no outside parts: a header, then sections of a sentence, a figure and its numbers.
+
+The same content gives the same bytes. Whatever came from a file (names, texts, notes) is escaped, and the page forbids
+itself scripts and connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from .figures.paint import DARK, LIGHT, NARROW, WIDE, Drawing, inline_svg, plain, variables
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Numbers in words, the first column naming the row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One figure's place: `takeaway` says what to see in it, `table` holds the same numbers. Text in ` is code."""
+
+    name: str
+    title: str
+    takeaway: str
+    drawing: Drawing | None = None
+    aside: str = ""
+    table: Table | None = None
+
+
+def render(template: str, sections: Sequence[Section], **context: Any) -> str:
+    """The page of `template` with `sections`, whose names differ, and what else the template names."""
+    environment = Environment(
+        loader=PackageLoader("reallm.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: plain(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = _code
+    return environment.get_template(template).render(
+        sections=[_section(section) for section in sections],
+        light=variables(LIGHT),
+        dark=variables(DARK),
+        version=version("reallm"),
+        **context,
+    )
+
+
+def _section(section: Section) -> Mapping[str, Any]:
+    label = f"{section.title}. {section.takeaway}"
+    figure = section.drawing and {
+        kind: Markup(inline_svg(section.drawing, f"{section.name}-{kind}", label, width))
+        for kind, width in (("narrow", NARROW), ("wide", WIDE))
+    }
+    texts = {"name": section.name, "title": section.title, "takeaway": section.takeaway, "aside": section.aside}
+    return texts | {"figure": figure, "table": section.table}
+
+
+def _code(text: str) -> Markup:
+    """`text` escaped, what stands between backquotes as code."""
+    parts = [escape(plain(part)) for part in text.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))

@@ -1,0 +1,272 @@
+"""What the pages of a plan and of a sweep say: a sentence, a figure and the numbers for each question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from shlex import quote
+
+from reallm.cli.tables import bytes_text
+from reallm.planner.results.breakdown import PARTS, REST, Tally, by_family, by_layer, costliest, short_names, tally
+from reallm.planner.results.explain import differences
+from reallm.planner.results.sweep import Point
+from reallm.planner.results.uniform import UniformPoint
+from reallm.planner.tables.plan import Plan
+
+from .figures.paint import Drawing
+from .html_page import Section, Table, render
+from .report_data import COSTLIEST, ReportData
+
+CHANGES = 12
+"""Changes of the next MiB that are listed."""
+
+
+def plan_page(findings: ReportData, figures: Mapping[str, Drawing]) -> str:
+    """The report as HTML; `figures` are those of `findings.drawings`."""
+    plan = findings.plan
+    sections = [
+        _bits(plan, figures["bits"]),
+        *([_pareto(findings, figures["pareto"])] if "pareto" in figures else []),
+        _measured(plan, figures.get("measured")),
+        _bytes(findings, figures["bytes"]),
+        _dearest(findings, figures.get("dearest")),
+        *([_next_mib(plan, findings.richer)] if findings.richer else []),
+    ]
+    notes = [*plan.notes, *([findings.lacking] if findings.lacking else [])]
+    name = base_name(plan.model)
+    return render(
+        "report.html",
+        sections,
+        title=f"{name} in {plan.budget}",
+        name=name,
+        plan=plan,
+        heads=_heads(plan),
+        facts=[*_facts(plan), *_asked(plan)],
+        digests=("model sha256", "table sha256", "text sha256"),
+        notes=notes,
+    )
+
+
+def sweep_page(model: str, points: Sequence[Point], uniforms: Sequence[UniformPoint], drawing: Drawing) -> str:
+    """The Pareto curve of a sweep as HTML."""
+    low, high = points[0], points[-1]
+    takeaway = (
+        f"From {low.predicted_loss:.4g} nats per token at {low.bits_per_weight:.2f} bits per weight to "
+        f"{high.predicted_loss:.4g} at {high.bits_per_weight:.2f}. {_proved(points)}"
+    )
+    section = Section("pareto", "Loss against size", takeaway, drawing, table=_sizes_table(points, uniforms))
+    name = base_name(model)
+    return render("sweep.html", [section], title=f"{name} at every size", name=name)
+
+
+def base_name(model: str) -> str:
+    """The last part of a model's path or name."""
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def _heads(plan: Plan) -> list[dict[str, str]]:
+    heads = [
+        ("bits per weight", f"{plan.bits_per_weight:.4f}", plan.bits_per_weight),
+        ("weights file", bytes_text(plan.file_bytes), plan.file_bytes),
+        ("predicted nats per token", f"{plan.predicted_loss:.4g}", plan.predicted_loss),
+    ]
+    if plan.measured is not None:
+        heads.append(("measured nats per token", f"{plan.measured.kl:.4g}", plan.measured.kl))
+    heads.append((f"gap {plan.bound.mip_gap:.2g}", plan.bound.status, plan.bound.mip_gap))
+    return [{"name": name, "value": value, "exact": repr(exact)} for name, value, exact in heads]
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    bound = plan.bound
+    counts = "of the matrices" if plan.scope == "matrices" else "of the whole weights file"
+    facts = [
+        ("model", plan.model),
+        ("budget", f"{plan.budget} = {plan.budget_bytes:,} bytes {counts}; {plan.counted_bytes:,} used"),
+        ("bytes", f"matrices {plan.matrices_bytes:,}; weights file {plan.file_bytes:,}"),
+        ("bound", f"{bound.best_bound:.6g} nats per token; {bound.lagrangian_bound:.6g} computed without the solver"),
+        ("shadow price", f"{bound.shadow_price:.4g} nats per token for a further MiB"),
+        ("solver", f"{bound.solver} {bound.solver_version}".strip()),
+        ("best single format", _uniform(plan)),
+        ("measured folder", plan.work),
+        ("model sha256", plan.model_sha256),
+        ("table sha256", plan.table_sha256),
+    ]
+    if plan.measured is not None:
+        facts.append(("text sha256", plan.measured.text_sha256))
+    return facts
+
+
+def _uniform(plan: Plan) -> str:
+    found = plan.uniform
+    if found is None:
+        return "none fits this budget"
+    return f"{found.format}: {found.cost:.5g} nats per token, {found.nbytes:,} bytes"
+
+
+def _asked(plan: Plan) -> list[tuple[str, str]]:
+    """What was asked beside the budget, and the corrections of a refit."""
+    asked = [
+        ("pins", ", ".join(plan.pins)),
+        ("excluded", ", ".join(plan.exclude)),
+        ("formats allowed", ", ".join(plan.formats or ())),
+        ("tied", "" if plan.ties == "none" else f"by {plan.ties}"),
+        ("cost", "" if plan.cost == "two_sided" else plan.cost),
+        ("corrections", ", ".join(f"{family} {factor:.2f}" for family, factor in sorted(plan.corrections.items()))),
+    ]
+    return [(name, value) for name, value in asked if value]
+
+
+def _bits(plan: Plan, drawing: Drawing) -> Section:
+    grid = by_layer(plan)
+    families = {f: tally([c for c in plan.choices if (c.family or c.matrix) == f]) for f in _families(plan)}
+    cells = [*grid.cells.values(), *grid.outside.values()]
+    names, bits = short_names(families), [cell.bits for cell in cells]
+    takeaway = f"Every matrix has {bits[0]:.2f} bits per weight."
+    if f"{min(bits):.2f}" != f"{max(bits):.2f}":
+        takeaway = f"From {min(bits):.2f} to {max(bits):.2f} bits per weight."
+        most, least = max(families, key=lambda f: families[f].bits), min(families, key=lambda f: families[f].bits)
+        if len(families) > 1:
+            takeaway += f" {names[most]} gets the most, {families[most].bits:.2f} on average,"
+            takeaway += f" {names[least]} the fewest, {families[least].bits:.2f}."
+    asides = []
+    if any(cell.matrices > 1 for cell in cells):
+        asides.append("Matrices of one layer and role, such as the experts of a layer, are one cell: their mean.")
+    if plan.shared:
+        asides.append("Shared codebooks are left out.")
+    if plan.dense:
+        first = plan.dense[0] if len(plan.dense) == 1 else f"{len(plan.dense)} matrices, such as {plan.dense[0]},"
+        asides.append(f"{first} took no part and stayed uncompressed.")
+    rows = []
+    for layer in grid.layers:
+        row = [grid.cells.get((layer, family)) for family in grid.families]
+        rows.append([f"layer {layer}", *(_bits_text(cell) for cell in row)])
+    rows += [[family, _bits_text(cell), *[""] * (len(grid.families) - 1)] for family, cell in grid.outside.items()]
+    labels = short_names(grid.families)
+    columns = ["", *(labels[family] for family in grid.families)] if grid.families else ["", "bits per weight"]
+    table = Table("Bits per weight as a table", columns, rows)
+    return Section("bits", "Bits of every matrix", takeaway, drawing, " ".join(asides), table)
+
+
+def _families(plan: Plan) -> list[str]:
+    return list(dict.fromkeys(choice.family or choice.matrix for choice in plan.choices))
+
+
+def _bits_text(cell: Tally | None) -> str:
+    return "" if cell is None else f"{cell.bits:.2f}"
+
+
+def _pareto(findings: ReportData, drawing: Drawing) -> Section:
+    plan = findings.plan
+    takeaway = f"At its size the mix is predicted to lose {plan.predicted_loss:.4g} nats per token."
+    if plan.uniform is None:
+        takeaway += " No single format fits this budget."
+    elif plan.predicted_loss > 0:
+        ratio = plan.uniform.cost / plan.predicted_loss
+        takeaway += f" The best single format that fits, {plan.uniform.format}, loses {plan.uniform.cost:.4g},"
+        takeaway += f" {ratio:.2f} times as much."
+    aside = f"The best plans from half to twice its bytes. {_proved(findings.points)}"
+    table = _sizes_table(findings.points, findings.uniforms)
+    return Section("pareto", "Loss against size", takeaway, drawing, aside, table)
+
+
+def _proved(points: Sequence[Point]) -> str:
+    proved = sum(point.status == "optimal" for point in points)
+    return f"{'All' if proved == len(points) else proved} of {len(points)} plans are proved optimal."
+
+
+def _sizes_table(points: Sequence[Point], uniforms: Sequence[UniformPoint]) -> Table:
+    rows = [("best mix", p.bits_per_weight, p.counted_bytes, p.predicted_loss) for p in points]
+    rows += [(u.format, u.bits_per_weight, u.counted_bytes, u.predicted_loss) for u in uniforms]
+    rows.sort(key=lambda row: (row[2], row[3], row[0]))
+    texts = [[name, f"{bits:.4f}", f"{nbytes:,}", f"{loss:.4g}"] for name, bits, nbytes, loss in rows]
+    return Table("Loss against size as a table", ["", "bits per weight", "bytes", "predicted loss"], texts)
+
+
+def _measured(plan: Plan, drawing: Drawing | None) -> Section:
+    title, found = "Predicted against measured", plan.measured
+    if found is None:
+        command = f"reallm plan {quote(plan.work)} --budget {plan.budget} --refit 2 --text held.txt"
+        return Section("measured", title, f"No plan was measured: these losses are predicted. `{command}` measures.")
+    takeaway = f"This plan loses {found.kl:.4g} nats per token on {found.windows} windows of {found.seqlen} tokens."
+    if found.uniform_kl is not None:
+        takeaway += f" The best single format loses {found.uniform_kl:.4g}."
+    rows = [
+        [name, f"{predicted:.5g}", f"{measured:.5g}", f"{measured / predicted:.3f}" if predicted else ""]
+        for name, predicted, measured in found.tried
+    ]
+    table = Table("The plans measured as a table", ["plan", "predicted", "measured", "ratio"], rows)
+    return Section(
+        "measured",
+        title,
+        takeaway,
+        drawing,
+        f"Measured on {found.text}. Predictions are those before corrections.",
+        table,
+    )
+
+
+def _bytes(findings: ReportData, drawing: Drawing) -> Section:
+    plan, families = findings.plan, by_family(findings.plan, findings.dense)
+    totals = {family: sum(parts.values()) for family, parts in families.items()}
+    names, first = short_names(families), next(family for family in families if family != REST)
+    takeaway = f"{names[first]} takes the most, {totals[first] / plan.file_bytes:.1%} of the weights file."
+    sums = {part: sum(parts.get(part, 0) for parts in families.values()) for part in PARTS}
+    present = [part for part in PARTS if sums[part]]
+    shares = [f"{_share(sums[part] / plan.file_bytes)} are {part}" for part in present]
+    takeaway += f" Of all bytes {', '.join(shares)}."
+    rows = [
+        [family, *(f"{parts.get(part, 0):,}" for part in present), f"{totals[family]:,}"]
+        for family, parts in families.items()
+    ]
+    rows.append(["weights file", *(f"{sums[part]:,}" for part in present), f"{plan.file_bytes:,}"])
+    apart = ", and matrices that took no part" if plan.dense and not findings.dense else ""
+    aside = f"All else in the file: norms and headers{apart}."
+    return Section(
+        "bytes",
+        "Where the bytes go",
+        takeaway,
+        drawing,
+        aside,
+        Table("Bytes as a table", ["", *present, "bytes"], rows),
+    )
+
+
+def _share(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "under 0.1%"
+
+
+def _dearest(findings: ReportData, drawing: Drawing | None) -> Section:
+    plan, title = findings.plan, "The dearest matrices"
+    chosen = costliest(plan, COSTLIEST)
+    if drawing is None:
+        return Section("dearest", title, "No matrix is predicted to lose anything.")
+    share = sum(choice.cost for choice in chosen) / plan.predicted_loss
+    takeaway = f"{len(chosen)} of {len(plan.choices)} matrices cause {share:.1%} of the predicted loss."
+    rows = []
+    for choice in chosen:
+        row = [choice.matrix, choice.format, f"{choice.nbytes:,}", f"{choice.cost:.4g}", choice.runner_up or "none"]
+        other = findings.runners_up.get(choice.matrix)
+        more = ["", "", ""]
+        if other is not None:
+            more = [f"{other.nbytes - choice.nbytes:+,}", f"{other.cost - choice.cost:+.4g}", f"{other.regret:.4g}"]
+        rows.append([*row, *more] if findings.runners_up else row)
+    columns = ["matrix", "format", "bytes", "loss", "runner-up"]
+    columns += ["its bytes", "its loss", "regret"] if findings.runners_up else []
+    aside = "The runner-up is next best at the plan's price of a byte."
+    return Section("dearest", title, takeaway, drawing, aside, Table("The dearest matrices as a table", columns, rows))
+
+
+def _next_mib(plan: Plan, richer: Plan) -> Section:
+    title, changes = "What the next MiB buys", differences(plan, richer)
+    if not changes:
+        return Section("next", title, "A further MiB changes nothing.")
+    gain = plan.predicted_loss - richer.predicted_loss
+    takeaway = (
+        f"A further MiB lowers the predicted loss by {gain:.4g} to {richer.predicted_loss:.4g} nats per token; the "
+        f"shadow price promised {plan.bound.shadow_price:.4g}. {len(changes)} of {len(plan.choices)} matrices change."
+    )
+    shown = changes[:CHANGES]
+    rows = [[c.matrix, c.before, c.after, f"{c.nbytes:+,}", f"{c.cost:+.4g}"] for c in shown]
+    count = "all" if len(shown) == len(changes) else f"the {len(shown)} largest"
+    return Section(
+        "next", title, takeaway, table=Table(f"Changes, {count}", ["matrix", "before", "after", "bytes", "loss"], rows)
+    )

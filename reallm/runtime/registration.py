@@ -1,0 +1,58 @@
+"""Registration with transformers, without importing it: `import reallm` stays cheap for commands that need no model.
+
+transformers has no entry points for quantisation methods, so somebody must call its registry. If its models are loaded
+already, that is done at once; otherwise a finder waits for the one module that all of them need, and registers then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+MODELS = "transformers.modeling_utils"  # where from_pretrained lives
+
+
+def _register() -> None:
+    from .transformers_quantizer import register
+
+    register()
+
+
+class _RegisteringLoader(Loader):
+    """Loads the module as its own loader would, then registers."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register()
+
+
+class ModelsFinder(MetaPathFinder):
+    """Waits for one import of transformers; finds nothing else."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The module's spec with a loader that registers; None for every other module."""
+        if fullname != MODELS:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+def register_with_transformers() -> None:
+    """Register now, or as soon as transformers' models are imported. A second call changes nothing."""
+    if MODELS in sys.modules:
+        _register()
+    elif not any(isinstance(finder, ModelsFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, ModelsFinder())

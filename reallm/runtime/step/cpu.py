@@ -1,0 +1,231 @@
+"""The compiled decode step of a loaded model: its weights bound, the cache of one text, logits for the next token.
+
+    step = compile_step(model)          # raises StepUnsupportedError with the reason
+    step.reserve(300)
+    logits = step.run(prompt)           # the prompt at once
+    logits = step.run(token)            # then token by token
+
+The source is generated from the model's dataflow graph (`codegen.step`) and built once by `codegen.native`. Packed
+matrices are read as they are stored, through the kernels of `runtime.cpu`; uncompressed ones where torch keeps them.
+Activations and sums are float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reallm.codegen.cpu.compiler import generated
+from reallm.codegen.decode_step.emit_cpp import CacheDtype, StepProgram, emit_step
+from reallm.codegen.decode_step.graph import Weight
+from reallm.codegen.decode_step.passes import CPU_PASSES, run_step_passes
+from reallm.kernels.formats.formats import Format
+from reallm.runtime.cpu import NativeMatrix, Operand, native_matrix
+from reallm.runtime.modules import TiedHead
+from reallm.runtime.packed import Packed
+
+from .model_reader import StepUnsupportedError, read_step, rotary_table
+
+POSITION_UNIT = 64
+"""Capacities are multiples of it; the source wants multiples of 16."""
+PROMPT_TOKENS = 512
+"""Tokens of a prompt that go through at once; scratch memory grows with it."""
+NO_NATIVE = "there is no native code to be had"
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+class CacheOverflowError(ValueError):
+    """More positions than the cache has."""
+
+
+class _Run(ctypes.Structure):
+    """`Run` of kernels/native/step.hpp."""
+
+    _fields_ = (
+        ("operands", ctypes.c_void_p),
+        ("vectors", ctypes.c_void_p),
+        ("orders", ctypes.c_void_p),
+        ("angles", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class Step:
+    """One model's step and the cache of one text; not for several threads at once."""
+
+    def __init__(self, model: PreTrainedModel, program: StepProgram, native: ctypes.CDLL) -> None:
+        self.model, self.program, self.native = model, program, native
+        self.vocabulary = program.weights[-1].rows
+        self.position = self.capacity = 0
+        self.threads = 1
+        self._biases: dict[str, Tensor] = {}
+        self._bind()
+        self.refresh()
+        self._identity = list(identities(model))
+
+    def _bind(self) -> None:
+        """Point at the model's matrices."""
+        self._held: list[object] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        count = len(self.program.weights)
+        operands, self._orders_at = (Operand * count)(), (ctypes.c_void_p * count)()
+        for index, weight in enumerate(self.program.weights):
+            operands[index] = self._operand(weight)
+            if weight.ordered:
+                self._orders_at[index] = self._fold(weight, operands[index])
+        self._operands = operands
+        self._prepared = max(operand.prepared for operand in operands)
+        self._scratch = torch.empty(0)
+
+    def refresh(self) -> None:
+        """Read anew what the step has copies of, such as the weights of norms: they may have been trained."""
+        for copy, original in self._copies:
+            copy.copy_(original)
+        modules: list[Any] = [self.model.get_submodule(name) for name in self.program.vectors]
+        self._norms = [module.weight.detach().to(torch.float32, copy=True).contiguous() for module in modules]
+        self._norms_at = _pointers(self._norms)
+        for operand, weight in zip(self._operands, self.program.weights, strict=True):
+            if weight.bias:
+                module: Any = self.model.get_submodule(weight.name)
+                self._biases[weight.name] = module.bias.detach().to(torch.float32, copy=True).contiguous()
+                operand.bias = self._biases[weight.name].data_ptr()
+
+    def _operand(self, weight: Weight) -> Operand:
+        """The Operand of a matrix as it is stored; of one that native kernels cannot read so, of its decoded weight."""
+        module: Any = self.model.get_submodule(weight.name)
+        holder = module._source[0] if isinstance(module, TiedHead) else module
+        native = holder.native if isinstance(holder, Packed) else None
+        if native is None or (isinstance(module, nn.Embedding) and not native.looks_up):
+            native = self._dense(holder.dense() if isinstance(holder, Packed) else holder.weight.detach())
+        self._held.append(native)
+        return Operand.from_buffer_copy(native.operand)
+
+    def _fold(self, weight: Weight, operand: Operand) -> int:
+        """Let `operand` take its input in the order of its stored columns; the address of the places in that order."""
+        order = np.ctypeslib.as_array((ctypes.c_int32 * weight.cols).from_address(operand.permutation))
+        places = torch.from_numpy(np.argsort(order).astype(np.int32))
+        if operand.channel_scales:
+            scales = np.ctypeslib.as_array((ctypes.c_float * weight.cols).from_address(operand.channel_scales))
+            self._held.append(moved := torch.from_numpy(scales[order]))
+            operand.channel_scales = moved.data_ptr()
+        operand.permutation, operand.input_key = None, operand.input_key ^ 2  # another xc is made of that input
+        self._held.append(places)
+        return places.data_ptr()
+
+    def _dense(self, weight: Tensor) -> NativeMatrix:
+        """The uncompressed matrix where it lies; if its bytes are no whole field, a copy that `refresh` renews."""
+        fmt, (rows, cols) = Format.parse(_FORMATS[weight.dtype]), weight.shape
+        raw = weight.contiguous().view(torch.uint8).reshape(-1)
+        if missing := fmt.nbytes(rows, cols) - raw.numel():
+            padded = torch.cat([raw, raw.new_zeros(missing)])
+            self._copies.append((padded[: raw.numel()], raw))
+            raw = padded
+        native = native_matrix(fmt, {"values": raw}, rows, cols)
+        if native is None:
+            raise StepUnsupportedError(NO_NATIVE)
+        return native
+
+    def outdated(self) -> bool:
+        """Whether a module or tensor of the model was replaced, moved, or hooked on to since the step was compiled."""
+        return self._identity != list(identities(self.model))
+
+    def reserve(self, positions: int) -> None:
+        """Start a new text of at most `positions` tokens, to be read on as many threads as torch has now."""
+        self.position, self.threads = 0, torch.get_num_threads()
+        wanted = -(-positions // POSITION_UNIT) * POSITION_UNIT
+        if wanted <= self.capacity:
+            return
+        stride = -(-self.program.head_dim // 16) * 16
+        dtype = _CACHE_DTYPES[self.program.cache]
+        shape = (self.program.layers, self.program.kv_heads, wanted * stride)
+        self._keys, self._values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self._angles = [each for name in self.program.tables for each in rotary_table(self.model, name, wanted)]
+        self._angles_at = _pointers(self._angles)
+        self.capacity = wanted
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor) -> Tensor:
+        """Read int64 `tokens` [n] after those read before; logits of the next, float32 [vocabulary].
+
+        Raises CacheOverflowError where the cache has not as many positions left, ValueError for no token or one that
+        is not in the vocabulary.
+        """
+        tokens = tokens.to(torch.int64).contiguous()
+        count = tokens.numel()
+        if count == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.program.weights[0].rows:
+            raise ValueError(f"expected tokens below {self.program.weights[0].rows}, at least one")
+        if self.position + count > self.capacity:
+            raise CacheOverflowError(
+                f"{self.position} + {count} tokens are more than the {self.capacity} positions of the cache; "
+                "reserve more before the text begins"
+            )
+        logits = torch.empty(self.vocabulary)
+        for start in range(0, count, PROMPT_TOKENS):
+            self._run(tokens[start : start + PROMPT_TOKENS], logits)
+        return logits
+
+    def _run(self, tokens: Tensor, logits: Tensor) -> None:
+        count = tokens.numel()
+        needed = count * (self.program.scratch + self._prepared)
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed)
+        run = _Run(
+            ctypes.addressof(self._operands),
+            ctypes.addressof(self._norms_at),
+            ctypes.addressof(self._orders_at),
+            ctypes.addressof(self._angles_at),
+            self._keys.data_ptr(),
+            self._values.data_ptr(),
+            self._scratch.data_ptr(),
+            self.capacity,
+            self.position,
+            count,
+            self.threads,
+        )
+        self.native.reallm_step(
+            ctypes.byref(run), ctypes.c_void_p(tokens.data_ptr()), ctypes.c_void_p(logits.data_ptr())
+        )
+        self.position += count
+
+
+def compile_step(model: PreTrainedModel, cache: CacheDtype = "f32") -> Step:
+    """The compiled step of `model`, with its weights bound. Raises StepUnsupportedError, saying why there is none."""
+    program = emit_step(run_step_passes(read_step(model), CPU_PASSES), cache)
+    native = generated("step", program.source)
+    if native is None:
+        raise StepUnsupportedError(NO_NATIVE)
+    native.reallm_step_abi.restype = ctypes.c_int64
+    native.reallm_step.restype = None
+    if native.reallm_step_abi() != ctypes.sizeof(_Run) * 65536 + ctypes.sizeof(Operand):
+        raise StepUnsupportedError("its C++ and Python disagree about the layout of a run")
+    return Step(model, program, native)
+
+
+def _pointers(tensors: list[Tensor]) -> Any:
+    """An array of the tensors' addresses."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def identities(model: PreTrainedModel) -> Iterator[object]:
+    """What must stay as it is for a compiled step to stay valid."""
+    for name, module in model.named_modules():
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        yield name, type(module), bool(hooked), module.training, "prepare_inputs_for_generation" in vars(module)
+        if isinstance(module, Packed):
+            yield id(module.native), module.decoded.dtype  # made anew when a field is replaced
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not name.endswith(".decoded"):
+            yield name, tensor.data_ptr(), tensor.dtype, tensor.shape

@@ -1,0 +1,1 @@
+"""Locks, memory and threads of this machine."""

@@ -1,0 +1,1 @@
+"""Text to calibrate, train and evaluate on, cut into windows of tokens."""

@@ -1,0 +1,274 @@
+"""The streaming calibration equals plain autograd on the whole model, resumes, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from direct import direct_statistics, loaded_tiny
+from safetensors.torch import load_file
+from tiny import ARCHITECTURES, VOCAB
+from torch import Tensor
+
+from reallm.calibration.block_streaming import MASK_SHARE, Streamer
+from reallm.calibration.calibrate import calibrate, read_statistics, statistics_path
+from reallm.calibration.hidden_states import HiddenStates
+from reallm.calibration.hooks import StatisticsHooks
+from reallm.errors import UserError
+from reallm.measurement.encoding import metric_of
+from reallm.models.loaded import LoadedModel
+
+SEED = 3
+WINDOWS = torch.randint(5, VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))  # over gemma's window of 32
+
+
+def labels_of(loaded: LoadedModel) -> tuple[Tensor, Tensor, Tensor]:
+    """(inputs, labels sampled from the model, where the loss is taken), drawn here on its own."""
+    inputs, scored = WINDOWS, torch.ones_like(WINDOWS, dtype=torch.bool)
+    if loaded.is_encoder:
+        scored = torch.rand(WINDOWS.shape, generator=torch.Generator().manual_seed(SEED)) < MASK_SHARE
+        scored[:, 0] = True
+        inputs = WINDOWS.masked_fill(scored, loaded.tokenizer.mask_token_id)
+    generator, labels = torch.Generator().manual_seed(SEED), torch.empty_like(WINDOWS)
+    for window in range(len(WINDOWS)):
+        with torch.no_grad():
+            logits = loaded.model(input_ids=inputs[window : window + 1]).logits[0]
+        labels[window] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return inputs, labels, scored
+
+
+def stored(folder: Path, loaded: LoadedModel) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for block in (None, *range(len(loaded.blocks))):
+        tensors |= load_file(statistics_path(folder, block))
+    return tensors
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_statistics_equal_plain_autograd(architecture: str, tmp_path: Path) -> None:
+    loaded = loaded_tiny(architecture)
+    report = calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    assert report.tokens == WINDOWS.numel() and report.perplexity > 1
+    found, expected = stored(tmp_path, loaded), direct_statistics(loaded, *labels_of(loaded))
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        kind = key.split("/", 1)[0]
+        value = value / value.mean() if kind == "row_weight" else value / WINDOWS.numel()
+        # Float32 against float64: a relative error of about 2^-24 times the root of the some thousand operations behind
+        # a gradient is 4e-6, and squares double it; ten times that of the largest entry. bf16 rounds each by 2^-9.
+        rounding = 2.0**-8 if kind in ("fisher", "lookup", "gram") else 0.0
+        assert torch.allclose(found[key].double(), value, rtol=rounding, atol=1e-4 * float(value.max())), key
+        assert float(value.max()) > 0, f"{key} is all zero: nothing was compared"
+
+
+def test_every_matrix_has_a_metric(tmp_path: Path) -> None:
+    for architecture in ("llama", "llama-tied"):
+        loaded = loaded_tiny(architecture)
+        calibrate(loaded, WINDOWS, tmp_path / architecture, seed=SEED)
+        for matrix in loaded.matrices:
+            metric = metric_of(matrix, read_statistics(tmp_path / architecture, matrix.block, [matrix]))
+            assert metric.hessian.shape == (matrix.cols, matrix.cols)
+            is_head = matrix.kind == "head" or bool(matrix.tied)
+            assert (metric.row_weight is not None) == is_head
+            assert (metric.extra_fisher is not None) == (matrix.kind == "embedding")
+            assert bool(metric.hessian.any()) == (matrix.kind != "embedding" or is_head)
+            if metric.extra_fisher is not None:
+                unseen = torch.ones(VOCAB, dtype=torch.bool).index_fill_(0, WINDOWS.unique(), False)
+                assert not metric.extra_fisher[unseen].any() and bool(metric.extra_fisher[~unseen].any(1).all())
+
+
+def test_experts_without_tokens_are_named_and_have_no_statistics(tmp_path: Path) -> None:
+    loaded = loaded_tiny("mixtral")
+    for name, parameter in loaded.model.named_parameters():
+        if name.endswith("gate.weight") or "router" in name:
+            with torch.no_grad():
+                parameter.zero_()  # equal scores: top-k takes the same two of three experts for every token
+    report = calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    empty = [m for m in loaded.matrices if f"guided/{m.name}" not in stored(tmp_path, loaded) and m.kind == "expert"]
+    assert len(empty) == 4  # gate_up and down of one expert in each of two blocks
+    assert any(f"4 of {len(loaded.matrices)}" in note and empty[0].name in note for note in report.notes)
+    metric = metric_of(empty[0], read_statistics(tmp_path, empty[0].block, [empty[0]]))
+    assert not metric.hessian.any() and not metric.fisher.any()
+
+
+STEPS = ("store_inputs", "run_tail", "run_block", "run_front")
+
+
+@pytest.mark.parametrize("stopped_at", [*STEPS, "window", "keep_gradient", "collected"])
+def test_an_interrupted_pass_resumes_to_the_same_bytes(
+    stopped_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = loaded_tiny("llama-tied", dtype=torch.bfloat16)
+    whole = calibrate(loaded, WINDOWS, tmp_path / "whole", seed=SEED)
+    calls = 0
+
+    def interrupt(owner: type, name: str, at: int) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    owners = {"window": (HiddenStates, "append"), "keep_gradient": (HiddenStates, "keep_gradient")}
+    owners["collected"] = (StatisticsHooks, "collected")
+    owner, name = owners.get(stopped_at, (Streamer, stopped_at))
+    interrupt(owner, name, {"window": 5, "run_block": 2, "keep_gradient": 3, "collected": 3}.get(stopped_at, 1))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(loaded, WINDOWS, tmp_path / "cut", seed=SEED)
+    resumed = calibrate(loaded, WINDOWS, tmp_path / "cut", seed=SEED)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+    assert (resumed.tokens, resumed.perplexity, resumed.notes) == (whole.tokens, whole.perplexity, whole.notes)
+    assert not (tmp_path / "cut" / "partial").exists()
+
+
+def test_a_finished_pass_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = loaded_tiny("llama")
+    first = calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    monkeypatch.setattr(Streamer, "store_inputs", None)
+    assert calibrate(loaded, WINDOWS, tmp_path, seed=SEED) == first
+
+
+def test_a_finished_block_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, ran = loaded_tiny("llama"), []
+    original = Streamer.run_block
+
+    def counted(self: Streamer, number: int, taps: StatisticsHooks) -> Tensor:
+        if ran == [1]:
+            ran.append(-1)
+            raise KeyboardInterrupt
+        ran.append(number)
+        return original(self, number, taps)
+
+    monkeypatch.setattr(Streamer, "run_block", counted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    assert ran == [1, -1, 0]
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    loaded = loaded_tiny("mixtral")
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    implementation = loaded.model.get_experts_implementation()
+    calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    assert all(torch.equal(before[name], value) for name, value in loaded.model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in loaded.model.parameters())
+    assert not any("forward" in vars(module) for module in loaded.model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+    assert loaded.model.get_experts_implementation() == implementation
+
+
+def test_activations_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    loaded = loaded_tiny("llama")
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.down_proj.weight[0, 0] = 3e38
+        loaded.model.model.layers[0].mlp.up_proj.weight.mul_(1e20)
+    with pytest.raises(UserError, match=r"llama: activations at the input of model\.layers\.1 are NaN or infinite"):
+        calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+
+
+class _HugeGradient(torch.autograd.Function):
+    """The identity, whose gradient overflows."""
+
+    @staticmethod
+    def forward(_ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: object, gradient: Tensor) -> Tensor:
+        return gradient * float("inf")
+
+
+def test_gradients_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    loaded = loaded_tiny("llama")
+    norm = loaded.model.model.layers[1].input_layernorm
+    norm.register_forward_hook(lambda _module, _args, output: _HugeGradient.apply(output))
+    with pytest.raises(UserError, match=r"llama: the gradient at the input of model\.layers\.1 is .* infinite"):
+        calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    loaded = loaded_tiny("llama")
+    loaded.model.lm_head.register_forward_hook(lambda _module, _args, output: output.index_fill(-1, _ROW, -torch.inf))
+    with pytest.raises(UserError, match=r"llama: its logits are NaN or infinite; check the weights"):
+        calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+
+
+_ROW = WINDOWS[0, 1:2]
+
+
+@pytest.mark.parametrize("twist", ["call", "token"])
+def test_blocks_that_form_no_chain_are_refused(twist: str, tmp_path: Path) -> None:
+    loaded = loaded_tiny("llama")
+    layers = loaded.model.model.layers
+    if twist == "call":  # a block that gives another answer the next time
+        layers[0].register_forward_hook(_Counting())
+    else:  # a block that is told something about the tokens that the hidden state does not hold
+        loaded.model.model.register_forward_pre_hook(_TokenSecret(layers[1]), with_kwargs=True)
+    with pytest.raises(UserError, match=r"llama: model\.layers\.[01] run alone differs .* cannot be streamed"):
+        calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+
+
+class _Counting:
+    """A hook that adds a number which changes with every call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, _module: object, _args: object, output: Tensor) -> Tensor:
+        self.calls += 1
+        return output + self.calls
+
+
+class _TokenSecret:
+    """Tells a block the sum of the token ids behind the model's back."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.secret = 0.0
+        layer.register_forward_hook(lambda _module, _args, output: output + self.secret)
+
+    def __call__(self, _module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
+        self.secret = float(kwargs["input_ids"].sum())
+
+
+def test_memory_holds_the_statistics_of_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, watched = loaded_tiny("llama"), []
+    original = StatisticsHooks.__init__
+
+    def noted(self: StatisticsHooks, model: LoadedModel, matrices: list, tokens: int) -> None:
+        watched.append({m.block for m in matrices})
+        original(self, model, matrices, tokens)
+
+    monkeypatch.setattr(StatisticsHooks, "__init__", noted)
+    calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    assert watched == [{None}, {1}, {0}, {None}]
+
+
+def test_a_second_process_waits_and_finds_the_result(tmp_path: Path) -> None:
+    loaded = loaded_tiny("llama")
+    other = copy.deepcopy(loaded)
+    with ThreadPoolExecutor(2) as pool:  # a lock on another open file excludes threads as it does processes
+        reports = list(pool.map(lambda one: calibrate(one, WINDOWS, tmp_path, seed=SEED), (loaded, other)))
+    assert reports[0] == reports[1]
+
+
+def test_damaged_statistics_say_what_to_remove(tmp_path: Path) -> None:
+    loaded = loaded_tiny("llama")
+    calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    path = statistics_path(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{path} cannot be read .* measure again"):
+        read_statistics(tmp_path, 0, [m for m in loaded.matrices if m.block == 0])

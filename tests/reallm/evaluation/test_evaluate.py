@@ -1,0 +1,141 @@
+"""Evaluation from the disk: protocol, sizes and refusals, for plain models and artifacts."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model
+from transformers import AutoModelForCausalLM
+
+from reallm.errors import UserError
+from reallm.evaluation.evaluate import evaluate
+from reallm.models.sizes import COUNTED_KINDS
+
+SEQLEN = 32
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """300 letters and spaces: the tiny tokenizer makes 300 tokens of them."""
+    path = tmp_path_factory.mktemp("text") / "test.txt"
+    path.write_text("".join(random.Random(0).choices("abcdefgh ", k=300)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
+
+
+def test_windows_do_not_overlap_and_the_last_partial_one_is_dropped(llama: Path, text: str) -> None:
+    result = evaluate(llama, text=text, seqlen=SEQLEN, progress=False)
+    assert result.comparison.windows == 300 // SEQLEN
+    assert result.comparison.tokens == 300 // SEQLEN * (SEQLEN - 1)
+    assert evaluate(llama, text=text, seqlen=SEQLEN, windows=2, progress=False).comparison.windows == 2
+
+
+def test_perplexity_is_that_of_the_model_itself(llama: Path, text: str) -> None:
+    result = evaluate(llama, text=text, seqlen=SEQLEN, windows=3, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    letters = sorted(set(Path(text).read_text()))
+    ids = torch.tensor([_token_of(letter) for letter in Path(text).read_text()[: 3 * SEQLEN]]).view(3, SEQLEN)
+    assert letters[0] == " "
+    with torch.inference_mode():
+        loss = float(model(ids, labels=ids).loss)
+    assert math.log(result.comparison.perplexity) == pytest.approx(loss, abs=1e-5)  # two orders of float32 sums
+
+
+def _token_of(letter: str) -> int:
+    """Five special tokens, then the 256 byte characters in order; the space is written as U+0120."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return 5 + alphabet.index("\u0120" if letter == " " else letter)
+
+
+def test_against_itself_nothing_diverges_and_the_report_is_json(llama: Path, text: str) -> None:
+    result = evaluate(llama, against=llama, text=text, seqlen=SEQLEN, progress=False)
+    assert result.comparison.divergence is not None
+    assert result.comparison.divergence.mean == 0
+    report = json.loads(result.to_json())
+    assert report["comparison"]["divergence"]["same_top1"] == 1
+    assert report["sizes"] == report["base_sizes"]
+    assert report["text"] == text
+    assert report["peak_rss_bytes"] > 1 << 20
+
+
+def test_a_changed_model_diverges(llama: Path, text: str, tmp_path: Path) -> None:
+    other = save_tiny("llama", tmp_path, seed=1)
+    result = evaluate(other, against=llama, text=text, seqlen=SEQLEN, progress=False)
+    assert result.comparison.divergence is not None
+    assert result.comparison.divergence.mean > 0.01
+    assert result.comparison.base_perplexity != result.comparison.perplexity
+
+
+def test_sizes_count_every_byte_once(llama: Path, text: str) -> None:
+    sizes = evaluate(llama, text=text, seqlen=SEQLEN, windows=1, progress=False).sizes
+    tensors = load_file(llama / "model.safetensors")
+    linears = [t for name, t in tensors.items() if t.ndim == 2 and "layers" in name]
+    assert sizes.matrices_weights == sum(t.numel() for t in linears)
+    assert sizes.weights == sum(t.numel() for t in tensors.values())
+    assert sizes.weights_bytes == sum(t.nbytes for t in tensors.values())
+    assert sizes.file_bytes == (llama / "model.safetensors").stat().st_size
+    assert sizes.matrices_bpw == sizes.weights_bpw == 16
+    assert COUNTED_KINDS == ("linear", "expert")
+
+
+def test_tied_weights_count_once(tmp_path: Path, text: str) -> None:
+    folder = save_tiny("llama-tied", tmp_path)
+    sizes = evaluate(folder, text=text, seqlen=SEQLEN, windows=1, progress=False).sizes
+    assert sizes.weights == sum(p.numel() for p in tiny_model("llama-tied").parameters())
+    assert sizes.weights_bpw == 32
+
+
+def test_encoder_is_evaluated_on_masked_tokens_and_says_so(tmp_path: Path, text: str) -> None:
+    folder = save_tiny("roberta", tmp_path)
+    result = evaluate(folder, text=text, seqlen=SEQLEN, windows=2, progress=False)
+    assert result.comparison.tokens == 2 * round(0.15 * SEQLEN)
+    assert any("masked" in note for note in result.notes)
+
+
+def test_a_context_longer_than_an_encoder_takes_is_refused(tmp_path: Path, text: str) -> None:
+    folder = save_tiny("roberta", tmp_path)
+    with pytest.raises(UserError, match="takes 1 to 256 tokens"):
+        evaluate(folder, text=text, seqlen=257, progress=False)
+
+
+def test_the_offline_text_is_said_to_be_no_benchmark(llama: Path) -> None:
+    result = evaluate(llama, seqlen=SEQLEN, windows=1, progress=False)
+    assert any("give --text" in note for note in result.notes)
+
+
+def test_what_cannot_be_evaluated_is_refused_in_one_line(llama: Path, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--dtype int7: expected float32"):
+        evaluate(llama, text=text, dtype="int7")
+    with pytest.raises(UserError, match=r"--seqlen 2 .*expected at least 8"):
+        evaluate(llama, text=text, seqlen=2)
+    with pytest.raises(UserError, match=r"--windows 0"):
+        evaluate(llama, text=text, seqlen=SEQLEN, windows=0)
+    with pytest.raises(UserError, match=r"--seqlen 100000"):
+        evaluate(llama, text=text, seqlen=100_000)
+    with pytest.raises(UserError, match=r"tokens found, 200 needed"):
+        (tmp_path / "ten.txt").write_text("ten words of text are far too few to measure\n")
+        evaluate(llama, text=str(tmp_path / "ten.txt"), seqlen=200)
+    with pytest.raises(UserError, match=r"--device cuda:77 cannot be used here|--device nowhere"):
+        evaluate(llama, text=text, seqlen=SEQLEN, device="cuda:77")
+
+
+def test_infinite_activations_are_an_error_and_no_figure(tmp_path: Path, text: str) -> None:
+    """The weights are finite, as `load_model` checks; their product is not."""
+    folder = save_tiny("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"window 1 of the evaluated model: the logits hold NaN or infinity"):
+        evaluate(folder, text=text, seqlen=SEQLEN, progress=False)

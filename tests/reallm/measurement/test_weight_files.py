@@ -1,0 +1,43 @@
+"""Weights reach workers as files: bit for bit, in a folder of the run's own that does not outlive it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from reallm.errors import UserError
+from reallm.measurement.weight_files import PREFIX, take, worker_weights_dir
+from reallm.models.loaded import load_model
+from reallm.system.lock import LOCK_FILE
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("gpt2", torch.float32), ("mixtral", torch.bfloat16)])
+def test_a_weight_arrives_bit_for_bit(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """GPT-2 stores its matrices transposed, Mixtral as slices of stacks."""
+    loaded = load_model(save_tiny(architecture, tmp_path / "model", dtype=dtype))
+    with worker_weights_dir(tmp_path) as handover:
+        for matrix in loaded.matrices:
+            weight = take(handover.put(loaded, matrix))
+            assert weight.dtype == torch.float32 and torch.equal(weight, loaded.weight(matrix))
+            handover.drop(matrix.name)
+        assert [path.name for path in handover.folder.iterdir()] == [LOCK_FILE]
+    assert not list(tmp_path.glob(f"{PREFIX}*"))
+
+
+def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not see .*/elsewhere; .*shared file system"):
+        take(tmp_path / "elsewhere" / "q.safetensors")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_a_killed_run_left_goes_and_a_live_run_keeps_its_own(tmp_path: Path) -> None:
+    left = tmp_path / f"{PREFIX}0123456789ab"
+    left.mkdir()
+    (left / "q.safetensors").write_bytes(b"half")
+    with worker_weights_dir(tmp_path) as first, worker_weights_dir(tmp_path) as second:
+        assert first.folder != second.folder
+        assert {path.name for path in tmp_path.iterdir()} == {first.folder.name, second.folder.name}
+    assert not list(tmp_path.iterdir())

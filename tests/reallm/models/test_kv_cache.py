@@ -1,0 +1,34 @@
+"""What a model keeps of every token, beside the formulas of known architectures."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import BLOCKS, HEAD_DIM, HEADS, tiny_model
+
+from reallm.models.kv_cache import experts_per_token, kv_cache
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads", "windows"),
+    [
+        ("llama", 1, [None] * BLOCKS),
+        ("qwen3_moe", 1, [None] * BLOCKS),
+        ("gpt2", HEADS, [None] * BLOCKS),
+        ("gemma2", 1, [32, None]),  # its layers slide and do not by turns
+    ],
+)
+def test_a_cache_is_counted_as_it_is(architecture: str, heads: int, windows: list[int | None]) -> None:
+    model = tiny_model(architecture)
+    layers = kv_cache(model)
+    assert [layer.values for layer in layers] == [2 * heads * HEAD_DIM] * BLOCKS
+    assert [layer.window for layer in layers] == windows
+    assert not model.training
+
+
+def test_an_encoder_keeps_nothing() -> None:
+    assert kv_cache(tiny_model("roberta")) == ()
+
+
+def test_experts_are_told_by_the_configuration() -> None:
+    assert experts_per_token(tiny_model("mixtral")) == 2
+    assert experts_per_token(tiny_model("llama")) is None
