@@ -30,19 +30,14 @@ from reallm.cli.tables import columns_table
 from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
 from reallm.evaluation.compare import CachedLogits, Comparison, compare_models
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.measurement.cache import content_key
 from reallm.measurement.measure import draw, measure
 from reallm.measurement.search_space import load_space
 from reallm.models.loaded import load_model
-from reallm.planner.tables.measured_table import (
-    TABLE_FILE,
-    MeasuredTable,
-    canonical_json,
-    read_record,
-    write_record,
-    write_text_atomic,
-)
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Cost, Plan
+from reallm.planner.tables.records import read_record, write_record
 from reallm.planning.plan import plan
 from reallm.runtime.load import load
 from reallm.text.corpus import load_text, windows

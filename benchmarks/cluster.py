@@ -29,10 +29,11 @@ from benchmarks.cluster_paper import CORES, MEMORY_BYTES, TOKENS, calibration_fl
 from benchmarks.peers import ROOT
 from reallm.cli.demo import fetch_model
 from reallm.cli.tables import columns_table
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.measurement.measure import measure
 from reallm.measurement.workers.pool import Backend
 from reallm.models.loaded import load_model
-from reallm.planner.tables.measured_table import MeasuredTable, canonical_json, write_text_atomic
+from reallm.planner.tables.measured_table import MeasuredTable
 from tests.support.clusters import kill_an_encoder, local_cluster
 
 FOLDER = ROOT / ".bench" / "cluster"

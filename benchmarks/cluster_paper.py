@@ -37,8 +37,8 @@ from benchmarks.planner_instances import MODELS, Shape, llama
 from reallm.codecs.encode import encode
 from reallm.codecs.metric import Metric, Workspace
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.measurement.search_space import load_space
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
 from reallm.system.memory import peak_rss_bytes
 from reallm.system.threads import one_thread
 

@@ -33,9 +33,10 @@ from benchmarks.peers import PYTHON, ROOT
 from reallm.cli.demo import MODEL_FILE
 from reallm.cli.tables import columns_table
 from reallm.codegen.cpu.compiler import machine_tier
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.models.loaded import load_model
-from reallm.planner.tables.measured_table import canonical_json, read_record, write_text_atomic
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import read_record
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
 FOLDER = ROOT / ".bench" / "decode"

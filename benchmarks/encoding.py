@@ -26,15 +26,11 @@ from reallm.codecs.trellis.viterbi import closed_walks
 from reallm.codegen.cpu.compiler import machine_tier
 from reallm.kernels.formats.codecs import TILE
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.measurement.encoding import Job
 from reallm.models.loaded import Matrix
-from reallm.planner.tables.measured_table import (
-    TABLE_FILE,
-    MeasuredTable,
-    canonical_json,
-    read_record,
-    write_text_atomic,
-)
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
+from reallm.planner.tables.records import read_record
 from reallm.system.threads import one_thread
 
 RESULTS = ROOT / "benchmarks" / "results" / "encoding.json"

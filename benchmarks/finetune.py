@@ -53,8 +53,8 @@ from reallm.artifacts.verify import read_plan
 from reallm.compilation.compile import compile_plan
 from reallm.measurement.cache import content_key
 from reallm.planner.results.uniform import uniform_plan
-from reallm.planner.tables.measured_table import write_record
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import write_record
 from reallm.runtime.load import load
 
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"

@@ -29,7 +29,7 @@ from benchmarks.peers import ROOT
 from reallm.artifacts.quantization_config import QuantizationRecord
 from reallm.cli.tables import columns_table
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.runtime.install import install
 from reallm.runtime.packed import Packed
 from reallm.runtime.step.generate import use_step

@@ -35,7 +35,7 @@ from reallm.cli.tables import columns_table
 from reallm.kernels.codes.packing import pack_codes, pad
 from reallm.kernels.formats.codecs import Field, TrellisCodec
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.runtime.cpu import NativeMatrix, native_matrix
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.json"

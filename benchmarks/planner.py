@@ -29,11 +29,11 @@ from benchmarks.bench import Figure, machine
 from benchmarks.peers import ROOT
 from benchmarks.planner_instances import MODELS, instance
 from reallm.cli.tables import columns_table
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.planner.problem.problem import Candidate, Item, Problem
 from reallm.planner.solvers.ilp import build
 from reallm.planner.solvers.knapsack import solve_knapsack
 from reallm.planner.solvers.solve import optimise_all
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
 
 RESULTS = ROOT / "benchmarks" / "results" / "planner.json"
 BUDGETS, SEEDS = (2.0, 3.0, 4.0), (0, 1, 2)

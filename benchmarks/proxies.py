@@ -24,15 +24,11 @@ from tqdm import tqdm
 from benchmarks.bench import Bench, Figure, bench_from_environment, machine
 from benchmarks.peers import ROOT
 from reallm.cli.tables import columns_table
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.planner.results.uniform import uniform_plan
-from reallm.planner.tables.measured_table import (
-    TABLE_FILE,
-    MeasuredTable,
-    canonical_json,
-    read_record,
-    write_text_atomic,
-)
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice
+from reallm.planner.tables.records import read_record
 from reallm.planning.refit import PlanEvaluator
 
 RESULTS = ROOT / "benchmarks" / "results" / "proxies.json"

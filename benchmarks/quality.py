@@ -30,8 +30,9 @@ from benchmarks.bench import (
 )
 from benchmarks.peers import ROOT, wanted_peers
 from benchmarks.planner_instances import COSTS
+from reallm.kernels.storage.atomic import write_text_atomic
 from reallm.planner.results.uniform import uniform_plan
-from reallm.planner.tables.measured_table import MeasuredTable, write_text_atomic
+from reallm.planner.tables.measured_table import MeasuredTable
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 TARGETS = {2.0: 0.85, 2.5: 0.42, 3.0: 0.20, 3.5: 0.12, 4.0: 0.058}

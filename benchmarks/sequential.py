@@ -27,7 +27,7 @@ from benchmarks.peers import ROOT
 from reallm.compilation.compile import compile_plan
 from reallm.measurement.measure import measure
 from reallm.planner.results.uniform import uniform_plan
-from reallm.planner.tables.measured_table import write_record
+from reallm.planner.tables.records import write_record
 
 RESULTS = ROOT / "benchmarks" / "results" / "sequential.json"
 FORMATS = ("tq2-l12+ldl2+rot",)

@@ -37,7 +37,7 @@ from reallm.codegen.launch.launch import kernels_for, splits_for
 from reallm.codegen.triton.emit import emit
 from reallm.kernels.formats.codecs import TrellisCodec
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 
 RESULTS = ROOT / "benchmarks" / "results" / "triton_kernels.json"
 TIMED = RESULTS.with_name("gpu_kernels.json")

@@ -1,7 +1,16 @@
-"""The user's mistakes, told in one line each; the command line turns them into exit code 2."""
+"""Errors: ReallmError is the base class of all that reallm raises on purpose; the command line exits with code 2."""
 
 from __future__ import annotations
 
+from .codegen.ir.operations import CodegenError
+from .kernels.errors import ReallmError
+from .kernels.formats.codecs import FormatError
+from .kernels.storage.layout import LayoutError
+from .planner.tables.records import RecordError
+from .planner.tables.units import PlanError
 
-class UserError(Exception):
-    """Something the user can mend: names the file or option, what was found, what was expected, and the way out."""
+__all__ = ["CodegenError", "FormatError", "LayoutError", "PlanError", "ReallmError", "RecordError", "UserError"]
+
+
+class UserError(ReallmError):
+    """A command, option or file that cannot be used: names it, what was found, what was expected, and the way out."""

@@ -30,7 +30,7 @@ from reallm.codegen.ir.operations import CodegenError
 from reallm.codegen.ir.program import KernelSpec, Program, lower_plan
 from reallm.codegen.passes.run import run_passes
 from reallm.codegen.triton.emit import constants, emit, pointers, scalars
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.planner.tables.plan import Plan
 
 Activation = Literal["f16", "bf16", "f32"]

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from reallm.kernels.codes.packing import plane_widths
 from reallm.kernels.codes.tables import TableName
+from reallm.kernels.errors import ReallmError
 from reallm.kernels.formats.codecs import DoubleQuant
 
 Value = Literal["words", "codes", "values", "sums", "stored"]
@@ -31,7 +32,7 @@ LIFT = 76
 normal floats for x of 2^-52 to 2^52."""
 
 
-class CodegenError(ValueError):
+class CodegenError(ReallmError, ValueError):
     """A program that cannot be, or a kernel that cannot be built or called as asked."""
 
 

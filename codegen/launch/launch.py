@@ -25,7 +25,7 @@ from reallm.codegen.triton.emit import bindings, constants, emit, pointers
 from reallm.codegen.triton.trellis import WARP, kernel_widths
 from reallm.kernels.formats.codecs import TILE, Field
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.measured_table import write_text_atomic
+from reallm.kernels.storage.atomic import write_text_atomic
 
 from .constant_tables import tables
 from .derived_tensors import Derived, derive

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 from reallm.kernels.codes.packing import aligned, packed_nbytes
 from reallm.kernels.codes.tables import TableName
 
+from ..errors import ReallmError
+
 FloatName = Literal["f16", "bf16", "f32"]
 FLOAT_NBYTES: dict[str, int] = {"f16": 2, "bf16": 2, "f32": 4, "i8": 1}
 SCALAR_BITS = (2, 3, 4, 5, 6, 8)
@@ -24,7 +26,7 @@ TILE = 16
 MAX_WINDOW_BITS = 16
 
 
-class FormatError(ValueError):
+class FormatError(ReallmError, ValueError):
     """A format that cannot exist, or a name that cannot be read."""
 
 

@@ -26,6 +26,8 @@ from math import prod
 
 from reallm.kernels.codes.packing import ALIGN_BYTES, aligned
 
+from ..errors import ReallmError
+
 DTYPE_NBYTES: Mapping[str, int] = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
     **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8},
@@ -39,7 +41,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-class LayoutError(ValueError):
+class LayoutError(ReallmError, ValueError):
     """A weights file, or a list of tensors, that cannot be: names the file or tensor, what was found and expected."""
 
 

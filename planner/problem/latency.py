@@ -26,7 +26,7 @@ from reallm.kernels.formats.codecs import (
     TrellisCodec,
 )
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.measured_table import Record
+from reallm.planner.tables.records import Record
 
 KINDS: Mapping[type[AnyCodec], str] = {
     DenseCodec: "dense",

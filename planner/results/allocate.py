@@ -12,12 +12,12 @@ from reallm.planner.problem.candidates import PlanOptions
 from reallm.planner.problem.problem import Problem
 from reallm.planner.problem.selection import Selection, select
 from reallm.planner.solvers.lagrangian import runners_up
-from reallm.planner.solvers.solve import MIB, Solution, least_stretch, optimise, optimise_all, smallest_bytes
+from reallm.planner.solvers.solve import Solution, least_stretch, optimise, optimise_all, smallest_bytes
 from reallm.planner.tables.budget import Budget, parse_budget
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Cost, LimitState, Plan, Ties
 from reallm.planner.tables.requirements import Requirements
-from reallm.planner.tables.units import PlanError
+from reallm.planner.tables.units import MIB, PlanError
 
 from .assembly import assemble
 from .uniform import best_uniform

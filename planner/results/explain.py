@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from reallm.kernels.storage.layout import natural_key
 from reallm.planner.problem.candidates import PlanOptions, measured_options
-from reallm.planner.solvers.solve import MIB
 from reallm.planner.tables.budget import budget_of
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Plan
-from reallm.planner.tables.units import PlanError
+from reallm.planner.tables.units import MIB, PlanError
 
 from .allocate import best_plans
 from .sweep import Point, sweep

@@ -18,7 +18,7 @@ import numpy as np
 
 from reallm.planner.problem.problem import Candidate, Item, Problem
 from reallm.planner.tables.plan import Bound
-from reallm.planner.tables.units import PlanError
+from reallm.planner.tables.units import MIB, PlanError
 
 from .branching import Search
 from .few_formats import few_formats
@@ -27,7 +27,7 @@ from .knapsack import Instance, solve_knapsack
 from .lagrangian import Relaxation, incumbent, limit_prices, reduced, relax, shadow_price
 
 OPTIMAL_GAP = 1e-9
-MIB = 1 << 20
+
 CORE = "reallm core"
 
 

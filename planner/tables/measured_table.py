@@ -1,33 +1,18 @@
-"""What the stages hand each other on disk: the measured table (input of the planner) and its parts.
-
-`measure` writes `<work>/table.json`; `plan` reads nothing else. Pydantic at the file boundary: an unknown field, a
-missing one or a number out of range is refused with the file's name.
-"""
+"""The measured table: what `measure` writes to `<work>/table.json` and the planner reads."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal, TypeVar
-from uuid import uuid4
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
+
+from reallm.kernels.storage.atomic import canonical_json, sha256_text
+
+from .records import Record
 
 TABLE_FILE = "table.json"
 Kind = Literal["linear", "embedding", "head", "expert"]
-
-
-class RecordError(ValueError):
-    """A file of ours that cannot be read: names the file, what was found and the way out."""
-
-
-class Record(BaseModel):
-    """A frozen record that refuses unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class MatrixRecord(Record):
@@ -119,61 +104,3 @@ class MeasuredTable(Record):
         """sha256 of all but `base` and the seconds, which differ from run to run."""
         content = self.model_dump(mode="json", exclude={"base": True, "measurements": {"__all__": {"seconds"}}})
         return sha256_text(canonical_json(content))
-
-
-R = TypeVar("R", bound=BaseModel)
-
-
-def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no platform-dependent bytes: the same value gives the same text everywhere."""
-    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-
-
-def sha256_text(text: str) -> str:
-    """Hex digest of `text` in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def partial_path(path: Path) -> Path:
-    """A name beside `path` to write it under, its own on every call: two machines may have a process of one number."""
-    return path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """`write_bytes_atomic` of `text` in UTF-8."""
-    write_bytes_atomic(path, text.encode())
-
-
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is either the old one or the whole new one, also under kill -9."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_record(path: Path, record: BaseModel) -> None:
-    """Write `record` as canonical JSON, atomically."""
-    write_text_atomic(path, canonical_json(record.model_dump(mode="json")))
-
-
-def read_record(path: Path, kind: type[R], made_by: str) -> R:
-    """Read a record of `kind`; RecordError says which file is wrong and which command makes it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecordError(f"{path} does not exist; `reallm {made_by}` makes it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path} cannot be read: {error}") from None
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise RecordError(f"{path} is not what `reallm {made_by}` writes: {where}: {first['msg']}") from None

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from reallm.kernels.formats.formats import Format
 from reallm.planner.problem.tensor_layout import stored_nbytes
 
-from .measured_table import Kind, Record
+from .measured_table import Kind
+from .records import Record
 from .requirements import Requirements, Reserved
 
 PLAN_FILE = "plan.json"

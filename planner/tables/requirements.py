@@ -17,7 +17,8 @@ from pydantic import Field
 from reallm.kernels.formats.codecs import FLOAT_NBYTES
 from reallm.planner.problem.latency import Device
 
-from .measured_table import CacheLayer, MatrixRecord, MeasuredTable, Record
+from .measured_table import CacheLayer, MatrixRecord, MeasuredTable
+from .records import Record
 from .units import PlanError, parse_bytes
 
 KvDtype = Literal["f32", "bf16", "f16", "i8"]

@@ -6,15 +6,19 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
+from reallm.kernels.errors import ReallmError
+
 UNIT_BYTES: Mapping[str, int] = {
     **{"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
     **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
 }
 UNIT_NANOSECONDS: Mapping[str, int] = {"s": 10**9, "ms": 10**6, "us": 10**3}
+MIB = 1 << 20
+GIB = 1 << 30
 _NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*"
 
 
-class PlanError(ValueError):
+class PlanError(ReallmError, ValueError):
     """A plan that cannot be made as asked: names the option, what was found, what was expected, and the way out."""
 
 
@@ -40,3 +44,10 @@ def _parse(text: str, option: str, units: Mapping[str, int], expected: str) -> i
     if value < 1:
         raise PlanError(f"{option}: {text!r} is not {expected}")
     return value
+
+
+def bytes_text(nbytes: float) -> str:
+    """For example 48.3 MiB."""
+    if nbytes >= GIB:
+        return f"{nbytes / GIB:.2f} GiB"
+    return f"{nbytes / MIB:.2f} MiB" if nbytes >= MIB else f"{nbytes / 1024:.1f} KiB"

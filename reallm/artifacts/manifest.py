@@ -17,7 +17,8 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator
 
 from reallm.errors import UserError
-from reallm.planner.tables.measured_table import Record, canonical_json, sha256_text, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, sha256_text, write_text_atomic
+from reallm.planner.tables.records import Record
 
 MANIFEST_FILE = "manifest.json"
 ADAPTERS_FOLDER = "adapters"

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reallm.errors import UserError
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.kernels.storage.layout import METADATA
 from reallm.kernels.storage.safetensors import write_weights
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
 
 from .directory import new_artifact
 from .manifest import MANIFEST_FILE, sha256_file

@@ -10,7 +10,7 @@ from pydantic import ValidationError, field_validator
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import FormatError
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.measured_table import Record
+from reallm.planner.tables.records import Record
 from reallm.runtime.packed import DecodeMode, shared_name
 
 METHOD = "reallm"

@@ -22,8 +22,8 @@ from reallm.kernels.reference import read_field
 from reallm.kernels.storage.layout import LayoutError
 from reallm.kernels.storage.safetensors import StoredTensor, read_folder
 from reallm.planner.problem.tensor_layout import shared_tensor
-from reallm.planner.tables.measured_table import RecordError, read_record
 from reallm.planner.tables.plan import Choice, Plan
+from reallm.planner.tables.records import RecordError, read_record
 
 from .bundled_adapters import AdapterView, check_adapters, linear_shapes
 from .directory import PLAN_FILE, read_record_of

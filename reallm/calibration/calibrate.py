@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reallm.errors import UserError
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.models.loaded import LoadedModel, Matrix
 from reallm.models.probe import eager_experts
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
 from reallm.system.lock import exclusive_lock
 
 from .block_streaming import Streamer

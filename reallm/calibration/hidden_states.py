@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reallm.planner.tables.measured_table import canonical_json, partial_path, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, partial_path, write_text_atomic
 
 COMPLETE_FILE = "inputs.json"
 

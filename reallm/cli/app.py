@@ -21,7 +21,7 @@ from reallm.codegen.ir.operations import CodegenError
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import FormatError
 from reallm.kernels.storage.layout import LayoutError
-from reallm.planner.tables.measured_table import RecordError
+from reallm.planner.tables.records import RecordError
 from reallm.planner.tables.units import PlanError
 
 USER_ERRORS = (UserError, PlanError, FormatError, LayoutError, RecordError, CodegenError)

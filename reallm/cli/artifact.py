@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 
 from .app import CONSOLE, AdapterName, Artifact, Force, Json, Seed, Text, app, quiet_transformers
 

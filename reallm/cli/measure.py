@@ -50,8 +50,7 @@ def measure(
     Resumable: what is done is cached in the output folder, and the same command goes on where it stopped.
     """
     from reallm.measurement.measure import measure as run
-
-    from .tables import bytes_text
+    from reallm.planner.tables.units import bytes_text
 
     quiet_transformers()
     table = run(

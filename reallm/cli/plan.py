@@ -9,8 +9,8 @@ import typer
 
 from reallm.errors import UserError
 from reallm.planner.problem.candidates import PlanOptions
-from reallm.planner.tables.measured_table import write_record
 from reallm.planner.tables.plan import Cost, Ties
+from reallm.planner.tables.records import write_record
 from reallm.planner.tables.requirements import KvDtype, Requirements
 
 from .app import CONSOLE, app, quiet_transformers

@@ -13,22 +13,13 @@ from rich.table import Table
 from reallm.planner.results.explain import Alternative, differences
 from reallm.planner.results.sweep import Point
 from reallm.planner.tables.plan import Choice, Plan
+from reallm.planner.tables.units import bytes_text
 
 if TYPE_CHECKING:  # they import torch
     from reallm.artifacts.bundled_adapters import AdapterView
     from reallm.artifacts.inspect import Inspection
     from reallm.evaluation.evaluate import Evaluation
     from reallm.models.sizes import Sizes
-
-MIB = 1 << 20
-GIB = 1 << 30
-
-
-def bytes_text(nbytes: float) -> str:
-    """For example 48.3 MiB."""
-    if nbytes >= GIB:
-        return f"{nbytes / GIB:.2f} GiB"
-    return f"{nbytes / MIB:.2f} MiB" if nbytes >= MIB else f"{nbytes / 1024:.1f} KiB"
 
 
 def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:

@@ -39,8 +39,8 @@ from reallm.planner.problem.tensor_layout import (
     weights_tensors,
     whole_stacks,
 )
-from reallm.planner.tables.measured_table import RecordError, read_record, write_record
 from reallm.planner.tables.plan import Choice, Plan
+from reallm.planner.tables.records import RecordError, read_record, write_record
 
 from .model_card import model_card
 

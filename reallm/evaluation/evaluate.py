@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from reallm.errors import UserError
+from reallm.kernels.storage.atomic import canonical_json
 from reallm.models.loaded import max_positions
 from reallm.models.sizes import Sizes
-from reallm.planner.tables.measured_table import canonical_json
 from reallm.runtime.open_model import RunnableModel, open_model
 from reallm.system.memory import peak_rss_bytes
 from reallm.text.corpus import Text, load_text

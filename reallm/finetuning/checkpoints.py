@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from reallm.artifacts.manifest import sha256_file
 from reallm.errors import UserError
-from reallm.planner.tables.measured_table import canonical_json, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.system.lock import LOCK_FILE
 
 from .processes import ALONE, TrainingProcesses

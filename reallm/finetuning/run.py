@@ -27,8 +27,9 @@ from reallm.compilation.compile import Compilation, write_artifact
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice, Plan
+from reallm.planner.tables.records import read_record
 from reallm.text.corpus import Text, load_text
 
 from .blockwise import train_blocks

@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from reallm.codecs.packed_fields import PackedFields
-from reallm.planner.tables.measured_table import MeasurementRecord, canonical_json, partial_path, write_record
+from reallm.kernels.storage.atomic import canonical_json, partial_path
+from reallm.planner.tables.measured_table import MeasurementRecord
+from reallm.planner.tables.records import write_record
 
 
 def content_key(parts: Mapping[str, object]) -> str:

@@ -24,8 +24,9 @@ from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import read_field
 from reallm.models.loaded import LoadedModel, Matrix
 from reallm.planner.problem.tensor_layout import shared_key
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice
+from reallm.planner.tables.records import read_record
 from reallm.system.threads import one_thread
 
 from .cache import Cache, content_key, fields_sha256

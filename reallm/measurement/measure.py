@@ -30,15 +30,8 @@ from reallm.kernels.formats.formats import Format
 from reallm.models.kv_cache import experts_per_token, kv_cache
 from reallm.models.loaded import LoadedModel, Matrix, check_storable, load_model
 from reallm.planner.problem.tensor_layout import shared_key
-from reallm.planner.tables.measured_table import (
-    TABLE_FILE,
-    MeasuredTable,
-    MeasurementRecord,
-    RecordError,
-    SharedRecord,
-    read_record,
-    write_record,
-)
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, MeasurementRecord, SharedRecord
+from reallm.planner.tables.records import RecordError, read_record, write_record
 from reallm.system.lock import exclusive_lock
 from reallm.system.memory import peak_rss_bytes
 from reallm.system.threads import one_thread
@@ -49,7 +42,8 @@ from .encoding import Job, codebook_bytes, codebook_values
 from .screening import Anchored, anchor_of, worth_measuring
 from .search_space import Space, load_space
 from .weight_files import take, worker_weights_dir
-from .workers.pool import Backend, Task, Workers, open_workers, run_all
+from .workers.pool import Backend, open_workers, run_all
+from .workers.task import Task, Workers
 
 LOG = logging.getLogger(__name__)
 STATISTICS_VERSION = 2  # part of every key: raise it whenever the statistics may change

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from reallm.planner.tables.measured_table import read_record
 from reallm.planner.tables.plan import PLAN_FILE, Plan
+from reallm.planner.tables.records import read_record
 
 from .checkpoint import StoredTensor, read_checkpoint
 from .loaded import LoadedModel

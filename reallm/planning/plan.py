@@ -11,6 +11,7 @@ from reallm.codegen.ir.program import has_kernel
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.atomic import write_text_atomic
 from reallm.measurement.search_space import PRESETS, load_space
 from reallm.planner.problem.candidates import PlanOptions
 from reallm.planner.problem.latency import DEVICES, KINDS, Device
@@ -20,14 +21,9 @@ from reallm.planner.results.explain import Alternative, alternatives, next_bytes
 from reallm.planner.results.sweep import Point, as_csv, spaced
 from reallm.planner.results.sweep import sweep as sweep_table
 from reallm.planner.results.uniform import uniform_points
-from reallm.planner.tables.measured_table import (
-    TABLE_FILE,
-    MeasuredTable,
-    read_record,
-    write_record,
-    write_text_atomic,
-)
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import PLAN_FILE, Cost, Plan, Ties
+from reallm.planner.tables.records import read_record, write_record
 from reallm.planner.tables.requirements import Requirements
 
 TARGETS: Mapping[str, Callable[[Format], bool]] = {

@@ -34,8 +34,9 @@ from reallm.planner.problem.tensor_layout import shared_key
 from reallm.planner.results.allocate import best_plans
 from reallm.planner.results.uniform import uniform_plan
 from reallm.planner.tables.budget import budget_of
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice, Measured, Plan
+from reallm.planner.tables.records import read_record
 from reallm.text.corpus import load_text, shortage
 from reallm.text.corpus import windows as cut_windows
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from shlex import quote
 
-from reallm.cli.tables import bytes_text
 from reallm.planner.results.breakdown import PARTS, REST, Tally, by_family, by_layer, costliest, short_names, tally
 from reallm.planner.results.explain import differences
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.units import bytes_text
 
 from .figures.paint import Drawing
 from .html_page import Section, Table, render

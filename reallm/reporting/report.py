@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reallm.errors import UserError
+from reallm.kernels.storage.atomic import write_bytes_atomic, write_text_atomic
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint
-from reallm.planner.tables.measured_table import write_bytes_atomic, write_text_atomic
 from reallm.planner.tables.plan import Scope
 from reallm.planning.plan import read_plan
 

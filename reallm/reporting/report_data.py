@@ -13,8 +13,9 @@ from reallm.planner.results.breakdown import by_family, by_layer, costliest
 from reallm.planner.results.explain import Alternative, alternatives, curve, next_bytes, require_table
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint, uniform_points
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import read_record
 
 from .figures.bars import bytes_bars, costliest_bars, measured_bars
 from .figures.curve import curve_of, pareto

@@ -17,8 +17,8 @@ from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.layout import file_bytes
 from reallm.models.loaded import LoadedModel, Matrix
 from reallm.planner.problem.tensor_layout import DENSE_NAME, dense_nbytes, shared_key, weights_tensors, whole_stacks
-from reallm.planner.tables.measured_table import write_record
 from reallm.planner.tables.plan import Bound, Choice, Plan
+from reallm.planner.tables.records import write_record
 
 Bytes = NDArray[np.uint8]
 DTYPES = {"torch.float16": "f16", "torch.bfloat16": "bf16", "torch.float32": "f32"}

@@ -9,7 +9,7 @@ from typing import Any
 import joblib
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor, TerminatedWorkerError
 
-from .pool import Task, TaskOutcome, Workers
+from .task import Task, TaskOutcome, Workers
 
 IDLE_SECONDS = 300.0
 """After so long without a task a process ends by itself: none outlives a caller that was killed."""

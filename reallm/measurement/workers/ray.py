@@ -10,7 +10,7 @@ from typing import Any
 
 from reallm.errors import UserError
 
-from .pool import Task, TaskOutcome
+from .task import Task, TaskOutcome
 
 LOG = logging.getLogger(__name__)
 WAY_OUT = "start one with `ray start --head`, or name one by --ray-address or RAY_ADDRESS"

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from reallm.cli.tables import bytes_text
 from reallm.planner.results.breakdown import CODES, DENSE, FACTORS, OUTLIERS, PARTS, TABLES, TRANSFORMS, short_names
 from reallm.planner.tables.plan import Choice
+from reallm.planner.tables.units import bytes_text
 
 from .canvas import box, canvas, key, text_width, write
 from .paint import Drawing, Paint, shortened

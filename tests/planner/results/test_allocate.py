@@ -13,6 +13,7 @@ from strategies import make_table, tables
 
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.atomic import canonical_json
 from reallm.kernels.storage.layout import TensorSpec, file_bytes
 from reallm.planner.problem.candidates import dense_format
 from reallm.planner.problem.tensor_layout import matrix_tensors, shared_key, shared_tensor, weights_tensors
@@ -20,14 +21,9 @@ from reallm.planner.results.allocate import solve
 from reallm.planner.results.uniform import uniform_plan
 from reallm.planner.solvers.solve import OPTIMAL_GAP
 from reallm.planner.tables.budget import parse_budget
-from reallm.planner.tables.measured_table import (
-    MatrixRecord,
-    MeasuredTable,
-    canonical_json,
-    read_record,
-    write_record,
-)
+from reallm.planner.tables.measured_table import MatrixRecord, MeasuredTable
 from reallm.planner.tables.plan import Plan, Ties
+from reallm.planner.tables.records import read_record, write_record
 from reallm.planner.tables.units import PlanError
 
 budgets = st.one_of(

@@ -11,8 +11,8 @@ import pytest
 from strategies import make_table
 
 from reallm.planner.results.allocate import solve
-from reallm.planner.tables.measured_table import RecordError, read_record, write_record
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import RecordError, read_record, write_record
 
 
 def damaged(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:

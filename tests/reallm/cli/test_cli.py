@@ -21,8 +21,9 @@ from typer.testing import CliRunner, Result
 import reallm
 from reallm.cli.main import app
 from reallm.codegen.artifact import build
-from reallm.planner.tables.measured_table import TABLE_FILE, read_record, write_record
+from reallm.planner.tables.measured_table import TABLE_FILE
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import read_record, write_record
 
 COMMANDS = (
     "measure",

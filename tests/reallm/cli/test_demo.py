@@ -17,7 +17,8 @@ from reallm.errors import UserError
 from reallm.evaluation.compare import Comparison, Divergence
 from reallm.evaluation.evaluate import Evaluation
 from reallm.models.sizes import Sizes
-from reallm.planner.tables.measured_table import TABLE_FILE, write_record
+from reallm.planner.tables.measured_table import TABLE_FILE
+from reallm.planner.tables.records import write_record
 from reallm.planning.plan import plan
 
 EVERY_STAGE = ["measure", "plan", "compile", "eval", "generate"]

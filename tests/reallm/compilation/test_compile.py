@@ -22,8 +22,8 @@ from reallm.errors import UserError
 from reallm.kernels.storage.safetensors import read_folder
 from reallm.models.loaded import load_model
 from reallm.models.sizes import artifact_sizes
-from reallm.planner.tables.measured_table import read_record, write_record
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import read_record, write_record
 from reallm.runtime.install import packed_modules, set_decode_mode
 from reallm.runtime.load import load
 from reallm.runtime.modules import CompressedEmbedding, TiedHead

@@ -17,8 +17,8 @@ from reallm.finetuning import blockwise
 from reallm.finetuning.blockwise import _Block, _token_weights, _Window
 from reallm.finetuning.chat_windows import SampledWindows
 from reallm.finetuning.run import finetune
+from reallm.kernels.storage.atomic import canonical_json
 from reallm.models.loaded import load_model
-from reallm.planner.tables.measured_table import canonical_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUN: dict[str, Any] = {

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.atomic import partial_path
 from reallm.measurement.cache import Cache, content_key, fields_sha256
 from reallm.measurement.encoding import Job
-from reallm.planner.tables.measured_table import MeasurementRecord, partial_path
+from reallm.planner.tables.measured_table import MeasurementRecord
 
 KEY = content_key({"a": 1})
 FIELDS = {"codes": np.arange(64, dtype=np.uint8), "scales": np.zeros(128, dtype=np.uint8)}

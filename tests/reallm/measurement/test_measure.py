@@ -32,8 +32,9 @@ from reallm.measurement.encoding import Encoded, Job, metric_of
 from reallm.measurement.measure import measure
 from reallm.models.loaded import load_model
 from reallm.planner.problem.tensor_layout import shared_key
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, read_record
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice
+from reallm.planner.tables.records import read_record
 from reallm.system.lock import exclusive_lock
 
 SPACE = """

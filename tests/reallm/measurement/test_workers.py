@@ -19,7 +19,8 @@ import pytest
 from clusters import local_cluster
 
 from reallm.errors import UserError
-from reallm.measurement.workers.pool import RETRIES, Task, Workers, open_workers, run_all
+from reallm.measurement.workers.pool import RETRIES, open_workers, run_all
+from reallm.measurement.workers.task import Task, Workers
 
 NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
 

@@ -9,7 +9,8 @@ from strategies import make_table
 
 from reallm.errors import UserError
 from reallm.measurement.search_space import PRESETS
-from reallm.planner.tables.measured_table import TABLE_FILE, write_record
+from reallm.planner.tables.measured_table import TABLE_FILE
+from reallm.planner.tables.records import write_record
 from reallm.planning.plan import plan
 
 COSTS = {"uint4-g64+ldl": 0.1, "uint2-g64+ldl": 0.9, "tq4-l12+ldl2+rot": 0.01, "int8-g64": 0.001}

@@ -14,8 +14,8 @@ from reallm.errors import UserError
 from reallm.evaluation.compare import compare_models
 from reallm.measurement.measure import measure
 from reallm.models.loaded import load_model
-from reallm.planner.tables.measured_table import read_record, write_record
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import read_record, write_record
 from reallm.planning.plan import explain, plan
 from reallm.planning.refit import PlanEvaluator, refit, uncorrected
 from reallm.runtime.load import load

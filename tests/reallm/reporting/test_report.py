@@ -13,8 +13,9 @@ from strategies import make_table
 
 from reallm.errors import UserError
 from reallm.planner.results.breakdown import by_family, by_layer, costliest
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, RecordError, read_record, write_record
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Measured, Plan
+from reallm.planner.tables.records import RecordError, read_record, write_record
 from reallm.planner.tables.units import PlanError
 from reallm.planning.plan import plan as make_plan
 from reallm.planning.plan import sweep
