@@ -1,19 +1,26 @@
-# make demo | test | check | bench NAME=quality     each sets up .venv by itself, once
+# make demo | test | test-all | check | format | docs | bench NAME=quality     each sets up .venv by itself, once
 #
-#   NAME=quality_peers     the peers of NAME=quality alone, kept for it
-#   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order and
-#                          cost is worth; NAME=planner: the planner beside CBC and HiGHS; NAME=refit (HELD=FILE): plans corrected
-#   NAME=finetune          fine-tuning, before and after, beside the presets for it; PARTS=2.0,3.0,qlora of them
-#   NAME=cluster           a local Ray cluster that loses workers beside local processes (installs Ray); BLOCKS=4 of the model
+#   test                   everything that CI runs: format, lint, types, docs, tests; test-all: the long tests too
+#   check                  everything but the tests
+#   docs                   the documentation as HTML, in build/docs
+#
+#   NAME=quality_peers     only the peers of NAME=quality, kept for it
+#   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order of
+#                          work and cost is worth; NAME=planner: the planner beside CBC and HiGHS; NAME=refit (HELD=FILE)
+#   NAME=finetune          fine-tuning, before and after, beside its presets; PARTS=2.0,3.0,qlora runs only these
+#   NAME=cluster           a local Ray cluster that loses workers, beside local processes (installs Ray); BLOCKS=4
 #   NAME=triton_kernels    our kernels' machine code beside gemlite's and AQLM's
-#   NAME=kernels           products on the CPU beside torch, aten and AQLM; NAME=decode, after make demo: tokens a second beside llama.cpp
+#   NAME=kernels           products on the CPU beside torch, aten and AQLM
+#   NAME=decode            after make demo: tokens per second beside llama.cpp
+#   NAME=smallest_file     after make demo: the demo's file beside llama.cpp's smallest one, on the demo's text
 #
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:
 #                          TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   JOBS=2                 test processes
 #   TEXT=FILE TEST=FILE    calibration and held-out text of demo and bench, instead of their defaults
-#   BUDGET=3.0bpw          what demo plans for
-#   PEERS=HQQ,NF4,GPTQ     the peers that NAME=quality measures (default: all, AutoRound takes most of an hour)
+#   BUDGET=3.0bpw          what demo plans for (default: 48MiB)
+#   PEERS=HQQ,NF4,GPTQ     the peers that NAME=quality measures (default: all; AutoRound takes most of an hour)
 #   MODEL=MODEL SPACE=SPACE  what bench compresses (default: the demo's model), and its candidate formats
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell $(name) -c "print('$(name)')" 2>/dev/null)))
@@ -21,7 +28,7 @@ TORCH_INDEX ?=
 NAME ?= quality
 TEXT ?=
 TEST ?=
-BUDGET ?= 3.0bpw
+BUDGET ?=
 JOBS ?= 2
 MODEL ?=
 SPACE ?=
@@ -37,26 +44,34 @@ READY := $(VENV)/.ready
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-SOURCES := reallm kernels planner codegen tests benchmarks examples
+SOURCES := reallm kernels planner codegen tests benchmarks examples docs
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-all check format docs bench clean
 
 demo: $(READY)
-	$(BIN)/reallm demo --budget $(BUDGET) $(if $(TEXT),--text "$(TEXT)") $(if $(TEST),--test "$(TEST)")
+	$(BIN)/reallm demo $(if $(BUDGET),--budget $(BUDGET)) $(if $(TEXT),--text "$(TEXT)") $(if $(TEST),--test "$(TEST)")
 
-test: $(READY)
-	$(BIN)/pytest -n $(JOBS)
+test: check
+	$(PYTEST)
+
+test-all: check
+	$(PYTEST) -m "long or not long"
 
 check: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/python -m sphinx -q -W --keep-going -j $(JOBS) -b html docs build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b doctest docs build/doctest
 
 format: $(READY)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -j $(JOBS) -b html docs build/docs
 
 bench: $(READY) $(BENCH_READY)
 	$(if $(filter cluster,$(NAME)),$(BIN)/pip install --quiet $(INDEX) -c constraints.txt -e ".[ray]")
@@ -64,7 +79,7 @@ bench: $(READY) $(BENCH_READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(INDEX) -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet $(INDEX) -c constraints.txt -e ".[dev,docs]"
 	touch $@
 
 $(BENCH_READY): benchmarks/peers.txt

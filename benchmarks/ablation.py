@@ -1,9 +1,10 @@
-"""What each part is worth: one format everywhere, one part changed at a time, and the planner's mix at the same bytes.
+"""What each part contributes: one format everywhere with one part changed at a time, and the planner's mix.
 
     make bench NAME=ablation [MODEL=...] [TEXT=calibration] [TEST=held-out]
 
-After NAME=quality, whose measured folder it adds to. All but the last rows store about three bits a weight. "ours" is
-the full method, uniform; "other" the same without one part, so a ratio under one says what the part is worth.
+Run after NAME=quality; it adds to that benchmark's measured folder. All but the last rows store about three bits per
+weight. "ours" is the full method in one format everywhere, "other" the same without one part, so a ratio below one
+shows what that part contributes. Then the planner's mix is compared at equal bytes, and for other costs to minimise.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ BUDGET = "2.5bpw"
 
 
 def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
-    """A row an ablated format, the mix against the uniform format, then a row a cost the planner could minimise."""
+    """One row per ablated format, one for the mix against the uniform format, one per other cost to minimise."""
     uniform = uniform_plan(table, FULL, work=str(bench.work))
     full = planned(bench, f"uniform {FULL}", uniform)
     for part, fmt in ABLATED.items():

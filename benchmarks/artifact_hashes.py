@@ -1,12 +1,12 @@
-"""Hashes of what reallm writes for fixed inputs, to see that a change of the code's shape changes no byte of it.
+"""Hashes of the files that reallm writes for fixed inputs, to check that a refactoring does not change them.
 
     python -m benchmarks.artifact_hashes [--check] [--demo demo]
 
-Three tiny random models are measured, planned and compiled by the commands that a user types: llama with a LoRA
+Three tiny random models are measured, planned and compiled with the commands that a user would type: llama with a LoRA
 adapter inside its artifact, Mixtral with experts, GPT-2 with shared codebooks. `--demo FOLDER` adds the artifact of
-`make demo`. Of each artifact: the SHA-256 of every file that decides what the model computes (tensors, plan,
-configuration, adapter), and of the plan's choices. `--check` compares with the committed list instead of writing it.
-Floating-point sums differ from processor to processor, so compare on the machine that wrote the list.
+`make demo`. For each artifact the list has the SHA-256 of every file that determines what the model computes (tensors,
+plan, configuration, adapter), and of the plan's choices. `--check` compares with the committed list instead of writing
+it. Floating-point sums differ between processors, so compare on the machine that wrote the list.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -59,7 +60,7 @@ MODELS: dict[str, tuple[PretrainedConfig, tuple[str, ...]]] = {
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every byte, after five special ones."""
+    """A tokenizer with five special tokens and one token per byte."""
     special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
     vocab = {token: i for i, token in enumerate((*special, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
@@ -69,12 +70,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def run(folder: Path, *arguments: str) -> None:
-    """A `reallm` command in `folder`; relative paths keep the place of the folder out of the plan."""
+    """Run a `reallm` command in `folder`; relative paths keep the folder's location out of the plan."""
     subprocess.run([sys.executable, "-m", "reallm", *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 def build(name: str, folder: Path) -> Path:
-    """The artifact called `name`, made in `folder`."""
+    """Make the artifact called `name` in `folder`; returns its path."""
     config, formats = MODELS[name]
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
@@ -92,38 +93,52 @@ def build(name: str, folder: Path) -> Path:
     return folder / "out"
 
 
+def tensors_sha256(path: Path) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of all tensors of a safetensors file; its metadata does not count."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def hashes(artifact: Path) -> dict[str, str]:
     """File -> SHA-256, for the files of HASHED; and of the plan's choices (matrix, format, bytes) alone."""
     files = sorted(path for pattern in HASHED for path in artifact.glob(pattern))
-    found = {str(path.relative_to(artifact)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    listed = {
+        str(path.relative_to(artifact)): tensors_sha256(path)
+        if path.suffix == ".safetensors"
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
     choices = json.loads((artifact / "plan.json").read_text(encoding="utf-8"))["choices"]
     chosen = json.dumps([[choice["matrix"], choice["format"], choice["nbytes"]] for choice in choices])
-    return found | {"choices": hashlib.sha256(chosen.encode()).hexdigest()}
+    return listed | {"choices": hashlib.sha256(chosen.encode()).hexdigest()}
 
 
 def main() -> int:
-    """Write or check the list; 1 where something differs."""
+    """Write or check the list; returns 1 where something differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed list instead of writing it")
-    parser.add_argument("--demo", type=Path, help="the folder of `make demo`, whose artifact is hashed too")
+    parser.add_argument("--demo", type=Path, help="also hash the artifact in this folder of `make demo`")
     options = parser.parse_args()
-    found: dict[str, dict[str, str]] = {}
+    current: dict[str, dict[str, str]] = {}
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = hashes(build(name, Path(folder)))
+            current[name] = hashes(build(name, Path(folder)))
     if options.demo:
-        found["demo"] = hashes(options.demo / "out")
+        current["demo"] = hashes(options.demo / "out")
     if not options.check:
-        RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps(current, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return 0
     expected = json.loads(RESULTS.read_text(encoding="utf-8"))
     differing = [
         f"{name}/{file}"
-        for name in found
-        for file in sorted({*found[name], *expected[name]})
-        if found[name].get(file) != expected[name].get(file)
+        for name in current
+        for file in sorted({*current[name], *expected[name]})
+        if current[name].get(file) != expected[name].get(file)
     ]
-    print("\n".join(f"differs: {file}" for file in differing) or "every hash is as committed")
+    print("\n".join(f"differs: {file}" for file in differing) or "every hash equals the committed one")
     return int(bool(differing))
 
 

@@ -1,8 +1,8 @@
-"""The bench that the quality benchmarks share: a base model, tokens, an evaluator, and results that are kept.
+"""What the quality benchmarks share: a base model, tokens, an evaluator, and a cache of results.
 
-Every method compresses the decoder linears of one model. One evaluator measures all: KL to the float32 model in nats
-per token on WINDOWS windows of SEQLEN tokens of held-out text. Finished parts are kept in .bench/quality, under the
-hash of model and texts, and used again; delete the folder to start anew.
+Every method compresses the decoder linears of one model, and one evaluator measures them all: KL to the float32 model
+in nats per token on WINDOWS windows of SEQLEN tokens of held-out text. Finished parts are cached in .bench/quality
+under the hash of model and texts; delete the folder to start from scratch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from reallm.errors import UserError
 from reallm.evaluation.compare import CachedLogits, Comparison, compare_models
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.measurement.cache import content_key
-from reallm.measurement.measure import draw, measure
+from reallm.measurement.measure import measure, sample_windows
 from reallm.measurement.search_space import load_space
 from reallm.models.loaded import load_model
 from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
@@ -40,51 +40,55 @@ from reallm.planner.tables.plan import Cost, Plan
 from reallm.planner.tables.records import read_record, write_record
 from reallm.planning.plan import plan
 from reallm.runtime.load import load
-from reallm.text.corpus import load_text, windows
+from reallm.text.corpus import load_text
+from reallm.text.windows import cut_windows
 
 FOLDER = ROOT / ".bench" / "quality"
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 DEFAULT_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:train"
 DEFAULT_TEST = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 ROUNDING = 1e-9
-"""Bits per weight added so that a decimal budget is not a byte short; far under a byte for 10^9 weights."""
+"""Bits per weight added so that a rounded decimal budget is not a byte short; far below a byte for 10^9 weights."""
 NSAMPLES, SEQLEN, WINDOWS, SEED = 16, 1024, 8, 0
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure beside its target or peer, lower is better."""
+    """One figure of ours beside its target or a peer's; unless the benchmark says otherwise, lower is better."""
 
     figure: str
+    """What is compared."""
     unit: str
     ours: float
     peer_name: str
+    """The peer, or "target"."""
     peer: float | None
-    """None where the peer gave no answer."""
+    """None where the peer gave no result."""
     ratio: float | None
-    """Ours over the peer's."""
+    """Ours divided by the peer's."""
     versions: dict[str, str]
     machine: str
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one method costs: bits per weight, and KL to the base in nats per token."""
+    """Size and quality of the model that one method made, and what the method cost."""
 
     name: str
     bits_per_weight: float
     kl: float
+    """KL to the float32 base, in nats per token."""
     perplexity: float
     versions: dict[str, str]
     seconds: float | None = None
-    """Of a peer, as PeerReport tells."""
+    """For a peer, as in PeerReport."""
     processor_seconds: float | None = None
     peak_rss_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison, lower is better on both sides."""
+    """One comparison of two methods; lower is better."""
 
     figure: str
     unit: str
@@ -96,16 +100,16 @@ class Row:
     peer_bits_per_weight: float
     peer_perplexity: float | None
     ratio: float
-    """Ours over the peer's."""
+    """Ours divided by the peer's."""
     versions: dict[str, str]
     machine: str
 
 
 class Bench:
-    """The base model, the tokens, and what is measured on them."""
+    """The base model, the calibration and evaluation tokens, and the results measured on them."""
 
     def __init__(self, model: str, text: str, test: str, nsamples: int = NSAMPLES) -> None:
-        """`nsamples`: windows that our own measured folder is calibrated on; peers get NSAMPLES."""
+        """`nsamples` is the number of windows our own measured folder is calibrated on; peers get NSAMPLES."""
         source = load_model(model)
         if source.tokenizer is None:
             raise UserError(f"{model} has no tokenizer")
@@ -122,11 +126,14 @@ class Bench:
         self.base = load_model(self.base_folder)
         self.dense = CachedLogits(load_model(self.base_folder, dtype=torch.float32).model)
         self.calibration = self.folder / "calibration.safetensors"
-        save_file({"windows": draw(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)}, self.calibration)
-        self.windows = windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]
+        save_file(
+            {"windows": sample_windows(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)},
+            self.calibration,
+        )
+        self.windows = cut_windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]
 
-    def kept(self, name: str, make: Callable[[], Measured]) -> Measured:
-        """The result called `name`, from an earlier run or made now."""
+    def cached(self, name: str, make: Callable[[], Measured]) -> Measured:
+        """The result called `name`, from an earlier run or computed now with `make`."""
         path = self.folder / "results" / f"{name.replace(' ', '-')}.json"
         if path.exists():
             return Measured(**json.loads(path.read_text(encoding="utf-8")))
@@ -139,21 +146,21 @@ class Bench:
         return compare_models(self.dense, model, self.windows)
 
     def peer(self, peer: Peer) -> Measured:
-        """The result of `peer` on the base, from an earlier run or made now."""
-        return self.kept(peer.name, partial(self._run, peer))
+        """The result of `peer` on the base model, from an earlier run or computed now."""
+        return self.cached(peer.name, partial(self._run, peer))
 
     def _run(self, peer: Peer) -> Measured:
         weights, report = run_peer(peer, self.base_folder, self.calibration, self.folder / peer.name.replace(" ", "-"))
         model = load_model(self.base_folder, dtype=torch.float32).model
-        found = model.load_state_dict(weights, strict=False)
+        incompatible = model.load_state_dict(weights, strict=False)
         linears = {f"{m.name}.weight" for m in self.base.matrices if m.kind == "linear"}
-        assert not found.unexpected_keys and linears <= set(weights)
+        assert not incompatible.unexpected_keys and linears <= set(weights)
         result = _measured(peer.name, report.bits_per_weight, self.compare(model), report.versions)
         cost = {name: getattr(report, name) for name in ("seconds", "processor_seconds", "peak_rss_bytes")}
         return replace(result, **cost)
 
     def ours(self, name: str, chosen: Plan) -> Measured:
-        """Compile `chosen` and evaluate the artifact, from the disk."""
+        """Compile `chosen`, load the artifact and evaluate it."""
         with TemporaryDirectory(dir=self.folder) as folder:
             plan_path, output = Path(folder) / "plan.json", Path(folder) / "out"
             write_record(plan_path, chosen)
@@ -163,19 +170,19 @@ class Bench:
         return _measured(name, chosen.bits_per_weight, result, {"reallm": version("reallm")})
 
 
-def _measured(name: str, bits: float, found: Comparison, versions: dict[str, str]) -> Measured:
-    assert found.divergence is not None
-    return Measured(name, bits, found.divergence.mean, found.perplexity, versions)
+def _measured(name: str, bits: float, comparison: Comparison, versions: dict[str, str]) -> Measured:
+    assert comparison.divergence is not None
+    return Measured(name, bits, comparison.divergence.mean, comparison.perplexity, versions)
 
 
 def planned(bench: Bench, name: str, chosen: Plan) -> Measured:
-    """The result of a plan, kept under the hash of its choices."""
+    """The result of a plan, cached under the hash of its choices."""
     key = content_key({"choices": [choice.model_dump(mode="json") for choice in chosen.choices]})
-    return bench.kept(f"{name} {key[:12]}", partial(bench.ours, name, chosen))
+    return bench.cached(f"{name} {key[:12]}", partial(bench.ours, name, chosen))
 
 
 def row(ours: Measured, other: Measured) -> Row:
-    """The two beside each other, at the other's bits per weight."""
+    """One row that compares two results, labelled with the bits per weight of the other."""
     return Row(
         figure=f"KL to the float32 model at {other.bits_per_weight:.4g} bits per weight",
         unit="nats per token",
@@ -193,7 +200,7 @@ def row(ours: Measured, other: Measured) -> Row:
 
 
 def machine() -> str:
-    """The CPU by name, its cores and the operating system."""
+    """The CPU's name and number of cores, and the operating system."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -211,7 +218,7 @@ def bench_from_environment(console: Console, nsamples: int = NSAMPLES) -> Bench:
 def measure_formats(
     bench: Bench, label: str, formats: Iterable[str], bpw: tuple[float, float] | None = None
 ) -> MeasuredTable:
-    """The measured table of `bench`, grown by `formats` where they are missing; `bpw` as in `measure`."""
+    """The measured table of `bench`, after measuring those of `formats` that it lacks; `bpw` as in `measure`."""
     space = bench.folder / f"{label}.yaml"
     space.write_text(f"linear: [{', '.join(formats)}]\n", encoding="utf-8")
     return measure(
@@ -227,28 +234,28 @@ def measure_formats(
 
 
 def candidates() -> list[str]:
-    """What the planner's mix may take, whatever else was measured: the formats of linear layers of SPACE."""
+    """The formats that the planner may mix, whatever else was measured: those of SPACE for linear layers."""
     return [fmt.name for fmt in load_space(os.environ.get("SPACE")).formats["linear"]]
 
 
 def mixed(bench: Bench, budget: str, cost: Cost = "two_sided") -> Plan:
-    """The planner's mix of those `candidates` that were worth measuring, within `budget`."""
+    """The planner's mix of those `candidates` that were measured, within `budget`."""
     known = {r.format for r in read_record(bench.work / TABLE_FILE, MeasuredTable, "measure").measurements}
     return plan(bench.work, budget=budget, formats=[name for name in candidates() if name in known], cost=cost)
 
 
-def report(name: str, found: Iterable[Row], results: Path, console: Console, keep: bool = False) -> None:
-    """Write every row to `results` as it comes, and print all at the end.
+def report(name: str, rows: Iterable[Row], results: Path, console: Console, keep: bool = False) -> None:
+    """Write every row to `results` as soon as it is there, and print all at the end.
 
-    With `keep`, rows of an earlier run that this one, of a part, has no newer of stay after the new ones.
+    With `keep`, for runs of a part of the benchmark, rows of an earlier run stay unless a new row replaces them.
     """
     earlier = json.loads(results.read_text(encoding="utf-8")) if keep and results.exists() else []
     done: list[Row] = []
-    for each in found:
-        done.append(each)
+    for new in rows:
+        done.append(new)
         known = {(r.figure, r.peer_name) for r in done}
-        kept = [old for old in earlier if (old["figure"], old["peer_name"]) not in known]
-        write_text_atomic(results, canonical_json([*(asdict(r) for r in done), *kept]))
+        remaining = [old for old in earlier if (old["figure"], old["peer_name"]) not in known]
+        write_text_atomic(results, canonical_json([*(asdict(r) for r in done), *remaining]))
     lines = [
         [*(f"{v:.4f}" for v in (r.ours_bits_per_weight, r.ours)), r.peer_name]
         + [f"{v:.4f}" for v in (r.peer_bits_per_weight, r.peer, r.ratio)]

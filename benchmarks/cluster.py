@@ -1,11 +1,11 @@
-"""Measuring on a Ray cluster beside measuring in local processes: the same bytes, although workers die.
+"""Measuring on a Ray cluster gives the same bytes as measuring in local processes, even when workers die.
 
     make bench NAME=cluster [MODEL=...] [TEXT=calibration] [BLOCKS=4]
 
 The first BLOCKS blocks of the model are measured in FORMATS by two local processes, then by a Ray cluster on this
-machine (a head without cores, two nodes of one core). A worker process is killed when a third of the measurements are
-there, and one of the two nodes, with its worker, when two thirds are. Every file of both results is compared byte for
-byte; of JSON the seconds and the memory are left out. Both use one calibration. Then cluster_paper.py's estimate.
+machine (a head without cores, two nodes of one core). A worker process is killed after a third of the measurements, and
+one of the two nodes with its worker after two thirds. All files of both results are compared byte for byte, except for
+times and memory in JSON files. Both runs use the same calibration. The last rows are the estimate of cluster_paper.py.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ TIMES = frozenset({"base", "seconds"})
 
 @dataclass(frozen=True)
 class Row(Figure):
-    """A figure, and what it rests on."""
+    """A figure, with a note on how it was obtained."""
 
     note: str
 
 
 def small_model(console: Console) -> Path:
-    """The first BLOCKS blocks of the model."""
+    """Save the first BLOCKS blocks of the model; returns the folder."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     blocks, folder = int(os.environ.get("BLOCKS") or 4), FOLDER / "base"
     source = load_model(os.environ.get("MODEL") or str(fetch_model(FOLDER, console)))
@@ -65,7 +65,7 @@ def small_model(console: Console) -> Path:
 
 
 def measured(model: Path, output: Path, backend: Backend, address: str | None = None) -> MeasuredTable:
-    """The table of `model`, made anew."""
+    """Measure `model` into the folder `output`."""
     space = FOLDER / "space.yaml"
     space.write_text(f"linear: [{', '.join(FORMATS)}]\n", encoding="utf-8")
     text, jobs = os.environ.get("TEXT") or None, 2 if backend == "processes" else -1
@@ -75,30 +75,32 @@ def measured(model: Path, output: Path, backend: Backend, address: str | None = 
 
 @contextmanager
 def killing(folder: Path, victims: list[tuple[int, Callable[[], bool]]]) -> Iterator[list[int]]:
-    """Within it each victim is called, until it is dead, once so many measurements are in the cache."""
-    over, killed = threading.Event(), []
+    """Kill the victims (measurements in the cache, function that kills) in order, each once that many are there.
+
+    Yields the list of the numbers of measurements at which they were killed, which grows meanwhile.
+    """
+    finished, killed = threading.Event(), []
 
     def watch() -> None:
-        while not over.wait(0.05) and len(killed) < len(victims):
+        while not finished.wait(0.05) and len(killed) < len(victims):
             entries, kill = victims[len(killed)]
-            found = len(list(folder.glob("cache/*/*.json")))
-            if found >= entries and kill():
-                killed.append(found)
+            measured = len(list(folder.glob("cache/*/*.json")))
+            if measured >= entries and kill():
+                killed.append(measured)
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield killed
     finally:
-        over.set()
+        finished.set()
         thread.join()
 
 
 def on_a_cluster(model: Path, output: Path, measurements: int) -> tuple[MeasuredTable, list[int]]:
-    """The table, and how many measurements there were when a worker and when a node was killed.
+    """The table, and the number of measurements when a worker and when a node was killed.
 
-    Calibration is not done again: its statistics, which the driver makes whatever the backend, are those of the local
-    run.
+    Calibration is not repeated: the driver does it with any backend, so the statistics of the local run are reused.
     """
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(FOLDER / "local" / "statistics", output / "statistics")
@@ -111,7 +113,7 @@ def on_a_cluster(model: Path, output: Path, measurements: int) -> tuple[Measured
         victims = [(measurements // 3, kill_an_encoder), (2 * measurements // 3, kill_a_node)]
         with killing(output, victims) as killed:
             table = measured(model, output, "ray", cluster.address)
-    assert len(killed) == 2, "the run ended before both were killed: give more BLOCKS"
+    assert len(killed) == 2, "the run ended before both were killed: set BLOCKS higher"
     return table, killed
 
 
@@ -122,12 +124,12 @@ def _without_times(value: object) -> object:
 
 
 def compare(left: Path, right: Path) -> tuple[int, int, list[str]]:
-    """(files alike to the byte, JSON files alike without the times, files that differ or that one lacks).
+    """(identical files, JSON files that are identical without times, files that differ or are missing on one side).
 
-    What a killed worker was writing stays behind as a hidden partial file, which nothing reads: it is no result.
+    A killed worker may leave a hidden partial file behind; nothing reads it, so it is ignored.
     """
-    found = [(folder, path) for folder in (left, right) for path in folder.rglob("*") if path.is_file()]
-    names = {str(path.relative_to(folder)) for folder, path in found if path.suffix != ".partial"}
+    files = [(folder, path) for folder in (left, right) for path in folder.rglob("*") if path.is_file()]
+    names = {str(path.relative_to(folder)) for folder, path in files if path.suffix != ".partial"}
     alike, timed, different = 0, 0, []
     for name in sorted(names):
         one, other = left / name, right / name
@@ -145,7 +147,7 @@ def compare(left: Path, right: Path) -> tuple[int, int, list[str]]:
 
 
 def role_seconds(table: MeasuredTable) -> dict[str, float]:
-    """Mean thread seconds of a matrix, all formats, by role."""
+    """Role -> mean thread seconds per matrix for all formats together."""
     total, count = defaultdict(float), defaultdict(set)
     roles = {m.name: f"{m.family} {m.rows}x{m.cols}" for m in table.matrices}
     for record in table.measurements:
@@ -155,13 +157,13 @@ def role_seconds(table: MeasuredTable) -> dict[str, float]:
 
 
 def calibration_rate(table: MeasuredTable) -> float:
-    """Flops a second and core of the local run's calibration; the output head counts as a linear layer without G."""
+    """Flops per second and core of the local run's calibration; the output head counts as a linear layer without G."""
     (report,) = (FOLDER / "local" / "statistics").glob("*/calibration.json")
-    found, flops = json.loads(report.read_text(encoding="utf-8")), 0.0
+    calibration, flops = json.loads(report.read_text(encoding="utf-8")), 0.0
     for m in table.matrices:
-        flops += calibration_flops([(m.rows, m.cols)], found["tokens"])
-        flops -= 0 if m.kind == "linear" else 2.0 * found["tokens"] * m.rows**2
-    return flops / found["seconds"] / 2
+        flops += calibration_flops([(m.rows, m.cols)], calibration["tokens"])
+        flops -= 0 if m.kind == "linear" else 2.0 * calibration["tokens"] * m.rows**2
+    return flops / calibration["seconds"] / 2
 
 
 def main() -> None:
@@ -184,8 +186,8 @@ def main() -> None:
     where = f"a worker killed at {killed[0]}, a node at {killed[1]} of {len(local.measurements)} measurements"
     seconds = [table.base["measurement_seconds"] for table in (cluster, local)]
     add("encoding on two Ray nodes of one core", "wall s", seconds[0], "two processes", seconds[1], where)
-    for role, found in role_seconds(local).items():
-        add(f"a matrix, {role}", "thread s", found, "", None, f"in {', '.join(FORMATS)}")
+    for role, thread_seconds in role_seconds(local).items():
+        add(f"a matrix, {role}", "thread s", thread_seconds, "", None, f"in {', '.join(FORMATS)}")
     scaling = measured_scaling()
     note = f"NK {scaling.again[0]:.3g}, NK(N+K) {scaling.again[1]:.3g}, N^2+K^2 {scaling.once[0]:.3g}"
     note += f", N^3+K^3 {scaling.once[1]:.3g} s; {scaling.copies:.1f} times the bytes of W, H and G"

@@ -1,22 +1,22 @@
-"""What measuring a large model would take on many machines: on paper, from seconds measured on matrices that fit here.
+"""Estimates how long measuring a large model takes on many machines, from times of matrices that fit here.
 
-    python -m benchmarks.cluster_paper     two bounds and the fit between them; about a minute
+    python -m benchmarks.cluster_paper     two bounds and the fit between them, in about a minute
 
-Encoding W[N, K] in the first format of a matrix takes s1 thread seconds, in a further one s2:
+Encoding W[N, K] takes s1 thread seconds in the first format of a matrix and s2 in each further one:
 
     s2 = a NK + b NK(N + K)                    the search, and the products of the two-sided feedback
     s1 = s2 + c (N^2 + K^2) + d (N^3 + K^3)    the metric's rotations, and its factorisations
 
 a to d are fitted, in relative error, to SHAPES measured now and to benchmarks/results/encoding.json (all linears of
-SmolLM2-135M). That file alone leaves open how its seconds beside the search split: all of them in proportion to the
-matrix (a; c) is the least a larger one can take, none (b; d) the most. All candidates of the default space are counted
-as this format. Bytes of a task: m x 4 (NK + N^2 + K^2), m the largest measured. Machines are filled
-task by task, the longest first, while cores and memory last; a core is as fast with its neighbours busy. Calibration
-runs on the one machine that asks, at the rate measured here for two cores times CORES / 2, and takes
+SmolLM2-135M). That file alone does not tell how the time besides the search splits into the two terms: if all of it is
+proportional to the size of the matrix (a; c), a larger model takes the least time, if none of it (b; d), the most. All
+candidates of the default space are counted as this format. A task needs m x 4 (NK + N^2 + K^2) bytes, m the largest
+value measured. Machines are filled task by task, the longest first, as long as cores and memory last; a core is assumed
+to be as fast when its neighbours are busy. Calibration runs on one machine and takes
 
     T sum (8 NK + 4 K^2 + 2 N^2) flops         forward, replay, gradient of the inputs, H, H_guided, F, G
 
-over the matrices, for T tokens, at the rate measured here for two cores times CORES / 2.
+summed over the matrices, for T tokens, at the rate measured here for two cores times CORES / 2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from reallm.measurement.search_space import load_space
 from reallm.system.memory import peak_rss_bytes
 from reallm.system.threads import one_thread
 
-KEPT = ROOT / ".bench" / "cluster" / "shapes.json"
+CACHED = ROOT / ".bench" / "cluster" / "shapes.json"
 RESULTS = ROOT / "benchmarks" / "results" / "cluster_paper.json"
 ENCODING = ROOT / "benchmarks" / "results" / "encoding.json"
 FORMAT = "tq2-l12+ldl2+rot"
@@ -51,23 +51,23 @@ SMOLLM2 = llama(30, 576, 192, 1536)
 PAPER = {"LLaMA-3-70B": llama(80, 8192, 1024, 28672), "LLaMA-3-405B": MODELS["LLaMA-3-405B"]}
 MACHINES = (8, 64)
 CORES, MEMORY_BYTES = 64, 1 << 40
-"""Of a machine on paper: cores as fast as this one's, and 1 TiB."""
+"""The assumed machine: cores as fast as this one's, and 1 TiB of memory."""
 TOKENS = 16 * 1024
 PARTS = ("search", "next rate", "encoder")
 COPIES, FLOPS_PER_S = 8.0, 30e9
-"""Assumed for the bounds, not measured: m, and what a core calibrates at."""
+"""Assumed for the bounds, not measured: m, and the rate at which a core calibrates."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Thread seconds and bytes of encoding a matrix, and how far the fit is from what was measured."""
+    """A model of the time and memory of encoding a matrix, with its largest error."""
 
     again: tuple[float, float]
-    """a, b"""
+    """The coefficients a and b, for every format."""
     once: tuple[float, float]
-    """c, d"""
+    """The coefficients c and d, once per matrix."""
     copies: float
-    """m"""
+    """The factor m of the memory."""
     worst: float
     """The largest relative error of a fitted time."""
 
@@ -76,21 +76,21 @@ class Scaling:
         return formats * float(np.dot(self.again, _again(rows, cols))) + float(np.dot(self.once, _once(rows, cols)))
 
     def nbytes(self, rows: int, cols: int) -> float:
-        """The most memory it holds."""
+        """Peak memory of one task, in bytes."""
         return self.copies * 4 * (rows * cols + rows**2 + cols**2)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a model on so many machines."""
+    """Estimated time of measuring one model on a number of machines."""
 
     model: str
     machines: int
     hours: float
-    """Of encoding."""
+    """Wall-clock time of encoding."""
     core_hours: float
     longest_hours: float
-    """Of the longest task."""
+    """Time of the longest task."""
     calibration_hours: float
 
 
@@ -103,12 +103,15 @@ def _once(rows: float, cols: float) -> list[float]:
 
 
 def time_shapes() -> dict[str, dict[str, float]]:
-    """By "NxK": seconds of the first format and of a further one, and bytes; in a process of its own, and kept."""
-    if not KEPT.exists():
+    """ "NxK" -> seconds of the first format ("first") and of a further one ("again"), and bytes; cached.
+
+    Measured in a separate process.
+    """
+    if not CACHED.exists():
         command = [sys.executable, "-m", "benchmarks.cluster_paper", "time"]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        write_text_atomic(KEPT, found.splitlines()[-1])
-    return dict(json.loads(KEPT.read_text(encoding="utf-8")))
+        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        write_text_atomic(CACHED, output.splitlines()[-1])
+    return dict(json.loads(CACHED.read_text(encoding="utf-8")))
 
 
 def _time_here(rows: int, cols: int) -> dict[str, float]:
@@ -116,30 +119,30 @@ def _time_here(rows: int, cols: int) -> dict[str, float]:
     X, Y = torch.randn(512, cols), torch.randn(512, rows)
     metric = Metric(X.T @ X / 512, torch.zeros(rows, cols), gram=Y.T @ Y / 512)
     W, fmt = torch.randn(rows, cols), Format.parse(FORMAT)
-    given = 4 * (2 * rows * cols + rows**2 + cols**2)  # W, F, H and G, which a task holds too
+    inputs = 4 * (2 * rows * cols + rows**2 + cols**2)  # W, F, H and G, which a task also holds
     work, before, began = Workspace(metric), peak_rss_bytes(), time.thread_time()
     encode(W, fmt, work)
     between = time.thread_time()
     encode(W, fmt, work)
     seconds = {"first": between - began, "again": time.thread_time() - between}
-    return {**seconds, "bytes": float(peak_rss_bytes() - before + given)}
+    return {**seconds, "bytes": float(peak_rss_bytes() - before + inputs)}
 
 
 def measured_scaling() -> Scaling:
-    """Fitted now."""
+    """The scaling fitted to SHAPES and encoding.json."""
     times = time_shapes()
-    found = {(rows, cols): times[f"{rows}x{cols}"] for rows, cols in SHAPES}
-    whole = {row["figure"]: row["ours"] for row in json.loads(ENCODING.read_text(encoding="utf-8"))}
-    again = whole["next rate, all linears, 2 bits, 2^12 states"]
-    once = whole["encoder, all linears, 2 bits, 2^12 states"] - again
-    a, far_a = _fit(_again, [(f["again"], [s]) for s, f in found.items()] + [(again, _sizes(SMOLLM2))])
-    c, far_c = _fit(_once, [(f["first"] - f["again"], [s]) for s, f in found.items()] + [(once, _sizes(SMOLLM2))])
-    copies = max(f["bytes"] / (4 * (rows * cols + rows**2 + cols**2)) for (rows, cols), f in found.items())
+    shapes = {(rows, cols): times[f"{rows}x{cols}"] for rows, cols in SHAPES}
+    whole_model = {row["figure"]: row["ours"] for row in json.loads(ENCODING.read_text(encoding="utf-8"))}
+    again = whole_model["next rate, all linears, 2 bits, 2^12 states"]
+    once = whole_model["encoder, all linears, 2 bits, 2^12 states"] - again
+    a, far_a = _fit(_again, [(f["again"], [s]) for s, f in shapes.items()] + [(again, _sizes(SMOLLM2))])
+    c, far_c = _fit(_once, [(f["first"] - f["again"], [s]) for s, f in shapes.items()] + [(once, _sizes(SMOLLM2))])
+    copies = max(f["bytes"] / (4 * (rows * cols + rows**2 + cols**2)) for (rows, cols), f in shapes.items())
     return Scaling(a, c, copies, max(far_a, far_c))
 
 
 def bounds() -> dict[str, Scaling]:
-    """The least and the most that encoding.json allows, with COPIES for the memory."""
+    """The fastest and the slowest scaling that encoding.json allows, with COPIES for the memory."""
     whole = {row["figure"]: row["ours"] for row in json.loads(ENCODING.read_text(encoding="utf-8"))}
     search, again, first = (whole[f"{what}, all linears, 2 bits, 2^12 states"] for what in PARTS)
     linear, products = np.sum([_again(*shape) for shape in _sizes(SMOLLM2)], axis=0)
@@ -158,21 +161,24 @@ def _sizes(model: Iterable[Iterable[Shape]]) -> list[tuple[int, int]]:
 def _fit(
     terms: Callable[[float, float], list[float]], measured: Sequence[tuple[float, Sequence[tuple[int, int]]]]
 ) -> tuple[tuple[float, float], float]:
-    """(coefficients, none negative; the largest relative error) of `terms`, summed over shapes, for seconds."""
+    """Least-squares coefficients of `terms`, none negative, for the measured (seconds, shapes), and the largest error.
+
+    The terms are summed over the shapes; errors are relative.
+    """
     A = np.array([np.sum([terms(*shape) for shape in shapes], axis=0) / seconds for seconds, shapes in measured])
     best, ones = np.zeros(2), np.ones(len(A))
-    for kept in ([0, 1], [0], [1]):
-        found = np.linalg.lstsq(A[:, kept], ones, rcond=None)[0]
-        if (found >= 0).all():
+    for columns in ([0, 1], [0], [1]):
+        solution = np.linalg.lstsq(A[:, columns], ones, rcond=None)[0]
+        if (solution >= 0).all():
             trial = np.zeros(2)
-            trial[kept] = found
+            trial[columns] = solution
             if not best.any() or np.square(A @ trial - 1).sum() < np.square(A @ best - 1).sum():
                 best = trial
     return (float(best[0]), float(best[1])), float(np.abs(A @ best - 1).max())
 
 
 def estimates(scaling: Scaling, calibration_flops_per_s: float) -> list[Estimate]:
-    """Of every model of PAPER on every number of MACHINES; the rate is of one core."""
+    """Estimates for every model of PAPER and number of MACHINES; the calibration rate is that of one core."""
     formats, made = len(load_space().formats["linear"]), []
     for name, model in PAPER.items():
         sizes = _sizes(model)
@@ -187,32 +193,34 @@ def estimates(scaling: Scaling, calibration_flops_per_s: float) -> list[Estimate
 
 
 def calibration_flops(sizes: Iterable[tuple[int, int]], tokens: int) -> float:
-    """Of one calibration pass."""
+    """Floating-point operations of one calibration pass."""
     return float(tokens) * sum(8 * rows * cols + 4 * cols**2 + 2 * rows**2 for rows, cols in sizes)
 
 
 def makespan(tasks: Iterable[tuple[float, float]], machines: int) -> float:
-    """Seconds until all (seconds, bytes) are done, the longest first, each on the first machine with room for it."""
+    """Seconds until all tasks (seconds, bytes) are done: the longest first, each where most memory is free."""
     cores, memory = [CORES] * machines, [float(MEMORY_BYTES)] * machines
     ends: list[tuple[float, int, float]] = []
     now = 0.0
     for seconds, nbytes in sorted(tasks, reverse=True):
-        assert nbytes <= MEMORY_BYTES, f"a task of {nbytes / 2**30:.0f} GiB fits no machine"
+        assert nbytes <= MEMORY_BYTES, f"a task of {nbytes / 2**30:.0f} GiB does not fit into any machine"
         while not (free := [i for i in range(machines) if cores[i] and memory[i] >= nbytes]):
             now, freed, returned = heapq.heappop(ends)
             cores[freed] += 1
             memory[freed] += returned
-        place = max(free, key=memory.__getitem__)
-        cores[place] -= 1
-        memory[place] -= nbytes
-        heapq.heappush(ends, (now + seconds, place, nbytes))
+        chosen = max(free, key=memory.__getitem__)
+        cores[chosen] -= 1
+        memory[chosen] -= nbytes
+        heapq.heappush(ends, (now + seconds, chosen, nbytes))
     return max((end for end, _, _ in ends), default=now)
 
 
 def main() -> None:
-    """Estimate by both bounds and by the fit, write and print."""
-    found = {**bounds(), "fitted": measured_scaling()}
-    rows = [{"scaling": name, **asdict(s), **asdict(e)} for name, s in found.items() for e in estimates(s, FLOPS_PER_S)]
+    """Estimate with both bounds and with the fit, write and print."""
+    scalings = {**bounds(), "fitted": measured_scaling()}
+    rows = [
+        {"scaling": name, **asdict(s), **asdict(e)} for name, s in scalings.items() for e in estimates(s, FLOPS_PER_S)
+    ]
     write_text_atomic(RESULTS, canonical_json(rows))
     print(canonical_json(rows))
 

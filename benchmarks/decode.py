@@ -1,12 +1,13 @@
-"""Speed of decoding and of reading a prompt on the CPU: reallm's artifacts beside torch and llama.cpp, in one run.
+"""Speed of decoding and of reading a prompt on the CPU: reallm's artifacts compared with torch and llama.cpp.
 
     make bench NAME=decode [DEMO=demo] [ROUNDS=7] [THREADS=2,1]
 
-After `make demo`, whose model (Q4_1 GGUF) and artifact it takes; two more artifacts hold the embedding, which is the
-head too, in fewer bits. Each contender reads PROMPT tokens and takes the likeliest next DECODED times, by `generate`
-(llama.cpp: see peer_llama.py), in turns, ROUNDS times; the median of its rounds counts. transformers runs the
-uncompressed model in bfloat16 and float32; it reads the long prompt in the first round only. Tokens a
-second are of wall time; with one thread also of processor time, which other work on the machine moves less.
+Run after `make demo`; it uses that model (Q4_1 GGUF) and artifact. Two more artifacts store the embedding, which is
+also the head, in fewer bits. Each contender reads PROMPT tokens and then decodes DECODED tokens greedily with
+`generate` (llama.cpp: see peer_llama.py). The contenders take turns, ROUNDS times; the median of the rounds counts.
+transformers runs the uncompressed model in bfloat16 and float32, and reads the long prompt in the first round only.
+Tokens per second refer to wall time; with one thread also to processor time, which depends less on other work on the
+machine.
 """
 
 from __future__ import annotations
@@ -46,33 +47,36 @@ MEASURES = {n: f"{n} thread{'s' * (n > 1)}" for n in THREADS} | (
     {0: "1 thread, processor time"} if 1 in THREADS else {}
 )
 HEADS = ("int8-g64", "lm4-g64-dq6x64+ldl")
-"""Formats of embedding and head beside the one the demo planned."""
+"""Formats of embedding and head, besides the one that the demo planned."""
 BASE = "torch bfloat16"
 
 
 Seconds = tuple[float, float]
-"""Of wall time, of processor time."""
+"""(wall time, processor time)."""
 
 
 @dataclass
 class Contender:
-    """Seconds of decoding DECODED tokens after PROMPT, and of reading a prompt of PREFILL tokens."""
+    """A model to time: functions of the number of threads that return the seconds of decoding and of a prompt."""
 
     name: str
     decode: Callable[[int], Seconds]
+    """Decodes DECODED tokens after PROMPT."""
     prefill: Callable[[int], Seconds]
+    """Reads a prompt of PREFILL tokens."""
     bits: float
-    """A weight of the matrices inside the blocks."""
+    """Bits per weight of the matrices inside the blocks."""
     seconds: dict[tuple[str, int], list[Seconds]] = field(default_factory=dict)
+    """("decode" or "prefill", threads) -> times of all rounds."""
 
     def rate(self, what: str, threads: int) -> float:
-        """Tokens a second, by the median round; `threads` 0 is one thread by processor time."""
+        """Tokens per second in the median round; `threads` 0 means one thread in processor time."""
         count = DECODED if what == "decode" else PREFILL
         return count / statistics.median(taken[not threads] for taken in self.seconds[what, threads or 1])
 
 
 class Clock:
-    """A streamer that remembers when each token came."""
+    """A streamer that records when each token arrived."""
 
     def __init__(self) -> None:
         self.times: list[Seconds] = []
@@ -81,7 +85,7 @@ class Clock:
         self.times.append((time.perf_counter(), time.process_time()))
 
     def between(self, first: int, last: int) -> Seconds:
-        """What passed from one token to another."""
+        """The time from one token to another."""
         wall, processor = (end - start for start, end in zip(self.times[first], self.times[last], strict=True))
         return wall, processor
 
@@ -90,7 +94,7 @@ class Clock:
 
 
 def generated(model: PreTrainedModel, prompt: int, tokens: int) -> Clock:
-    """When the prompt was handed over and each of `tokens` tokens came."""
+    """Generate `tokens` tokens; the clock has the time of the prompt and of each token."""
     clock = Clock()
     ids = 10 + torch.arange(prompt)[None] % 1000
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "streamer": clock}
@@ -99,7 +103,7 @@ def generated(model: PreTrainedModel, prompt: int, tokens: int) -> Clock:
 
 
 def ours(name: str, model: PreTrainedModel, bits: float) -> Contender:
-    """A transformers model; the first token after the prompt belongs to the prompt."""
+    """A transformers model as a contender; the first token counts towards the time of the prompt."""
 
     def decode(threads: int) -> Seconds:
         torch.set_num_threads(threads)
@@ -113,7 +117,7 @@ def ours(name: str, model: PreTrainedModel, bits: float) -> Contender:
 
 
 def llama(model: Path, process: subprocess.Popen[str]) -> Contender:
-    """llama.cpp, in a process of its own."""
+    """llama.cpp as a contender; it runs in the separate process `process`."""
 
     def ask(request: str) -> Seconds:
         assert process.stdin and process.stdout
@@ -129,7 +133,7 @@ def llama(model: Path, process: subprocess.Popen[str]) -> Contender:
 
 
 def artifacts(demo: Path) -> Iterator[Contender]:
-    """The demo's artifact, and the same matrices with other formats of the embedding."""
+    """The demo's artifact, and artifacts with the same matrices but other formats of the embedding."""
     plan = read_record(demo / "plan.json", Plan, "plan")
     model, _ = reallm.load(demo / "out", verify=False)
     yield ours(f"reallm {plan.bits_per_weight:.2f} bits", model, plan.bits_per_weight)
@@ -144,19 +148,19 @@ def artifacts(demo: Path) -> Iterator[Contender]:
 
 
 def torch_models(demo: Path) -> Iterator[Contender]:
-    """The model as it was, in the two dtypes torch is used in."""
+    """The uncompressed model in bfloat16 and float32."""
     for name, dtype in ((BASE, torch.bfloat16), ("torch float32", torch.float32)):
         yield ours(name, load_model(demo / MODEL_FILE, dtype=dtype).model, 8.0 * dtype.itemsize)
 
 
 def race(contenders: list[Contender], rounds: int, console: Console) -> None:
-    """All contenders in turn, `rounds` times, after one round that does not count."""
+    """Time all contenders in turn, `rounds` times, after one warm-up round."""
     for turn in range(rounds + 1):
         for threads in THREADS:
             for each in contenders:
                 for what, run in (("decode", each.decode), ("prefill", each.prefill)):
                     if what == "prefill" and turn != 1 and each.name.startswith("torch"):
-                        continue  # several times longer than everything else
+                        continue  # takes several times longer than everything else
                     taken = run(threads)
                     if turn:
                         each.seconds.setdefault((what, threads), []).append(taken)
@@ -164,15 +168,15 @@ def race(contenders: list[Contender], rounds: int, console: Console) -> None:
 
 
 def rows(contenders: list[Contender], versions: dict[str, str]) -> Iterator[Figure]:
-    """Each of ours beside each peer, in tokens a second: more is better."""
+    """Each of ours beside each peer, in tokens per second: more is better."""
     mine = [each for each in contenders if each.name.startswith("reallm")]
     for what, threads in ((what, threads) for what in ("decode", "prefill") for threads in MEASURES):
-        for own in mine:
+        for contender in mine:
             for peer in contenders:
                 if peer not in mine:
-                    a, b = own.rate(what, threads), peer.rate(what, threads)
+                    a, b = contender.rate(what, threads), peer.rate(what, threads)
                     tokens = f"{DECODED} tokens after {PROMPT}" if what == "decode" else f"{PREFILL} tokens of prompt"
-                    figure = f"{what}, {tokens}, {MEASURES[threads]}: {own.name}"
+                    figure = f"{what}, {tokens}, {MEASURES[threads]}: {contender.name}"
                     yield Figure(figure, "tokens/s", a, peer.name, b, a / b, versions, machine())
 
 
@@ -188,8 +192,8 @@ def main() -> None:
         contenders = [*artifacts(demo), *torch_models(demo), llama(demo / MODEL_FILE, process)]
         race(contenders, int(os.environ.get("ROUNDS") or 7), console)
         process.stdin.close()
-    found = list(rows(contenders, versions))
-    write_text_atomic(RESULTS, canonical_json([asdict(row) for row in found]))
+    figures = list(rows(contenders, versions))
+    write_text_atomic(RESULTS, canonical_json([asdict(row) for row in figures]))
     lines = [
         [each.name, f"{each.bits:.2f}", *(f"{each.rate(w, t):.1f}" for w in ("decode", "prefill") for t in MEASURES)]
         for each in contenders

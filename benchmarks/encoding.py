@@ -1,10 +1,10 @@
-"""Speed of the trellis encoder: thread seconds for all decoder linears of the model, one bit-width.
+"""Speed of the trellis encoder: thread seconds for all decoder linears of the model at two bits per weight.
 
     make bench NAME=encoding [MODEL=...] [TEXT=calibration] [TEST=held-out]
 
-After NAME=quality, whose statistics it uses. "search" is the Viterbi search alone on normal weights in the model's
-shapes; "encoder" all of `codecs.encode`: rotation, factorisations, feedback, search, scales, packing; "next rate" the
-same for a further candidate of a matrix, which finds rotations and factorisations made. One thread.
+Run after NAME=quality; it uses that benchmark's statistics. "search" is the Viterbi search alone, on normal weights in
+the model's shapes; "encoder" is all of `codecs.encode`: rotation, factorisations, feedback, search, scales, packing;
+"next rate" is the same for a further candidate of a matrix, which reuses rotations and factorisations. One thread.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from reallm.system.threads import one_thread
 
 RESULTS = ROOT / "benchmarks" / "results" / "encoding.json"
 TARGETS = {10: 60.0, 12: 180.0}
-"""State bits -> thread seconds that the whole model may take."""
+"""State bits -> target of the thread seconds for the whole model."""
 WIDTH = 4
-"""Half bits a weight: two bits."""
+"""Bits per weight in units of half a bit: two bits."""
 SHARE = 5
 """Every fifth block is encoded and its time counted five times."""
 
 
 def search_seconds(matrices: list[Matrix], state_bits: int) -> float:
-    """Thread seconds of the search alone."""
+    """Thread seconds of the search alone, for `matrices`."""
     generator, total = torch.Generator().manual_seed(0), 0.0
     for matrix in matrices:
         rows, blocks = -(-matrix.rows // TILE) * TILE, -(-matrix.cols // TILE)
@@ -56,7 +56,7 @@ def search_seconds(matrices: list[Matrix], state_bits: int) -> float:
 
 
 def encoder_seconds(bench: Bench, matrices: list[Matrix], state_bits: int) -> tuple[float, float]:
-    """Thread seconds of encoding once, and of encoding once more with the same workspace."""
+    """Thread seconds of encoding `matrices` once, and of encoding them again with the same workspace."""
     table = read_record(bench.work / TABLE_FILE, MeasuredTable, "measure")
     job = Job.at(bench.work, str(table.settings["identity"]), 0)
     fmt, first, again = Format.parse(f"tq{WIDTH / 2:g}-l{state_bits}+ldl2+rot"), 0.0, 0.0

@@ -1,21 +1,21 @@
-"""Fine-tuning: artifacts before and after it, its stages, and what the presets for fine-tuning reach at equal bytes.
+"""Fine-tuning: artifacts before and after it, its stages, and the published methods for fine-tuning at equal bytes.
 
     make bench NAME=finetune [MODEL=...] [TEXT=training] [TEST=held-out] [PARTS=2.0,stages] [STEPS=40]
 
 The measured folder is calibrated on SAMPLES windows of the training text. PARTS are
 
-- 2.0, 2.5, 3.0  bits per weight: the planner's mix and the default recipe, not a byte more, beside the mix untouched;
-                 its seconds and its peak memory
-- stages         at 2.0 bits: the default recipe, end to end alone, beside other stages, orders and fewer steps
-- qlora, loftq, lq-lora   the preset's format with its own start, its factors trained STEPS steps, beside the planner's
-                 mix in no more bytes, its scales and norms trained as many
-- inits          at 2.5 bits with factors of rank 8: where they start, after STEPS steps
-- codebooks      additive codes everywhere: their codebooks trained as well, beside scales and norms alone, STEPS steps
+- 2.0, 2.5, 3.0  bits per weight: the planner's mix after the default recipe, which does not change the size, compared
+                 with the mix before it; its time and its peak memory
+- stages         at 2.0 bits: the default recipe, end to end alone, compared with other stages, orders and fewer steps
+- qlora, loftq, lq-lora   the preset's format and initialisation with its factors trained for STEPS steps, compared with
+                 the planner's mix in at most as many bytes, with scales and norms trained for as many steps
+- inits          at 2.5 bits with factors of rank 8: initialisations of the factors, after STEPS steps
+- codebooks      additive codes everywhere: codebooks, scales and norms trained, or scales and norms alone, STEPS steps
 - adapters       at 2.5 bits, an adapter of rank 8 in fp16 beside the artifact: LoRA and DoRA, after STEPS steps
-- planning       at the bytes of one format everywhere: that format, and the mix that the plain relative error gives,
-                 beside the mix that the Fisher information gives, all with scales and norms trained STEPS steps
+- planning       at the bytes of one format everywhere: that format, and the mix planned with the relative error,
+                 compared with the mix planned with the default cost; scales and norms trained STEPS steps in all
 
-Every run is the command `reallm finetune` in a process of its own. Rows of some PARTS join those of an earlier run.
+Every run is the command `reallm finetune` in a separate process. With PARTS, rows of the other parts stay as they were.
 """
 
 from __future__ import annotations
@@ -49,22 +49,21 @@ from benchmarks.bench import (
 )
 from benchmarks.peers import ROOT
 from reallm.artifacts.peft_files import WEIGHTS_FILE
-from reallm.artifacts.verify import read_plan
 from reallm.compilation.compile import compile_plan
 from reallm.measurement.cache import content_key
 from reallm.planner.results.uniform import uniform_plan
-from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.plan import Plan, read_plan
 from reallm.planner.tables.records import write_record
 from reallm.runtime.load import load
 
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
 STEPS = os.environ.get("STEPS") or "40"
 SAMPLES = 64
-"""Windows of calibration, the default of `measure`; NAME=quality takes as few as its peers."""
+"""Calibration windows, the default of `measure`; NAME=quality uses as few as its peers."""
 NOTHING_GAINED = "nothing is written: try a smaller --learning-rate"
-"""What the command says of a run that brought nothing: the artifact as it was is its result."""
+"""Part of the command's message when training did not help; the result is then the artifact as it was."""
 FREE = {"train": "scales,norms"}
-"""Not a byte more."""
+"""Options that do not change the size of the artifact."""
 ONE_STAGE = FREE | {"order": "end-to-end", "steps": STEPS, "patience": "0"}
 FACTORS = ONE_STAGE | {"train": "factors"}
 Options = Mapping[str, str]
@@ -72,14 +71,14 @@ Options = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A name, and the options of `reallm finetune`; a flag's value is empty."""
+    """A name, and options of `reallm finetune` by name; the value of a flag is empty."""
 
     name: str
     options: Options
 
 
 CHOSEN = {"2.0": "160", "2.5": "60", "3.0": "60"}
-"""The steps that the default takes by itself at these bits."""
+"""Bits per weight -> the number of steps that the default recipe chooses."""
 STAGES = {
     "end to end, 60 steps": "end-to-end",
     "new codes, then end to end, 60 steps": "codes,end-to-end",
@@ -92,30 +91,30 @@ PRESETS = {
     "loftq": ("nf2-g64-dq8x256", {"rank": "16", "factor-dtype": "f16", "init": "loftq"}),
     "lq-lora": ("nf3-g64-dq8x256", {"rank": "16", "factor-dtype": "f16", "init": "lq-lora"}),
 }
-MOST_BITS = {"lq-lora": 3.9, "qlora": 4.9}
-"""Of the presets; no other part has more than three."""
+MAX_BITS = {"lq-lora": 3.9, "qlora": 4.9}
+"""Bits per weight that these parts need; all others need at most three."""
 UNPLANNED = ("codebooks",)
-"""Parts that need no mix."""
+"""Parts that do not use the planner's mix."""
 INITS = ("zero", "loftq")
 UNIFORM = "tq2-l12+ldl2+rot"
 ADDITIVE = "aq2x8-d8"
 
 
 def of_order(name: str, order: str, steps: str = "60") -> Recipe:
-    """The default recipe with these stages; written out, so that no result of other defaults is taken for it."""
+    """The default recipe with the stages `order`; all options are explicit, so that the cache survives new defaults."""
     return Recipe(name, FREE | {"order": order, "steps": steps})
 
 
 def default(bits: str) -> Recipe:
-    """The default recipe, as it comes out at so many bits."""
+    """The default recipe at `bits` per weight, with explicit options."""
     return of_order("reallm, default recipe", "end-to-end", CHOSEN[bits])
 
 
 def tuned(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
-    """The artifact of a plan after fine-tuning, kept under the hash of its choices and the options."""
+    """The result of a plan after fine-tuning, cached under the hash of the plan's choices and the options."""
     choices = [choice.model_dump(mode="json") for choice in chosen.choices]
     key = content_key({"choices": choices, "options": dict(recipe.options)})
-    return bench.kept(f"{recipe.name} {key[:12]}", partial(_tune, bench, recipe, chosen))
+    return bench.cached(f"{recipe.name} {key[:12]}", partial(_tune, bench, recipe, chosen))
 
 
 def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
@@ -123,46 +122,51 @@ def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
         plan_path, before, after = (Path(folder) / part for part in ("plan.json", "before", "after"))
         write_record(plan_path, chosen)
         compile_plan(plan_path, before, model=bench.base, kernels=False)
-        given: dict[str, str] = {"text": bench.text, "teacher": str(bench.base_folder), "work": str(bench.work)}
-        pairs = (given | dict(recipe.options)).items()
+        paths: dict[str, str] = {"text": bench.text, "teacher": str(bench.base_folder), "work": str(bench.work)}
+        pairs = (paths | dict(recipe.options)).items()
         options = [word for name, value in pairs for word in (f"--{name}", value) if word]
         command = [sys.executable, "-m", "reallm", "finetune", str(before), "-o", str(after), "--no-kernels", *options]
         began = time.monotonic()
         process = subprocess.Popen(command, stderr=subprocess.PIPE)
-        said = _echoed(process)
+        messages = _echoed(process)
         _, status, used = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
-        if status and NOTHING_GAINED in said:
+        if status and NOTHING_GAINED in messages:
             after = before
         elif status:
             raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
         adapter = after if "adapter" in recipe.options and after != before else None
         artifact = before if adapter else after
-        found, bits = bench.compare(load(artifact, dtype=torch.float32, adapter=adapter)[0]), chosen.bits_per_weight
+        comparison, bits = (
+            bench.compare(load(artifact, dtype=torch.float32, adapter=adapter)[0]),
+            chosen.bits_per_weight,
+        )
         if adapter:
             weights = sum(choice.rows * choice.cols for choice in chosen.choices)
             bits += 8 * (adapter / WEIGHTS_FILE).stat().st_size / weights
         else:
             bits = read_plan(artifact).bits_per_weight
-    assert found.divergence is not None
-    result = Measured(recipe.name, bits, found.divergence.mean, found.perplexity, {"torch": torch.__version__})
+    assert comparison.divergence is not None
+    result = Measured(
+        recipe.name, bits, comparison.divergence.mean, comparison.perplexity, {"torch": torch.__version__}
+    )
     processor = used.ru_utime + used.ru_stime
     return replace(result, seconds=seconds, processor_seconds=processor, peak_rss_bytes=used.ru_maxrss * 1024)
 
 
 def _echoed(process: subprocess.Popen[bytes]) -> str:
-    """What `process` writes to its stderr, passed on as it comes; the end of it."""
+    """Pass the stderr of `process` on as it comes; returns its last 4 KiB."""
     assert process.stderr is not None
     end = b""
-    while some := os.read(process.stderr.fileno(), 1 << 16):
-        sys.stderr.buffer.write(some)
+    while chunk := os.read(process.stderr.fileno(), 1 << 16):
+        sys.stderr.buffer.write(chunk)
         sys.stderr.flush()
-        end = (end + some)[-4096:]
+        end = (end + chunk)[-4096:]
     return end.decode(errors="replace")
 
 
 def costs(result: Measured, bits: str, weights: int) -> Iterator[Row]:
-    """Rows of what a run took: its time beside the 20 minutes asked for, its memory beside the float32 `weights`."""
+    """Rows on the cost of a run: its time beside the target of 20 minutes, its memory beside `weights` in float32."""
     assert result.seconds is not None and result.processor_seconds is not None and result.peak_rss_bytes is not None
     for figure, unit, ours, name, peer in (
         ("wall time", "s", result.seconds, "asked for", 1200.0),
@@ -186,7 +190,7 @@ def costs(result: Measured, bits: str, weights: int) -> Iterator[Row]:
 
 
 def budget_rows(bits: str, bench: Bench) -> Iterator[Row]:
-    """The default recipe at so many bits beside the plan untouched, and what it took."""
+    """The default recipe at `bits` per weight beside the plan without training, and what it cost."""
     chosen = mixed(bench, f"{bits}bpw")
     after = tuned(bench, default(bits), chosen)
     yield row(after, planned(bench, "reallm, not trained", chosen))
@@ -194,7 +198,7 @@ def budget_rows(bits: str, bench: Bench) -> Iterator[Row]:
 
 
 def stage_rows(bench: Bench) -> Iterator[Row]:
-    """The default recipe beside others at 2.0 bits."""
+    """The default recipe beside other stages at 2.0 bits."""
     chosen = mixed(bench, "2.0bpw")
     ours = tuned(bench, default("2.0"), chosen)
     for name, order in STAGES.items():
@@ -202,7 +206,7 @@ def stage_rows(bench: Bench) -> Iterator[Row]:
 
 
 def preset_rows(name: str, bench: Bench) -> Iterator[Row]:
-    """The mix beside a preset, both trained."""
+    """The planner's mix beside a preset, both trained."""
     fmt, start = PRESETS[name]
     table = measure_formats(bench, "finetune", [fmt])
     recipe = Recipe(f"{name} {fmt}, rank 16, {STEPS} steps", FACTORS | start)
@@ -211,7 +215,7 @@ def preset_rows(name: str, bench: Bench) -> Iterator[Row]:
 
 
 def init_rows(bench: Bench) -> Iterator[Row]:
-    """Starts of new factors."""
+    """Initialisations of new factors."""
     chosen = mixed(bench, "2.5bpw")
     ours = tuned(bench, Recipe(f"factors from lq-lora, {STEPS} steps", FACTORS | {"rank": "8"}), chosen)
     for init in INITS:
@@ -220,7 +224,7 @@ def init_rows(bench: Bench) -> Iterator[Row]:
 
 
 def codebook_rows(bench: Bench) -> Iterator[Row]:
-    """With and without the values of the codebooks."""
+    """With and without training of the codebooks."""
     table = measure_formats(bench, "finetune", [ADDITIVE])
     chosen = uniform_plan(table, ADDITIVE, work=str(bench.work))
     options = ONE_STAGE | {"train": "codebooks,scales,norms"}
@@ -231,14 +235,14 @@ def codebook_rows(bench: Bench) -> Iterator[Row]:
 
 
 def adapter_rows(bench: Bench) -> Iterator[Row]:
-    """LoRA and DoRA."""
+    """A LoRA adapter beside a DoRA adapter."""
     chosen, options = mixed(bench, "2.5bpw"), {"adapter": "", "rank": "8", "steps": STEPS, "patience": "0"}
     lora = tuned(bench, Recipe(f"LoRA adapter, {STEPS} steps", options), chosen)
     yield row(lora, tuned(bench, Recipe(f"DoRA adapter, {STEPS} steps", options | {"dora": ""}), chosen))
 
 
 def planning_rows(bench: Bench) -> Iterator[Row]:
-    """With and without the planner, and the Fisher information in it."""
+    """The planner's mix beside one format everywhere, and beside a mix planned with the relative error."""
     table = measure_formats(bench, "finetune", [UNIFORM])
     uniform = uniform_plan(table, UNIFORM, work=str(bench.work))
     budget = f"{uniform.bits_per_weight + ROUNDING:.9f}bpw"
@@ -269,9 +273,9 @@ def main() -> None:
     """Plan, fine-tune, evaluate, write and print."""
     console = Console()
     bench = bench_from_environment(console, SAMPLES)
-    if of_mixes := [MOST_BITS.get(part, 3.0) for part in wanted_parts() if part not in UNPLANNED]:
-        measure_formats(bench, "finetune", candidates(), bpw=(2.0, max(of_mixes)))
-    rows = (found for part in wanted_parts() for found in PARTS[part](bench))
+    if mix_bits := [MAX_BITS.get(part, 3.0) for part in wanted_parts() if part not in UNPLANNED]:
+        measure_formats(bench, "finetune", candidates(), bpw=(2.0, max(mix_bits)))
+    rows = (row for part in wanted_parts() for row in PARTS[part](bench))
     report("finetune", rows, RESULTS, console, keep=bool(os.environ.get("PARTS")))
 
 

@@ -1,11 +1,11 @@
-"""Tokens a second on the GPU that is here: packed matrices beside bf16 ones, by the recorded step and by transformers.
+"""Tokens per second on this machine's GPU: packed matrices beside bf16, with the recorded step and transformers' loop.
 
     make bench NAME=gpu_decode [MODELS=SmolLM2-135M,LLaMA-3-8B]
 
-The models have the shapes of those named and random weights, which take as long as any: no hub is asked. All decoder
-linears are in one format, embedding and head in bf16. A contender reads PROMPT tokens and takes the likeliest next
-DECODED times, by `generate`; the time of a short text is taken off. Peers: torch in bf16 by transformers' own loop, and
-by our recorded step, which leaves nothing but the products to differ.
+The models have the shapes of MODELS and random weights, which take as long as trained ones; nothing is downloaded. All
+decoder linears are in one format, embedding and head in bf16. A contender reads PROMPT tokens and decodes DECODED
+tokens greedily with `generate`; the time of a short text is subtracted. Peers: torch in bf16 with transformers' own
+loop, and with our recorded step, so that only the products differ.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ LLAMA3 = LlamaConfig(
 )  # fmt: skip
 MODELS = {"SmolLM2-135M": SMOLLM2, "LLaMA-3-8B": LLAMA3}
 FORMATS = ("", "tq4-l12+ldl2+rot", "tq3-l12+ldl2+rot", "tq2-l12+ldl2+rot", "uint4-g64", "uint3-g64")
-"""Of the decoder linears; "" is bf16."""
+"""Formats of the decoder linears; "" is bf16."""
 FAMILIES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
 FAMILIES += ("mlp.up_proj", "mlp.down_proj")
 
 
 def random_model(config: LlamaConfig, fmt: str) -> PreTrainedModel:
-    """A model in bf16 on the GPU whose decoder linears are random codes of `fmt`, or bf16 where it is ""."""
+    """A model in bf16 on the GPU whose decoder linears hold random codes of `fmt`, or random bf16 values for ""."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         if fmt:
@@ -73,7 +73,7 @@ def random_model(config: LlamaConfig, fmt: str) -> PreTrainedModel:
 
 
 def seconds(model: PreTrainedModel, prompt: int, tokens: int, own_loop: bool) -> float:
-    """Of generating `tokens` tokens after a prompt: the median of ROUNDS, after one that does not count."""
+    """Seconds of generating `tokens` tokens after a prompt: the median of ROUNDS rounds after a warm-up."""
     ids = 10 + torch.arange(prompt, device="cuda")[None] % 1000
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "max_new_tokens": tokens}
     taken = []
@@ -89,7 +89,7 @@ def seconds(model: PreTrainedModel, prompt: int, tokens: int, own_loop: bool) ->
 
 
 def rates(model: PreTrainedModel, own_loop: bool) -> tuple[float, float]:
-    """(decoded tokens a second, tokens of a prompt a second)."""
+    """(decoded tokens per second, prompt tokens per second)."""
     if own_loop:
         use_step(model).ready().reserve(PREFILL + DECODED)  # one recording for all texts
     long, short = (seconds(model, PROMPT, count, own_loop) for count in (DECODED + SHORT, SHORT))
@@ -97,7 +97,7 @@ def rates(model: PreTrainedModel, own_loop: bool) -> tuple[float, float]:
 
 
 def race(name: str) -> Iterator[tuple[str, float, float]]:
-    """(contender, decoded and prompt tokens a second) of one model."""
+    """(contender, decoded and prompt tokens per second) for one model."""
     for fmt in FORMATS:
         model = random_model(MODELS[name], fmt)
         yield f"reallm {fmt}" if fmt else "torch bf16, our step", *rates(model, own_loop=True)
@@ -112,22 +112,22 @@ def main() -> None:
     done: list[Figure] = []
     versions = {"reallm": version("reallm"), "triton": version("triton"), "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
-    place = f"{machine()}, {torch.cuda.get_device_name()}"
+    hardware = f"{machine()}, {torch.cuda.get_device_name()}"
     for name in (os.environ.get("MODELS") or ",".join(MODELS)).split(","):
-        found = []
+        results = []
         for contender, *speeds in race(name):
-            found.append((contender, speeds))
+            results.append((contender, speeds))
             print(name, contender, [round(speed, 1) for speed in speeds], flush=True)
-        peers = [row for row in found if not row[0].startswith("reallm")]
-        for contender, speeds in found:
+        peers = [row for row in results if not row[0].startswith("reallm")]
+        for contender, speeds in results:
             for peer, others in peers if contender.startswith("reallm") else ():
                 for what, speed, other in zip(("decode", "prompt of 512"), speeds, others, strict=True):
                     figure = f"{name}, {what}: {contender}"
-                    done.append(Figure(figure, "tokens/s", speed, peer, other, speed / other, versions, place))
+                    done.append(Figure(figure, "tokens/s", speed, peer, other, speed / other, versions, hardware))
         write_text_atomic(RESULTS, canonical_json([asdict(row) for row in done]))
     lines = [[r.figure, f"{r.ours:.1f}", r.peer_name, f"{r.peer:.1f}", f"{r.ratio:.2f}"] for r in done]
     Console(width=160).print(
-        columns_table(f"tokens a second on {place}", ("", "ours", "beside", "its", "ratio"), lines)
+        columns_table(f"tokens a second on {hardware}", ("", "ours", "beside", "its", "ratio"), lines)
     )
 
 

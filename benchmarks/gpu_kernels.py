@@ -1,8 +1,8 @@
-"""Products on the GPU that is here, in microseconds, beside torch's, gemlite's and AQLM's: what `triton_kernels` prints
-where there is one.
+"""Products on this machine's GPU in microseconds, beside torch, gemlite and AQLM; `triton_kernels` runs it on a GPU.
 
-Every product is the whole of it: x' of a rotated format, codes, and what finishes them, from x in bf16 to y in bf16.
-Inputs go round so that they come from memory, and launches are recorded and replayed (`gpu_timing`). Codes are random.
+Every time is of the full product from x in bf16 to y in bf16: for a rotated format it includes the kernels that prepare
+x and finish y. Inputs change from call to call, so that they come from memory, and launches are recorded and replayed
+(`gpu_timing`). Codes are random.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import torch
 from benchmarks.bench import Figure, machine
 from benchmarks.gpu_timing import microseconds, sets_for
 from benchmarks.peers import PYTHON, ROOT
+from reallm.codegen.launch.bindings import input_cache
 from reallm.codegen.launch.derived_tensors import Derived, derive
-from reallm.codegen.launch.launch import input_cache, multiply
+from reallm.codegen.launch.launch import multiply
 from reallm.kernels.codes.packing import pack_codes
 from reallm.kernels.formats.codecs import TrellisCodec
 from reallm.kernels.formats.formats import Format
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
-"""Of LLaMA-3-8B."""
+"""Matrices of LLaMA-3-8B, [rows, cols]."""
 FORMATS = {
     "tq2-l12+ldl2+rot": "gemlite 2 bits",
     "tq3-l12+ldl2+rot": "",
@@ -44,17 +45,17 @@ FORMATS = {
     "e8p2+ldl+rot": "gemlite 2 bits",
     "km3": "",
 }
-"""Format -> the peer with as many bits."""
+"""Format -> the peer with as many bits; "" where there is none."""
 PEER_SHAPES = 1
-"""As many of them: gemlite tunes itself for each."""
+"""The peers run on this many of SHAPES: gemlite tunes itself for each."""
 MANY = (64, 512)
 MANY_FORMATS = ("tq3-l12+ldl2+rot", "uint4-g64", "lm3-g64", "aq2x8-d8")
 SCALE_BYTE = 0x1C
-"""Of all stored floats: 0.004 in half precision."""
+"""Every byte of the stored floats: 0.004 in half precision."""
 
 
 def random_fields(fmt: Format, rows: int, cols: int) -> dict[str, torch.Tensor]:
-    """Random codes of a matrix on the GPU, one rate for all blocks of a trellis, small scales."""
+    """Random codes of a matrix on the GPU, with small scales and one rate for all blocks of a trellis."""
     fields = {}
     for field in fmt.fields(rows, cols):
         if field.dtype[0] == "u":
@@ -68,10 +69,10 @@ def random_fields(fmt: Format, rows: int, cols: int) -> dict[str, torch.Tensor]:
 
 
 def ours(fmt: Format, rows: int, cols: int, count: int) -> float:
-    """Microseconds of a product of ours with `count` rows of x."""
+    """Microseconds of our product with `count` rows of x."""
 
     def product(fields: dict[str, torch.Tensor], derived: Derived, x: torch.Tensor) -> None:
-        input_cache(x).clear()  # x' is made for every product
+        input_cache(x).clear()  # so that every product computes x'
         multiply(fmt, fields, x, rows, cols, derived=derived)
 
     calls: list[Callable[[], object]] = []
@@ -83,21 +84,21 @@ def ours(fmt: Format, rows: int, cols: int, count: int) -> float:
 
 
 def dense(rows: int, cols: int, count: int) -> float:
-    """Microseconds of torch's product in bf16."""
+    """Microseconds of torch's product in bf16 with `count` rows of x."""
     x = torch.randn(count, cols, device="cuda", dtype=torch.bfloat16)
     weights = [torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) for _ in range(sets_for(2 * rows * cols))]
     return microseconds([partial(torch.nn.functional.linear, x, weight) for weight in weights])
 
 
 def bandwidth() -> float:
-    """Bytes a second of a copy inside the GPU's memory, read and written."""
+    """Bytes per second, read and written, of a copy inside the GPU's memory."""
     source = torch.randint(0, 256, (1 << 30,), dtype=torch.uint8, device="cuda")
     goal = torch.empty_like(source)
     return 2 * source.numel() / microseconds([lambda: goal.copy_(source)] * 2) * 1e6
 
 
 def peers() -> dict[tuple[str, tuple[int, int]], tuple[float, dict[str, str]]]:
-    """(peer, shape) -> its microseconds and versions, from a process in the peers' environment."""
+    """(peer, shape) -> microseconds and versions, from a process in the peers' environment."""
     python = os.environ.get("PEER_PYTHON") or str(PYTHON)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "peers.json")
@@ -110,8 +111,8 @@ def peers() -> dict[tuple[str, tuple[int, int]], tuple[float, dict[str, str]]]:
 
 
 def timed() -> Iterator[tuple[Figure, str]]:
-    """Rows of the table and a note on each."""
-    place = f"{machine()}, {torch.cuda.get_device_name()}"
+    """Rows of the table, each with a note."""
+    hardware = f"{machine()}, {torch.cuda.get_device_name()}"
     versions = {"reallm": version("reallm"), "triton": version("triton"), "torch": torch.__version__}
     copied, theirs = bandwidth(), peers()
     print(f"memory copies {copied / 1e12:.2f} TB/s", file=sys.stderr)
@@ -124,14 +125,14 @@ def timed() -> Iterator[tuple[Figure, str]]:
             bits = fmt.nbytes(rows, cols) * 8 / (rows * cols)
             note = f"{bits:.2f} bits; {taken / floor:.1f} x a copy's time for its bytes"
             figure = f"{name} of {rows} x {cols}, one row of x"
-            yield Figure(figure, "us", taken, "torch bf16", base, taken / base, versions, place), note
+            yield Figure(figure, "us", taken, "torch bf16", base, taken / base, versions, hardware), note
             if (peer, (rows, cols)) in theirs:
                 value, peer_versions = theirs[peer, (rows, cols)]
-                yield Figure(figure, "us", taken, peer, value, taken / value, versions | peer_versions, place), note
+                yield Figure(figure, "us", taken, peer, value, taken / value, versions | peer_versions, hardware), note
     rows, cols = SHAPES[0]
     for count in MANY:
         base = dense(rows, cols, count)
         for name in MANY_FORMATS:
             taken = ours(Format.parse(name), rows, cols, count)
             figure = f"{name} of {rows} x {cols}, {count} rows of x"
-            yield Figure(figure, "us", taken, "torch bf16", base, taken / base, versions, place), ""
+            yield Figure(figure, "us", taken, "torch bf16", base, taken / base, versions, hardware), ""

@@ -1,4 +1,4 @@
-"""Timing of short calls on a GPU: recorded as a CUDA graph over inputs that exceed its caches, and replayed."""
+"""Timing of short calls on a GPU: a CUDA graph over inputs larger than the caches is recorded and replayed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 BYTES = 160e6
-"""Of all inputs of one recording: three times the cache of an H100."""
-MOST_SETS, ROUNDS, TURNS = 64, 15, 2
+"""Bytes of all inputs of one recording: three times the cache of an H100."""
+MAX_SETS, ROUNDS, TURNS = 64, 15, 2
 
 
 def sets_for(nbytes: int) -> int:
-    """How many inputs of so many bytes to go through in turn."""
-    return max(2, min(MOST_SETS, int(BYTES / nbytes) + 1))
+    """The number of different inputs of `nbytes` to use in turn."""
+    return max(2, min(MAX_SETS, int(BYTES / nbytes) + 1))
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Microseconds of a call: the median of ROUNDS replays of all calls, TURNS times each, over their number."""
+    """Microseconds per call: the median over ROUNDS replays, each of all calls TURNS times."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,13 +1,13 @@
-"""The native CPU kernels beside torch, aten's int4 and tables of partial dots as AQLM's CPU kernel has them.
+"""The native CPU kernels compared with torch, aten's int4 kernel, and partial-dot tables as in AQLM's CPU kernel.
 
     make bench NAME=kernels [THREADS=1,2]
 
 One row of x times a matrix, at the shapes of SmolLM2-135M's linears and at 4096 x 4096, in processor time of the
-calling thread: with two threads it computes its share and waits for the rest, so its time is that of the product. Each
-product is timed ROUNDS times, all methods and shapes in turn, and the fastest is kept: whoever else uses the processor
-slows a round, and what computes more than what waits for memory, so that a median tells of the neighbours. Matrices are
-random; those of a trellis have the same width in all blocks. AQLM's kernel (peer_numba.py) runs in the peers'
-environment, one thread, for aq2x8-d8.
+calling thread; with two threads this thread computes its share and waits for the rest, so its time is that of the
+product. Each product is timed ROUNDS times, all methods and shapes in turn, and the fastest time counts: other work on
+the processor slows some rounds, and slows computation more than waiting for memory, so a median would depend on it.
+Matrices are random; those of a trellis have the same width in all blocks. AQLM's kernel (peer_numba.py) runs in the
+peers' environment, on one thread, for aq2x8-d8.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from benchmarks.bench import Figure, machine
 from benchmarks.peers import PYTHON, ROOT
 from reallm.cli.tables import columns_table
 from reallm.kernels.codes.packing import pack_codes, pad
-from reallm.kernels.formats.codecs import Field, TrellisCodec
+from reallm.kernels.formats.codecs import TrellisCodec
+from reallm.kernels.formats.fields import Field
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.runtime.cpu import NativeMatrix, native_matrix
@@ -51,7 +52,7 @@ Timer = Callable[[], float]
 
 @dataclass(frozen=True)
 class Row(Figure):
-    """Nanoseconds per 1000 weights, and what they come to."""
+    """Nanoseconds per 1000 weights, and the rates in weights per second."""
 
     threads: int
     weights_per_second: float
@@ -59,7 +60,7 @@ class Row(Figure):
 
 
 def timer(product: Callable[[], object]) -> Timer:
-    """Times `product`, as often as ROUND_SECONDS allow."""
+    """A timer of `product`, averaged over as many calls as fit into ROUND_SECONDS."""
     product()
     began, count = time.thread_time(), 0
     while time.thread_time() - began < ROUND_SECONDS:
@@ -84,7 +85,7 @@ def _field(field: Field, codec: object, rng: np.random.Generator) -> Tensor:
 
 
 def our_matrix(name: str, rows: int, cols: int) -> NativeMatrix:
-    """A random matrix. Raises RuntimeError where it has no kernel."""
+    """A random matrix in the format `name`. Raises RuntimeError where it has no native kernel."""
     fmt, rng = Format.parse(name), np.random.default_rng(0)
     fields = {field.name: _field(field, fmt.codec, rng) for field in fmt.fields(rows, cols)}
     matrix = native_matrix(fmt, fields, rows, cols)
@@ -94,7 +95,7 @@ def our_matrix(name: str, rows: int, cols: int) -> NativeMatrix:
 
 
 def aten_int4(rows: int, cols: int) -> Timer | None:
-    """aten's kernel for groups of INT4_GROUP, or None where this torch has none."""
+    """Timer of aten's int4 kernel for groups of INT4_GROUP; None where this torch does not have it."""
     operations = torch.ops.aten
     if not hasattr(operations, "_weight_int4pack_mm_for_cpu"):
         return None
@@ -106,7 +107,7 @@ def aten_int4(rows: int, cols: int) -> Timer | None:
 
 
 class NumbaPeer(AbstractContextManager["NumbaPeer"]):
-    """peer_numba.py in a process of its own: asked for a shape, it answers with the seconds of one product."""
+    """peer_numba.py in a separate process: for each shape written to it, it answers with the seconds of one product."""
 
     def __init__(self) -> None:
         command = [str(PYTHON), str(ROOT / "benchmarks" / "peer" / "peer_numba.py")]
@@ -136,7 +137,7 @@ class NumbaPeer(AbstractContextManager["NumbaPeer"]):
 
 
 def timers(rows: int, cols: int, threads: int, numba: NumbaPeer) -> tuple[dict[str, Timer], dict[str, Timer]]:
-    """Ours by format, and the peers'."""
+    """(format -> timer of ours, peer -> timer)."""
     x = torch.randn(1, cols)
     ours = {}
     for name in FORMATS:
@@ -155,55 +156,55 @@ def timers(rows: int, cols: int, threads: int, numba: NumbaPeer) -> tuple[dict[s
 
 
 Key = tuple[tuple[int, int], str, str]
-"""Shape, "ours" or "peer", name."""
+"""(shape, "ours" or "peer", name)."""
 
 
 def measured(threads: int, numba: NumbaPeer) -> dict[Key, float]:
-    """Nanoseconds of 1000 weights, the fastest of ROUNDS."""
+    """Nanoseconds per 1000 weights, the fastest of ROUNDS."""
     torch.set_num_threads(threads)
-    every: dict[Key, Timer] = {}
+    all_timers: dict[Key, Timer] = {}
     for shape in SHAPES:
-        for side, found in zip(("ours", "peer"), timers(*shape, threads, numba), strict=True):
-            every |= {(shape, side, name): once for name, once in found.items()}
-    best = dict.fromkeys(every, math.inf)
+        for side, by_name in zip(("ours", "peer"), timers(*shape, threads, numba), strict=True):
+            all_timers |= {(shape, side, name): once for name, once in by_name.items()}
+    best = dict.fromkeys(all_timers, math.inf)
     for _ in range(ROUNDS):
-        for key, once in every.items():
+        for key, once in all_timers.items():
             best[key] = min(best[key], once())
     return {key: seconds / math.prod(key[0]) * 1e12 for key, seconds in best.items()}
 
 
-def rows_of(shape: tuple[int, int], threads: int, found: dict[Key, float], numba: NumbaPeer) -> Iterator[Row]:
-    """One shape: every format beside torch's bfloat16, and the others beside the format they resemble."""
+def rows_of(shape: tuple[int, int], threads: int, times: dict[Key, float], numba: NumbaPeer) -> Iterator[Row]:
+    """Rows of one shape: every format beside torch, and the other peers beside the formats they resemble."""
     versions = {"torch": torch.__version__, "numba": numba.version}
     pairs = [(name, peer) for name in FORMATS for peer in ("torch bfloat16", "torch float32")]
     pairs += [(name, "aten int4 g64") for name in ("int4-g64", "nf4-g64", "tq4-l12+rot")]
     pairs += [(NUMBA_FORMAT, "numba")]
     for name, peer_name in pairs:
-        own, peer = found[shape, "ours", name], found.get((shape, "peer", peer_name))
+        ours, peer = times[shape, "ours", name], times.get((shape, "peer", peer_name))
         yield Row(
             figure=f"{name} [{shape[0]}, {shape[1]}]",
             unit="ns per 1000 weights",
-            ours=own,
+            ours=ours,
             peer_name=peer_name,
             peer=peer,
-            ratio=own / peer if peer else None,
+            ratio=ours / peer if peer else None,
             versions=versions,
             machine=machine(),
             threads=threads,
-            weights_per_second=1e12 / own,
+            weights_per_second=1e12 / ours,
             peer_weights_per_second=1e12 / peer if peer else None,
         )
 
 
 def main() -> None:
     console = Console()
-    found: list[Row] = []
+    rows: list[Row] = []
     with torch.inference_mode(), NumbaPeer() as numba:
         for threads in map(int, os.environ.get("THREADS", "1,2").split(",")):
             times = measured(threads, numba)
             for shape in SHAPES:
-                found += rows_of(shape, threads, times, numba)
-    write_text_atomic(RESULTS, canonical_json([asdict(row) for row in found]))
+                rows += rows_of(shape, threads, times, numba)
+    write_text_atomic(RESULTS, canonical_json([asdict(row) for row in rows]))
     lines = [
         (
             row.figure,
@@ -213,7 +214,7 @@ def main() -> None:
             _billions(row),
             _ratio(row),
         )
-        for row in found
+        for row in rows
     ]
     console.print(
         columns_table(

@@ -1,9 +1,9 @@
-"""The other methods that benchmarks/quality.py measures, and how one is run.
+"""The other methods that benchmarks/quality.py measures, and how they are run.
 
-A method is a script peer/peer_<method>.py, run in the peers' own virtual environment: their packages need not agree
-with ours. All take the same arguments, MODEL BITS GROUP_SIZE WINDOWS OUTPUT, and answer as peer_output.py tells. The
-scripts have a folder of their own, as what lies beside a script is imported first: a kernels.py would hide Hugging
-Face's package of that name.
+A method is a script peer/peer_<method>.py, run in the peers' own virtual environment, whose package versions may differ
+from ours. All scripts take the arguments MODEL BITS GROUP_SIZE WINDOWS OUTPUT and write files as described in
+peer_output.py. They are in a separate folder because Python imports files beside a script first: our kernels.py would
+hide Hugging Face's package of that name.
 """
 
 from __future__ import annotations
@@ -32,17 +32,20 @@ class Peer:
 
     @property
     def name(self) -> str:
+        """Method, bits and group size, as in the results."""
         return f"{self.method} {self.bits} bits g{self.group_size}"
 
 
 @dataclass(frozen=True)
 class PeerReport:
-    """What a peer said of itself: all stored bits over the weights, wall seconds of the method, its cost, versions."""
+    """What the script of a peer reports."""
 
     bits_per_weight: float
+    """All stored bits divided by the number of weights."""
     seconds: float
+    """Wall time of the method."""
     processor_seconds: float
-    """Of the whole process, loading too; unlike wall time little moved by other work on the machine."""
+    """Processor time of the whole process, with loading; it depends less on other work on the machine."""
     peak_rss_bytes: int | None
     versions: dict[str, str]
 
@@ -64,17 +67,17 @@ PEERS = (
 
 
 def wanted_peers() -> tuple[Peer, ...]:
-    """PEERS, or those of the methods that the environment's PEERS names, such as HQQ,NF4."""
+    """PEERS, or only those whose method is in the environment variable PEERS, such as HQQ,NF4."""
     methods = os.environ.get("PEERS")
     return tuple(peer for peer in PEERS if not methods or peer.method in methods.split(","))
 
 
 def run_peer(peer: Peer, base_folder: Path, calibration: Path, output: Path) -> tuple[dict[str, Tensor], PeerReport]:
-    """The dequantised weights of `peer` by parameter name, and its report.
+    """Run `peer`; returns its dequantised weights by parameter name, and its report.
 
-    `base_folder` holds the model for transformers; `calibration` is a safetensors file with `windows`, int64
-    [n, seqlen]; `output` is emptied before and removed after. Raises CalledProcessError where the process
-    of the peer failed.
+    `base_folder` holds the model in transformers' format, `calibration` is a safetensors file with `windows`, int64
+    [n, seqlen]. `output` is a scratch folder that is emptied before and removed after. Raises CalledProcessError when
+    the peer's process fails.
     """
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)

@@ -1,9 +1,9 @@
-"""Allocation problems shaped like large models, their costs interpolated from measured ones; used by planner.py.
+"""Allocation problems shaped like large models, with costs interpolated from measured ones; used by planner.py.
 
-benchmarks/results/costs.json holds what NAME=quality measured: the bits and the cost of every format of every matrix of
-SmolLM2-135M. A matrix of role r in block b of a larger model takes the curve of the block at the same relative depth,
-read at CANDIDATES rates (log cost is nearly linear in bits), times its weights over the small one's. Formats do not lie
-on one curve: each cost is multiplied by exp(SCATTER z), SCATTER the measured spread of the formats about a fit.
+benchmarks/results/costs.json holds the bytes and the cost of every format of every matrix of SmolLM2-135M, which
+NAME=quality measured. A matrix of role r in block b of a larger model gets the curve of the block at the same relative
+depth, read at CANDIDATES rates (log cost is nearly linear in bits) and scaled by the number of weights. Real formats do
+not lie on one curve: each cost is multiplied by exp(s z), z standard normal and s the measured spread about a fit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.peers import ROOT
 from reallm.planner.solvers.knapsack import Instance
 
 COSTS = ROOT / "benchmarks" / "results" / "costs.json"
-CANDIDATES, LEAST_BITS, MOST_BITS, UNIT = 100, 1.5, 8.0, 32
+CANDIDATES, MIN_BITS, MAX_BITS, UNIT = 100, 1.5, 8.0, 32
 """Bytes are multiples of UNIT."""
 
 Shape = tuple[str, int, int]
@@ -25,7 +25,7 @@ Shape = tuple[str, int, int]
 
 
 def llama(blocks: int, hidden: int, kv: int, inner: int) -> list[list[Shape]]:
-    """Blocks of a LLaMA: `kv` rows of keys and of values, `inner` of the MLP."""
+    """The blocks of a LLaMA with `kv` rows of keys and of values and `inner` rows in the MLP."""
     attention = [("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden)]
     mlp = [("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)]
     return [attention + mlp for _ in range(blocks)]
@@ -50,20 +50,20 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Log cost a weight over bits a weight, of one matrix of the measured model."""
+    """Log of the cost per weight as a function of bits per weight, for one matrix of the measured model."""
 
     bits: tuple[float, ...]
     log_cost: tuple[float, ...]
 
     def at(self, bits: np.ndarray) -> np.ndarray:
-        """Between the measured points linear, beyond them with the slope of 2 log 2 a bit."""
+        """Log cost at `bits`: linear between the measured points, beyond them with a slope of 2 log 2 per bit."""
         inner = np.interp(bits, self.bits, self.log_cost)
         return inner - 2 * np.log(2) * np.maximum(bits - self.bits[-1], 0)
 
 
 def measured_curves() -> dict[tuple[str, int], Curve]:
     """(role, block) -> its curve."""
-    found = {}
+    curves = {}
     for name, record in json.loads(COSTS.read_text(encoding="utf-8")).items():
         points = sorted((8 * nbytes / record["numel"], cost / record["numel"]) for nbytes, cost in record["formats"])
         role, block = name.split(".")
@@ -71,12 +71,12 @@ def measured_curves() -> dict[tuple[str, int], Curve]:
         for point in points[1:]:
             if point[1] < falling[-1][1]:
                 falling.append(point)
-        found[role, int(block)] = Curve(tuple(b for b, _ in falling), tuple(float(np.log(c)) for _, c in falling))
-    return found
+        curves[role, int(block)] = Curve(tuple(b for b, _ in falling), tuple(float(np.log(c)) for _, c in falling))
+    return curves
 
 
 def scatter(curves: dict[tuple[str, int], Curve]) -> float:
-    """Median over the matrices of the deviation of log cost about a straight line."""
+    """Median over the matrices of the standard deviation of log cost about a straight line."""
     spread = []
     for curve in curves.values():
         fit = np.polyfit(curve.bits, curve.log_cost, 1)
@@ -85,14 +85,14 @@ def scatter(curves: dict[tuple[str, int], Curve]) -> float:
 
 
 def instance(model: str, seed: int = 0) -> tuple[Instance, int]:
-    """The instance and its weights in all."""
+    """The instance shaped like `model`, and its total number of weights."""
     curves, rng = measured_curves(), np.random.default_rng(seed)
     noise, depth = scatter(curves), 1 + max(block for _, block in curves)
     costs, sizes, numel = [], [], 0
     for block, shapes in enumerate(MODELS[model]):
         like = round(block * (depth - 1) / (len(MODELS[model]) - 1))
         for role, rows, cols in shapes:
-            bits = np.sort(rng.uniform(LEAST_BITS, MOST_BITS, CANDIDATES))
+            bits = np.sort(rng.uniform(MIN_BITS, MAX_BITS, CANDIDATES))
             cost = rows * cols * np.exp(curves[role, like].at(bits) + noise * rng.standard_normal(CANDIDATES))
             costs.append(cost)
             sizes.append(np.ceil(bits * rows * cols / 8 / UNIT).astype(np.int64) * UNIT)

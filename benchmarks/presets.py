@@ -1,12 +1,12 @@
-"""The presets, a published method each, beside their own packages from PyPI and beside the planner's mix.
+"""The presets, each a published method, compared with the methods' own packages and with the planner's mix.
 
     make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out] [PRESETS=gptq,qtip] [PEERS=GPTQ]
 
-After NAME=quality, whose measured folder it adds to. A preset is shown by one format everywhere, at about three bits
-(four where its package knows no other); those that have formats near two and four bits by these as well. First the
-preset ("ours") beside its package at the same codes and group; then the planner's mix ("ours") beside the preset, at
-the largest of the targets' budgets that is no more than the preset's bytes. PRESETS names some of the presets or of
-their formats, whose rows join those of the earlier run; all take hours.
+Run after NAME=quality; it adds to that benchmark's measured folder. A preset is represented by one format everywhere at
+about three bits (four where its package supports nothing else), and by formats near two and four bits where it has
+them. First the preset ("ours") is compared with its package at the same codes and group size; then the planner's mix
+("ours") with the preset, at the largest of the targets' budgets that does not exceed the preset's bytes. PRESETS
+selects presets or formats; the other rows of an earlier run stay. The full run takes hours.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ OWN_PEERS = {
     "gptq": Peer("GPTQ", 3, 64),
     "awq": Peer("AWQ", 3, 64),
 }
-"""Of the others PyPI has no quantiser: aqlm, vptq and spqr_quant only run what was made elsewhere."""
+"""PyPI has no quantiser for the others: aqlm, vptq and spqr_quant only run models that were quantised elsewhere."""
 BUDGETS = tuple(TARGETS)
 
 
 def wanted() -> list[tuple[str, str]]:
-    """(preset, format) of SHOWN, or those of them whose preset or format the environment's PRESETS names."""
+    """(preset, format) of SHOWN, or only those whose preset or format is in the environment variable PRESETS."""
     named = [name for name in os.environ.get("PRESETS", "").split(",") if name]
     shown = [(preset, fmt) for preset, formats in SHOWN.items() for fmt in formats]
     assert all(fmt in PRESETS[preset][0] for preset, fmt in shown)
@@ -57,14 +57,14 @@ def wanted() -> list[tuple[str, str]]:
 
 
 def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
-    """One or two rows a format."""
+    """One or two rows per format."""
     for preset, fmt in wanted():
         uniform = uniform_plan(table, fmt, work=str(bench.work))
-        found = planned(bench, f"{preset} {fmt}", uniform)
+        result = planned(bench, f"{preset} {fmt}", uniform)
         if fmt == SHOWN[preset][0] and OWN_PEERS.get(preset) in wanted_peers():
-            yield row(found, bench.peer(OWN_PEERS[preset]))
+            yield row(result, bench.peer(OWN_PEERS[preset]))
         budget = max(bits for bits in BUDGETS if bits <= uniform.bits_per_weight)
-        yield row(planned(bench, "reallm", mixed(bench, f"{budget}bpw")), found)
+        yield row(planned(bench, "reallm", mixed(bench, f"{budget}bpw")), result)
 
 
 def main() -> None:
@@ -72,8 +72,8 @@ def main() -> None:
     console = Console()
     bench = bench_from_environment(console)
     formats = [fmt for _, fmt in wanted()]
-    found = rows(bench, measure_formats(bench, "presets", formats))
-    report("presets", found, RESULTS, console, keep=bool(os.environ.get("PRESETS")))
+    table = measure_formats(bench, "presets", formats)
+    report("presets", rows(bench, table), RESULTS, console, keep=bool(os.environ.get("PRESETS")))
 
 
 if __name__ == "__main__":

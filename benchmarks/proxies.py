@@ -1,10 +1,11 @@
-"""Which cost predicts the measured loss: rank correlations over single-matrix changes of the model.
+"""Which cost predicts the measured loss best: rank correlations over single-matrix changes of the model.
 
     make bench NAME=proxies [MODEL=...] [TEXT=calibration] [TEST=held-out] [CHANGES=140]
 
-After NAME=quality, whose measured folder it uses. Each change stores one matrix in one format and leaves the rest as it
-is; its KL to the dense model is measured on WINDOWS windows. "ours" is 1 minus the rank correlation (Spearman 1904) of
-KL with the default cost, "peer" that of another cost, so lower is better. CHANGES takes that many, evenly spread.
+Run after NAME=quality; it uses that benchmark's measured folder. Each change stores one matrix in one format and leaves
+the rest as it is; its KL to the dense model is measured on WINDOWS windows. "ours" is 1 minus the rank correlation
+(Spearman 1904) of KL with the default cost, "peer" the same for another cost, so lower is better. CHANGES limits the
+number of changes, which are then spread evenly.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import torch
 from numpy.typing import ArrayLike
 from rich.console import Console
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from benchmarks.bench import Bench, Figure, bench_from_environment, machine
 from benchmarks.peers import ROOT
@@ -29,71 +29,72 @@ from reallm.planner.results.uniform import uniform_plan
 from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice
 from reallm.planner.tables.records import read_record
-from reallm.planning.refit import PlanEvaluator
+from reallm.planning.plan_evaluator import PlanEvaluator
+from reallm.system.progress import progress_bar
 
 RESULTS = ROOT / "benchmarks" / "results" / "proxies.json"
 FORMATS = ("tq1.5-l12+ldl2+rot", "tq2.25-l12+ldl2+rot", "tq3-l12+ldl2+rot", "lm4-g64-dq6x64+ldl")
 BLOCKS, WINDOWS = 5, 2
-"""Blocks evenly spread over the depth, all matrices of each."""
+"""Number of blocks, spread evenly over the depth, of which all matrices are changed; and of windows."""
 OURS = "two_sided"
 COSTS = ("frobenius", "relative", "plain H", "fisher", "guided", OURS)
 
 
 @dataclass(frozen=True)
 class Row(Figure):
-    """One cost beside the default."""
+    """The default cost beside another one."""
 
     median_measured_over_predicted: float
     changes: int
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Rank correlation of two lists without ties."""
+    """Spearman's rank correlation of two lists without ties."""
     ranks = [np.argsort(np.argsort(np.asarray(values))) for values in (a, b)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def changes(bench: Bench, table: MeasuredTable) -> list[Choice]:
-    """The single-matrix changes, of all formats and matrices of the chosen blocks, or CHANGES of them."""
+    """All single-matrix changes in FORMATS and the chosen blocks, or CHANGES of them."""
     last = max(m.block for m in bench.base.matrices if m.block is not None)
     blocks = {round(i * last / (BLOCKS - 1)) for i in range(BLOCKS)}
     names = {m.name for m in bench.base.matrices if m.kind == "linear" and m.block in blocks}
     plans = [uniform_plan(table, fmt, work=str(bench.work)) for fmt in FORMATS]
-    every = [choice for plan in plans for choice in plan.choices if choice.matrix in names]
-    most = int(os.environ.get("CHANGES") or len(every))
-    return [every[i] for i in np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)]
+    candidates = [choice for plan in plans for choice in plan.choices if choice.matrix in names]
+    count = min(int(os.environ.get("CHANGES") or len(candidates)), len(candidates))
+    return [candidates[i] for i in np.linspace(0, len(candidates) - 1, count).round().astype(int)]
 
 
 @torch.no_grad()
 def second_moments(bench: Bench, names: set[str]) -> dict[str, torch.Tensor]:
     """H = x^T x [cols, cols] of the inputs of the linears called `names`, over the calibration windows."""
-    found: dict[str, torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
 
     def hook(name: str, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         x = arguments[0].float().flatten(0, -2)
-        found[name] = found.get(name, torch.zeros(())) + x.T @ x
+        moments[name] = moments.get(name, torch.zeros(())) + x.T @ x
 
     model = bench.dense.model
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in names]
     for window in load_file(bench.calibration)["windows"]:
         model(input_ids=window[None])
-    for each in hooks:
-        each.remove()
-    return found
+    for handle in hooks:
+        handle.remove()
+    return moments
 
 
 def measured(bench: Bench, table: MeasuredTable) -> tuple[list[float], dict[str, list[float]]]:
     """(KL of every change, cost name -> its value for every change)."""
     plan = uniform_plan(table, FORMATS[0], work=str(bench.work))
-    memory = PlanEvaluator(bench.base, bench.work, bench.windows[:WINDOWS], progress=False)
+    evaluator = PlanEvaluator(bench.base, bench.work, bench.windows[:WINDOWS], progress=False)
     records = {(r.matrix, r.format): r for r in table.measurements}
     kls, costs = [], {name: list[float]() for name in COSTS}
     chosen = changes(bench, table)
     moments = second_moments(bench, {choice.matrix for choice in chosen})
-    for choice in tqdm(chosen, desc="change", unit="matrix"):
-        matrix, record = memory.matrices[choice.matrix], records[choice.matrix, choice.format]
-        kls.append(memory.loss(plan.model_copy(update={"choices": (choice,)})))
-        parameter = memory.model.get_parameter(matrix.parameter).detach()
+    for choice in progress_bar(chosen, desc="change", unit="matrix"):
+        matrix, record = evaluator.matrices[choice.matrix], records[choice.matrix, choice.format]
+        kls.append(evaluator.loss(plan.model_copy(update={"choices": (choice,)})))
+        parameter = evaluator.model.get_parameter(matrix.parameter).detach()
         error = bench.base.weight(matrix) - (parameter.T if matrix.transposed else parameter)
         costs["frobenius"].append(float(error.square().sum()))
         costs["plain H"].append(float(((error @ moments[choice.matrix]) * error).sum(dtype=torch.float64)))

@@ -1,10 +1,10 @@
-"""Quality at equal bytes: reallm beside the targets it was given and the methods of benchmarks/peers.py.
+"""Quality at equal bytes: reallm compared with its targets and with the methods of benchmarks/peers.py.
 
     make bench NAME=quality [MODEL=...] [TEXT=calibration] [TEST=held-out] [SPACE=...] [JOBS=2] [PEERS=HQQ,NF4,GPTQ]
 
-All in this one run; the calibration tokens are the same for all that calibrate. Bits per weight count every byte of
-ours (padding too) and of the peers their codes, scales and zeros. Ours is the planner's mix at the peer's own bits,
-without any training; the last rows are the single formats of ours that would have cost least, at their own bytes.
+All methods that calibrate use the same calibration tokens. Bits per weight count every byte of ours, with padding, and
+the codes, scales and zeros of the peers. Ours is the planner's mix at the peer's bits per weight, without training. The
+last rows compare the mix with those single formats that had the lowest cost at one of the targets, at equal bytes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from reallm.planner.tables.measured_table import MeasuredTable
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 TARGETS = {2.0: 0.85, 2.5: 0.42, 3.0: 0.20, 3.5: 0.12, 4.0: 0.058}
-"""Bits per weight -> KL that the mix is to stay under on SmolLM2-135M and WikiText-2."""
+"""Bits per weight -> target of the KL of the mix, on SmolLM2-135M and WikiText-2."""
 
 
 def rows(bench: Bench, table: MeasuredTable) -> Iterator[Row]:
-    """A row a target, a row a peer, then a row a uniform format that was best at one of the targets."""
+    """One row per target, one per peer, and one per single format that was best at one of the targets."""
     formats = []
     for bits, kl in TARGETS.items():
         chosen = mixed(bench, f"{bits}bpw")
@@ -66,17 +66,17 @@ def main() -> None:
 
 
 def write_costs(table: MeasuredTable, names: list[str]) -> None:
-    """Keep bytes and cost of linear layers in the formats `names` for NAME=planner: {"gate.0": {numel, formats}}."""
+    """Write bytes and cost of linear layers in the formats `names` for NAME=planner: {"gate.0": {numel, formats}}."""
     formats = defaultdict(list)
     for record in sorted(table.measurements, key=lambda r: r.nbytes):
         if record.format in names:
             formats[record.matrix].append([record.nbytes, float(f"{record.two_sided:.4g}")])
-    found = {
+    costs = {
         f"{m.name.rpartition('.')[2].removesuffix('_proj')}.{m.block}": {"numel": m.numel, "formats": formats[m.name]}
         for m in table.matrices
         if m.kind == "linear" and m.block is not None
     }
-    write_text_atomic(COSTS, json.dumps(found, sort_keys=True).replace('}, "', '},\n"') + "\n")
+    write_text_atomic(COSTS, json.dumps(costs, sort_keys=True).replace('}, "', '},\n"') + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Refit: the plan corrected by what plans lose when measured, beside the plan as predicted, at the same budget.
+"""Refit: a plan corrected by the measured loss of plans, compared with the plan as predicted at the same budget.
 
     make bench NAME=refit [MODEL=...] [TEXT=calibration] [HELD=held-out] [TEST=test]
 
-After NAME=quality, whose measured folder it uses. Corrections are found on WINDOWS windows of HELD, a text that is
-neither calibrated on nor evaluated on; "ours" is the refit plan and "other" the plan it began as, both measured on TEST
-as in NAME=quality. The rows on HELD are what refit itself measured, there beside the best single format of the budget.
+Run after NAME=quality; it uses that benchmark's measured folder. Corrections are found on WINDOWS windows of HELD, a
+text used neither for calibration nor for evaluation. "ours" is the plan after refit and "other" the plan before it,
+both measured on TEST as in NAME=quality. The rows on HELD are the figures that refit itself measured; they also compare
+the plan with the best single format of the budget.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ BUDGETS, ROUNDS, WINDOWS = (2.0, 3.0), 1, 4
 
 
 def rows(bench: Bench, held: str) -> Iterator[Row]:
-    """Three rows a budget."""
+    """Three rows per budget."""
     for bits in BUDGETS:
         before = mixed(bench, f"{bits}bpw")
         after = refit(before, text=held, rounds=ROUNDS, windows=WINDOWS, model=bench.base)
         yield row(planned(bench, "reallm refit", after), planned(bench, "reallm", before))
-        found = after.measured
-        assert found is not None and found.uniform_kl is not None and after.uniform is not None
-        kls = {name: kl for name, _, kl in found.tried}
-        yield row(_held("reallm refit", after, found.kl), _held("reallm, on the held-out text", before, kls["plan"]))
+        measured = after.measured
+        assert measured is not None and measured.uniform_kl is not None and after.uniform is not None
+        kls = {name: kl for name, _, kl in measured.tried}
+        yield row(_held("reallm refit", after, measured.kl), _held("reallm, on the held-out text", before, kls["plan"]))
         yield row(
-            _held("reallm refit", after, found.kl), _held(f"uniform {after.uniform.format}", after, found.uniform_kl)
+            _held("reallm refit", after, measured.kl),
+            _held(f"uniform {after.uniform.format}", after, measured.uniform_kl),
         )
 
 
 def _held(name: str, plan: Plan, kl: float) -> Measured:
-    """What refit measured, without a perplexity."""
+    """A result that refit measured, which has no perplexity."""
     return Measured(name, plan.bits_per_weight, kl, float("nan"), {})
 
 

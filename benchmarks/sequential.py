@@ -1,9 +1,10 @@
-"""The order of work: each block calibrated on the dense model's inputs, or on those that compressed blocks give it.
+"""Calibrating each block on the dense model's inputs, compared with the inputs that the compressed blocks give it.
 
     make bench NAME=sequential [MODEL=...] [TEXT=calibration] [TEST=held-out]
 
-After NAME=quality, whose measured folder it uses. One format everywhere: "other" is measured on the dense model (the
-default), "ours" with `measure --prefix` on an artifact of the very same format. Same bytes, same text, same windows.
+Run after NAME=quality; it uses that benchmark's measured folder. One format everywhere: "other" is measured on the
+dense model (the default), "ours" with `measure --prefix` on an artifact in the same format. Bytes, text and windows are
+equal.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FORMATS = ("tq2-l12+ldl2+rot",)
 
 
 def rows(bench: Bench) -> Iterator[Row]:
-    """A row a format."""
+    """One row per format."""
     table = measure_formats(bench, "sequential", FORMATS)
     for fmt in FORMATS:
         dense = uniform_plan(table, fmt, work=str(bench.work))
@@ -45,7 +46,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         work = bench.folder / f"sequential-{fmt}"
         space = bench.folder / "sequential.yaml"
         space.write_text(f"linear: [{fmt}]\n", encoding="utf-8")
-        again = measure(
+        prefixed = measure(
             bench.base_folder,
             text=bench.text,
             output=work,
@@ -54,7 +55,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             seqlen=SEQLEN,
             prefix=prefix,
         )
-        sequential = planned(bench, f"sequential {fmt}", uniform_plan(again, fmt, work=str(work)))
+        sequential = planned(bench, f"sequential {fmt}", uniform_plan(prefixed, fmt, work=str(work)))
         yield row(sequential, planned(bench, f"uniform {fmt}", dense))
 
 

@@ -1,13 +1,12 @@
-"""The generated Triton kernels beside gemlite's and AQLM's: instructions a weight and bytes, or seconds where a GPU is.
+"""The generated Triton kernels compared with gemlite's and AQLM's: instructions per weight, or times on a GPU.
 
     make bench NAME=triton_kernels
 
-q, k and v of one layer are counted too, multiplied by one launch and by three.
-
 All kernels are compiled by the same Triton for SHAPE and one row of x in bf16 or half precision. Without a GPU the
-machine code is counted: instructions of all threads, loops turn by turn, over the weights. gemlite's gemv_revsplitK
-takes the best of its own list of settings; AQLM's kernel the best of 1 to 8 warps. The lint of our machine code must be
-clean, or nothing is reported. With a GPU everything is timed instead (`gpu_kernels`).
+machine code is counted: instructions of all threads, with every turn of the loops, divided by the number of weights.
+For gemlite's gemv_revsplitK the best of its own list of settings counts, for AQLM's kernel the best of 1 to 8 warps. q,
+k and v of one layer are also counted, multiplied by one launch and by three. The lint of our machine code must be
+clean, otherwise nothing is reported. With a GPU everything is timed instead (`gpu_kernels`).
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ from reallm.cli.tables import columns_table
 from reallm.codegen.artifact.build import compile_kernels
 from reallm.codegen.ir.program import KernelSpec
 from reallm.codegen.launch.grouped import Member, program_of
-from reallm.codegen.launch.launch import kernels_for, splits_for
+from reallm.codegen.launch.instances import splits_for
+from reallm.codegen.launch.launch import kernels_for
 from reallm.codegen.triton.emit import emit
 from reallm.kernels.formats.codecs import TrellisCodec
 from reallm.kernels.formats.formats import Format
@@ -50,21 +50,21 @@ OURS = {
 }
 JOINED = ("tq2-l12+ldl2+rot", "tq3-l12+ldl2+rot", "tq4-l12+ldl2+rot", "lm3-g64", "uint4-g64")
 JOINED_ROWS = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}
-"""Of LLaMA-3-8B, whose columns are those of SHAPE."""
+"""Rows of the matrices of LLaMA-3-8B; their columns are those of SHAPE."""
 PEERS = {2: ("gemlite 2", "aqlm 2x8"), 3: ("aqlm 2x12",), 4: ("gemlite 4", "aqlm 4x8")}
-"""gemlite has no three bits, and AQLM's kernel takes a power of two of codebooks."""
+"""Bits -> peers. gemlite does not have three bits, and AQLM's kernel needs a power of two of codebooks."""
 
 
 @dataclass(frozen=True)
 class Row(Figure):
-    """A figure, and what else is known of our kernel."""
+    """A figure, with a note on our kernel."""
 
     note: str
 
 
 @dataclass(frozen=True)
 class Product:
-    """What is counted: a format's kernel for so many rows of W, or of all matrices together where it is a group's."""
+    """A kernel to count: one matrix's, or a group's, whose `rows` are those of all its matrices together."""
 
     format: str
     rows: int
@@ -72,43 +72,43 @@ class Product:
 
 
 def core(name: str, rows: int = SHAPE[0]) -> Product:
-    """The kernel of a format that decodes and multiplies."""
+    """The kernel that decodes and multiplies the format `name`."""
     specs = kernels_for(Format.parse(name), rows, SHAPE[1])
     return Product(name, rows, next(spec for spec in specs if spec.function == "gemv"))
 
 
 def joined(name: str) -> Product:
-    """The kernel that multiplies all of JOINED_ROWS."""
+    """The kernel that multiplies all matrices of JOINED_ROWS in one launch."""
     members = (Member(matrix, Format.parse(name), rows, SHAPE[1], False) for matrix, rows in JOINED_ROWS.items())
     return Product(name, sum(JOINED_ROWS.values()), program_of(tuple(members), False).groups[0].kernel)
 
 
 def our_costs(products: list[Product]) -> dict[Product, tuple[Cost, str]]:
-    """Cost and what cuobjdump says of each product's kernel. Raises RuntimeError where the lint finds a fault."""
-    found = {}
+    """Cost of each product's kernel, and a note from cuobjdump. Raises RuntimeError where the lint finds a fault."""
+    costs = {}
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+        folder = Path(scratch)
         specs = sorted({product.spec for product in products}, key=lambda spec: spec.name)
         for spec in specs:
-            (place / f"{spec.name}.py").write_text(emit(spec), encoding="utf-8")
-        compile_kernels(specs, place, [TARGET], "bf16")
+            (folder / f"{spec.name}.py").write_text(emit(spec), encoding="utf-8")
+        compile_kernels(specs, folder, [TARGET], "bf16")
         for product in products:
             spec, shape = product.spec, (product.rows, SHAPE[1])
-            code, fmt = read_code(place / f"{spec.name}.{TARGET}.cubin"), Format.parse(product.format)
+            code, fmt = read_code(folder / f"{spec.name}.{TARGET}.cubin"), Format.parse(product.format)
             if faults := lint(code):
                 raise RuntimeError(f"{spec.name}: {'; '.join(faults)}")
             width = fmt.codec.eighths // 4 if isinstance(fmt.codec, TrellisCodec) else 0
             cost = product_cost(spec, code, fmt, *shape, splits_for(spec, *shape, 1), width)
             note = f"{code.usage.registers} registers, {cost.moved_over_packed:.3f} x packed bytes moved"
-            found[product] = cost, note
-    return found
+            costs[product] = cost, note
+    return costs
 
 
 def peer_costs() -> dict[str, tuple[float, str, dict[str, str]]]:
-    """By peer: the fewest instructions a weight of its settings, which one, and versions."""
+    """Peer -> the fewest instructions per weight among its settings, that setting, and versions."""
     names = sorted({name for names in PEERS.values() for name in names})
     python, script = os.environ.get("PEER_PYTHON") or str(PYTHON), ROOT / "benchmarks" / "peer" / "peer_triton.py"
-    found: dict[str, tuple[float, str, dict[str, str]]] = {}
+    costs: dict[str, tuple[float, str, dict[str, str]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"}
         environment.pop("PYTHONPATH", None)
@@ -118,14 +118,14 @@ def peer_costs() -> dict[str, tuple[float, str, dict[str, str]]]:
                 raise RuntimeError(f"the peers have Triton {entry['versions']['triton']}, not {version('triton')}")
             code = read_code(Path(scratch, entry["file"]))
             value = code.count([1.0] * len(code.loops)) * entry["threads"] / entry["weights"]
-            best = found.get(entry["name"])
+            best = costs.get(entry["name"])
             if best is None or value < best[0]:
-                found[entry["name"]] = value, entry["note"], entry["versions"]
-    return found
+                costs[entry["name"]] = value, entry["note"], entry["versions"]
+    return costs
 
 
 def counted() -> Iterator[Row]:
-    """Instructions a weight, ours beside each peer's."""
+    """Rows of instructions per weight, ours beside each peer's."""
     singles = {name: core(name) for names in OURS.values() for name in names}
     layers = {name: (joined(name), [core(name, rows) for rows in JOINED_ROWS.values()]) for name in JOINED}
     ours = our_costs([*singles.values(), *(p for one, three in layers.values() for p in (one, *three))])
@@ -162,10 +162,10 @@ def main() -> None:
     if torch.cuda.is_available():
         from benchmarks.gpu_kernels import timed
 
-        found, results = (Row(**asdict(figure), note=note) for figure, note in timed()), TIMED
+        rows, results = (Row(**asdict(figure), note=note) for figure, note in timed()), TIMED
     else:
-        found, results = counted(), RESULTS
-    for row in found:
+        rows, results = counted(), RESULTS
+    for row in rows:
         done.append(row)
         write_text_atomic(results, canonical_json([asdict(r) for r in done]))
     lines = [[r.figure, f"{r.ours:.2f}", r.peer_name, f"{r.peer:.2f}", f"{r.ratio:.2f}", r.note] for r in done]

@@ -1,4 +1,4 @@
-"""The whole job from Python: measure once, then a plan and a model for every budget.
+"""From a model to compressed models of several sizes: measure once, then plan, compile and evaluate per budget.
 
 python examples/compress.py MODEL TEXT TEST
 """
@@ -18,12 +18,12 @@ def main() -> None:
     work = Path("work")
     reallm.measure(model, text=text, output=work, space="quick")
     for budget in BUDGETS:
-        chosen = reallm.plan(work, budget=budget, output=f"plan-{budget}.json")
-        print(f"{budget}: {chosen.predicted_loss:.4f} nats per token predicted, {chosen.bound.status}")
+        plan = reallm.plan(work, budget=budget, output=f"plan-{budget}.json")
+        print(f"{budget}: {plan.predicted_loss:.4f} nats per token predicted, {plan.bound.status}")
         out = reallm.compile(f"plan-{budget}.json", f"out-{budget}", force=True)
-        found = reallm.evaluate(out, against=model, text=test, windows=8)
-        assert found.comparison.divergence is not None
-        print(f"{budget}: {found.comparison.divergence.mean:.4f} measured, {found.sizes.file_bytes} bytes")
+        result = reallm.evaluate(out, against=model, text=test, windows=8)
+        assert result.comparison.divergence is not None
+        print(f"{budget}: {result.comparison.divergence.mean:.4f} measured, {result.sizes.file_bytes} bytes")
     loaded, tokenizer = reallm.load(f"out-{BUDGETS[0]}")
     assert tokenizer is not None
     inputs = tokenizer("Once upon a time", return_tensors="pt")

@@ -1,10 +1,10 @@
-"""The base class of every error that reallm raises on purpose."""
+"""The base class of all errors that reallm raises on purpose."""
 
 from __future__ import annotations
 
 
 class ReallmError(Exception):
-    """Something went wrong that the caller can act on: the message says what was found, what was expected, the way out.
+    """An error that the caller can act on. The message says what was found, what was expected and how to proceed.
 
-    Its children: UserError (a command, option or file), FormatError, LayoutError, RecordError, PlanError, CodegenError.
+    Subclasses: UserError (a command, option or file), FormatError, LayoutError, RecordError, PlanError, CodegenError.
     """

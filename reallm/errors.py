@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .codegen.ir.operations import CodegenError
 from .kernels.errors import ReallmError
-from .kernels.formats.codecs import FormatError
+from reallm.kernels.formats.fields import FormatError
 from .kernels.storage.layout import LayoutError
 from .planner.tables.records import RecordError
 from .planner.tables.units import PlanError

@@ -1,6 +1,6 @@
-"""Hypothesis without deadlines (how long an example takes depends on the machine), the same examples on every run.
+"""Hypothesis profiles: no deadlines, because the time of an example depends on the machine, and fixed examples.
 
-HYPOTHESIS_PROFILE=explore draws other examples each time, and more of them: run it after a change to what it covers.
+HYPOTHESIS_PROFILE=explore draws new examples on each run, and more of them: use it after changing the code under test.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The repository as others meet it: import names, the direction of imports, and the wheel."""
+"""The repository as other packages see it: import names, what importing loads, and the wheel."""
 
 from __future__ import annotations
 
-import ast
 import os
 import shutil
 import subprocess
@@ -11,15 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from import_graph import INNER, ROOT, imported_names
 
-ROOT = Path(__file__).resolve().parents[1]
-INNER = ("kernels", "planner", "codegen")
-MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "planner": {"kernels", "planner"},
-    "codegen": {"kernels", "planner", "codegen"},
-}
-"""Imports point one way: kernels <- planner <- codegen <- reallm."""
 HEAVY = {"torch", "triton", "transformers"}
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the repository, not the wheel")
 
@@ -32,31 +24,6 @@ def run_python(code: str, folder: Path, *path: Path) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
-
-
-def imported_modules(file: Path, package: str) -> set[str]:
-    """Absolute names of everything `file`, a module of `package` (dotted), imports anywhere in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")
-            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names.update(f"{module}.{alias.name}" for alias in node.names)
-    return names
-
-
-def inner_files() -> list[tuple[str, Path]]:
-    return [(name, file) for name in INNER for file in sorted((ROOT / name).rglob("*.py"))]
-
-
-@pytest.mark.parametrize(("name", "file"), inner_files(), ids=lambda value: getattr(value, "name", value))
-def test_imports_point_one_way(name: str, file: Path) -> None:
-    package = ".".join(["reallm", *file.parent.relative_to(ROOT).parts])
-    ours = {parts[1] for parts in (n.split(".") for n in imported_modules(file, package)) if parts[0] == "reallm"}
-    assert ours <= MAY_IMPORT[name], f"{file} imports reallm.{', reallm.'.join(sorted(ours - MAY_IMPORT[name]))}"
 
 
 @pytest.mark.parametrize("name", ["kernels", "planner"])
@@ -78,7 +45,7 @@ def test_no_file_imports_an_inner_package_by_its_bare_name() -> None:
     files = [f for folder in ("reallm", *INNER, "benchmarks", "tests") for f in (ROOT / folder).rglob("*.py")]
     assert len(files) > 10
     for file in files:
-        roots = {n.split(".")[0] for n in imported_modules(file, "x.y.z.a.b.c")}
+        roots = {name.split(".")[0] for name in imported_names(file, "x.y.z.a.b.c")}
         assert not roots & set(INNER), f"{file} must import reallm.{(roots & set(INNER)).pop()}"
 
 
@@ -123,7 +90,8 @@ def test_wheel_holds_reallm_alone_and_whole(wheel: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"reallm"}
     sources = {f"reallm/{f.relative_to(ROOT / 'reallm').as_posix()}" for f in (ROOT / "reallm").glob("**/*.py")}
     sources |= {f"reallm/{f.relative_to(ROOT).as_posix()}" for name in INNER for f in (ROOT / name).rglob("*.py")}
-    sources |= {f"reallm/{f.relative_to(ROOT).as_posix()}" for f in (ROOT / "kernels/templates").glob("*")}
+    data = [*(ROOT / "kernels/templates").glob("*"), *(ROOT / "kernels/native").glob("*/*.?pp")]
+    sources |= {f"reallm/{f.relative_to(ROOT).as_posix()}" for f in data}
     missing = {name for name in sources if "__pycache__" not in name} - names
     assert not missing
     assert "reallm/py.typed" in names

@@ -1,33 +1,34 @@
-"""The static cost of a product: instructions and bytes for each weight, from its machine code and its formats.
+"""The static cost of a product: instructions and bytes per weight, from its machine code and its format.
 
-    instructions   those of a thread in one instance, loops counted, times its threads, over the instance's weights
-    bytes          fields read once, x read and sums written by every instance that does
+    instructions   of a thread, loops included, times the threads of an instance, over the weights of the instance
+    bytes          the fields and x, read once, and the sums that all instances write
 
-What a multiprocessor makes of them (latency, occupancy, caches) is not modelled.
+Latency, occupancy and caches are not modelled.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.machine_code.sass import Code
 from reallm.codegen.ir.operations import CodegenError
 from reallm.codegen.ir.program import KernelSpec
 from reallm.kernels.formats.codecs import TILE, TrellisCodec
 from reallm.kernels.formats.formats import Format
 
-THREADS = 32
+from .sass import Code
+
+WARP_THREADS = 32
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a kernel for W[rows, cols] and one row of x."""
+    """The cost of a kernel for W[rows, cols] and one row of x."""
 
     instructions_per_weight: float
     packed_bytes: int
-    """Of the fields, without padding of the file."""
+    """Bytes of the fields that the kernel reads."""
     moved_bytes: int
-    """Of the fields, x and what is written, in all."""
+    """Bytes of the fields, of x and of the sums that are written, together."""
 
     @property
     def moved_over_packed(self) -> float:
@@ -37,19 +38,21 @@ class Cost:
 def product_cost(
     spec: KernelSpec, code: Code, fmt: Format, rows: int, cols: int, splits: int = 1, width: int = 4
 ) -> Cost:
-    """The cost of `spec`, compiled to `code`. All blocks of a trellis have `width`. Raises CodegenError for a kernel
-    whose loops are not known."""
-    threads = THREADS * spec.tile.num_warps
+    """The cost of `spec`, compiled to `code`, for a matrix [rows, cols] stored as `fmt`.
+
+    `splits` instances share out the columns of a trellis, all blocks of which have `width`. Raises CodegenError for a
+    kernel whose numbers of loop iterations are not known.
+    """
+    threads = WARP_THREADS * spec.tile.num_warps
     if spec.widths:
         blocks = -(-cols // TILE) / splits
-        turn = blocks / spec.tile.num_warps
-        turns = [turn if own == width else 0.0 for own in spec.widths]
+        turns = [blocks / spec.tile.num_warps if loop_width == width else 0.0 for loop_width in spec.widths]
         weights = spec.tile.block_n * blocks * TILE
     elif spec.span:
         turns = [-(-cols // spec.tile.block_k)]
         weights = float(spec.tile.block_n * cols)
     else:
-        raise CodegenError(f"the loops of {spec.name} are not known")
+        raise CodegenError(f"the loops of {spec.name} are not known; expected a trellis product or a product by spans")
     packed = sum(field.nbytes for field in fmt.fields(rows, cols))
     if isinstance(fmt.codec, TrellisCodec):
         packed = fmt.fields(rows, cols)[0].nbytes + 2 * -(-cols // TILE)

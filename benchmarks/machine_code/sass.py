@@ -1,7 +1,7 @@
-"""Machine code of NVIDIA GPUs: read with the tools that come with Triton, linted, its instructions counted.
+"""Machine code of NVIDIA GPUs: read with the tools that come with Triton, checked, and its instructions counted.
 
-A loop is a stretch of code that a branch behind it jumps back to. Instructions are counted a thread: what stands
-outside of loops once, each loop as often as its caller says it turns.
+A loop is a range of code whose last branch jumps back to its beginning. Instructions are counted per thread: those
+outside of loops once, those of each loop as often as the caller says the loop runs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from reallm.codegen.ir.operations import CodegenError
 
 MAX_REGISTERS = 128
-"""A thread: 16 warps fit a multiprocessor of 65536."""
+"""Registers per thread, so that 16 warps fit a multiprocessor with 65536."""
 MAX_SHARED_BYTES = 49152
-"""Of an instance, what every GPU gives without being asked."""
+"""Shared memory of an instance that every GPU provides without opting in."""
 NARROW_BITS = 16
+"""A load of a thread of this width or less is narrow."""
 _LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
@@ -31,7 +32,7 @@ _LOAD_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 @dataclass(frozen=True)
 class Usage:
-    """What a kernel takes of a multiprocessor: registers a thread, bytes of stack, shared and local memory."""
+    """Resources that a kernel uses: registers per thread, bytes of stack, of shared and of local memory."""
 
     registers: int
     stack_bytes: int
@@ -41,42 +42,46 @@ class Usage:
 
 @dataclass(frozen=True)
 class Code:
-    """The instructions of one kernel in order, by opcode, and its innermost loops as (first, end)."""
+    """The opcodes of one kernel in order, and its innermost loops as (first, end)."""
 
     opcodes: tuple[str, ...]
     loops: tuple[tuple[int, int], ...]
     usage: Usage
 
     def count(self, turns: Sequence[float]) -> float:
-        """Instructions that a thread runs, with `turns` of each loop in order. Raises CodegenError for other loops."""
+        """Instructions that a thread runs if the loops, in order, run `turns` times.
+
+        Raises CodegenError if the code has another number of loops.
+        """
         if len(turns) != len(self.loops):
             raise CodegenError(f"the code has {len(self.loops)} loops, not {len(turns)}")
         inside = [end - first for first, end in self.loops]
         return len(self.opcodes) - sum(inside) + sum(n * turn for n, turn in zip(inside, turns, strict=True))
 
     def histogram(self) -> Counter[str]:
-        """How many instructions of each kind there are."""
+        """The number of instructions of each kind."""
         return Counter(opcode.split(".")[0] for opcode in self.opcodes)
 
 
 def tool(name: str) -> Path:
-    """A program of CUDA's binary utilities as Triton brings it. Raises CodegenError where Triton is missing."""
-    found = importlib.util.find_spec("triton")
-    if found is None or found.origin is None:
-        raise CodegenError("reading machine code needs Triton, whose wheel has cuobjdump and nvdisasm")
-    return Path(found.origin).parent / "backends" / "nvidia" / "bin" / name
+    """The path of one of CUDA's binary utilities in Triton's package. Raises CodegenError if Triton is missing."""
+    package = importlib.util.find_spec("triton")
+    if package is None or package.origin is None:
+        raise CodegenError("reading machine code needs Triton, whose wheel contains cuobjdump and nvdisasm")
+    return Path(package.origin).parent / "backends" / "nvidia" / "bin" / name
 
 
 def read_code(path: Path) -> Code:
-    """The code of the one kernel in the object at `path`. Raises CodegenError if it is not read."""
-    text = _said(["nvdisasm", "-c", str(path)])
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _said(["cuobjdump", "-res-usage", str(path)]))
+    """The code of the one kernel in the object at `path`. Raises CodegenError if it cannot be read."""
+    text = _output(["nvdisasm", "-c", str(path)])
+    resources = _output(["cuobjdump", "-res-usage", str(path)])
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", resources)
     if found is None:
-        raise CodegenError(f"{path}: cuobjdump names no resources")
+        raise CodegenError(f"{path}: cuobjdump lists no resources")
     return parse_code(text, Usage(*(int(value) for value in found.groups())))
 
 
-def _said(command: list[str]) -> str:
+def _output(command: list[str]) -> str:
     done = subprocess.run([tool(command[0]), *command[1:]], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         raise CodegenError(f"{command[0]} failed: {done.stderr.strip()[:200]}")
@@ -84,7 +89,7 @@ def _said(command: list[str]) -> str:
 
 
 def parse_code(text: str, usage: Usage) -> Code:
-    """The code that nvdisasm prints as `text`; padding behind the last branch is left out."""
+    """The code that nvdisasm prints as `text`, without the padding after the last instruction."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -99,7 +104,7 @@ def parse_code(text: str, usage: Usage) -> Code:
     end = len(opcodes)
     while end and opcodes[end - 1] == "NOP":
         end -= 1
-    if end and opcodes[end - 1] == "BRA":  # the endless loop behind a kernel's last EXIT
+    if end and opcodes[end - 1] == "BRA":  # the endless loop after a kernel's last EXIT
         end -= 1
     spans = [span for span in spans if span[1] <= end]
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
@@ -107,7 +112,7 @@ def parse_code(text: str, usage: Usage) -> Code:
 
 
 def load_bits(opcode: str) -> int:
-    """Bits a thread loads from global memory by `opcode`, 0 for other instructions."""
+    """Bits that a thread loads from global memory with `opcode`; 0 for other instructions."""
     parts = opcode.split(".")
     if parts[0] not in ("LDG", "LD"):
         return 0
@@ -115,8 +120,11 @@ def load_bits(opcode: str) -> int:
 
 
 def lint(code: Code, product: bool = True) -> tuple[str, ...]:
-    """What is wrong with a kernel's code, in words: spills, local memory, atomics, too much of a GPU; in the loops of a
-    `product`, which reads codes, also narrow loads."""
+    """What is wrong with a kernel's code, in words; empty if nothing is.
+
+    Faults are spills, local memory, atomics, too many registers, too much shared memory and, in the loops of a
+    `product`, which reads codes, narrow loads.
+    """
     usage, faults = code.usage, []
     if usage.stack_bytes or usage.local_bytes:
         faults.append(f"{usage.stack_bytes} bytes of stack and {usage.local_bytes} of local memory")

@@ -1,11 +1,11 @@
-"""AutoRound (arXiv 2309.05516) by auto-round on every decoder linear; run in .venv-bench by peers.py.
+"""AutoRound (arXiv 2309.05516) with auto-round on every decoder linear; run in .venv-bench by peers.py.
 
     python peer_autoround.py MODEL BITS GROUP_SIZE WINDOWS OUTPUT
 
-WINDOWS is a safetensors file with `windows`, int64 [n, seqlen]: the calibration tokens, the same as ours. Writes OUTPUT
-as peer_output.py tells. Asymmetric, in float32, 50 iterations a block as in its "light" recipe, each of 2 windows: 6
-passes over 16 windows, where that recipe makes 3 over its 128. The rest is at its defaults. Bits per weight count the
-codes, an fp16 scale and a zero point of BITS bits a group.
+WINDOWS is a safetensors file with `windows`, int64 [n, seqlen]: the calibration tokens, the same as ours. Writes the
+files of peer_output.py to OUTPUT. Asymmetric, in float32, 50 iterations per block as in its "light" recipe, each on 2
+windows: 6 passes over 16 windows, where that recipe makes 3 over its 128. Other settings have their defaults. Bits per
+weight count the codes, an fp16 scale and a zero point of BITS bits per group.
 """
 
 from __future__ import annotations

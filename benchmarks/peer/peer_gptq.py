@@ -1,10 +1,11 @@
-"""GPTQ (arXiv 2210.17323) by llmcompressor on every decoder linear; run in .venv-bench by peers.py.
+"""GPTQ (arXiv 2210.17323) with llmcompressor on every decoder linear; run in .venv-bench by peers.py.
 
     python peer_gptq.py MODEL BITS GROUP_SIZE WINDOWS OUTPUT
 
-WINDOWS is a safetensors file with `windows`, int64 [n, seqlen]: the calibration tokens, the same as ours. Writes OUTPUT
-as peer_output.py tells. Asymmetric, activation order static (llmcompressor's default, which stores no permutation),
-ranges by least squared error over a search as wide as the original's: the default, min and max, loses badly at 2 bits.
+WINDOWS is a safetensors file with `windows`, int64 [n, seqlen]: the calibration tokens, the same as ours. Writes the
+files of peer_output.py to OUTPUT. Asymmetric, static activation order (llmcompressor's default, which stores no
+permutation); ranges minimise the squared error over a search as wide as the original's, because the default, minimum
+and maximum, is much worse at 2 bits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Times gemlite's and AQLM's products of one row of x on a GPU: peer_gpu OUTPUT [ROWS,COLS]..., as a module.
+"""Times gemlite's and AQLM's products of one row of x on a GPU.
 
-Run in the peers' own environment, from the project's folder. Writes OUTPUT, a list of objects with name, shape,
-microseconds and versions. gemlite tunes itself at the first call; AQLM's kernel for 2x8 is CUDA, built at the first
-call.
+    python -m benchmarks.peer.peer_gpu OUTPUT [ROWS,COLS]...
+
+Run in the peers' own environment, from the project's folder. Writes the JSON file OUTPUT, a list of objects with name,
+shape, microseconds and versions. At the first call gemlite tunes itself and AQLM's CUDA kernel for 2x8 is built.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GROUP_SIZE, DIM = 64, 8
 
 
 def gemlite(bits: int, rows: int, cols: int) -> list[Callable[[], object]]:
-    """Calls of its A16Wn linear with groups of GROUP_SIZE, scales and zeros."""
+    """Calls of gemlite's A16Wn linear with groups of GROUP_SIZE, scales and zeros, each on other weights."""
     from gemlite.helper import A16Wn
 
     x = torch.randn(1, cols, device="cuda", dtype=torch.float16)
@@ -39,7 +40,7 @@ def gemlite(bits: int, rows: int, cols: int) -> list[Callable[[], object]]:
 
 
 def aqlm(count: int, bits: int, rows: int, cols: int) -> list[Callable[[], object]]:
-    """Calls of its forward kernel for so many codebooks of 2^bits words."""
+    """Calls of AQLM's forward kernel with `count` codebooks of 2^bits words, each on other weights."""
     from aqlm.inference_kernels.kernel_selector import get_forward_pass_kernel
 
     x = torch.randn(1, cols, device="cuda", dtype=torch.float16)
@@ -56,7 +57,7 @@ def aqlm(count: int, bits: int, rows: int, cols: int) -> list[Callable[[], objec
 
 
 def main() -> None:
-    """Time everything; a peer that fails is reported with its error and left out."""
+    """Time everything; if a peer fails, its error is printed and the others continue."""
     output, shapes = Path(sys.argv[1]), [tuple(map(int, text.split(","))) for text in sys.argv[2:]]
     entries: list[dict[str, Any]] = []
     makers: dict[str, Callable[..., list[Callable[[], object]]]] = {
@@ -69,7 +70,7 @@ def main() -> None:
             try:
                 versions = {package: version(package) for package in (name.split()[0], "triton", "torch")}
                 taken = microseconds(make(rows, cols))
-            except Exception:  # noqa: BLE001 - whatever a peer raises, the others are timed
+            except Exception:  # noqa: BLE001 - a peer may raise anything; the others are still timed
                 print(f"{name} [{rows}, {cols}]: {traceback.format_exc(limit=-2)}", file=sys.stderr)
                 continue
             entries.append({"name": name, "shape": [rows, cols], "microseconds": taken, "versions": versions})

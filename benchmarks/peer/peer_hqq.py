@@ -2,8 +2,8 @@
 
     python peer_hqq.py MODEL BITS GROUP_SIZE WINDOWS OUTPUT
 
-HQQ needs no calibration: WINDOWS is not read. Writes OUTPUT as peer_output.py tells. Bits per weight count the codes at
-their nominal width and an fp16 scale and zero a group: HQQ's own file pads 3-bit codes to 3.2 bits.
+HQQ needs no calibration: WINDOWS is not read. Writes the files of peer_output.py to OUTPUT. Bits per weight count the
+codes at their nominal width, and an fp16 scale and zero per group; HQQ's own file pads 3-bit codes to 3.2 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 
 def dequantised(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """What HQQ stores of weight [N, K], read back: float32 [N, K], its scales and zeros rounded to fp16."""
+    """`weight` [N, K] quantised by HQQ and dequantised, float32 [N, K], with scales and zeros rounded to fp16."""
     settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)["weight_quant_params"]
     codes, meta = Quantizer.quantize(weight, device="cpu", compute_dtype=torch.float32, bitpack=False, **settings)
     scale, zero = meta["scale"].half().float(), meta["zero"].half().float()

@@ -1,11 +1,10 @@
-"""llama.cpp through llama-cpp-python, beside benchmarks/decode.py: it answers on stdin and stdout, a line at a time.
+"""Times llama.cpp, through llama-cpp-python, for benchmarks/decode.py: one request per line on standard input.
 
     python peer_llama.py MODEL.gguf
 
-Says its version first. Then each line `prefill THREADS TOKENS` or `decode THREADS PROMPT TOKENS` is answered by
-seconds of wall and of processor time: of reading that many tokens, or of taking the likeliest token and reading it,
-that many times, after a prompt.
-Straight calls of llama.cpp's own functions: no sampling, no tokens to text, no copies of logits.
+It first prints its version. Each line `prefill THREADS TOKENS` or `decode THREADS PROMPT TOKENS` is answered with the
+seconds of wall and of processor time: of reading TOKENS tokens, or of decoding TOKENS tokens greedily after a prompt.
+It calls llama.cpp's own functions directly: no sampling, no conversion to text, no copies of logits.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ class Peer:
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def start(self, threads: int) -> None:
-        """Forget what was read."""
+        """Set the number of threads and clear the context."""
         llama_cpp.llama_set_n_threads(self.context, threads, threads)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
-        """The logits after `tokens`, a view."""
-        given = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
-        if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(given, len(tokens))):
+        """Append `tokens` to the context; returns a view of the logits after them."""
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)  # must outlive the batch, which only points to it
+        if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(tokens))):
             raise SystemExit("llama_decode failed")
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), (self.vocabulary,))
 
@@ -54,7 +53,7 @@ def now() -> tuple[float, float]:
 
 
 def seconds(peer: Peer, what: str, threads: int, *counts: int) -> list[float]:
-    """Of one request."""
+    """[wall, processor] seconds of one request."""
     peer.start(threads)
     prompt = [10 + index % 1000 for index in range(counts[0])]
     began = now()

@@ -1,9 +1,10 @@
-"""LoftQ (arXiv 2310.08659) by peft on every decoder linear; run in .venv-bench by peers.py.
+"""LoftQ (arXiv 2310.08659) with peft on every decoder linear; run in .venv-bench by peers.py.
 
     python peer_loftq.py MODEL BITS GROUP_SIZE WINDOWS OUTPUT
 
-WINDOWS is not used. Writes OUTPUT as peer_output.py tells: what codes and factors stand for together. peft takes 4 bits
-in groups of 64 alone. Rank 16, 5 alternations; bits per weight count the codes, an fp16 maximum a group, fp16 factors.
+WINDOWS is not read. Writes the files of peer_output.py to OUTPUT; the weights are the sum of codes and factors. peft
+supports 4 bits in groups of 64 only. Rank 16, 5 alternations; bits per weight count the codes, an fp16 maximum per
+group and fp16 factors.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ RANK, ITERATIONS = 16, 5
 def main() -> None:
     source, bits, group_size, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[5])
     if (bits, group_size) != (4, 64):
-        raise SystemExit("peft's LoftQ takes 4 bits in groups of 64")
-    loftq_utils.is_bnb_4bit_available = lambda: False  # its bitsandbytes path asks for a GPU; its own code does not
+        raise SystemExit("peft's LoftQ supports only 4 bits in groups of 64")
+    loftq_utils.is_bnb_4bit_available = lambda: False  # its bitsandbytes path needs a GPU; its own code does not
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     began, weights, stored_bits = time.perf_counter(), {}, 0
     for name, module in linears(model):

@@ -1,9 +1,10 @@
-"""NF4 with double quantisation (QLoRA, arXiv 2305.14314) by bitsandbytes on every decoder linear; run by peers.py.
+"""NF4 with double quantisation (QLoRA, arXiv 2305.14314) with bitsandbytes on every decoder linear; run by peers.py.
 
     python peer_nf4.py MODEL 4 BLOCK_SIZE WINDOWS OUTPUT
 
-NF4 needs no calibration: WINDOWS is not read. Writes OUTPUT as peer_output.py tells. Bits per weight count the codes,
-an 8-bit scale a block, an fp32 scale a 256 blocks and an fp32 offset a matrix; the two tables are constants.
+NF4 needs no calibration: WINDOWS is not read. Writes the files of peer_output.py to OUTPUT. Bits per weight count the
+codes, an 8-bit scale per block, an fp32 scale per 256 blocks and an fp32 offset per matrix; the two tables are
+constants.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from peer_output import linears, require_levels, write_output
 from transformers import AutoModelForCausalLM
 
 BITS, SCALE_BITS, FLOAT32_BITS = 4, 8, 32
-BLOCKS_A_SCALE = 256
-"""Scales that share one fp32 scale of the second quantisation: bitsandbytes' constant."""
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Two additive codebooks of 2^8 words of 8 weights by tables of partial dots, in numba; run by kernels.py.
+"""A product with two additive codebooks of 2^8 words of 8 weights, by tables of partial dots, in numba.
 
     python peer_numba.py      reads "ROWS COLS" lines, answers each with the processor seconds of one product
 
-As AQLM's CPU kernel does it (arXiv 2401.06118, section 4.3): for every group of 8 inputs and codebook the dots of all
-256 words with those inputs are laid down in a table, and a row of the product is a sum of entries named by its codes.
-Written from the description; the tables are part of each product.
+Run by kernels.py. As in AQLM's CPU kernel (arXiv 2401.06118, section 4.3), for every codebook and group of 8 inputs a
+table holds the dot products of all 256 words with those inputs, and a row of the product is the sum of the entries that
+its codes select. Written from the description; building the tables is part of each product.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What peer_gptq.py and peer_awq.py share: a recipe of llmcompressor, run and written; in .venv-bench beside them."""
+"""Shared by peer_gptq.py and peer_awq.py, in .venv-bench: runs a recipe of llmcompressor and writes the result."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def asymmetric(bits: int, group_size: int, **changed: object) -> dict[str, Any]:
     return {"group_0": {"targets": ["Linear"], "weights": scheme | changed}}
 
 
-def run(recipe: object, most_windows: int | None = None) -> None:
-    """Apply `recipe` to the model of the command line and write the answer, with an fp16 scale and a zero a group."""
+def run(recipe: object, max_windows: int | None = None) -> None:
+    """Apply `recipe` to the model of the command line and write the result, with an fp16 scale and a zero per group."""
     source, bits, group_size, output = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[5])
-    windows = load_file(sys.argv[4])["windows"][:most_windows]
+    windows = load_file(sys.argv[4])["windows"][:max_windows]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in windows.tolist()]
     began = time.perf_counter()
@@ -50,7 +50,7 @@ def run(recipe: object, most_windows: int | None = None) -> None:
 
 
 def rounded(module: torch.nn.Module) -> torch.Tensor:
-    """The weight of `module` as its codes, scales and zeros make it; itself where it was rounded in place."""
+    """The weight of `module`, decoded from codes, scales and zeros; unchanged if it was already rounded in place."""
     scale, zero, weight = module.weight_scale, module.weight_zero_point, module.weight.data
     args = module.quantization_scheme.weights
     wide = [t.float().repeat_interleave(args.group_size, 1) for t in (scale, zero)]

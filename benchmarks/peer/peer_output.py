@@ -1,7 +1,7 @@
-"""What the scripts of the peers share; imported by them in .venv-bench, beside which it lies.
+"""Shared by the scripts of the peers, which import it in .venv-bench: the files that they write.
 
-A peer's answer is two files: weights.safetensors, the dequantised decoder linears by parameter name, and report.json,
-its bits per weight, seconds of the method, processor seconds of the whole process, peak memory and versions.
+A peer writes weights.safetensors, the dequantised decoder linears by parameter name, and report.json with bits per
+weight, seconds of the method, processor seconds of the whole process, peak memory and versions.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import torch
 from safetensors.torch import save_file
 
 FLOAT_BITS = 16
-"""Bits of a stored scale, in all methods that store it as fp16."""
+"""Bits of a scale that is stored as fp16."""
 
 
 def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The decoder linears and their names; the head is no one's to quantise here."""
+    """(name, module) of the decoder linears; no method quantises the head here."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             yield name, module
 
 
 def require_levels(name: str, weight: torch.Tensor, bits: int, group_size: int) -> None:
-    """Stop unless each of the first 64 groups of `weight` [N, K] holds at most 2^bits values."""
+    """Exit unless each of the first 64 groups of `weight` [N, K] has at most 2^bits distinct values."""
     groups = weight.reshape(-1, group_size)[:64]
     if max(len(group.unique()) for group in groups) > 1 << bits:
         raise SystemExit(f"{name} is not quantised to {bits} bits")
 
 
 def peak_rss_bytes() -> int | None:
-    """This process's peak memory, on Linux: getrusage would give the peak of the process that started it, if larger."""
+    """This process's peak memory on Linux; getrusage would also count the peak of the process that started it."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
@@ -48,7 +48,7 @@ def write_output(
     packages: tuple[str, ...],
     norms: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """The two files. `stored_bits` is the total over all of `weights`; `norms` the method changed at no cost."""
+    """Write both files. `stored_bits` is the total for `weights`; `norms` were changed too, at no extra bytes."""
     report = {
         "bits_per_weight": stored_bits / sum(weight.numel() for weight in weights.values()),
         "seconds": seconds,

@@ -1,7 +1,9 @@
-"""Compiles gemlite's and AQLM's Triton kernels for sm_80 without a GPU: peer_triton.py [ROWS,COLS] OUTPUT NAME...
+"""Compiles gemlite's and AQLM's Triton kernels for sm_80 without a GPU.
 
-Run in the peers' own environment. Writes OUTPUT/<n>.cubin, and OUTPUT/kernels.json with one entry a compiled setting:
-name, file, threads of an instance, its weights, a note, versions. Names are "gemlite BITS" and "aqlm MxB".
+    python peer_triton.py [ROWS,COLS] OUTPUT NAME...
+
+Run in the peers' own environment. Writes OUTPUT/<n>.cubin, and OUTPUT/kernels.json with one entry per compiled setting:
+name, file, threads and weights of a kernel instance, a note, versions. Names are "gemlite BITS" and "aqlm MxB".
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from triton.compiler import ASTSource
 
 GROUP_SIZE = 64
 DIM = 8
-"""Weights of an AQLM word."""
+"""Weights per word of an AQLM codebook."""
 
 
 def pretend_gpu() -> None:
-    """gemlite asks for its GPU when imported: say that it is an A100."""
+    """Pretend that there is an A100, because gemlite asks for the GPU when it is imported."""
     facts = SimpleNamespace(
         name="NVIDIA A100", multi_processor_count=108, shared_memory_per_block_optin=166912, major=8, minor=0
     )
@@ -37,7 +39,7 @@ def pretend_gpu() -> None:
 
 
 def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int) -> bytes:
-    """The cubin of `function`; its other arguments are constants."""
+    """The cubin of `function`, whose arguments not in `types` are constants."""
     names = function.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     defaults = {p.name: p.default for p in function.params if p.has_default}
@@ -53,7 +55,7 @@ def compiled(function: Any, types: dict[str, str], constants: dict[str, Any], wa
 
 
 def gemlite(bits: int, rows: int, cols: int) -> list[dict[str, Any]]:
-    """gemv_revsplitK with scales and zeros of groups, float32 sums, in each of its own settings that fit the group."""
+    """gemv_revsplitK with scales and zeros per group and float32 sums, in each of its settings that suits the group."""
     from gemlite.triton_kernels.gemv_revsplitK_kernels import (
         gemv_INT_revsplitK_kernel,
         get_fast_autotune_config_nvidia,
@@ -92,7 +94,7 @@ def gemlite(bits: int, rows: int, cols: int) -> list[dict[str, Any]]:
         "EVEN_K": True,
         "EVEN_N": True,
     }
-    found, seen = [], set()
+    kernels, seen = [], set()
     for config in get_fast_autotune_config_nvidia():
         block = {**config.kwargs, "BLOCK_SIZE_K": min(config.kwargs["BLOCK_SIZE_K"], GROUP_SIZE // 2)}
         key = (*block.values(), config.num_warps)
@@ -102,12 +104,12 @@ def gemlite(bits: int, rows: int, cols: int) -> list[dict[str, Any]]:
         cubin = compiled(gemv_INT_revsplitK_kernel.fn, types, fixed | block, config.num_warps, config.num_stages)
         note = f"n{block['BLOCK_SIZE_N']} k2x{block['BLOCK_SIZE_K']} w{config.num_warps}"
         weights = 2 * block["BLOCK_SIZE_N"] * block["BLOCK_SIZE_K"]
-        found.append({"cubin": cubin, "threads": 32 * config.num_warps, "weights": weights, "note": note})
-    return found
+        kernels.append({"cubin": cubin, "threads": 32 * config.num_warps, "weights": weights, "note": note})
+    return kernels
 
 
 def aqlm(codebooks: int, bits: int, cols: int) -> list[dict[str, Any]]:
-    """The GEMV of one row of W an instance, words of DIM weights from codebooks of 2^bits, in 1 to 8 warps."""
+    """The GEMV with one row of W per instance and words of DIM weights from codebooks of 2^bits, in 1 to 8 warps."""
     from aqlm.inference_kernels.triton_kernel import _aqlm_gemv_simple
 
     pointers = ("input_vec_ptr", "output_vec_ptr", "codebooks_ptr", "scales_ptr")
@@ -140,7 +142,7 @@ def aqlm(codebooks: int, bits: int, cols: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Compile what is asked for."""
+    """Compile the kernels named on the command line."""
     (rows, cols), output = json.loads(sys.argv[1]), Path(sys.argv[2])
     pretend_gpu()
     entries: list[dict[str, Any]] = []
@@ -149,10 +151,10 @@ def main() -> None:
         versions = {package: version(package) for package in (method, "triton")}
         sizes = [int(size) for size in setting.split("x")]
         settings = gemlite(sizes[0], rows, cols) if method == "gemlite" else aqlm(sizes[0], sizes[1], cols)
-        for found in settings:
+        for kernel in settings:
             file = f"{len(entries)}.cubin"
-            (output / file).write_bytes(found.pop("cubin"))
-            entries.append({"name": name, "file": file, "versions": versions, **found})
+            (output / file).write_bytes(kernel.pop("cubin"))
+            entries.append({"name": name, "file": file, "versions": versions, **kernel})
     (output / "kernels.json").write_text(json.dumps(entries), encoding="utf-8")
 
 

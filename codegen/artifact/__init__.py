@@ -1,1 +1,1 @@
-"""The kernel sources of an artifact."""
+"""The kernels that an artifact contains: sources, optional compiled objects, and their check."""

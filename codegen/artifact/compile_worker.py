@@ -1,7 +1,7 @@
-"""Compiles generated sources for GPUs that need not be present; run as a script with a job file, by `build`.
+"""Compiles generated sources for GPUs that need not be present; `build` runs it as a script with a file of jobs.
 
-It imports nothing of reallm, so that it starts fast and runs in an environment of its own: no interpreter, no line
-information (file times would make the objects differ), a cache folder that is thrown away.
+It imports nothing from reallm, so it starts fast. Its environment is a clean one: no interpreter, no line information
+(file times would make the objects differ), and a cache folder that is thrown away.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def load(path: str, function: str) -> Any:
 
 
 def compile_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile one kernel for one target and write its files; what a launcher needs to know about it."""
+    """Compile one kernel for one target, write its files, and return what a launcher needs to know about it."""
     function = load(job["source"], job["function"])
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(job["pointers"])}
     compiled = triton.compile(
@@ -43,7 +43,7 @@ def compile_one(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read a list of jobs from the file named first, write the list of results to the file named second."""
+    """Read the list of jobs from the first file on the command line, and write the results to the second."""
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     Path(sys.argv[2]).write_text(json.dumps([compile_one(job) for job in jobs]), encoding="utf-8")
 

@@ -1,1 +1,1 @@
-"""C++ for products on the CPU, and the compiler that builds it."""
+"""Generated C++ for products on the CPU, and the compiler that builds it."""

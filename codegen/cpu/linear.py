@@ -1,29 +1,32 @@
-"""C++ for the CPU: the source of the kernel of one kind of codes, built by `native` when first needed.
+"""C++ for the CPU: the source of the kernel of one kind of codes, compiled when first needed.
 
-    format --kernel_for--> CpuKernel --emit--> one translation unit --native.generated--> functions by ctypes
+    format --kernel_for--> CpuKernel --emit--> one translation unit --compiler--> functions called by ctypes
 
-A kernel is specialised on its codec alone; shapes, transforms, outliers and factors are data, because none of them is
-looked at in a loop over codes. The contract of the functions is kernels/native/linear.hpp.
+A kernel is specialised on its codec alone; shapes, transforms, outliers and low-rank factors are data, because no loop
+over codes depends on them. The contract of the functions is kernels/native/linear/linear.hpp. A new codec is one more
+entry in `CPU_KERNELS`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from reallm.kernels.formats.codecs import (
     AdditiveCodec,
     DenseCodec,
     KMeansCodec,
     LatticeCodec,
+    NeuralCodec,
     ScalarCodec,
     TrellisCodec,
 )
 from reallm.kernels.formats.formats import Format
 
-from .compiler import generated
+from .compiler import generated_library
 
 _TEMPLATE = """\
 // y = W_hat x for a matrix W stored as {label}: see linear.hpp for the contract and {header} for the method.
@@ -40,7 +43,7 @@ REALLM_ENTRY(Codec)
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """Everything a generated translation unit depends on; equal kernels give byte-equal sources."""
+    """Everything that a generated translation unit depends on; equal kernels give byte-equal sources."""
 
     label: str
     header: str
@@ -48,27 +51,8 @@ class CpuKernel:
 
     @property
     def name(self) -> str:
-        """The stem of its files."""
+        """The stem of the kernel's files."""
         return f"linear-{self.label}"
-
-
-def kernel_for(fmt: Format) -> CpuKernel | None:
-    """The kernel of a matrix's codes, or None: a neural decoder has none, its weights are decoded by torch."""
-    codec = fmt.codec
-    if isinstance(codec, TrellisCodec):
-        return CpuKernel(f"tq-l{codec.state_bits}", "trellis.hpp", f"Trellis<{codec.state_bits}>")
-    if isinstance(codec, ScalarCodec):
-        return _scalar(codec)
-    if isinstance(codec, KMeansCodec):
-        return CpuKernel(codec.name, "scalar.hpp", f"Scalar<Table::row_levels, {codec.bits}, 0, false, 0, 1>")
-    if isinstance(codec, AdditiveCodec):
-        parameters = f"{codec.num_codebooks}, {codec.codebook_bits}, {codec.dim}"
-        return CpuKernel(codec.name.removesuffix("-shared"), "vectors.hpp", f"Additive<{parameters}>")
-    if isinstance(codec, LatticeCodec):
-        return CpuKernel(codec.name, "vectors.hpp", f"Lattice<{codec.bits}>")
-    if isinstance(codec, DenseCodec):
-        return CpuKernel(codec.name, "vectors.hpp", f"Dense<Float::{codec.dtype}>")
-    return None
 
 
 def _scalar(codec: ScalarCodec) -> CpuKernel:
@@ -80,49 +64,90 @@ def _scalar(codec: ScalarCodec) -> CpuKernel:
     return CpuKernel(name, "scalar.hpp", f"Scalar<Table::{table}, {codec.bits}, {codec.group_size}, {zeros}, {scales}>")
 
 
+def _additive(codec: AdditiveCodec) -> CpuKernel:
+    parameters = f"{codec.num_codebooks}, {codec.codebook_bits}, {codec.dim}"
+    return CpuKernel(codec.name.removesuffix("-shared"), "vectors.hpp", f"Additive<{parameters}>")
+
+
+def _kmeans(codec: KMeansCodec) -> CpuKernel:
+    return CpuKernel(codec.name, "scalar.hpp", f"Scalar<Table::row_levels, {codec.bits}, 0, false, 0, 1>")
+
+
+def _trellis(codec: TrellisCodec) -> CpuKernel:
+    return CpuKernel(f"tq-l{codec.state_bits}", "trellis.hpp", f"Trellis<{codec.state_bits}>")
+
+
+def _lattice(codec: LatticeCodec) -> CpuKernel:
+    return CpuKernel(codec.name, "vectors.hpp", f"Lattice<{codec.bits}>")
+
+
+def _dense(codec: DenseCodec) -> CpuKernel:
+    return CpuKernel(codec.name, "vectors.hpp", f"Dense<Float::{codec.dtype}>")
+
+
+CPU_KERNELS: Mapping[type, Callable[[Any], CpuKernel] | None] = {
+    DenseCodec: _dense,
+    ScalarCodec: _scalar,
+    AdditiveCodec: _additive,
+    KMeansCodec: _kmeans,
+    TrellisCodec: _trellis,
+    LatticeCodec: _lattice,
+    NeuralCodec: None,
+}
+"""For each codec class, the kernel of its codes; None where torch decodes the weights, as for a neural decoder."""
+
+
+def kernel_for(fmt: Format) -> CpuKernel | None:
+    """The kernel of a matrix's codes, or None if its codec has none and torch decodes its weights."""
+    kernel = CPU_KERNELS[type(fmt.codec)]
+    return kernel(fmt.codec) if kernel else None
+
+
 def emit(kernel: CpuKernel) -> str:
-    """C++ source of `kernel`, the same text for the same kernel on every machine."""
+    """The C++ source of `kernel`, the same text for the same kernel on every machine."""
     return _TEMPLATE.format(label=kernel.label, header=kernel.header, codec=kernel.codec)
 
 
 @dataclass(frozen=True, slots=True)
 class CpuFunctions:
-    """The built kernel: addresses of its tables of functions, and its entry points."""
+    """The entry points of a built kernel, and the addresses of its function tables."""
 
     library: ctypes.CDLL
 
     def kernels(self, rotated: bool) -> int:
-        """Address of the `Kernels` of linear.hpp; those of a rotated matrix cannot give single rows."""
+        """Address of the `Kernels` of linear.hpp; those of a rotated matrix cannot compute single rows."""
         return int(self.library.reallm_kernels(int(rotated)))
 
-    def behind(self, cols: int) -> int:
-        """Floats behind the prepared x of `cols` columns."""
+    def extra_floats(self, cols: int) -> int:
+        """Floats that the kernel needs behind the prepared x of `cols` columns."""
         return int(self.library.reallm_behind(cols))
 
     @property
     def layout(self) -> int:
-        """What those floats are: kernels with equal layouts read each other's."""
+        """A number for the meaning of the extra floats: kernels with equal layouts can share a prepared x."""
         return int(self.library.reallm_layout())
 
     @property
     def linear(self) -> Callable[[int, int, int, int, int, int], int]:
-        """y = W_hat x: operand, x, y (addresses), kind, batch, threads -> 0, or 1 without memory. No layer of Python in
-        between, which would cost a small product a tenth of its time."""
-        found: Callable[[int, int, int, int, int, int], int] = self.library.reallm_linear
-        return found
+        """y = W_hat x: operand, x, y (addresses), kind, batch, threads -> 0, or 1 if memory ran out.
+
+        This is the ctypes function itself: a Python wrapper would take a tenth of the time of a small product.
+        """
+        function: Callable[[int, int, int, int, int, int], int] = self.library.reallm_linear
+        return function
 
     def rows(self, operand: int, index: int, count: int, out: int, kind: int) -> int:
-        """Rows of W_hat by addresses; 0, or 1 without memory."""
+        """Write rows of W_hat, all arguments addresses or numbers; returns 0, or 1 if memory ran out."""
         return int(self.library.reallm_rows(operand, index, count, out, kind))
 
 
 @cache
-def functions(kernel: CpuKernel, abi_bytes: int) -> CpuFunctions | None:
-    """The functions of `kernel`, built if need be, or None where it cannot be built (`native` has said why).
+def load_functions(kernel: CpuKernel, abi_bytes: int) -> CpuFunctions | None:
+    """The functions of `kernel`, compiled if necessary; None where that fails, with a warning from `compiler`.
 
-    `abi_bytes` is the caller's size of an Operand. Raises RuntimeError if the source's is another.
+    `abi_bytes` is the size of the caller's Operand. Raises RuntimeError if it differs from the size in the source.
     """
-    library = generated(kernel.name, emit(kernel))
+    library = generated_library(kernel.name, emit(kernel))
     if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -131,6 +156,6 @@ def functions(kernel: CpuKernel, abi_bytes: int) -> CpuFunctions | None:
     library.reallm_kernels.restype = pointer
     library.reallm_linear.argtypes = (pointer, pointer, pointer, ctypes.c_int, number, ctypes.c_int)
     library.reallm_rows.argtypes = (pointer, pointer, number, pointer, ctypes.c_int)
-    if (found := library.reallm_abi_bytes()) != abi_bytes:
-        raise RuntimeError(f"linear.hpp's Operand has {found} bytes, its mirror in Python {abi_bytes}")
+    if (native_bytes := library.reallm_abi_bytes()) != abi_bytes:
+        raise RuntimeError(f"linear.hpp's Operand has {native_bytes} bytes, its mirror in Python {abi_bytes}")
     return CpuFunctions(library)

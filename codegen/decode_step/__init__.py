@@ -1,1 +1,1 @@
-"""The decode step of a whole model as a dataflow graph, and the code made from it."""
+"""The decode step of a whole model as a dataflow graph, and the code generated from it."""

@@ -1,12 +1,12 @@
-"""The C++ of a decode step: graph -> buffers -> blocks -> one translation unit over kernels/native/step.hpp.
+"""The C++ of a decode step: graph -> buffers -> blocks -> one translation unit over kernels/native/step/step.hpp.
 
-    step(run, tokens, logits)     tokens at run.position, ... through the model; logits of the last
+    step(run, tokens, logits)     passes the tokens at run.position, ... through the model; logits of the last
 
-Values live in buffers of one scratch area, taken and given back in the order of the graph, so that every layer uses
-the same ones; a value that dies where another of its width is born gives its place to it if the operation allows. The
-operations of layers that then read the same become one function, called once a layer with the places of its weights.
-Of how matrices are stored, the source knows only which want their input in an order of their own: they are reached
-through their Operand (kernels/native/linear.hpp).
+Values live in `buffers` of one scratch area that are the same in every layer; where a value is last read, a result of
+the same width takes its place if the operation allows. Layers whose lines are then equal become one function, called
+once per layer with the places of its weights. Matrices are reached through their Operand (kernels/native/linear/
+linear.hpp), so the source does not depend on how they are stored, except for those that need their input in the order
+of their stored columns.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Literal
 
 from reallm.codegen.ir.operations import CodegenError
 
-from .graph import Add, Attend, Embed, Gate, Linear, Norm, Residual, Softcap, StepGraph, Token, Value, Weight
+from .buffers import Buffers
+from .graph import StepGraph, Value
+from .operations import Add, Attend, Embed, Gate, Linear, Norm, Operation, Residual, Softcap, Token, Weight
 
 CacheDtype = Literal["f32", "bf16"]
 CACHE_TYPES: dict[CacheDtype, str] = {"f32": "float", "bf16": "Bf16"}
-BUFFER_FLOATS = 16
-"""Widths of buffers are rounded up to a cache line."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepProgram:
-    """The source, and what a run must bring in the order the source expects it."""
+    """The source, and what a run must supply, in the order in which the source expects it."""
 
     source: str
     weights: tuple[Weight, ...]
     vectors: tuple[str, ...]
-    """Weights of norms, by module."""
+    """Weights of norms, named by their modules."""
     tables: tuple[str, ...]
-    """Rotations."""
+    """Tables of rotary angles."""
     scratch: int
-    """Floats a token, beside the prepared input."""
+    """Floats per token of the scratch area, without the prepared input."""
     layers: int
     kv_heads: int
     head_dim: int
@@ -45,25 +45,8 @@ class StepProgram:
 
 
 @dataclass
-class _Buffers:
-    """Offsets in the scratch area, in floats a token."""
-
-    total: int = 0
-    free: dict[int, list[int]] = field(default_factory=dict)
-    at: dict[Value, int] = field(default_factory=dict)
-
-    def take(self, value: Value, width: int) -> int:
-        if idle := self.free.get(width):
-            idle.remove(offset := min(idle))
-        else:
-            offset, self.total = self.total, self.total + -(-width // BUFFER_FLOATS) * BUFFER_FLOATS
-        self.at[value] = offset
-        return offset
-
-
-@dataclass
 class _Block:
-    """Consecutive operations that become a function: its lines, with weights counted from its own first."""
+    """Consecutive operations that become a function; its lines count weights and vectors from the block's first."""
 
     lines: list[str] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
@@ -76,7 +59,7 @@ class _Block:
 
 
 def emit_step(graph: StepGraph, cache: CacheDtype = "f32") -> StepProgram:
-    """The program of `graph` after the passes. Raises CodegenError for an operation that only the passes remove."""
+    """The program of `graph` after the passes. Raises CodegenError for an operation that the passes should remove."""
     return _Emission(graph, cache).program()
 
 
@@ -84,18 +67,11 @@ class _Emission:
     def __init__(self, graph: StepGraph, cache: CacheDtype) -> None:
         self.graph, self.cache = graph, cache
         self.order = [(name, op) for name, op in graph if not isinstance(op, Token)]
-        self.buffers = _Buffers()
+        self.buffers = Buffers(graph, self.order)
         self.blocks: list[_Block] = []
         self.tables: list[str] = []
-        self.last_use = self._last_uses()
         self.heads: set[tuple[int, int]] = set()
         self.layers = 0
-
-    def _last_uses(self) -> dict[Value, int]:
-        last: dict[Value, int] = {}
-        for index, (name, _) in enumerate(self.order):
-            last |= dict.fromkeys(self.graph.inputs(name), index)
-        return last
 
     def program(self) -> StepProgram:
         for indices in _segments(self.order):
@@ -104,7 +80,7 @@ class _Emission:
                 self.emit(index, *self.order[index])
         weights = tuple(weight for block in self.blocks for weight in block.weights)
         if len(self.heads) != 1:
-            raise CodegenError(f"the layers of {self.graph.model} differ in heads; one cache holds one kind")
+            raise CodegenError(f"the layers of {self.graph.model} differ in heads; the cache needs equal ones")
         ((kv_heads, head_dim),) = self.heads
         return StepProgram(
             source=self.source(),
@@ -118,9 +94,9 @@ class _Emission:
             cache=self.cache,
         )
 
-    def emit(self, index: int, name: str, op: object) -> None:
+    def emit(self, index: int, name: str, op: Operation) -> None:
         """Append the line of one operation to the current block."""
-        emitters: dict[type, Callable[[int, str, object], str]] = {
+        emitters: dict[type, Callable[[int, str, Operation], str]] = {
             Embed: self._embed,
             Norm: self._norm,
             Residual: self._residual,
@@ -131,30 +107,16 @@ class _Emission:
             Softcap: self._softcap,
         }
         if type(op) not in emitters:
-            raise CodegenError(f"{name} = {op} has no code of its own; run the passes first")
+            raise CodegenError(f"{name} = {op} has no C++; run the passes first")
         line = emitters[type(op)](index, name, op)
         self.blocks[-1].lines.append(line)
-        self._release(index, name)
-
-    def _release(self, index: int, name: str) -> None:
-        """Give back the buffers of values nothing reads after `index`, and of outputs nothing reads at all."""
-        outputs = [Value(name, port) for port in range(len(self.graph.op(name).outputs))]
-        for value in [*dict.fromkeys(self.graph.inputs(name)), *outputs]:
-            if value in self.buffers.at and self.last_use.get(value, index) <= index:
-                offset, width = self.buffers.at.pop(value), self.graph.width(value)
-                if offset not in self.buffers.at.values() and value != self.graph.logits:
-                    self.buffers.free.setdefault(width, []).append(offset)
+        self.buffers.release(index, name)
 
     def _read(self, value: Value) -> str:
-        return f"at(run, {self.buffers.at[value]})"
+        return f"at(run, {self.buffers.places[value]})"
 
-    def _write(self, index: int, value: Value, over: Value | None = None) -> str:
-        """A buffer for `value`: that of `over`, if this is its last use."""
-        if over is not None and self.last_use[over] == index and self.graph.width(over) == self.graph.width(value):
-            self.buffers.at[value] = self.buffers.at[over]
-        else:
-            self.buffers.take(value, self.graph.width(value))
-        return self._read(value)
+    def _write(self, index: int, value: Value, replaced: Value | None = None) -> str:
+        return f"at(run, {self.buffers.take(index, value, replaced)})"
 
     def _vector(self, norm: Norm) -> str:
         self.blocks[-1].vectors.append(norm.weight)
@@ -166,25 +128,25 @@ class _Emission:
         return f"w + {len(block.weights) - len(weights)}"
 
     def _order(self, index: int, reader: str) -> str:
-        """The places of values in the order of a matrix that comes later, as a last argument."""
+        """The last argument that makes an operation write in the order of the matrix `reader`, which comes later."""
         if not reader:
             return ""
         later = [weight.name for _, op in self.order[index:] if isinstance(op, Linear) for weight in op.weights]
         return f", run.orders[w + {len(self.blocks[-1].weights) + later.index(reader)}]"
 
-    def _embed(self, index: int, name: str, op: object) -> str:
+    def _embed(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Embed)
         return f"embed(run, {self._weights(op.weight)}, tokens, {_f(op.scale)}, {self._write(index, Value(name))});"
 
-    def _norm(self, index: int, name: str, op: object) -> str:
+    def _norm(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Norm)
         if op.groups > 1:
-            raise CodegenError(f"{name} = {op} belongs into an attention; run the passes first")
+            raise CodegenError(f"{name} = {op} belongs inside an attention; run the passes first")
         x = self._read(self.graph.inputs(name)[0])
         y = self._write(index, Value(name), self.graph.inputs(name)[0])
         return f"norm<{op.width}, {_b(op.plus_one)}>(run, {self._vector(op)}, {_f(op.eps)}, {x}, {y});"
 
-    def _residual(self, index: int, name: str, op: object) -> str:
+    def _residual(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Residual)
         h, y = self.graph.inputs(name)
         reads = f"{self._read(h)}, {self._read(y)}"
@@ -194,12 +156,12 @@ class _Emission:
         head = f"residual<{op.norm.width}, {_b(op.norm.plus_one)}, {kind}>"
         return f"{head}(run, {self._vector(op.norm)}, {_f(op.norm.eps)}, {post}, {reads}, {total}, {normed});"
 
-    def _add(self, index: int, name: str, op: object) -> str:
+    def _add(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Add)
         a, b = self.graph.inputs(name)
         return f"add<{op.width}>(run, {self._read(a)}, {self._read(b)}, {self._write(index, Value(name), a)});"
 
-    def _gate(self, index: int, name: str, op: object) -> str:
+    def _gate(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Gate)
         a, b = self.graph.inputs(name)
         reads = f"{self._read(a)}, {self._read(b)}"
@@ -207,19 +169,19 @@ class _Emission:
         function = "gate_in_order" if op.order else "gate"
         return f"{function}<{op.width}>(run, {reads}, {result}, {op.activation}{self._order(index, op.order)});"
 
-    def _linear(self, index: int, name: str, op: object) -> str:
+    def _linear(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Linear)
-        x, place = self._read(self.graph.inputs(name)[0]), self._weights(*op.weights)
+        x, weights = self._read(self.graph.inputs(name)[0]), self._weights(*op.weights)
         values = [Value(name, port) for port in range(len(op.weights))]
         if self.graph.logits.node == name or any(
             isinstance(self.graph.op(node), Softcap) for node, _ in self.graph.readers(values[0])
         ):
-            self.buffers.at[values[0]] = -1
-            return f"head(run, {place}, {op.weights[0].cols}, {x}, prepared(run), logits);"
+            self.buffers.places[values[0]] = -1
+            return f"head(run, {weights}, {op.weights[0].cols}, {x}, prepared(run), logits);"
         outputs = ", ".join(self._write(index, value) for value in values)
-        return f"linear(run, {place}, {x}, prepared(run), {{{outputs}}});"
+        return f"linear(run, {weights}, {x}, prepared(run), {{{outputs}}});"
 
-    def _attend(self, index: int, name: str, op: object) -> str:
+    def _attend(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Attend)
         inner = op.attention
         self.heads.add((inner.kv_heads, inner.head_dim))
@@ -240,14 +202,14 @@ class _Emission:
         result = f"{self._write(index, Value(name))}{self._order(index, op.order)}"
         return f"Attend<{shape}>{{run, {reads}, {angles}, {numbers}, {result}}}();"
 
-    def _softcap(self, index: int, name: str, op: object) -> str:
+    def _softcap(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Softcap)
         if name != self.graph.logits.node:
-            raise CodegenError(f"{name} = {op}: only logits are capped so")
+            raise CodegenError(f"{name} = {op}: only logits can be capped by a node of their own")
         return f"softcap(logits, {op.width}, {_f(op.cap)});"
 
     def source(self) -> str:
-        """The translation unit."""
+        """The whole translation unit."""
         texts = list(dict.fromkeys(block.text for block in self.blocks))
         functions = "\n\n".join(
             f"{_SIGNATURE.format(number=number)} {{\n{text}\n}}" for number, text in enumerate(texts)
@@ -261,7 +223,7 @@ class _Emission:
         )
 
     def _calls(self, texts: list[str]) -> Iterator[str]:
-        """One line for each run of blocks with the same text, in a loop where it is longer than one."""
+        """One loop for each run of blocks with the same text."""
         weights = vectors = 0
         for text, run in groupby(self.blocks, key=lambda block: block.text):
             same = list(run)
@@ -274,8 +236,8 @@ class _Emission:
             weights, vectors = weights + count * dw, vectors + count * dn
 
 
-def _segments(order: Sequence[tuple[str, object]]) -> Iterator[list[int]]:
-    """Indices cut where the layer changes, and after norms that open a layer, so that all layers look the same."""
+def _segments(order: Sequence[tuple[str, Operation]]) -> Iterator[list[int]]:
+    """Indices cut where the layer changes, and after the norm that begins a layer, so that all layers look the same."""
     segment: list[int] = []
     for index, (name, op) in enumerate(order):
         opens = name.partition(".")[0] != order[index - 1][0].partition(".")[0] if index else False

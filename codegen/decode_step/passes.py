@@ -1,15 +1,15 @@
-"""The passes over the graph of a decode step: each leaves a graph that computes the same, with fewer trips to memory
-and fewer meetings of the threads. The verifier runs before the first and after every one.
+"""The passes over the graph of a decode step: each leaves a graph that computes the same with fewer memory accesses and
+fewer barriers between threads. The verifier runs before the first pass and after every one.
 
 1. group_linears    matrices that read one value through one transform become one node: the input is transformed once,
-                    the threads meet once (q, k and v; gate and up).
-2. fuse_residuals   h + y, the norm that may lie on y, and the norm of the sum become one node with two outputs.
+                    and the threads synchronise once (q, k and v; gate and up).
+2. fuse_residuals   h + y, the norm of y if there is one, and the norm of the sum become one node with two outputs.
 3. fuse_attention   norms and rotations of query and key move into the attention, which reads its inputs head by head.
 
-and on the CPU alone (a GPU's kernels permute as they read)
+Only on the CPU (the kernels of a GPU permute as they read):
 
 4. fold_permutations   a matrix whose columns are stored in another order gets its input in that order from the gate or
-                       the attention that makes it and is read by nothing else (down_proj, o_proj).
+                       attention that computes it, if nothing else reads it (down_proj, o_proj).
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
-from .graph import Add, Attend, Attention, Gate, Linear, Norm, Residual, Rotary, StepGraph, Value, verify_step
+from .graph import StepGraph, Value
+from .operations import Add, Attend, Attention, Gate, Linear, Norm, Residual, Rotary
+from .verify import verify_step
 
 
 def group_linears(graph: StepGraph) -> None:
-    """Linears that read the same value and want the same transform of it become one."""
+    """Linears that read the same value through the same transform become one."""
     groups: dict[tuple[Value, str], list[str]] = defaultdict(list)
     for name, op in graph:
         if isinstance(op, Linear) and len(op.weights) == 1:
             groups[graph.inputs(name)[0], op.weights[0].transform].append(name)
-    for (value, _), (first, *others) in groups.items():
+    for (value, _transform), (first, *others) in groups.items():
         if not others:
             continue
         weights = tuple(weight for name in (first, *others) for weight in _linear(graph, name).weights)
@@ -44,7 +46,7 @@ def _linear(graph: StepGraph, name: str) -> Linear:
 
 
 def _sole_source(graph: StepGraph, value: Value, kind: type) -> str | None:
-    """The node that gives `value`, if it is of `kind` and nothing else reads it."""
+    """The node that gives `value`, if it is of `kind` and `value` has only one reader."""
     return value.node if isinstance(graph.op(value.node), kind) and len(graph.readers(value)) == 1 else None
 
 
@@ -52,7 +54,7 @@ def fuse_residuals(graph: StepGraph) -> None:
     """norm(h + y) and norm(h + post(y)) become Residual nodes, whose first output is the sum."""
     for name, op in list(graph):
         readers = graph.readers(Value(name)) if isinstance(op, Add) else []
-        norms = [node for node, _ in readers if isinstance(found := graph.op(node), Norm) and found.groups == 1]
+        norms = [node for node, _ in readers if isinstance(reader := graph.op(node), Norm) and reader.groups == 1]
         if len(norms) != 1:
             continue
         norm = graph.op(norms[0])
@@ -60,9 +62,9 @@ def fuse_residuals(graph: StepGraph) -> None:
         h, y = graph.inputs(name)
         post = None
         if source := _sole_source(graph, y, Norm):
-            found = graph.op(source)
-            assert isinstance(found, Norm)
-            post, (y,) = found, graph.inputs(source)
+            source_op = graph.op(source)
+            assert isinstance(source_op, Norm)
+            post, (y,) = source_op, graph.inputs(source)
         graph.replace(name, Residual(norm, post), (h, y))
         if post is not None and source:
             graph.network.remove_node(source)
@@ -79,15 +81,15 @@ def fuse_attention(graph: StepGraph) -> None:
         rotations = [_sole_source(graph, each, Rotary) for each in (query, key)]
         if None in rotations:
             continue
-        found = [_through(graph, rotation) for rotation in rotations if rotation]
-        (table, query, query_norm, gone), (other, key, key_norm, gone_too) = found
-        if table == other:
+        chains = [_rotation_chain(graph, rotation) for rotation in rotations if rotation]
+        (table, query, query_norm, query_nodes), (key_table, key, key_norm, key_nodes) = chains
+        if table == key_table:
             graph.replace(name, Attend(op, table, query_norm, key_norm), (query, key, value))
-            graph.network.remove_nodes_from([*gone, *gone_too])
+            graph.network.remove_nodes_from([*query_nodes, *key_nodes])
 
 
-def _through(graph: StepGraph, rotation: str) -> tuple[str, Value, Norm | None, list[str]]:
-    """(table, what goes in, the norm of its heads, the nodes that vanish) of a rotation."""
+def _rotation_chain(graph: StepGraph, rotation: str) -> tuple[str, Value, Norm | None, list[str]]:
+    """(table, input, norm of the heads before the rotation if any, nodes to remove) of a rotation."""
     op = graph.op(rotation)
     assert isinstance(op, Rotary)
     (value,) = graph.inputs(rotation)
@@ -117,7 +119,7 @@ CPU_PASSES: Passes = (*PASSES, fold_permutations)
 
 
 def run_step_passes(graph: StepGraph, passes: Passes = PASSES) -> StepGraph:
-    """`passes` in order, in place, the verifier between them. Raises CodegenError for a graph that does not fit."""
+    """Run `passes` on `graph` itself, with the verifier between them. Raises CodegenError for an invalid graph."""
     verify_step(graph)
     for change in passes:
         change(graph)

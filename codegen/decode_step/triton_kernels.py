@@ -1,7 +1,7 @@
-"""Triton kernels of a decode step on a GPU, beside its products: norms, gates and attention over a static cache.
+"""Triton kernels of a decode step on a GPU, besides its products: norms, gates and attention over a static cache.
 
-Specialised by their compile-time arguments to the shapes of a `graph.StepGraph`'s nodes; all arithmetic is float32.
-Nothing depends on what runs beside them: no atomics, and sums in one order.
+Their compile-time arguments specialise them to the shapes of the nodes of a `graph.StepGraph`; all arithmetic is
+float32. Results do not depend on the timing of instances: there are no atomics, and sums have a fixed order.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The typed operations of a matrix product, the program of a plan, and its verifier."""
+"""The typed operations of a matrix product, the program of a plan, its lowering and its verifier."""

@@ -1,15 +1,17 @@
-"""The typed operations a stored matrix is made of, from packed words to y = W_hat x.
+"""The typed operations that compute y = W_hat x from the stored fields of one matrix.
 
-Each operation turns one kind of value into another; `program.verify_program` checks that the kinds meet. Shapes are
-those of one tile, BLOCK_N rows by BLOCK_K columns of W[N, K]:
+Every operation turns one kind of value into another, and `verify.verify_program` checks that the kinds fit together.
+Shapes are those of one tile, BLOCK_N rows by BLOCK_K columns of W[N, K]:
 
     words    packed fields, as 32-bit words          values   decoded weights [BLOCK_N, BLOCK_K]
-    codes    whole numbers [BLOCK_N, BLOCK_K/dim]    sums     float32 [BLOCK_N], one for each row of x
+    codes    integers [BLOCK_N, BLOCK_K/dim]         sums     float32 [BLOCK_N], one for each row of x
+    stored   what the kernel has written to memory
 
-A transformed matrix W = T^-1(C) is multiplied as T'^-1(C (T x)): `Prepare` makes T x, `Unrotate` undoes the rotation of
-the output.
+A transformed matrix W = T^-1(C) is multiplied as T'^-1(C (T x)): `Prepare` computes T x, and `Unrotate` undoes the
+rotation of the output. The formulas are those of `reallm.kernels.formats.formats`.
 
-Formulas are those of `reallm.kernels.formats.formats`; an operation names the stored fields it reads and their dtypes.
+To add an operation, write a frozen dataclass with its parameters as fields, pick the base class that says what it takes
+and gives, list the stored fields it reads, and give the text that prints it.
 """
 
 from __future__ import annotations
@@ -17,58 +19,106 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from reallm.kernels.codes.packing import plane_widths
-from reallm.kernels.codes.tables import TableName
 from reallm.kernels.errors import ReallmError
-from reallm.kernels.formats.codecs import DoubleQuant
+from reallm.kernels.formats.bit_planes import WORD_BITS, plane_widths
+from reallm.kernels.formats.codecs import DoubleQuant, TableName
 
 Value = Literal["words", "codes", "values", "sums", "stored"]
 Read: TypeAlias = tuple[str, str]
-"""A stored field and its dtype, as in `kernels.formats.Field`."""
+"""Name and dtype of a stored field, as in `kernels.formats.codecs.Field`."""
 
+SCALES: Read = ("scales", "f16")
 
 LIFT = 76
-"""Binary logarithm of what x is multiplied by where codes are read as denormal floats, see `trellis`: products are
-normal floats for x of 2^-52 to 2^52."""
+"""x is multiplied by 2^LIFT where codes are read as denormal floats (see `triton.trellis`): the products are then
+normal floats for x from 2^-52 to 2^52."""
 
 
 class CodegenError(ReallmError, ValueError):
-    """A program that cannot be, or a kernel that cannot be built or called as asked."""
+    """A program is invalid, or a kernel cannot be built or called as requested."""
 
 
 @dataclass(frozen=True, slots=True)
-class Project:
-    """t[m, r] = scale_r * sum_k R[r, k] x[m, k]: the small half of the low-rank term, float32 [M, rank]."""
+class Operation:
+    """Base class of all operations. `takes` and `gives` are the kinds of value before and after the operation."""
+
+    takes: ClassVar[Value]
+    gives: ClassVar[Value]
+    fields: ClassVar[tuple[Read, ...]] = ()
+    """Stored fields that the operation reads whatever its parameters are."""
+    text: ClassVar[str]
+    """The printed form, a format string over the operation `op`."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """Stored fields that the operation reads."""
+        return self.fields
+
+    def __str__(self) -> str:
+        return self.text.format(op=self)
+
+
+class InputOperation(Operation):
+    """An operation on x that runs before the packed words are read."""
+
+    __slots__ = ()
+    takes = "words"
+    gives = "words"
+
+
+class Decode(Operation):
+    """Turns codes into weights."""
+
+    __slots__ = ()
+    takes = "codes"
+    gives = "values"
+
+
+class Scale(Operation):
+    """Multiplies decoded weights."""
+
+    __slots__ = ()
+    takes = "values"
+    gives = "values"
+
+
+class SumOperation(Operation):
+    """An operation on the sums of a product."""
+
+    __slots__ = ()
+    takes = "sums"
+    gives = "sums"
+
+
+# On x
+
+
+@dataclass(frozen=True, slots=True)
+class Project(InputOperation):
+    """t[m, r] = scale_r * sum_k R[r, k] x[m, k]: the right factor of the low-rank term, float32 [M, rank]."""
 
     dtype: str
 
-    takes: ClassVar[Value] = "words"
-    gives: ClassVar[Value] = "words"
+    text = "project {op.dtype}"
 
     @property
     def reads(self) -> tuple[Read, ...]:
         scales = (("left_scales", "f16"), ("right_scales", "f16")) if self.dtype != "f16" else ()
         return (("right", stored_factor(self.dtype)), *scales)
 
-    def __str__(self) -> str:
-        return f"project {self.dtype}"
-
 
 @dataclass(frozen=True, slots=True)
-class Prepare:
+class Prepare(InputOperation):
     """x' = R_K P (channel_scales * x) / norm, float32 [M, K padded to whole blocks]; norm [M] is a power of two.
 
-    P x [j] = x[permutation[j]]. The norm brings the largest entry of a row of x to between 1 and 2, so that x' fits
-    half precision whatever the model's activations are; then x' is multiplied by 2^lift.
+    P x [j] = x[permutation[j]]. Dividing by the norm brings the largest entry of a row of x to between 1 and 2, so that
+    x' fits half precision whatever the model's activations are; then x' is multiplied by 2^lift.
     """
 
     rotated: bool = False
     permuted: bool = False
     channel_scales: bool = False
     lift: int = 0
-
-    takes: ClassVar[Value] = "words"
-    gives: ClassVar[Value] = "words"
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -77,114 +127,46 @@ class Prepare:
 
     @property
     def label(self) -> str:
-        """The steps in the order they are done."""
+        """The steps in the order in which they are done."""
         steps = {"cs": self.channel_scales, "perm": self.permuted, "rot": self.rotated}
-        return "-".join(name for name, wanted in steps.items() if wanted) or "plain"
+        return "-".join(name for name, enabled in steps.items() if enabled) or "plain"
 
     def __str__(self) -> str:
         return f"prepare {self.label}" + (f" times 2^{self.lift}" if self.lift else "")
 
 
 @dataclass(frozen=True, slots=True)
-class Reuse:
+class Reuse(InputOperation):
     """x' of the matrix `leader`, which has the same input and prepares it in the same way."""
 
     leader: str
     rotated: bool
 
-    takes: ClassVar[Value] = "words"
-    gives: ClassVar[Value] = "words"
+    text = "reuse x' of {op.leader}"
 
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return ()
 
-    def __str__(self) -> str:
-        return f"reuse x' of {self.leader}"
+# From words to values
 
 
 @dataclass(frozen=True, slots=True)
-class Trellis:
-    """What the states of a bitshift trellis of 2^state_bits states stand for, as whole numbers (`kernels.trellis`)."""
-
-    state_bits: int
-
-    takes: ClassVar[Value] = "words"
-    gives: ClassVar[Value] = "values"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return (("words", "u32"), ("widths", "u4"))
-
-    def __str__(self) -> str:
-        return f"trellis 2^{self.state_bits}"
-
-
-@dataclass(frozen=True, slots=True)
-class Lattice:
-    """The word of 8 weights of E8P, and of its residual codebook, that each code stands for (`kernels.lattice`)."""
-
-    bits: int
-
-    takes: ClassVar[Value] = "codes"
-    gives: ClassVar[Value] = "values"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return (("residuals", "u8" if self.bits == 3 else "u16"),) if self.bits > 2 else ()
-
-    def __str__(self) -> str:
-        return f"lattice e8p{self.bits}"
-
-
-@dataclass(frozen=True, slots=True)
-class RowLevels:
-    """The level of the row's own table of 2^bits that each code stands for."""
-
-    bits: int
-
-    takes: ClassVar[Value] = "codes"
-    gives: ClassVar[Value] = "values"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return (("levels", "f16"),)
-
-    def __str__(self) -> str:
-        return f"row_levels {self.bits}"
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnScale:
-    """values * scale of their block of `block` columns, the same in every row."""
-
-    block: int
-
-    takes: ClassVar[Value] = "values"
-    gives: ClassVar[Value] = "values"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return (("scales", "f16"),)
-
-    def __str__(self) -> str:
-        return f"column_scale per {self.block}"
-
-
-@dataclass(frozen=True, slots=True)
-class Unpack:
+class Unpack(Operation):
     """Planar codes of `bits` bits: `count` codes for every `dim` weights (1 for 1 in a scalar codec)."""
 
     bits: int
     count: int = 1
     dim: int = 1
 
-    takes: ClassVar[Value] = "words"
-    gives: ClassVar[Value] = "codes"
+    takes = "words"
+    gives = "codes"
 
     @property
     def reads(self) -> tuple[Read, ...]:
         return (("codes", f"u{self.bits}"),)
+
+    @property
+    def chunk_width(self) -> int:
+        """Columns that a tile handles together: those of one word of the widest plane, or of one additive group."""
+        return self.dim if self.dim > 1 else WORD_BITS // plane_widths(self.bits)[0]
 
     def __str__(self) -> str:
         planes = " + ".join(str(width) for width in plane_widths(self.bits))
@@ -192,32 +174,43 @@ class Unpack:
 
 
 @dataclass(frozen=True, slots=True)
-class Levels:
-    """The level of a scalar table that each code stands for."""
+class Trellis(Operation):
+    """The values of the states of a trellis with 2^state_bits states, as integers (`kernels.codes.trellis`)."""
+
+    state_bits: int
+
+    takes = "words"
+    gives = "values"
+    fields = (("words", "u32"), ("widths", "u4"))
+    text = "trellis 2^{op.state_bits}"
+
+
+@dataclass(frozen=True, slots=True)
+class Levels(Decode):
+    """Looks up each code in a scalar table."""
 
     table: TableName
     bits: int
 
-    takes: ClassVar[Value] = "codes"
-    gives: ClassVar[Value] = "values"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return ()
-
-    def __str__(self) -> str:
-        return f"levels {self.table}{self.bits}"
+    text = "levels {op.table}{op.bits}"
 
 
 @dataclass(frozen=True, slots=True)
-class Offset:
-    """code - zero, one zero for every group of a row (`uint`)."""
+class RowLevels(Decode):
+    """Looks up each code in the row's own table of 2^bits levels."""
+
+    bits: int
+
+    fields = (("levels", "f16"),)
+    text = "row_levels {op.bits}"
+
+
+@dataclass(frozen=True, slots=True)
+class Offset(Decode):
+    """code - zero, with one zero point for each group of a row (`uint`)."""
 
     bits: int
     group_size: int
-
-    takes: ClassVar[Value] = "codes"
-    gives: ClassVar[Value] = "values"
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -228,33 +221,46 @@ class Offset:
 
 
 @dataclass(frozen=True, slots=True)
-class Codebooks:
+class Codebooks(Decode):
     """The sum of `count` words of `dim` weights, each from its own codebook of 2^bits words."""
 
     count: int
     bits: int
     dim: int
 
-    takes: ClassVar[Value] = "codes"
-    gives: ClassVar[Value] = "values"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return (("codebooks", "f16"),)
-
-    def __str__(self) -> str:
-        return f"codebooks {self.count} x 2^{self.bits} words of {self.dim}"
+    fields = (("codebooks", "f16"),)
+    text = "codebooks {op.count} x 2^{op.bits} words of {op.dim}"
 
 
 @dataclass(frozen=True, slots=True)
-class GroupScale:
+class Lattice(Decode):
+    """The words of 8 weights of E8P, and of its residual codebook, that the codes select (`kernels.codes.lattice`)."""
+
+    bits: int
+
+    text = "lattice e8p{op.bits}"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return (("residuals", "u8" if self.bits == 3 else "u16"),) if self.bits > 2 else ()
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnScale(Scale):
+    """values * scale of their block of `block` columns; the scale is the same in every row."""
+
+    block: int
+
+    fields = (SCALES,)
+    text = "column_scale per {op.block}"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScale(Scale):
     """values * scale of their group; group_size 0 is the whole row."""
 
     group_size: int
     double_quant: DoubleQuant | None = None
-
-    takes: ClassVar[Value] = "values"
-    gives: ClassVar[Value] = "values"
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -264,42 +270,39 @@ class GroupScale:
         return f"group_scale per {self.group_size or 'row'}{_double(self.double_quant)}"
 
 
+# The product
+
+
 @dataclass(frozen=True, slots=True)
-class Dot:
+class Dot(Operation):
     """sums[m, n] = sum_k values[n, k] x[m, k] in float32."""
 
-    takes: ClassVar[Value] = "values"
-    gives: ClassVar[Value] = "sums"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return ()
-
-    def __str__(self) -> str:
-        return "dot"
+    takes = "values"
+    gives = "sums"
+    text = "dot"
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """The values themselves, for a product by a library: dense [N, K] in the dtype of x or, of a transformed matrix, in
-    half precision; those of a trellis over the power of two that no scale exceeds."""
+class Keep(Operation):
+    """Writes the values themselves, for a product by a library: dense [N, K].
 
-    takes: ClassVar[Value] = "values"
-    gives: ClassVar[Value] = "stored"
-    reads: ClassVar[tuple[Read, ...]] = ()
+    They are in the dtype of x or, for a transformed matrix, in half precision. The values of a trellis are divided by
+    the smallest power of two that is no less than any scale.
+    """
 
-    def __str__(self) -> str:
-        return "keep"
+    takes = "values"
+    gives = "stored"
+    text = "keep"
+
+
+# On the sums
 
 
 @dataclass(frozen=True, slots=True)
-class RowScale:
+class RowScale(SumOperation):
     """sums * scale of their row: a GroupScale over the whole row, moved behind the Dot."""
 
     double_quant: DoubleQuant | None = None
-
-    takes: ClassVar[Value] = "sums"
-    gives: ClassVar[Value] = "sums"
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -310,133 +313,71 @@ class RowScale:
 
 
 @dataclass(frozen=True, slots=True)
-class Centre:
-    """sums - mean * sum_k scale_k x'_k: the mean of the values of a trellis, which `Dot` left in."""
+class Centre(SumOperation):
+    """sums - mean * sum_k scale_k x'_k: subtracts the mean of a trellis' values, which `Dot` did not."""
 
     mean: float
 
-    takes: ClassVar[Value] = "sums"
-    gives: ClassVar[Value] = "sums"
-    reads: ClassVar[tuple[Read, ...]] = ()
-
-    def __str__(self) -> str:
-        return f"centre {self.mean:g}"
+    text = "centre {op.mean:g}"
 
 
 @dataclass(frozen=True, slots=True)
-class Unrotate:
-    """R_N^T sums, and the norm of `Prepare` multiplied back."""
+class Unrotate(SumOperation):
+    """R_N^T sums, multiplied by the norm that `Prepare` divided by."""
 
     rotated: bool
-
-    takes: ClassVar[Value] = "sums"
-    gives: ClassVar[Value] = "sums"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return ()
 
     def __str__(self) -> str:
         return "unrotate" if self.rotated else "renorm"
 
 
 @dataclass(frozen=True, slots=True)
-class AddSparse:
-    """sums + S x, S the outliers kept apart, by rows."""
+class AddSparse(SumOperation):
+    """sums + S x, where S holds the outliers, stored row by row."""
 
-    takes: ClassVar[Value] = "sums"
-    gives: ClassVar[Value] = "sums"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return (("sparse_counts", "u16"), ("sparse_cols", "u16"), ("sparse_values", "f16"))
-
-    def __str__(self) -> str:
-        return "add_sparse"
+    fields = (("sparse_counts", "u16"), ("sparse_cols", "u16"), ("sparse_values", "f16"))
+    text = "add_sparse"
 
 
 @dataclass(frozen=True, slots=True)
-class AddLowRank:
-    """sums + L t with t from `Project`."""
+class AddLowRank(SumOperation):
+    """sums + L t, where `Project` computed t."""
 
     rank: int
     dtype: str
 
-    takes: ClassVar[Value] = "sums"
-    gives: ClassVar[Value] = "sums"
+    text = "add_low_rank {op.rank} {op.dtype}"
 
     @property
     def reads(self) -> tuple[Read, ...]:
         return (("left", stored_factor(self.dtype)),)
 
-    def __str__(self) -> str:
-        return f"add_low_rank {self.rank} {self.dtype}"
-
 
 @dataclass(frozen=True, slots=True)
-class AddBias:
+class AddBias(SumOperation):
     """sums + bias[n]; the bias is a tensor of the model, not a field of the matrix."""
 
-    takes: ClassVar[Value] = "sums"
-    gives: ClassVar[Value] = "sums"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return ()
-
-    def __str__(self) -> str:
-        return "add_bias"
+    text = "add_bias"
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
-    """y[m, n] in the dtype of x."""
+class Store(Operation):
+    """Writes y[m, n] in the dtype of x."""
 
-    takes: ClassVar[Value] = "sums"
-    gives: ClassVar[Value] = "stored"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        return ()
-
-    def __str__(self) -> str:
-        return "store"
-
-
-Operation: TypeAlias = (
-    Project
-    | Prepare
-    | Reuse
-    | Trellis
-    | Unpack
-    | Levels
-    | Offset
-    | Codebooks
-    | Lattice
-    | RowLevels
-    | GroupScale
-    | ColumnScale
-    | Dot
-    | Keep
-    | RowScale
-    | Centre
-    | Unrotate
-    | AddLowRank
-    | AddSparse
-    | AddBias
-    | Store
-)
+    takes = "sums"
+    gives = "stored"
+    text = "store"
 
 
 def stored_factor(dtype: str) -> str:
-    """How a factor of a low-rank term is stored: 4-bit ones as codes."""
+    """The dtype of the field that stores a low-rank factor: 4-bit factors are stored as codes."""
     return "u4" if dtype == "i4" else dtype
 
 
 def scale_reads(double_quant: DoubleQuant | None) -> tuple[Read, ...]:
     """The fields that hold scales, plain or double-quantised."""
     if double_quant is None:
-        return (("scales", "f16"),)
+        return (SCALES,)
     return (("scale_codes", f"u{double_quant.bits}"), ("scale_ranges", "f16"), ("scale_min", "f32"))
 
 

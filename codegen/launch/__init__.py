@@ -1,1 +1,1 @@
-"""Launching generated kernels."""
+"""Running generated kernels on a device."""

@@ -1,4 +1,4 @@
-"""Tensors that kernels read and no matrix owns: levels, lattice words and rotations, made once for each device."""
+"""Tensors that kernels read and that belong to no matrix: levels, lattice words, rotations; made once per device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from reallm.codegen.ir.operations import Lattice, Levels, Prepare, Unrotate
 from reallm.codegen.ir.program import KernelSpec
 from reallm.codegen.triton.rotation_factors import rotation_factors
 from reallm.kernels.codes.hadamard import signs
-from reallm.kernels.codes.lattice import absolute_vectors, odd_minuses, root_words
-from reallm.kernels.codes.tables import TableName, table
+from reallm.kernels.codes.lattice import absolute_vectors, odd_sign_parity, root_words
+from reallm.kernels.codes.tables import table
+from reallm.kernels.formats.codecs import TableName
 
 if TYPE_CHECKING:
     import torch
 
 
-def tables(spec: KernelSpec, rows: int, cols: int, device: torch.device) -> dict[str, torch.Tensor]:
+def constant_tables(spec: KernelSpec, rows: int, cols: int, device: torch.device) -> dict[str, torch.Tensor]:
     """The constant tensors that a kernel of `spec` for W[rows, cols] reads, by name."""
     result: dict[str, torch.Tensor] = {}
     for operation in spec.operations:
@@ -33,11 +34,11 @@ def tables(spec: KernelSpec, rows: int, cols: int, device: torch.device) -> dict
 
 @cache
 def _lattice(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors of E8P, the last entry negative where the signs hold an odd number of minuses, and the roots."""
+    """The vectors of E8P, their last entry negative where an odd number of signs are, and the residual words."""
     import torch
 
     grid = absolute_vectors().copy()
-    grid[odd_minuses(), -1] *= -1
+    grid[odd_sign_parity(), -1] *= -1
     roots = torch.from_numpy(root_words().copy())
     return torch.from_numpy(grid).to(device, torch.float32), roots.to(device, torch.float32)
 

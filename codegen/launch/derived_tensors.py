@@ -1,9 +1,10 @@
-"""What kernels read in place of some stored fields: small tensors made from them once, when a matrix is first used.
+"""Small tensors that kernels read in place of some stored fields, made from them once, when a matrix is first used.
 
-index            of a trellis' widths, int32: the bits of a float32 power of two that no scale exceeds; for each
-                 width 0 to 16 how many blocks of columns are narrower; the blocks by width; their first words
+index            from the widths of a trellis, int32: the bits of a float32 power of two that no scale exceeds; for each
+                 width 0 to 16 the number of blocks of columns that are narrower; the blocks sorted by width; the first
+                 word of each of these
 scales           of a trellis, with zeros where a block has no bits
-sparse_offsets   of the outliers' counts, int32 [rows + 1]: where each row's begin
+sparse_offsets   from the counts of the outliers, int32 [rows + 1]: where the outliers of each row begin
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ if TYPE_CHECKING:
     import torch
 
 MAX_WIDTH = 16
+_DAMAGED = "; the artifact is damaged: copy or compile it again"
 
 
 @dataclass(frozen=True)
 class Derived:
-    """The derived tensors of a matrix by name, and the widths that its trellis has."""
+    """The derived tensors of a matrix by name, and the widths that occur in its trellis."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     widths: tuple[int, ...] = ()
     filled: bool = True
-    """Whether all blocks of its trellis have bits."""
+    """Whether every block of the trellis has bits."""
 
 
 def trellis_index(
     codec: TrellisCodec, widths: NDArray[np.integer], scales: NDArray[np.float16], rows: int, cols: int
 ) -> NDArray[np.int32]:
-    """`index` of the module's docstring. Raises CodegenError for widths that contradict the format."""
+    """The tensor `index` of the module's docstring. Raises CodegenError for widths that contradict the format."""
     try:
         check_widths(codec, widths, cols)
     except ValueError as error:
@@ -59,20 +61,20 @@ def trellis_index(
 
 
 def present_widths(index: NDArray[np.int32]) -> tuple[int, ...]:
-    """The widths over zero of the blocks of an index."""
+    """The widths, other than zero, that occur among the blocks of an index."""
     runs = index[RUNS_AT:ORDER_AT]
     return tuple(width for width in range(1, MAX_WIDTH) if runs[width] < runs[width + 1])
 
 
 def derive(fmt: Format, fields: Mapping[str, torch.Tensor], rows: int, cols: int) -> Derived:
-    """All derived tensors that kernels of `fmt` read, on the device of the fields. Waits for the device.
+    """All derived tensors that kernels of `fmt` read, on the device of the fields. Synchronises with the device.
 
-    Raises CodegenError for fields that contradict themselves, before a kernel indexes with them.
+    Raises CodegenError for fields that contradict each other, before a kernel indexes with them.
     """
     import torch
 
     result: dict[str, torch.Tensor] = {}
-    found: tuple[int, ...] = ()
+    present: tuple[int, ...] = ()
     filled = True
     if isinstance(codec := fmt.codec, TrellisCodec):
         device, across = fields["widths"].device, -(-cols // TILE)
@@ -81,17 +83,17 @@ def derive(fmt: Format, fields: Mapping[str, torch.Tensor], rows: int, cols: int
         index = trellis_index(codec, widths, scales, rows, cols)
         scales[widths == 0] = 0
         result = {"index": torch.from_numpy(index).to(device), "scales": torch.from_numpy(scales).to(device)}
-        found, filled = present_widths(index), bool(widths.all())
+        present, filled = present_widths(index), bool(widths.all())
     if fmt.sparse:
         device = fields["sparse_counts"].device
         counts = unpack_codes(fields["sparse_counts"].cpu().numpy(), 16, rows).astype(np.int64)
-        where = unpack_codes(fields["sparse_cols"].cpu().numpy(), 16, fmt.sparse.count(rows, cols))
-        if int(counts.sum()) != len(where) or int(where.max(initial=0)) >= cols:
-            raise CodegenError("the sparse fields contradict each other")
+        columns = unpack_codes(fields["sparse_cols"].cpu().numpy(), 16, fmt.sparse.count(rows, cols))
+        if int(counts.sum()) != len(columns) or int(columns.max(initial=0)) >= cols:
+            raise CodegenError(f"the fields of the outliers contradict each other{_DAMAGED}")
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         result["sparse_offsets"] = torch.from_numpy(offsets).to(device)
     if fmt.permuted:
         order = unpack_codes(fields["permutation"].cpu().numpy(), 16, cols)
         if not np.array_equal(np.sort(order), np.arange(cols)):
-            raise CodegenError("field 'permutation' is not a permutation of the columns")
-    return Derived(result, found, filled)
+            raise CodegenError(f"field 'permutation' is not a permutation of the columns{_DAMAGED}")
+    return Derived(result, present, filled)

@@ -1,1 +1,1 @@
-"""The passes over a program, in the order in which they run."""
+"""The passes over a program: one module each, with the table it needs beside it; `run.PASSES` is their order."""

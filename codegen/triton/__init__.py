@@ -1,1 +1,1 @@
-"""Writers of Triton source."""
+"""Writers of the Triton source of kernels."""

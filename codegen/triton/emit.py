@@ -1,9 +1,10 @@
-"""Emission: the Triton source of one kernel, a self-contained file whose text depends on the specification alone.
+"""The Triton source of one kernel: a self-contained file whose text depends on the specification alone.
 
-Tile of a GEMV: W as [BLOCK_N, CHUNKS, WIDTH], WIDTH the columns of one word of the widest plane (16 of 2 or 3 bits, 8
-of 4 to 6, 4 of 8) or of one additive group. When rows are whole chunks, every plane's bits of a chunk lie in one word:
-words, scales and zeros are loaded once for each chunk and only shifts are done for each weight. Otherwise each weight
-finds its own word. Layout of the words: `kernels.codes.packing`; of the fields: `kernels.formats.formats`.
+The tile of a GEMV is W as [BLOCK_N, CHUNKS, WIDTH], where WIDTH is the columns of one word of the widest plane (16 of 2
+or 3 bits, 8 of 4 to 6, 4 of 8) or of one additive group. When rows are whole chunks, the bits of a chunk lie in one
+word of each plane: words, scales and zeros are loaded once per chunk, and each weight takes only shifts. Otherwise the
+word of each weight is loaded separately. The layout of the words is in `kernels.formats.bit_planes`, that of the fields
+in `kernels.formats.codecs`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from reallm.codegen.ir.operations import (
     Unpack,
     Unrotate,
 )
-from reallm.codegen.ir.program import KernelSpec, chunk_width
+from reallm.codegen.ir.program import KernelSpec
 
 from .gemm import GemmWriter
 from .gemv import GemvWriter
-from .group_select import OWN_BESIDE_FIELDS, OWN_SIZES, member_name, place, select_lines
+from .group_select import MEMBER_SIZES, MEMBER_TENSORS, member_name, select_lines, tile_index
 from .prepare_finish import emit_finish, emit_prepare
 from .scalar_spans import FOUR, SpanWriter
 from .snippets import code_lines, indent, planes
@@ -39,30 +40,29 @@ from .trellis import BYTE_SUM, emit_trellis
 
 Pointers = tuple[tuple[str, str], ...]
 DERIVED = {"widths": ("index", "i32"), "sparse_counts": ("sparse_offsets", "i32")}
-"""Stored field -> what kernels get in its place, see `derived`."""
+"""Stored field -> the tensor that kernels read in its place, see `launch.derived_tensors`."""
 
 
 def pointers(spec: KernelSpec) -> Pointers:
-    """The kernel's tensors in the order of its arguments, and the dtype each points to ("x": that of x)."""
+    """(name, dtype) of the kernel's tensors in the order of its arguments; the dtype "x" is that of x."""
     return tuple((argument, dtype) for argument, dtype, _, _ in bindings(spec))
 
 
 def bindings(spec: KernelSpec) -> tuple[tuple[str, str, str, int], ...]:
-    """For each argument that is a tensor: its name in the kernel, its dtype, and whose tensor of what name it is."""
+    """For each tensor argument: its name in the kernel, its dtype, the tensor's name, and the member it belongs to."""
     plain = _pointers_of_one(spec)
     if spec.members == 1:
         return tuple((name, dtype, name, 0) for name, dtype in plain)
-    own = own_names(spec)
-    shared = ((name, dtype, name, 0) for name, dtype in plain if name not in own)
-    members = range(spec.members)
-    owned = ((member_name(name, i), dtype, name, i) for i in members for name, dtype in plain if name in own)
+    separate, members = member_tensors(spec), range(spec.members)
+    shared = ((name, dtype, name, 0) for name, dtype in plain if name not in separate)
+    owned = ((member_name(name, i), dtype, name, i) for i in members for name, dtype in plain if name in separate)
     return (*shared, *owned)
 
 
-def own_names(spec: KernelSpec) -> tuple[str, ...]:
-    """The tensors that each matrix of a group has for itself, in the order of the kernel of one."""
+def member_tensors(spec: KernelSpec) -> tuple[str, ...]:
+    """The tensors that each matrix of a group has its own of, in the order of the kernel of one matrix."""
     read = {DERIVED.get(name, (name, dtype)) for operation in spec.operations for name, dtype in operation.reads}
-    return tuple(name for name, dtype in _pointers_of_one(spec) if name in OWN_BESIDE_FIELDS or (name, dtype) in read)
+    return tuple(name for name, dtype in _pointers_of_one(spec) if name in MEMBER_TENSORS or (name, dtype) in read)
 
 
 def _pointers_of_one(spec: KernelSpec) -> Pointers:
@@ -81,7 +81,7 @@ def _pointers_of_one(spec: KernelSpec) -> Pointers:
 
 
 def _extra(operation: Operation) -> Pointers:
-    """Tensors that an operation reads beside stored fields."""
+    """Tensors that an operation reads besides stored fields."""
     match operation:
         case Levels(table) if table != "int":
             return (("levels", "f32"),)
@@ -101,14 +101,14 @@ def _extra(operation: Operation) -> Pointers:
 
 
 def scalars(spec: KernelSpec) -> tuple[str, ...]:
-    """The kernel's whole-number arguments, behind the tensors."""
+    """The kernel's integer arguments, which follow the tensors."""
     plain = _scalars_of_one(spec)
     if spec.members == 1:
         return plain
     return tuple(
         argument
         for name in plain
-        for argument in ([member_name(name, i) for i in range(spec.members)] if name in OWN_SIZES else [name])
+        for argument in ([member_name(name, i) for i in range(spec.members)] if name in MEMBER_SIZES else [name])
     )
 
 
@@ -122,8 +122,10 @@ def _scalars_of_one(spec: KernelSpec) -> tuple[str, ...]:
 
 
 def constants(spec: KernelSpec) -> tuple[str, ...]:
-    """The kernel's compile-time arguments, last: DEVICE is "cuda", "hip" or "portable", SPLITS how many instances
-    shared out the columns of a product."""
+    """The kernel's compile-time arguments, which come last.
+
+    DEVICE is "cuda", "hip" or "portable"; SPLITS is the number of instances that shared out the columns of a product.
+    """
     if spec.function == "finish":
         return ("SPLITS",)
     return ("DEVICE",) if any(isinstance(operation, Trellis) for operation in spec.operations) else ()
@@ -131,7 +133,7 @@ def constants(spec: KernelSpec) -> tuple[str, ...]:
 
 @cache
 def emit(spec: KernelSpec) -> str:
-    """Triton source of `spec`, the same text for the same specification on every machine."""
+    """The Triton source of `spec`, the same text for the same specification on every machine."""
     first = spec.operations[0]
     if spec.function == "project":
         return _emit_project(spec)
@@ -145,7 +147,7 @@ def emit(spec: KernelSpec) -> str:
 
 
 def _signature(spec: KernelSpec) -> str:
-    """The line that a function begins with, and its decorator."""
+    """The first line of a function, and its decorator."""
     counted = scalars(spec)
     unspecialised = ", ".join(f'"{name}"' for name in counted)
     fixed = [f"{name}: tl.constexpr" for name in constants(spec)]
@@ -154,14 +156,16 @@ def _signature(spec: KernelSpec) -> str:
 
 
 def _select(spec: KernelSpec) -> list[str]:
-    """Lines by which an instance takes the arguments of its own matrix."""
-    return select_lines(spec, [*own_names(spec), *(name for name in _scalars_of_one(spec) if name in OWN_SIZES)])
+    """Lines by which an instance selects the arguments of its matrix."""
+    return select_lines(
+        spec, [*member_tensors(spec), *(name for name in _scalars_of_one(spec) if name in MEMBER_SIZES)]
+    )
 
 
 def _start_lines(spec: KernelSpec) -> list[str]:
-    """The lines that a product from a template starts with."""
+    """The first lines of a product that is written from a template."""
     block = spec.tile.block_n
-    return [*_select(spec), f"n = {place(spec)} * {block} + tl.arange(0, {block})"]
+    return [*_select(spec), f"n = {tile_index(spec)} * {block} + tl.arange(0, {block})"]
 
 
 def _listing(spec: KernelSpec) -> str:
@@ -169,7 +173,7 @@ def _listing(spec: KernelSpec) -> str:
 
 
 def _head(spec: KernelSpec) -> str:
-    """What stands before a function: what it computes, and its imports."""
+    """The text before a function: what it computes, and its imports."""
     meaning = {
         "prepare": "x' of the transformed matrix",
         "finish": "y of the parts of a transformed product",
@@ -202,7 +206,7 @@ def _emit_project(spec: KernelSpec) -> str:
 
 
 def _factor_lines(spec: KernelSpec) -> list[str]:
-    """Lines that load a stretch of the factor R."""
+    """Lines that load a block of the factor R."""
     project, mask = spec.operations[0], ", mask=inside, other=0"
     if isinstance(project, Project) and project.dtype == "i4":
         lines = code_lines(planes("right", 4), "factor_at", mask, "factor")
@@ -238,7 +242,7 @@ def _emit_spans(spec: KernelSpec) -> str:
 
 
 def _emit_gemv(spec: KernelSpec) -> str:
-    width = chunk_width(next(operation for operation in spec.operations if isinstance(operation, Unpack)))
+    width = next(operation for operation in spec.operations if isinstance(operation, Unpack)).chunk_width
     writer = GemmWriter(spec, width) if spec.function == "gemm" else GemvWriter(spec, width)
     for operation in spec.operations:
         writer.write(operation)

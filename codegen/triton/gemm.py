@@ -1,8 +1,8 @@
 """The writer of a GEMM for many rows of x: the decode of `gemv`, then tensor cores.
 
-A tile of W is decoded in float32 as for a GEMV, rounded to the dtype of x, as a decoded weight would be, and multiplied
-with float32 sums; x in float32 is multiplied as it is, without tensor cores, but x' of a transformed matrix and its
-codes' values are rounded to half precision. Names beside those of `gemv`: `m` [BLOCK_M] rows of x, `total`
+A tile of W is decoded in float32 as for a GEMV, rounded to the dtype of x as a decoded weight would be, and multiplied
+with float32 sums. A float32 x is multiplied without rounding and without tensor cores; x' of a transformed matrix and
+the values of its codes are rounded to half precision. Names besides those of `gemv`: `m` [BLOCK_M] rows of x, `total`
 [BLOCK_M, BLOCK_N] their sums. Factors of the low-rank term are read in whole words where the rank allows it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from reallm.codegen.ir.operations import AddBias, AddLowRank, AddSparse, CodegenError, Dot, Operation, RowScale, Store
 from reallm.codegen.ir.program import KernelSpec
-from reallm.kernels.codes.packing import WORD_BITS
+from reallm.kernels.formats.bit_planes import WORD_BITS
 from reallm.kernels.formats.codecs import DoubleQuant
 
 from .gemv import GemvWriter
@@ -18,18 +18,18 @@ from .prepare_finish import factor_lines
 from .snippets import code_lines, planes, scale_lines, scale_setup
 
 FACTOR_BITS = {"f16": 16, "i8": 8}
-"""Of an entry of a factor of the low-rank term; int4 ones are codes, which come in words."""
+"""Bits of an entry of a low-rank factor; int4 factors are codes, which come in words."""
 
 
 class GemmWriter(GemvWriter):
-    """Lines of one GEMM, filled by `write`; its loop is not pipelined, whose copies cost registers."""
+    """The lines of one GEMM, filled by `write`. Its loop is not pipelined: the copies would cost registers."""
 
     def __init__(self, spec: KernelSpec, width: int) -> None:
         super().__init__(spec, width)
         self.turns = f"tl.range(0, cols, {spec.tile.block_k}, num_stages=1)"
 
     def write(self, operation: Operation) -> None:
-        """Append one operation's lines. Raises CodegenError for one that a GEMM cannot hold."""
+        """Append the lines of one operation. Raises CodegenError for one that cannot be part of a GEMM."""
         match operation:
             case Dot():
                 self._dot()
@@ -47,7 +47,7 @@ class GemmWriter(GemvWriter):
                 super().write(operation)
 
     def finish(self) -> None:
-        """Hand the sums to `finish`, where the operations end before a store."""
+        """Append the lines that pass the sums on to the kernel `finish`, if the operations end before a store."""
         if not isinstance(self.spec.operations[-1], Store):
             self.tail.append("tl.store(part + m.to(tl.int64)[:, None] * rows + n[None, :], total, mask=wanted)")
 
@@ -76,8 +76,8 @@ class GemmWriter(GemvWriter):
         self.tail += [*scale_lines(double, "row", ""), "total *= scale[None, :]"]
 
     def _low_rank(self, rank: int, dtype: str) -> None:
-        together = WORD_BITS // FACTOR_BITS[dtype] if dtype in FACTOR_BITS else 1
-        if together == 1 or rank % together:
+        per_word = WORD_BITS // FACTOR_BITS[dtype] if dtype in FACTOR_BITS else 1
+        if per_word == 1 or rank % per_word:
             self.tail += [
                 f"for r in range(0, {rank}):",
                 f"    factor_at = row * {rank} + r",
@@ -86,13 +86,13 @@ class GemmWriter(GemvWriter):
             ]
             return
         self.tail += [
-            f"for r in range(0, {rank}, {together}):",
+            f"for r in range(0, {rank}, {per_word}):",
             f"    word = tl.load((left + (row * {rank} + r)).to(tl.pointer_type(tl.int32)))",
         ]
-        for i in range(together):
+        for i in range(per_word):
             bits = FACTOR_BITS[dtype]
-            one = f"(word >> {i * bits}).to(tl.int{bits})"
-            value = f"{one}.to(tl.float16, bitcast=True)" if dtype == "f16" else one
+            entry = f"(word >> {i * bits}).to(tl.int{bits})"
+            value = f"{entry}.to(tl.float16, bitcast=True)" if dtype == "f16" else entry
             self.tail.append(f"    factor = {value}.to(tl.float32)")
             self.tail.append(f"    total += tl.load(t + row_m * {rank} + (r + {i}))[:, None] * factor[None, :]")
 

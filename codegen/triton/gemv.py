@@ -1,6 +1,6 @@
 """The writer of a GEMV: each operation becomes lines before, inside or after the loop over K.
 
-Names in the text: `row` [BLOCK_N], `place` [CHUNKS] and `k` [CHUNKS, WIDTH] are indices; `code` and `value`
+Names in the generated text: `row` [BLOCK_N], `place` [CHUNKS] and `k` [CHUNKS, WIDTH] are indices; `code` and `value`
 [BLOCK_N, CHUNKS, WIDTH]; `total_m` their running products with row m of x; `sum_m` [BLOCK_N].
 """
 
@@ -27,19 +27,18 @@ from reallm.codegen.ir.operations import (
 )
 from reallm.codegen.ir.program import KernelSpec
 from reallm.kernels.codes.lattice import RESIDUAL_SCALE, SHIFT
-from reallm.kernels.codes.tables import TableName
-from reallm.kernels.formats.codecs import DoubleQuant
+from reallm.kernels.formats.codecs import DoubleQuant, TableName
 
 from .prepare_finish import BLOCK_TILE, factor_lines, sparse_lines
 from .snippets import chunk_lines, code_lines, divide, plane_lines, planes, scale_lines, scale_setup
 
 RANK_BLOCK = 64
-"""Columns of L in registers at once."""
+"""Columns of L that are in registers at once."""
 CUBE = "[:, :, None]"
 
 
 class GemvWriter:
-    """Lines of one GEMV, filled by `write`; `width` is the columns of a chunk."""
+    """The lines of one GEMV, filled by `write`; `width` is the number of columns of a chunk."""
 
     def __init__(self, spec: KernelSpec, width: int) -> None:
         self.spec, self.width = spec, width
@@ -57,7 +56,7 @@ class GemvWriter:
             self.body += ["inside = k < cols", f"begun = (place * {width} < cols)[None, :]"]
 
     def write(self, operation: Operation) -> None:
-        """Append one operation's lines. Raises CodegenError for one that a GEMV cannot hold."""
+        """Append the lines of one operation. Raises CodegenError for one that cannot be part of a GEMV."""
         match operation:
             case Unpack():
                 self._unpack(operation)
@@ -99,10 +98,10 @@ class GemvWriter:
             case Store():
                 self._store()
             case _:
-                raise CodegenError(f"{operation} is no part of a GEMV")
+                raise CodegenError(f"{operation} cannot be part of a GEMV")
 
     def _mask(self, cube: bool) -> str:
-        """Mask of a load inside the loop: by weight, or by chunk."""
+        """The mask of a load inside the loop, for each weight (`cube`) or for each chunk."""
         if self.spec.even:
             return ""
         return ", mask=inside[None, :, :], other=0" if cube else ", mask=begun, other=0"
@@ -126,17 +125,17 @@ class GemvWriter:
             self.body += code_lines(parts, "at", self._mask(True), "code")
 
     def _group(self, group_size: int, target: str) -> bool:
-        """Write the flat index of each chunk's group, or of each weight's where a chunk may span two (then True)."""
+        """Write the flat index of each chunk's group, or of each weight's (then True) if a chunk may span two groups."""
         if group_size == 0:
             self.body.append(f"{target} = row[:, None] + tl.zeros_like(place)[None, :]")
             return False
         self.setup.append(f"{target}_count = (cols + {group_size - 1}) // {group_size}")
         if cube := group_size % self.width != 0:
-            own = divide("k", group_size)
-            self.body.append(f"{target} = row[:, None, None] * {target}_count + {own}[None, :, :]")
+            group = divide("k", group_size)
+            self.body.append(f"{target} = row[:, None, None] * {target}_count + {group}[None, :, :]")
         else:
-            own = divide("place", group_size // self.width)
-            self.body.append(f"{target} = row[:, None] * {target}_count + {own}[None, :]")
+            group = divide("place", group_size // self.width)
+            self.body.append(f"{target} = row[:, None] * {target}_count + {group}[None, :]")
         return cube
 
     def _offset(self, bits: int, group_size: int) -> None:
@@ -208,7 +207,7 @@ class GemvWriter:
             self.tail.append(f"tl.store(y + row_{m} * rows + n, sum_{m}.to(y.dtype.element_ty), mask=n < {limit})")
 
     def finish(self) -> None:
-        """Append the lines that hand the sums to `finish`, where the operations end before a store."""
+        """Append the lines that pass the sums on to the kernel `finish`, if the operations end before a store."""
         if isinstance(self.spec.operations[-1], Store | Keep):
             return
         for m in range(self.spec.batch):
@@ -219,7 +218,7 @@ class GemvWriter:
 def _word_lines(code: str, target: str) -> list[str]:
     """Lines that set `target` [BLOCK_N, CHUNKS, 8] to the E8P words of `code` [BLOCK_N, CHUNKS].
 
-    `grid` [256, 8] holds the vectors a, the last entry negative where the signs hold an odd number of minuses.
+    `grid` [256, 8] holds the absolute vectors, their last entry negative where an odd number of signs is negative.
     """
     return [
         f"minus = ({code} >> 1) & 127",

@@ -1,8 +1,9 @@
-"""One kernel for the matrices of a group: how an instance finds its matrix, and that matrix's tensors and sizes.
+"""One kernel for all matrices of a group: how an instance finds its matrix, and the tensors and sizes of that matrix.
 
-The tiles of all members follow each other along one axis of the grid. An instance compares its place with the running
-counts of tiles and selects among the members' arguments, all of which are passed (`words_of_0`, `words_of_1`, ...): no
-table in memory, and pointers whose alignment the compiler knows. From there on it is the kernel of one matrix.
+The tiles of all members follow each other along one axis of the grid. An instance compares its index with the running
+counts of tiles and selects among the members' arguments, all of which are passed (`words_of_0`, `words_of_1`, ...).
+This needs no table in memory, and the compiler knows the alignment of the pointers. The rest is the kernel of one
+matrix.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from collections.abc import Sequence
 from reallm.codegen.ir.operations import Unrotate
 from reallm.codegen.ir.program import KernelSpec
 
-OWN_BESIDE_FIELDS = frozenset({"y", "part", "t", "bias", "base_out", "signs_out"})
-"""Tensors that each member has for itself, beside its stored fields and what is derived from them."""
-OWN_SIZES = frozenset({"rows", "pieces"})
-"""Whole-number arguments that each member has for itself."""
+MEMBER_TENSORS = frozenset({"y", "part", "t", "bias", "base_out", "signs_out"})
+"""Tensors that each member has its own of, besides its stored fields and those derived from them."""
+MEMBER_SIZES = frozenset({"rows", "pieces"})
+"""Integer arguments that each member has its own of."""
 
 
 def member_name(name: str, member: int) -> str:
-    """The argument that stands for `name` of one member."""
+    """The argument that is `name` of one member."""
     return f"{name}_of_{member}"
 
 
 def _tiles(spec: KernelSpec) -> str:
-    """How many tiles a member has, an expression with `{}` for its number: those of its rows, or of its pieces."""
+    """An expression, with `{}` for the member's number, for its number of tiles, of rows or of pieces."""
     order, size = "rows_of_{}", spec.tile.block_n
     if spec.function == "finish":
         rotated = any(isinstance(operation, Unrotate) and operation.rotated for operation in spec.operations)
@@ -32,8 +33,8 @@ def _tiles(spec: KernelSpec) -> str:
     return f"({order} + {size - 1}) // {size}"
 
 
-def place(spec: KernelSpec) -> str:
-    """The instance's tile of its matrix, an expression."""
+def tile_index(spec: KernelSpec) -> str:
+    """An expression for the index of the instance's tile within its matrix."""
     return "down" if spec.members > 1 else f"tl.program_id({_axis(spec)})"
 
 
@@ -41,8 +42,8 @@ def _axis(spec: KernelSpec) -> int:
     return 1 if spec.function == "finish" else 0
 
 
-def select_lines(spec: KernelSpec, own: Sequence[str]) -> list[str]:
-    """Lines that set `down` and each name of `own` to that of the instance's matrix; none in a kernel of one matrix."""
+def select_lines(spec: KernelSpec, names: Sequence[str]) -> list[str]:
+    """Lines that set `down` and each of `names` to those of the instance's matrix; none in a kernel of one matrix."""
     if spec.members == 1:
         return []
     lines = [f"down = tl.program_id({_axis(spec)})"]
@@ -53,11 +54,11 @@ def select_lines(spec: KernelSpec, own: Sequence[str]) -> list[str]:
         lines.append(f"from_{member} = down >= tiles_{member}")
     members = range(spec.members)
     lines.append(f"down -= {_selected(['0', *(f'tiles_{member}' for member in later)])}")
-    return [*lines, *(f"{name} = {_selected([member_name(name, member) for member in members])}" for name in own)]
+    return [*lines, *(f"{name} = {_selected([member_name(name, member) for member in members])}" for name in names)]
 
 
 def _selected(choices: Sequence[str]) -> str:
-    """The choice of the last member whose tiles have begun."""
+    """An expression for the choice of the last member whose tiles have begun."""
     text = choices[0]
     for member, choice in enumerate(choices[1:], 1):
         text = f"tl.where(from_{member}, {choice}, {text})"

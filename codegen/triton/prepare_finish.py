@@ -1,11 +1,11 @@
-"""The writers of what stands before and behind a product of a transformed matrix: `prepare` and `finish`.
+"""The writers of the kernels before and after the product of a transformed matrix: `prepare` and `finish`.
 
     x' = R_K P (channel_scales * x) / norm          y = R_N^T (sums of the parts) norm + S x + L t + bias
 
 A rotation is kron(B, S) diag(signs) / sqrt(n) with B [m, m] and S the Sylvester-Hadamard matrix of order P = 2^a
-(`kernels.hadamard`). One instance makes P outputs: it mixes the m pieces of its input by a row of B, then runs the
-Walsh-Hadamard transform on the result. `base_in` and `base_out` hold B / sqrt(n), `signs_in` and `signs_out` the signs,
-float32, for n = K and n = N.
+(`kernels.codes.hadamard`). One instance computes P outputs: it mixes the m pieces of its input by a row of B, then runs
+the Walsh-Hadamard transform on the result. `base_in` and `base_out` hold B / sqrt(n), `signs_in` and `signs_out` the
+signs, float32, for n = K and n = N.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from reallm.codegen.ir.operations import (
 )
 from reallm.codegen.ir.program import KernelSpec
 
-from .group_select import place
+from .group_select import tile_index
 from .snippets import code_lines, indent, planes
 
 BLOCK_TILE = 16
 LARGEST_EXPONENT = 100
-"""norm is 2^-100 to 2^100: its inverse is a float too, whatever x is."""
+"""norm is 2^-100 to 2^100, so that its inverse is a float too, whatever x is."""
 CHUNK = 1024
-"""Entries of a row that an instance finishes without a rotation."""
+"""Entries of a row that an instance prepares or finishes without a rotation."""
 NORM_CHUNK = 4096
-"""Entries of a row that an instance looks at together for their largest, at most."""
-MOST_TOGETHER = 64
-"""Pieces that are mixed, in registers at once."""
+"""Most entries of a row that an instance loads at once to find the largest."""
+MAX_PIECES = 64
+"""Most pieces that are mixed at once, in registers."""
 
 
 def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
     """The Walsh-Hadamard transform of each row of `name` [pieces, size], which becomes [pieces * size].
 
-    Each line's butterflies are on the lowest bit of the index, which becomes the highest; after all of them the bits of
-    the row are where those of the column were.
+    Each line computes the butterflies of the lowest bit of the index, which becomes the highest bit; after all of them
+    the bits of the row are where those of the column were.
     """
     flat = pieces * size
     lines = [f"{name} = tl.reshape({name}, ({flat},))"]
@@ -52,16 +52,18 @@ def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
     return lines
 
 
-def together(own: int, base: int, size: int, entries: int) -> int:
-    """Pieces of a vector of `base` pieces of `size` entries that an instance which makes `own` of them has at once, in
-    at most `entries` registers of all its threads."""
-    return max(1, min(MOST_TOGETHER, entries // (own * size), 1 << (base - 1).bit_length()))
+def pieces_at_once(computed: int, base: int, size: int, entries: int) -> int:
+    """Pieces of a vector that an instance holds at once, in at most `entries` registers of all its threads.
+
+    The vector has `base` pieces of `size` entries, of which the instance computes `computed`.
+    """
+    return max(1, min(MAX_PIECES, entries // (computed * size), 1 << (base - 1).bit_length()))
 
 
 def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
-    """Lines that add the pieces from `begin` on, each times an entry of B, to `total` [own pieces, size].
+    """Lines that add the pieces from `begin` on, each times an entry of B, to `total` [computed pieces, size].
 
-    `load` sets `value` [1, together, size] to the pieces `other` [together] of the vector, zero where `known` is not.
+    `load` sets `value` [1, count, size] to the pieces `other` [count] of the vector, and to zero where not `known`.
     """
     count = spec.pieces
     return [
@@ -74,12 +76,12 @@ def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
 
 
 def _mixing(spec: KernelSpec, base: str, load: list[str]) -> list[str]:
-    """Lines that set `total` [own pieces, size] to the pieces of a vector mixed by rows of B; `load` as for `_mix`."""
-    own, size = spec.tile.block_n, spec.tile.block_k
+    """Lines that set `total` [computed pieces, size] to the vector's pieces mixed by rows of B; `load` as in `_mix`."""
+    computed, size = spec.tile.block_n, spec.tile.block_k
     zero = [
-        f"own = tl.minimum(first * {own} + tl.arange(0, {own}), pieces - 1)",
+        f"own = tl.minimum(first * {computed} + tl.arange(0, {computed}), pieces - 1)",
         f"lane = tl.arange(0, {size})[None, None, :]",
-        f"total = tl.zeros(({own}, {size}), tl.float32)",
+        f"total = tl.zeros(({computed}, {size}), tl.float32)",
     ]
     if spec.even:
         return [*zero, *_mix(spec, "0", base, load)]
@@ -99,7 +101,7 @@ def _value_lines(prepare: Prepare, target: str, mask: str) -> list[str]:
 
 
 def _norm_lines(prepare: Prepare, warps: int) -> list[str]:
-    """`norm`: the power of two of the row's largest magnitude."""
+    """Lines that set `norm` to the power of two of the row's largest magnitude."""
     plain, chunk = Prepare(channel_scales=prepare.channel_scales), min(NORM_CHUNK, CHUNK * warps)
     return [
         f"largest = tl.zeros(({chunk},), tl.float32)",
@@ -112,7 +114,7 @@ def _norm_lines(prepare: Prepare, warps: int) -> list[str]:
 
 
 def _power_lines(largest: str) -> list[str]:
-    """`norm`, the power of two of the expression `largest`, which the first instance stores."""
+    """Lines that set `norm` to the power of two of the expression `largest`; the first instance stores it."""
     return [
         f"top = tl.minimum({largest}, {2.0**LARGEST_EXPONENT!r})",
         f"top = tl.maximum(top, {2.0**-LARGEST_EXPONENT!r})",
@@ -123,9 +125,11 @@ def _power_lines(largest: str) -> list[str]:
 
 
 def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
-    """What makes x' and norm, behind the function's signature; the tile is some pieces of P entries, or a chunk of
-    columns where nothing rotates."""
-    size, whole = spec.tile.block_k, spec.tile.block_n * spec.tile.block_k
+    """The body of the kernel that computes x' and norm.
+
+    The tile is some pieces of P entries, or a chunk of columns where nothing is rotated.
+    """
+    size, entries = spec.tile.block_k, spec.tile.block_n * spec.tile.block_k
     lines = [
         "m = tl.program_id(0)",
         "first = tl.program_id(1)",
@@ -133,22 +137,22 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
         f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}",
         "goal = ready + m.to(tl.int64) * padded",
     ]
-    seen = prepare.rotated and spec.even  # every instance has the whole row in its registers anyway
-    if not seen:
+    has_row = prepare.rotated and spec.even  # every instance has the whole row in its registers anyway
+    if not has_row:
         lines += _norm_lines(prepare, spec.tile.num_warps)
     factor = "(1 / norm)" + (f" * {2.0**prepare.lift!r}" if prepare.lift else "")  # one after the other: no overflow
     if prepare.rotated:
         load = [
             f"k = other[None, :, None] * {size} + lane",
             *_value_lines(prepare, "value", ", mask=known, other=0"),
-            *(_power_lines(f"tl.max(tl.reshape(tl.abs(value), ({spec.pieces * size},)), 0)") if seen else ()),
+            *(_power_lines(f"tl.max(tl.reshape(tl.abs(value), ({spec.pieces * size},)), 0)") if has_row else ()),
             "value *= tl.load(signs_in + k, mask=known, other=0)",
         ]
         lines += [
             *_mixing(spec, "base_in + own[:, None] * pieces + other[None, :]", load),
             f"total = total * {factor}",
             *butterfly_lines(spec.tile.block_n, size, "total"),
-            f"k = first * {whole} + tl.arange(0, {whole})",
+            f"k = first * {entries} + tl.arange(0, {entries})",
             "tl.store(goal + k, total, mask=k < cols)",
             "if first == 0:",
             f"    rest = cols + tl.arange(0, {BLOCK_TILE})",
@@ -162,13 +166,13 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
         ]
     return (
         "    # x [batch, cols], ready float32 [batch, cols in whole blocks], norms float32 [batch]\n"
-        f"    # one instance: {whole} entries of a row\n"
+        f"    # one instance: {entries} entries of a row\n"
         f"{indent(lines, 4)}\n"
     )
 
 
 def sparse_lines(sums: list[str], rows_of_x: list[str]) -> list[str]:
-    """Lines that add S x to each of `sums`, one for each row of x, at the rows `row`."""
+    """Lines that add S x, at the rows `row`, to each of `sums`, one for each row of x."""
     lines = [
         "begin = tl.load(sparse_offsets + row)",
         "many = tl.load(sparse_offsets + row + 1) - begin",
@@ -210,7 +214,7 @@ def _finish_step(spec: KernelSpec, operation: Operation) -> list[str]:
             return ["total += tl.load(bias + row).to(tl.float32)"]
         case Store():
             return ["tl.store(y + m.to(tl.int64) * rows + n, total.to(y.dtype.element_ty), mask=n < rows)"]
-    raise CodegenError(f"{operation} is no part of what finishes a product")
+    raise CodegenError(f"{operation} cannot be part of what finishes a product")
 
 
 def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
@@ -234,19 +238,21 @@ def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
 
 
 def emit_finish(spec: KernelSpec, select: list[str]) -> str:
-    """What makes y of the parts, behind the function's signature; the tile is as for `emit_prepare`, and `select` are
-    the lines that choose its matrix."""
-    whole = spec.tile.block_n * spec.tile.block_k
+    """The body of the kernel that turns the parts into y.
+
+    The tile is as for `emit_prepare`; `select` are the lines that choose the matrix.
+    """
+    entries = spec.tile.block_n * spec.tile.block_k
     lines = [
         "m = tl.program_id(0)",
         *select,
-        f"first = {place(spec)}",
-        f"n = first * {whole} + tl.arange(0, {whole})  # [{whole}]",
+        f"first = {tile_index(spec)}",
+        f"n = first * {entries} + tl.arange(0, {entries})  # [{entries}]",
         "row = tl.minimum(n, rows - 1)",
     ]
     for operation in spec.operations:
         lines += _finish_step(spec, operation)
     return (
-        f"    # part float32 [SPLITS, batch, rows], y [batch, rows]; one instance: {whole} entries of a row of y\n"
+        f"    # part float32 [SPLITS, batch, rows], y [batch, rows]; one instance: {entries} entries of a row of y\n"
         f"{indent(lines, 4)}\n"
     )

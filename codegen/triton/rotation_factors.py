@@ -1,4 +1,7 @@
-"""How the kernels apply a rotation of `kernels.hadamard`: a dense base, then one Walsh-Hadamard transform a piece."""
+"""The form in which kernels apply a rotation of `kernels.codes.hadamard`: a dense matrix, then a fast transform.
+
+The dense base mixes pieces of the vector; each piece then takes one Walsh-Hadamard transform.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 from reallm.kernels.codes.hadamard import factors, sylvester
 
 MAX_PIECE = 8192
-"""Entries that one instance transforms in its registers; larger powers of two go to the base."""
+"""Entries that one instance transforms in its registers; what is left of a larger power of two goes to the base."""
 
 
 @cache

@@ -1,35 +1,35 @@
 """The writer of a scalar GEMV whose rows are whole spans of SPAN columns; a thread takes a span of each row at a time.
 
-All tensors are [CHUNKS], one entry a thread, and every row and column of the tile has lines of its own, so that each
-code lies at a place known when the kernel is compiled. Codes come in 64-bit loads, each serves two words.
+All tensors are [CHUNKS], one entry a thread. Every row and column of the tile has separate lines, so that the position
+of each code is known when the kernel is compiled. Codes are loaded 64 bits at a time, two words of a plane.
 
-    integers     A code is masked where it lies and its bits are taken for those of a float: code 2^p 2^-149, a denormal
-                 number that FMA multiplies exactly. x is multiplied by 2^(LIFT - p) once for all rows. The zero point,
-                 the same for a whole group, is subtracted from the group's sum, times the sum of its x.
-    tables       A code's level is loaded from a table that lies in one cache line. Tables of pairs take fewer loads,
-                 but from several lines: on an H100 lm2 took 14 us for 9, lm4 13 for 11.
+    integers     A code is masked in place and its bits are read as those of a float: code 2^p 2^-149, a denormal number
+                 that FMA multiplies exactly. x is multiplied by 2^(LIFT - p) once for all rows. The zero point, the
+                 same for a whole group, times the sum of the group's x is subtracted from the group's sum.
+    tables       The level of a code is loaded from a table that lies in one cache line. Tables of pairs take fewer
+                 loads, but from several lines: on an H100, lm2 took 14 us instead of 9 with them, lm4 13 instead of 11.
 
-Sums of a group are float32 and are multiplied by the group's scale.
+The sums of a group are float32 and are multiplied by the group's scale.
 """
 
 from __future__ import annotations
 
 from reallm.codegen.ir.operations import LIFT, GroupScale, Levels, Offset, Operation, Unpack
 from reallm.codegen.ir.program import SPAN, KernelSpec
-from reallm.kernels.codes.packing import WORD_BITS, plane_widths
+from reallm.kernels.formats.bit_planes import WORD_BITS, plane_widths
 
-from .group_select import place
+from .group_select import tile_index
 from .snippets import code_lines, divide, plane_lines, planes, scale_lines, scale_setup
 from .trellis import DENORMAL
 
 QUAD = 4
-"""Columns whose x are loaded together."""
+"""Columns whose x is loaded together."""
 HALF_WORD = 16
-"""A code from this bit of a word on is moved down by as many: a denormal number has 23 bits."""
+"""A code at this bit of a word or above is shifted down by as many bits: a denormal number has 23 bits."""
 
 
 def takes_span(operations: tuple[Operation, ...], cols: int) -> bool:
-    """Whether a product of these operations has rows of whole spans and groups that fit them."""
+    """Whether a product of these operations has rows of whole spans, and groups that are multiples or parts of one."""
     unpack = next((op for op in operations if isinstance(op, Unpack)), None)
     groups = [op.group_size for op in operations if isinstance(op, GroupScale | Offset)]
     known = any(isinstance(op, Levels | Offset) for op in operations)
@@ -38,7 +38,7 @@ def takes_span(operations: tuple[Operation, ...], cols: int) -> bool:
 
 
 class SpanWriter:
-    """The lines of the loop over spans; what follows it is `gemv.GemvWriter`'s."""
+    """The lines of the loop over spans; `gemv.GemvWriter` writes what follows the loop."""
 
     def __init__(self, spec: KernelSpec, source: str, stride: str) -> None:
         self.spec, self.source, self.stride = spec, source, stride
@@ -57,7 +57,7 @@ class SpanWriter:
         self.after: list[str] = []
 
     def write(self) -> None:
-        """Fill the lines."""
+        """Write the setup and the body of the loop."""
         self._prologue()
         self._load_codes()
         for column in range(0, SPAN, QUAD):
@@ -94,7 +94,7 @@ class SpanWriter:
             self.setup.append(f"row_{m} = {chosen}")
             self.setup.append(f"x_at_{m} = {self.source} + row_{m}.to(tl.int64) * {self.stride}")
         for r in self.rows:
-            self.setup.append(f"line_{r} = tl.minimum({place(self.spec)} * {len(self.rows)} + {r}, rows - 1)")
+            self.setup.append(f"line_{r} = tl.minimum({tile_index(self.spec)} * {len(self.rows)} + {r}, rows - 1)")
         for r, m in self._sums():
             self.setup.append(f"total_{r}_{m} = tl.zeros(({self._chunks()},), tl.float32)")
         if not self.group and self.integers:
@@ -114,7 +114,7 @@ class SpanWriter:
                     self.body.append(f"w_{r}_{index}_{2 * load + 1} = (pair >> 32).to(tl.int32)")
 
     def _quad(self, column: int) -> None:
-        """Four columns: their x, then each row's values times them."""
+        """Four columns: their x, then the products with the values of each row."""
         for m in self.batch:
             names = ", ".join(f"x_{i}_{m}" for i in range(QUAD))
             masked = "place < spans" if self.live else "place >= 0"
@@ -142,14 +142,14 @@ class SpanWriter:
             shift += width
 
     def _index(self, r: int, column: int) -> str:
-        """The code of a column, an expression, its bits from every plane."""
+        """An expression for the code of a column, with its bits from every plane."""
         parts, at = [], 0
         for index, width in enumerate(plane_widths(self.unpack.bits)):
             word, bit = divmod(column * width, WORD_BITS)
             moved = bit - at
             name = f"w_{r}_{index}_{word}"
-            here = f"({name} >> {moved})" if moved > 0 else f"({name} << {-moved})" if moved else name
-            parts.append(f"({here} & {((1 << width) - 1) << at:#x})")
+            shifted = f"({name} >> {moved})" if moved > 0 else f"({name} << {-moved})" if moved else name
+            parts.append(f"({shifted} & {((1 << width) - 1) << at:#x})")
             at += width
         return " | ".join(parts)
 
@@ -160,15 +160,15 @@ class SpanWriter:
                 self.body += [f"sum_{r}_{m} += level * x_{i}_{m}" for m in self.batch]
 
     def _flush(self, group: int) -> None:
-        """The sums so far go to the totals, multiplied by their group's scale."""
+        """Add the sums so far, multiplied by the scale of their group, to the totals."""
         if not self.group:
             self.body += [f"total_{r}_{m} += sum_{r}_{m}" for r, m in self._sums()]
             self.body += [f"whole_{m} += plain_{m}" for m in self.batch if self.integers]
             return
-        many = SPAN // self.group
-        own = f"place * {many} + {group}" if many > 1 else divide("place", self.group // SPAN)
+        per_span = SPAN // self.group
+        index = f"place * {per_span} + {group}" if per_span > 1 else divide("place", self.group // SPAN)
         for r in self.rows:
-            self.body.append(f"group_at = line_{r} * scale_count + {own}")
+            self.body.append(f"group_at = line_{r} * scale_count + {index}")
             assert self.scale
             self.body += scale_lines(self.scale.double_quant, "group_at", self.live)
             if self.offset:
@@ -177,7 +177,7 @@ class SpanWriter:
                 self.body.append(f"total_{r}_{m} += scale * ({self._centred(f'sum_{r}_{m}', f'plain_{m}')})")
 
     def _centred(self, total: str, plain: str) -> str:
-        """The sum of code * x, brought back from LIFT, without the zero point's part."""
+        """An expression for the sum of code * x without the factor 2^LIFT and without the part of the zero point."""
         if not self.integers:
             return total
         if self.offset:
@@ -186,7 +186,7 @@ class SpanWriter:
         return f"{total} * {2.0**-LIFT / DENORMAL / half!r} - {plain}"
 
     def _finish_row(self) -> None:
-        """A row without groups has its zero point subtracted at last; its scale is `RowScale`'s."""
+        """Subtract the zero point of a row without groups after the loop; `RowScale` applies its scale."""
         for r in self.rows if self.integers else ():
             if self.offset:
                 self.after.append(f"group_at = line_{r}")
@@ -195,7 +195,7 @@ class SpanWriter:
                 self.after.append(f"total_{r}_{m} = {self._centred(f'total_{r}_{m}', f'whole_{m}')}")
 
     def tail(self) -> list[str]:
-        """Lines that give `sum_m` [BLOCK_N], each row's total."""
+        """Lines that set `sum_m` [BLOCK_N] to the totals of the rows."""
         lines = [*self.after, f"which = tl.arange(0, {len(self.rows)})"]
         for m in self.batch:
             lines.append(f"sum_{m} = tl.zeros(({len(self.rows)},), tl.float32)")

@@ -1,7 +1,7 @@
 """Lines of Triton that read packed fields: planes of codes, plain and double-quantised scales.
 
-Everything here is text. An index is written as an expression over a tile; powers of two become shifts and masks, since
-Triton's `//` on signed numbers pays for a sign that no index of ours has.
+All functions return text. An index is an expression over a tile; division by a power of two is written as a shift,
+since Triton's `//` on signed numbers handles negative values, which indices never have.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
-from reallm.kernels.codes.packing import WORD_BITS, plane_widths
+from reallm.kernels.formats.bit_planes import WORD_BITS, plane_widths
 from reallm.kernels.formats.codecs import DoubleQuant
 
 Planes: TypeAlias = tuple[tuple[str, int], ...]
@@ -18,14 +18,14 @@ Planes: TypeAlias = tuple[tuple[str, int], ...]
 
 
 def divide(expression: str, number: int) -> str:
-    """`expression // number` for numbers that are not negative."""
+    """`expression // number` for non-negative numbers."""
     if number == 1:
         return expression
     return f"({expression} >> {number.bit_length() - 1})" if _power(number) else f"({expression} // {number})"
 
 
 def modulo(expression: str, number: int) -> str:
-    """`expression % number` for numbers that are not negative."""
+    """`expression % number` for non-negative numbers."""
     return f"({expression} & {number - 1})" if _power(number) else f"({expression} % {number})"
 
 
@@ -49,7 +49,7 @@ def plane_lines(name: str, bits: int, per_row: str) -> list[str]:
 
 
 def code_lines(parts: Planes, at: str, mask: str, target: str) -> list[str]:
-    """Lines that load the codes at the flat indices named `at` into `target`, wherever in a word they lie."""
+    """Lines that load the codes at the flat indices named `at` into `target`; a code may lie anywhere in its word."""
     lines, shift = [], 0
     for pointer, width in parts:
         per_word = WORD_BITS // width
@@ -64,7 +64,8 @@ def code_lines(parts: Planes, at: str, mask: str, target: str) -> list[str]:
 def chunk_lines(parts: Planes, at: str, width: int, mask: str, target: str) -> list[str]:
     """Lines that load whole chunks of `width` codes, chunk `at` [A, B] into `target` [A, B, width].
 
-    `width` is that of a word of the widest plane, so that a chunk takes one word there and a share of one elsewhere.
+    `width` is the number of codes in a word of the widest plane, so a chunk takes one word there and a part of one in
+    the other planes.
     """
     lines, shift = [], 0
     for pointer, bits in parts:
@@ -84,7 +85,7 @@ def _join(target: str, part: str, shift: int) -> str:
 
 
 def scale_setup(double: DoubleQuant | None, per_row: str) -> list[str]:
-    """Lines before the loop that `scale_lines` needs, for `per_row` scales a row."""
+    """Lines that `scale_lines` needs before the loop, for `per_row` scales a row."""
     if double is None:
         return []
     return [*plane_lines("scale_codes", double.bits, per_row), "least = tl.load(scale_min)"]
@@ -102,5 +103,5 @@ def scale_lines(double: DoubleQuant | None, at: str, mask: str) -> list[str]:
 
 
 def indent(lines: Sequence[str], spaces: int) -> str:
-    """The lines, each moved in by `spaces`."""
+    """The lines, each indented by `spaces`."""
     return "\n".join(" " * spaces + line for line in lines)

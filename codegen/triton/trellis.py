@@ -1,13 +1,14 @@
-"""The writer of trellis products: a GEMV for few rows of x and a GEMM for many, both of the tiles of `kernels.trellis`.
+"""The writer of trellis products over tiles of `kernels.codes.trellis`: a GEMV for few rows of x, a GEMM for many.
 
-A row of a tile of `width` half bits a weight owns 8 width bits of the tile's ring, from bit 8 width (15 - row) on, and
-its states reach into the next few. Each thread holds whole rows: it loads the words of its window, moves them to the
-window's start once (`a_0`, `a_1`, ...), and finds every state at a fixed place in them. Blocks of columns of one width
-follow each other (`index`, see `launch.trellis_index`), so that all shifts of a loop are known when it is compiled.
+In a tile of `width` half bits per weight, a row owns 8 width bits of the tile's ring, from bit 8 width (15 - row) on,
+and its states reach into the next few bits; together they are its window. Each thread holds whole rows. It loads the
+words of the window, shifts them to the window's start once (`a_0`, `a_1`, ...), and finds every state at a fixed
+position in them. Blocks of columns of one width follow each other (`index`, see `launch.derived_tensors`), so that all
+shifts of a loop are known when it is compiled.
 
-The sum s of the four bytes of a product is one instruction (dp4a, v_sad_u8). The GEMV takes its bits for those of a
-float: s 2^-149, a denormal number that FMA multiplies exactly; x comes 2^LIFT times as large, and the mean of s is
-subtracted from the finished sums (`Centre`). The GEMM writes s - 510 in half precision, exactly: 0x6400 are the bits
+The sum s of the four bytes of a product is one instruction (dp4a, v_sad_u8). The GEMV reads its bits as those of a
+float: s 2^-149, a denormal number that FMA multiplies exactly; x comes multiplied by 2^LIFT, and the mean of s is
+subtracted from the finished sums (`Centre`). The GEMM writes s - 510 exactly in half precision: 0x6400 are the bits
 of 1024, whose last place is one.
 """
 
@@ -20,29 +21,31 @@ from reallm.codegen.ir.program import KernelSpec
 from reallm.kernels.codes.trellis import CODE_MEAN, CODE_UNIT, MULTIPLIERS, WORDS_PER_WIDTH, step_shape
 from reallm.kernels.formats.codecs import TILE, TrellisCodec
 
-from .group_select import place
+from .group_select import tile_index
 from .snippets import indent
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 10, 12)
-"""Those that the encoder chooses among; a matrix with others gets a kernel of its own."""
+"""The widths that the encoder chooses among; a matrix with other widths gets a separate kernel."""
 WINDOWS = (3, 5, len(WIDTHS))
-"""Widths of one kernel. Triton's time to compile one grows with the third power: some 3, 9 and 30 s here."""
+"""Numbers of widths that one kernel may decode. Triton's time to compile it grows with the third power: about 3, 9 and
+30 s."""
 RUNS_AT, ORDER_AT = 1, 18
-"""Where `index` holds the first block of each width, and the blocks in their order."""
+"""Where `index` holds the first block of each width, and where the blocks sorted by width."""
 DENORMAL = 2.0**-149
 HALF_1024, HALF_BITS = 1024, 0x6400
 WARP = 32
 TILE_BITS = TILE.bit_length() - 1
 ROW_BITS = TILE // 2
-"""Bits of a row of a tile for each half bit a weight."""
+"""Bits of a row of a tile, for each half bit per weight."""
 
 
 def kernel_widths(needed: Collection[int], state_bits: int) -> tuple[int, ...]:
-    """The widths that a kernel can decode which has to decode those `needed`: few kernels for all matrices of a model,
-    but none with more widths than it takes to compile in seconds, where so many are not needed.
+    """The widths that a kernel should decode so that it can decode those `needed`.
 
-    Of WIDTHS that a trellis of 2^state_bits states can have, as few neighbours as hold all, in steps of WINDOWS, around
-    their mean; with other widths, those needed and no more.
+    The matrices of a model should share few kernels, but a kernel with many widths takes long to compile. So these are
+    the fewest neighbours in WIDTHS, in steps of WINDOWS, that contain all needed widths and lie around their mean, of
+    those that a trellis of 2^state_bits states can have. If a needed width is not among WIDTHS, they are exactly those
+    needed.
     """
     middle = sum(needed) / max(1, len(needed))
     possible = tuple(width for width in WIDTHS if step_shape(width)[1] <= state_bits)
@@ -55,27 +58,27 @@ def kernel_widths(needed: Collection[int], state_bits: int) -> tuple[int, ...]:
 
 
 def nominal_width(codec: TrellisCodec) -> int:
-    """The width of WIDTHS nearest to a codec's rate, around which most of its blocks' lie."""
+    """The width in WIDTHS nearest to a codec's rate; the widths of most of its blocks are near it."""
     return min(WIDTHS, key=lambda width: abs(width - codec.eighths / 4))
 
 
 def window_words(width: int, state_bits: int) -> tuple[int, int]:
-    """(32-bit words that the window of a row can touch, words of the window once it is moved to its start)."""
+    """(32-bit words that the window of a row can touch, words of the window once it is shifted to its start)."""
     needed = ROW_BITS * width + state_bits - step_shape(width)[1]
     furthest = max(ROW_BITS * width * row % 32 for row in range(TILE))
     return -(-(furthest + needed) // 32), -(-needed // 32)
 
 
 def position(width: int, column: int) -> tuple[int, int]:
-    """(bit of the window where the state of a column of the tile begins, which of its values the column takes)."""
+    """(bit of the window where the state of a tile's column begins, which of the state's values the column takes)."""
     values, bits, _ = step_shape(width)
     return bits * (TILE // values - 1 - column // values), column % values
 
 
 def _row_lines(spec: KernelSpec, index: str) -> list[str]:
-    """Lines at the start of both kernels: where the rows of a tile, at `index`, lie."""
+    """Lines at the start of all kernels: where the rows of a tile, at `index`, lie."""
     return [
-        f"n = {place(spec)} * {spec.tile.block_n} + {index}",
+        f"n = {tile_index(spec)} * {spec.tile.block_n} + {index}",
         "row = tl.minimum(n, rows - 1)",
         f"tile = row >> {TILE_BITS}",
         f"up = {TILE - 1} - (row & {TILE - 1})  # bits of a tile run from its last row to its first",
@@ -83,8 +86,10 @@ def _row_lines(spec: KernelSpec, index: str) -> list[str]:
 
 
 def _width_lines(width: int, state_bits: int) -> list[str]:
-    """Lines before the loop of a width: where its blocks are in `index`, and the pointers `at_0`,
-    ... to the words of a row's window in the first block."""
+    """Lines before the loop of a width: where its blocks are in `index`, and pointers to the words of a row's window.
+
+    The pointers `at_0`, ... are for the first block.
+    """
     values, bits, _ = step_shape(width)
     size = WORDS_PER_WIDTH * width
     lines = [
@@ -105,7 +110,7 @@ def _width_lines(width: int, state_bits: int) -> list[str]:
 
 
 def _window_lines(width: int, state_bits: int) -> list[str]:
-    """Lines that move the words `w_0`, ... of a row's window to its start: `a_0`, ..., uint32."""
+    """Lines that shift the words `w_0`, ... of a row's window to its start: `a_0`, ..., uint32."""
     touched, needed = window_words(width, state_bits)
     word = "w_{}.to(tl.uint32, bitcast=True)"
     if ROW_BITS * width % 32 == 0:
@@ -122,7 +127,7 @@ def _window_lines(width: int, state_bits: int) -> list[str]:
 
 
 def product(width: int, state_bits: int, column: int) -> str:
-    """The product whose bytes make the value of one column, an expression."""
+    """An expression for the product whose bytes add up to the value of one column."""
     bit, which = position(width, column)
     word, shift = divmod(bit, 32)
     low = f"a_{word} >> {shift}" if shift else f"a_{word}"
@@ -133,7 +138,7 @@ def product(width: int, state_bits: int, column: int) -> str:
 
 
 def _find_lines(prefix: str) -> list[str]:
-    """Lines that look up the block each warp comes to, at `own`: its number and its first word."""
+    """Lines that look up the block at `own`, which a warp takes next: its number and its first word."""
     return [
         f"{prefix}live = own < end",
         f"{prefix}block = tl.load(index + {ORDER_AT} + own, mask={prefix}live, other=0)",
@@ -144,10 +149,9 @@ def _find_lines(prefix: str) -> list[str]:
 def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
     """The body of y_part[split, m, n] = sum over the split's blocks of (s - mean) scale x'.
 
-    All warps have the same rows of W, and every warp has blocks of columns of its own, whose sums meet at the end. What
-    belongs to a block is [T], one entry for each of the instance's threads; what belongs to a row is [R T], as each
-    thread has one of every 32 rows. While a warp multiplies, the words of its next block are on their way, and where
-    the one after lies.
+    All warps have the same rows of W and different blocks of columns; their sums are added at the end. Tensors of a
+    block are [T], one entry for each of the instance's threads; those of a row are [R T], since each thread has one of
+    every 32 rows. While a warp multiplies, the words of its next block and the position of the one after are loading.
     """
     decode, centre = operations[0], next(op for op in operations if isinstance(op, Centre))
     assert isinstance(decode, Trellis)
@@ -155,7 +159,7 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
     threads, each = WARP * warps, spec.tile.block_n // WARP
 
     def wide(name: str) -> str:
-        """What each thread has, for each of its rows."""
+        """The value `name` of each thread, repeated for each of its rows."""
         return (
             name
             if each == 1
@@ -198,8 +202,8 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
                 inside.append(f"x_0_{m} = {wide('(pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)')}")
                 inside.append(f"x_1_{m} = {wide('(pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)')}")
             for half in range(2):
-                which = product(width, state_bits, column + half)
-                inside.append(f"value = byte_sum({which}, 0, DEVICE).to(tl.float32, bitcast=True)")
+                term = product(width, state_bits, column + half)
+                inside.append(f"value = byte_sum({term}, 0, DEVICE).to(tl.float32, bitcast=True)")
                 new = column + half == 0
                 inside += [f"sum_{m} {'=' if new else '+='} value * x_{half}_{m}" for m in batch]
         inside.append(f"scale_wide = {wide('scale')}")
@@ -220,7 +224,7 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
         ]
     unit = CODE_UNIT / DENORMAL / 2.0**LIFT
     at = f"tl.arange(0, {each})[:, None] * {WARP} + tl.arange(0, {WARP})[None, :]"
-    lines.append(f"n = {place(spec)} * {spec.tile.block_n} + {at}  # [{each}, {WARP}]")
+    lines.append(f"n = {tile_index(spec)} * {spec.tile.block_n} + {at}  # [{each}, {WARP}]")
     for m in batch:
         limit = "rows" if spec.batch == 1 else f"tl.where(first + {m} < batch, rows, 0)"
         lines += [
@@ -247,8 +251,8 @@ def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
     ]
     names = [f"c_{column}" for column in range(TILE)]
     for column, name in enumerate(names):
-        which = product(width, state_bits, column)
-        half = f"byte_sum({which}, {HALF_BITS:#x}, DEVICE).to(tl.uint16)"
+        term = product(width, state_bits, column)
+        half = f"byte_sum({term}, {HALF_BITS:#x}, DEVICE).to(tl.uint16)"
         lines.append(f"{name} = {half}.to(tl.float16, bitcast=True) - {HALF_1024 + CODE_MEAN}.0")
     return [*lines, f"weights = tl.reshape({_joined(names)}, ({block_n}, {TILE}))"]
 
@@ -256,7 +260,7 @@ def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
 def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
     """The body of y_part[split, m, n] for blocks of `spec.batch` rows of x, by tensor cores in half precision.
 
-    x' scale is brought into half precision's range by the power of two of the largest scale, the first of `index`.
+    x' scale is divided by the power of two of the largest scale, the first entry of `index`, to fit half precision.
     """
     decode, block_n, block_m = operations[0], spec.tile.block_n, spec.batch
     assert isinstance(decode, Trellis)
@@ -292,8 +296,10 @@ def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
 
 
 def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
-    """The body of dense[n, k] = (s - 510) CODE_UNIT scale / unit in half precision; zeros where a block has no bits are
-    there before."""
+    """The body of dense[n, k] = (s - 510) CODE_UNIT scale / unit in half precision.
+
+    Blocks without bits are not written; the caller has filled them with zeros.
+    """
     decode, block_n = operations[0], spec.tile.block_n
     assert isinstance(decode, Trellis)
     seen = "" if spec.aligned else f" & (block * {TILE} + column < cols)"
@@ -321,7 +327,7 @@ def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str
 
 
 def emit_trellis(spec: KernelSpec, select: list[str]) -> str:
-    """The function behind its signature; `select` are the lines that choose its matrix."""
+    """The body of the function; `select` are the lines that choose its matrix."""
     body = {"gemm": gemm_lines, "gemv": gemv_lines, "dense": dense_lines}[spec.function](spec, spec.operations)
     shape = f"{spec.tile.block_n} rows of W, {spec.batch} of x, every `splits`-th block of each width"
     return (

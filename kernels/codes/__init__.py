@@ -1,1 +1,1 @@
-"""The codes themselves: packing, tables, trellis, lattice, neural decoder, rotations."""
+"""What codes stand for, in numpy: packing, level tables, trellis, lattice, neural decoder, rotations."""

@@ -1,17 +1,17 @@
-"""The neural decoder (ReALLM, arXiv 2405.13155): its stored tensors, and the weights it makes of a latent image.
+"""The neural decoder (ReALLM, arXiv 2405.13155): its stored tensors, and the weights it computes from a latent image.
 
     W_hat = scale * (E + D(E)),   D(E) = A_n g(.. g(A_1 sin(A_0 * E + b_0) + b_1) ..) + b_n
 
-E [patches down, cols, dim] holds the codes' words and A_0 * E convolves the last `taps` patches of a column; above the
-first one every code counts as 0. Later layers are pointwise and g is the GELU (tanh form). The last layer gives `dim`
-values a pixel, which a pixel shuffle lays out as the rows of the patch, as HNeRV's does. The sine (SIREN, arXiv
-2006.09661) makes values of neighbouring windows independent, which is what a good trellis code needs.
+E [patches down, cols, dim] holds the words of the codes, and A_0 * E convolves the last `taps` patches of a column; the
+codes above the first patch are taken as 0. Later layers are pointwise, and g is the GELU (tanh form). The last layer
+gives `dim` values per pixel, which a pixel shuffle lays out as the rows of the patch, as in HNeRV. The sine (SIREN,
+arXiv 2006.09661) makes the values of neighbouring windows nearly independent, as a good trellis code needs.
 
-A tensor is stored as one byte e and its entries in `bits` bits, two 4-bit ones a byte, lowest first:
+A tensor is stored as one byte e and its entries in `bits` bits, two 4-bit entries per byte, lowest first:
 
     entry = (code - 2^(bits - 1)) * 2^((e - 192) / 8)
 
-so every run of bytes is a decoder whose weights are finite. numpy alone; the reference of the other decoders.
+so every run of bytes is a decoder with finite weights. Other decoders are tested against this one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ Array = NDArray[np.float64]
 
 
 def unpack_tensors(codec: NeuralCodec, raw: NDArray[np.uint8]) -> list[Array]:
-    """The tensors of `codec.tensors`, float64, from the bytes of the shared field (without padding)."""
+    """The tensors of `codec.tensors`, float64, from the bytes of the shared field without padding.
+
+    Raises ValueError for a wrong number of bytes.
+    """
     if raw.shape != codec.codebook_shape:
-        raise ValueError(f"{codec.name} takes {codec.codebook_shape[0]} bytes of decoder, not {raw.shape}")
-    found, start = [], 0
+        raise ValueError(f"the decoder of {codec.name} takes {codec.codebook_shape[0]} bytes, not {raw.shape}")
+    tensors, start = [], 0
     for shape, bits in codec.tensors:
         count = prod(shape)
         stop = start + 1 + -(-count * bits // 8)
@@ -39,13 +42,16 @@ def unpack_tensors(codec: NeuralCodec, raw: NDArray[np.uint8]) -> list[Array]:
         if bits == 4:
             codes = np.stack([codes & 15, codes >> 4], 1).reshape(-1)[:count]
         step = 2.0 ** ((int(raw[start]) - EXPONENT_ZERO) / EXPONENT_STEPS)
-        found.append((codes - (1 << (bits - 1))).reshape(shape) * step)
+        tensors.append((codes - (1 << (bits - 1))).reshape(shape) * step)
         start = stop
-    return found
+    return tensors
 
 
 def pack_tensors(codec: NeuralCodec, tensors: list[Array]) -> NDArray[np.uint8]:
-    """The bytes of tensors that are close to what can be stored; `unpack_tensors` gives back the rounded ones."""
+    """The bytes of the shared field for `tensors`, rounded to what can be stored; the inverse of `unpack_tensors`.
+
+    Raises ValueError for a tensor of a wrong shape.
+    """
     parts = []
     for (shape, bits), values in zip(codec.tensors, tensors, strict=True):
         if values.shape != shape:
@@ -62,7 +68,7 @@ def pack_tensors(codec: NeuralCodec, tensors: list[Array]) -> NDArray[np.uint8]:
 
 
 def step_exponent(largest: float, bits: int) -> int:
-    """The least exponent byte whose steps reach `largest`."""
+    """The smallest exponent byte with which `bits`-bit entries can represent the magnitude `largest`."""
     if largest <= 0:
         return 0
     exact = EXPONENT_STEPS * np.log2(largest / ((1 << (bits - 1)) - 1)) + EXPONENT_ZERO
@@ -72,7 +78,7 @@ def step_exponent(largest: float, bits: int) -> int:
 def decode_neural(
     codec: NeuralCodec, raw: NDArray[np.uint8], codes: NDArray[np.int64], scales: Array, rows: int
 ) -> Array:
-    """W_hat [rows, cols] from codes [patches down, cols] and scales [blocks]."""
+    """W_hat [rows, cols] from the bytes `raw` of the decoder, codes [patches down, cols] and scales [blocks]."""
     words, *layers = unpack_tensors(codec, raw)
     latent = words[np.pad(codes, ((codec.taps - 1, 0), (0, 0)))]
     down, cols = codes.shape

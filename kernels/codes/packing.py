@@ -1,45 +1,16 @@
-"""Planar bit packing: the bytes of codes, the same on every machine.
-
-A code of b bits is cut into planes whose widths are powers of two (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 12 = 8 + 4), the
-widest plane holding the lowest bits. A plane of width w holds code i in bits [(i mod 32/w) w, ... + w) of the
-little-endian 32-bit word i div (32/w): no code straddles a word. The planes follow each other, each ceil(n w / 32)
-words; the whole is padded with zero bytes to ALIGN_BYTES.
-"""
+"""Packing codes into planes of bits and back; `formats.bit_planes` describes the layout."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-ALIGN_BYTES = 64
-WORD_BITS = 32
-MAX_CODE_BITS = 16
-
-
-def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to a multiple of ALIGN_BYTES."""
-    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
-
-
-def plane_widths(bits: int) -> tuple[int, ...]:
-    """Widths of the planes of a `bits`-bit code, widest (lowest bits) first."""
-    if not 1 <= bits <= MAX_CODE_BITS:
-        raise ValueError(f"bits must be 1 to {MAX_CODE_BITS}, not {bits}")
-    return tuple(w for w in (16, 8, 4, 2, 1) if bits & w)
-
-
-def plane_words(count: int, width: int) -> int:
-    """32-bit words of one plane of `count` codes."""
-    return -(-count * width // WORD_BITS)
-
-
-def packed_nbytes(count: int, bits: int) -> int:
-    """Bytes of `count` packed codes, padding included."""
-    return aligned(4 * sum(plane_words(count, w) for w in plane_widths(bits)))
+from reallm.kernels.formats.bit_planes import WORD_BITS, packed_nbytes, plane_widths, plane_words
+from reallm.kernels.storage.alignment import aligned
 
 
 def pad(payload: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The bytes of `payload`, zero-padded to ALIGN_BYTES, as a new uint8 array."""
+    """A new uint8 array of the bytes of `payload`, zero-padded to a multiple of ALIGN_BYTES."""
     raw = np.frombuffer(payload, dtype=np.uint8) if isinstance(payload, bytes) else payload
     result = np.zeros(aligned(raw.size), dtype=np.uint8)
     result[: raw.size] = raw
@@ -47,13 +18,13 @@ def pad(payload: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def pack_codes(codes: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
-    """Pack codes (any shape, C order) of `bits` bits: uint8 [packed_nbytes(codes.size, bits)].
+    """Pack codes (any shape, C order) of `bits` bits each: uint8 [packed_nbytes(codes.size, bits)].
 
-    Raises ValueError when a code does not fit.
+    Raises ValueError for a code that does not fit into `bits` bits.
     """
     flat = np.ascontiguousarray(codes).reshape(-1)
     if flat.size and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
-        raise ValueError(f"a code lies outside 0 to {(1 << bits) - 1}")
+        raise ValueError(f"a code is outside 0 to {(1 << bits) - 1}")
     planes, shift = [], 0
     for width in plane_widths(bits):
         per_word = WORD_BITS // width
@@ -66,9 +37,9 @@ def pack_codes(codes: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack_codes(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint16]:
-    """Inverse of `pack_codes`: the first `count` codes, uint16 [count].
+    """The inverse of `pack_codes`: the first `count` codes, uint16 [count].
 
-    Raises ValueError when the buffer has the wrong size or its padding is not zero.
+    Raises ValueError for a buffer of the wrong size and for padding that is not zero.
     """
     if packed.dtype != np.uint8 or packed.shape != (packed_nbytes(count, bits),):
         raise ValueError(f"{count} codes of {bits} bits take {packed_nbytes(count, bits)} bytes, not {packed.shape}")

@@ -1,12 +1,12 @@
-"""Scalar tables: the levels that a b-bit code stands for, normalised to a largest magnitude of one.
+"""Tables of scalar codecs: the levels that b-bit codes stand for, normalised to a largest magnitude of one.
 
 - `int`  symmetric integers, (q - 2^(b-1)) / 2^(b-1).
 - `nf`   NormalFloat: quantiles of the normal distribution with an exact zero (QLoRA, arXiv 2305.14314, generalised to
          b bits in LQ-LoRA, arXiv 2311.12023).
-- `lm`   the Lloyd-Max quantiser of the normal distribution (Max 1960, Lloyd 1982), the least squared error for b bits.
+- `lm`   the Lloyd-Max quantiser of the normal distribution (Max 1960, Lloyd 1982): the least squared error with b bits.
 
-Tables are computed in float64 with the standard library alone and rounded once to float32, so that they are the same
-on every machine.
+Tables are computed in float64 with the standard library and rounded once to float32, so they are the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from __future__ import annotations
 from functools import cache
 from itertools import pairwise
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-TableName = Literal["int", "uint", "nf", "lm"]
+from reallm.kernels.formats.codecs import TableName
 
-NF_OFFSET = 0.9677083  # the outermost quantile (QLoRA)
+NF_OFFSET = 0.9677083  # probability of the outermost quantile (QLoRA)
 LLOYD_ITERATIONS = 2000
 _NORMAL = NormalDist()
 
@@ -35,7 +34,7 @@ def _normal_float(bits: int) -> list[float]:
 
 
 def _lloyd_max(bits: int) -> list[float]:
-    """Fixed point of "each level is the mean of its cell" for the standard normal density."""
+    """Levels that are each the mean of their cell under the standard normal density, by fixed-point iteration."""
     count = 2**bits
     half = [_NORMAL.inv_cdf(0.5 + 0.5 * (i + 0.5) / (count // 2)) for i in range(count // 2)]
     for _ in range(LLOYD_ITERATIONS):
@@ -57,7 +56,7 @@ def _lloyd_max(bits: int) -> list[float]:
 def table(name: TableName, bits: int) -> NDArray[np.float32]:
     """Levels of `name` in increasing order, float32 [2^bits], read-only.
 
-    `uint` has no table of its own: its level is the code itself, shifted by the group's zero point.
+    The levels of `uint` are the codes themselves; decoding subtracts the zero point of the group.
     """
     if name == "nf":
         levels = _normal_float(bits)

@@ -1,74 +1,60 @@
 """Codecs: what the codes of a matrix W[N, K] mean, and which fields hold them, to the byte.
 
-Every stored field is a flat run of bytes, zero-padded to ALIGN_BYTES, so sizes add up exactly and no cast by a
-framework can change one. A new codec is a frozen dataclass with `name` and `fields`, and one entry in `_PARSERS`.
+To add a codec, write a frozen dataclass that extends `Codec` here, its name pattern in `codec_names`, and its decoder
+in `reference`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Literal, Protocol
+from typing import Literal
 
-from reallm.kernels.codes.packing import aligned, packed_nbytes
-from reallm.kernels.codes.tables import TableName
+from reallm.kernels.storage.dtypes import FloatName
 
-from ..errors import ReallmError
+from .fields import Field, FormatError
 
-FloatName = Literal["f16", "bf16", "f32"]
-FLOAT_NBYTES: dict[str, int] = {"f16": 2, "bf16": 2, "f32": 4, "i8": 1}
+TableName = Literal["int", "uint", "nf", "lm"]
+"""The level tables of `codes.tables`."""
+DENSE_NAMES: dict[FloatName, str] = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
+"""The format names of uncompressed matrices, by element type."""
 SCALAR_BITS = (2, 3, 4, 5, 6, 8)
 TILE = 16
-"""Rows and columns of a tile of the trellis: 256 weights, as in QTIP."""
+"""Rows and columns of a trellis tile: 256 weights, as in QTIP."""
 MAX_WINDOW_BITS = 16
 
 
-class FormatError(ReallmError, ValueError):
-    """A format that cannot exist, or a name that cannot be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One stored run of bytes: `count` values of `dtype`.
-
-    "u3" is packed 3-bit codes, "u32" plain words; "f16", "bf16", "f32" and "i8" are themselves.
-    """
-
-    name: str
-    dtype: str
-    count: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file, padding included."""
-        if self.dtype == "u32":
-            return aligned(4 * self.count)
-        if self.dtype[0] == "u":
-            return packed_nbytes(self.count, int(self.dtype[1:]))
-        return aligned(self.count * FLOAT_NBYTES[self.dtype])
-
-
-class Codec(Protocol):
+class Codec(ABC):
     """What the codes of a matrix mean and which fields hold them."""
 
-    @property
-    def name(self) -> str: ...
+    __slots__ = ()
 
-    def fields(self, rows: int, cols: int) -> tuple[Field, ...]: ...
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Canonical name, the first part of a format's name."""
+
+    @abstractmethod
+    def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
+        """The stored fields of a matrix [rows, cols], in file order."""
+
+    @property
+    def shared_field(self) -> Field | None:
+        """The field that several matrices share and that is stored once in the model, or None."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
-class DenseCodec:
-    """The weight itself, one float each."""
+class DenseCodec(Codec):
+    """Uncompressed weights, one float each."""
 
     dtype: FloatName
 
     @property
     def name(self) -> str:
-        return {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}[self.dtype]
+        return DENSE_NAMES[self.dtype]
 
     def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
         return (Field("values", self.dtype, rows * cols),)
@@ -76,7 +62,7 @@ class DenseCodec:
 
 @dataclass(frozen=True, slots=True)
 class DoubleQuant:
-    """Scales in `bits`-bit codes: min + code / (2^bits - 1) * range, one fp16 range per `block` scales (LQ-LoRA)."""
+    """Scales stored as codes (LQ-LoRA): min + code / (2^bits - 1) * range, with one fp16 range per `block` scales."""
 
     bits: int
     block: int
@@ -87,10 +73,10 @@ class DoubleQuant:
 
 
 @dataclass(frozen=True, slots=True)
-class ScalarCodec:
-    """One code a weight: level(code) * scale of its group of `group_size` consecutive entries of a row.
+class ScalarCodec(Codec):
+    """One code per weight: level(code) times the scale of its group of `group_size` consecutive entries of a row.
 
-    The last group of a row may be shorter. `group_size` 0 means the whole row.
+    The last group of a row may be shorter. A `group_size` of 0 means the whole row.
     """
 
     table: TableName
@@ -132,10 +118,10 @@ class ScalarCodec:
 
 
 @dataclass(frozen=True, slots=True)
-class AdditiveCodec:
-    """`num_codebooks` codes for every `dim` consecutive entries of a row; the sum of their words times the row's scale.
+class AdditiveCodec(Codec):
+    """`num_codebooks` codes per `dim` consecutive entries of a row: the sum of their words times the scale of the row.
 
-    Codes are stored in the order [row, group of `dim`, codebook]; the last group of a row may be cut.
+    Codes are stored in the order [row, group of `dim`, codebook]; the last group of a row may be incomplete.
     """
 
     num_codebooks: int
@@ -153,15 +139,21 @@ class AdditiveCodec:
         return f"aq{self.num_codebooks}x{self.codebook_bits}-d{self.dim}{shared}"
 
     def group_count(self, cols: int) -> int:
+        """Groups of `dim` weights in a row of `cols` weights."""
         return -(-cols // self.dim)
 
     @property
     def codebook_shape(self) -> tuple[int, ...]:
+        """[num_codebooks, 2^codebook_bits, dim]."""
         return self.num_codebooks, 1 << self.codebook_bits, self.dim
 
     def codebook_field(self) -> Field:
-        """The codebooks, f16 [num_codebooks, 2^codebook_bits, dim]; in the matrix, or once in the model if shared."""
+        """The codebooks, f16 [num_codebooks, 2^codebook_bits, dim]: one field per matrix, or per model if shared."""
         return Field("codebooks", "f16", self.num_codebooks * (1 << self.codebook_bits) * self.dim)
+
+    @property
+    def shared_field(self) -> Field | None:
+        return self.codebook_field() if self.shared else None
 
     def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
         codes = Field("codes", f"u{self.codebook_bits}", rows * self.group_count(cols) * self.num_codebooks)
@@ -170,14 +162,14 @@ class AdditiveCodec:
 
 
 @dataclass(frozen=True, slots=True)
-class KMeansCodec:
-    """One code a weight into the row's own table of 2^bits fp16 levels (SqueezeLLM, arXiv 2306.07629)."""
+class KMeansCodec(Codec):
+    """One code per weight, an index into the row's own table of 2^bits fp16 levels (SqueezeLLM, arXiv 2306.07629)."""
 
     bits: int
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
-            raise FormatError(f"tables of a row take 2, 3 or 4 bits, not {self.bits}")
+            raise FormatError(f"the table of a row has 2, 3 or 4 bits, not {self.bits}")
 
     @property
     def name(self) -> str:
@@ -188,14 +180,15 @@ class KMeansCodec:
 
 
 @dataclass(frozen=True, slots=True)
-class TrellisCodec:
-    """Bitshift trellis with a computed code (QTIP, arXiv 2406.11235), its bits shared out among blocks of columns.
+class TrellisCodec(Codec):
+    """Bitshift trellis with a computed code (QTIP, arXiv 2406.11235), with bits distributed over blocks of columns.
 
-    The matrix is cut into tiles of TILE x TILE weights (padded at the edges), each a closed walk of 256 / V steps: the
-    tile's bits form a ring, newest bit lowest, and the state of step t of n is the `state_bits` bits of the ring from
-    bit k (n - 1 - t) on. A block of columns has `width` half bits a weight: an even width means V = 1 value a step and
-    k = width / 2 bits, an odd one V = 2 and k = width. Widths differ from block to block (reverse water-filling) and
-    add up to `eighths` eighths of a bit a weight, so the size follows from the name. `scales` has one fp16 a block.
+    The matrix is cut into tiles of TILE x TILE weights (padded at the edges), each a closed walk of n = 256 / V steps:
+    the tile's bits form a ring, newest bit lowest, and the state of step t is the `state_bits` bits of the ring that
+    start at bit k (n - 1 - t). A block of columns has `width` half bits per weight: an even width means V = 1 value per
+    step and k = width / 2 bits, an odd one V = 2 and k = width. Widths differ from block to block (reverse
+    water-filling) and average to `eighths` eighths of a bit per weight, so the name determines the size. `scales` holds
+    one fp16 number per block.
     """
 
     eighths: int
@@ -210,11 +203,11 @@ class TrellisCodec:
         return f"tq{self.eighths / 8:g}-l{self.state_bits}"
 
     def grid(self, rows: int, cols: int) -> tuple[int, int]:
-        """Tiles down and across."""
+        """Number of tiles (down, across) of a matrix [rows, cols]."""
         return -(-rows // TILE), -(-cols // TILE)
 
     def total_width(self, cols: int) -> int:
-        """Half bits of all blocks of columns together, rounded down."""
+        """Sum of the widths of all blocks of columns, in half bits, rounded down."""
         return self.eighths * -(-cols // TILE) // 4
 
     def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
@@ -224,11 +217,12 @@ class TrellisCodec:
 
 
 @dataclass(frozen=True, slots=True)
-class LatticeCodec:
-    """E8P words for every 8 consecutive entries of a row (QuIP#, arXiv 2402.04396): see `lattice` for the codebooks.
+class LatticeCodec(Codec):
+    """E8P words for every 8 consecutive entries of a row (QuIP#, arXiv 2402.04396); `codes.lattice` has the codebooks.
 
-    W_hat = s_b (word(code) + residual scale * second word(residual)), s_b the fp16 scale of a block of TILE columns.
-    The second word is one of 2^8 at 3 bits, one of E8P at 4 bits, none at 2. The last word of a row may be cut.
+    W_hat = s_b (word(code) + residual scale * second word(residual)), with s_b the fp16 scale of a block of TILE
+    columns. The second word is one of 2^8 at 3 bits, one of E8P at 4 bits, and absent at 2 bits. The last word of a row
+    may be incomplete.
     """
 
     bits: int
@@ -252,14 +246,15 @@ class LatticeCodec:
 
 
 @dataclass(frozen=True, slots=True)
-class NeuralCodec:
-    """Latents that a small convolutional decoder, shared by all matrices of a family, makes weights of (ReALLM).
+class NeuralCodec(Codec):
+    """Latent codes that a small convolutional decoder turns into weights; matrices of a family share it (ReALLM).
 
-    A column is cut into patches of `dim` rows (the last padded), each with one code into a shared codebook of
-    2^codebook_bits words of `dim` weights: the latent image E. Then W_hat = (E + D(E)) times the scale of a block of
-    TILE columns, D a convolution over the last `taps` patches of the column, a sine, `layers` - 1 pointwise
-    convolutions each with a GELU, and a pointwise one back to the `dim` rows of the patch; `channels` wide. A
-    patch is decided by the last `taps` codes: its window. Weights take `weight_bits`, words and biases 8 (`neural`).
+    A column is cut into patches of `dim` rows (the last padded). Each patch has one code, an index into a shared
+    codebook of 2^codebook_bits words of `dim` weights; together they are the latent image E. Then W_hat = (E + D(E))
+    times the scale of a block of TILE columns, where D is a convolution over the last `taps` patches of the column, a
+    sine, `layers` - 1 pointwise convolutions each with a GELU, and a pointwise convolution back to the `dim` rows of
+    the patch; the hidden layers have `channels` channels. A patch depends on the last `taps` codes, its window. Decoder
+    weights are stored in `weight_bits` bits, words and biases in 8 (`codes.neural`).
     """
 
     codebook_bits: int
@@ -284,83 +279,35 @@ class NeuralCodec:
 
     @property
     def window_bits(self) -> int:
-        """Bits of the codes that decide one patch."""
+        """Bits of the codes that determine one patch."""
         return self.taps * self.codebook_bits
 
     @property
     def tensors(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        """(shape, bits) of what the shared field holds: words, then weight [out, in] and bias of each layer."""
-        ends = [self.taps * self.dim, *[self.channels] * self.layers, self.dim]
-        found: list[tuple[tuple[int, ...], int]] = [((1 << self.codebook_bits, self.dim), 8)]
-        for inner, outer in pairwise(ends):
-            found += [((outer, inner), self.weight_bits), ((outer,), 8)]
-        return tuple(found)
+        """(shape, bits) of each tensor in the shared field: the words, then weight [out, in] and bias of each layer."""
+        widths = [self.taps * self.dim, *[self.channels] * self.layers, self.dim]
+        tensors: list[tuple[tuple[int, ...], int]] = [((1 << self.codebook_bits, self.dim), 8)]
+        for inputs, outputs in pairwise(widths):
+            tensors += [((outputs, inputs), self.weight_bits), ((outputs,), 8)]
+        return tuple(tensors)
 
     @property
     def codebook_shape(self) -> tuple[int, ...]:
+        """[bytes of the shared field without padding]."""
         return (sum(1 + -(-prod(shape) * bits // 8) for shape, bits in self.tensors),)
 
     def codebook_field(self) -> Field:
-        """Codebook and decoder as one run of bytes, see `neural.unpack_tensors`."""
+        """Codebook and decoder as one run of bytes; `codes.neural.unpack_tensors` reads it."""
         return Field("codebooks", "u8", *self.codebook_shape)
 
+    @property
+    def shared_field(self) -> Field:
+        return self.codebook_field()
+
     def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
-        """Codes [patches down, cols] and a scale for each block of columns."""
+        """Codes [patches down, cols] and one scale per block of columns."""
         codes = Field("codes", f"u{self.codebook_bits}", -(-rows // self.dim) * cols)
         return (codes, Field("scales", "f16", -(-cols // TILE)))
 
 
 AnyCodec = DenseCodec | ScalarCodec | AdditiveCodec | KMeansCodec | TrellisCodec | LatticeCodec | NeuralCodec
-
-
-def _parse_dense(match: re.Match[str]) -> DenseCodec:
-    names: dict[str, FloatName] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
-    return DenseCodec(names[match[0]])
-
-
-def _parse_scalar(match: re.Match[str]) -> ScalarCodec:
-    table: dict[str, TableName] = {"int": "int", "uint": "uint", "nf": "nf", "lm": "lm"}
-    double = DoubleQuant(int(match["dq"]), int(match["block"])) if match["dq"] else None
-    return ScalarCodec(table[match["table"]], int(match["bits"]), int(match["group"]), double)
-
-
-def _parse_additive(match: re.Match[str]) -> AdditiveCodec:
-    return AdditiveCodec(int(match["m"]), int(match["b"]), int(match["d"]), bool(match["shared"]))
-
-
-def _parse_kmeans(match: re.Match[str]) -> KMeansCodec:
-    return KMeansCodec(int(match["b"]))
-
-
-def _parse_trellis(match: re.Match[str]) -> TrellisCodec:
-    eighths = float(match["rate"]) * 8
-    if eighths != int(eighths):
-        raise FormatError(f"a trellis takes bits in eighths, not {match['rate']}")
-    return TrellisCodec(int(eighths), int(match["l"]))
-
-
-def _parse_lattice(match: re.Match[str]) -> LatticeCodec:
-    return LatticeCodec(int(match["b"]))
-
-
-def _parse_neural(match: re.Match[str]) -> NeuralCodec:
-    return NeuralCodec(*(int(match[part]) for part in ("b", "d", "c", "n", "t", "w")))
-
-
-_PARSERS: tuple[tuple[str, Callable[[re.Match[str]], AnyCodec]], ...] = (
-    (r"bf16|fp16|fp32", _parse_dense),
-    (r"(?P<table>u?int|nf|lm)(?P<bits>\d{1,2})-g(?P<group>\d{1,5})(-dq(?P<dq>\d)x(?P<block>\d{1,4}))?", _parse_scalar),
-    (r"aq(?P<m>\d)x(?P<b>\d{1,2})-d(?P<d>\d)(?P<shared>-shared)?", _parse_additive),
-    (r"km(?P<b>\d)", _parse_kmeans),
-    (r"e8p(?P<b>\d)", _parse_lattice),
-    (r"tq(?P<rate>\d(\.\d{1,3})?)-l(?P<l>\d{1,2})", _parse_trellis),
-    (r"nd1x(?P<b>\d)-d(?P<d>\d)-c(?P<c>\d{1,4})x(?P<n>\d)-t(?P<t>\d{1,2})-w(?P<w>\d)", _parse_neural),
-)
-
-
-def parse_codec(name: str) -> AnyCodec | None:
-    """The codec called `name`, None if no pattern fits. Raises FormatError for one that cannot exist."""
-    for pattern, build in _PARSERS:
-        if match := re.fullmatch(pattern, name):
-            return build(match)
-    return None

@@ -2,27 +2,27 @@
 
     W_hat = T^-1(decode(codes)) + S + L R     (ReALLM, arXiv 2405.13155; LQ-LoRA, 2311.12023; SpQR, 2306.03078)
 
-A Format joins a codec (what the codes mean), transforms of the weight, an optional sparse and an optional low-rank
-term, and how the encoder chooses codes; the last changes no byte. Each has a canonical name:
+A Format combines a codec (what the codes mean), transforms of the weight, an optional sparse and an optional low-rank
+term, and the way the encoder chooses codes, which does not affect the size. Each format has a canonical name:
 
-    bf16, fp16, fp32          stored as it is
+    bf16, fp16, fp32          uncompressed
     int4-g64, uint4-g64       symmetric / asymmetric integers, groups of 64 along the row, fp16 scales
     nf3-g64, lm3-g64          normal-float and Lloyd-Max tables
-    nf4-g64-dq8x256           scales themselves in 8 bits, blocks of 256 (LQ-LoRA)
+    nf4-g64-dq8x256           the scales too are quantised, to 8 bits in blocks of 256 (LQ-LoRA)
     km3                       a table of 2^3 levels for every row (SqueezeLLM)
-    aq2x8-d8                  two additive codebooks of 2^8 words of 8 weights, one fp16 scale a row
-    aq2x8-d8-shared           the same, its codebooks shared by every matrix of the same kind and charged once
-    tq2.25-l12                trellis of 2^12 states, 2.25 bits a weight shared out among blocks of columns
+    aq2x8-d8                  two additive codebooks of 2^8 words of 8 weights, one fp16 scale per row
+    aq2x8-d8-shared           the same with codebooks that all matrices of a family share; their bytes count once
+    tq2.25-l12                trellis of 2^12 states, 2.25 bits per weight distributed over blocks of columns
     e8p2                      E8 lattice words of 8 weights in 16 bits; e8p3 and e8p4 with a residual word (QuIP#)
-    nd1x4-d2-c32x1-t3-w8      codes that a convolutional decoder of one hidden layer of 32 channels, shared by every
-                              matrix of the same kind and charged once, makes weights of (ReALLM)
-    ...+perm, +cs, +rot       the weight is coded with its columns permuted, scaled, both sides rotated
-    ...+o5                    5 per mille of the weights kept apart as sparse outliers
+    nd1x4-d2-c32x1-t3-w8      codes that a convolutional decoder, here with one hidden layer of 32 channels, turns into
+                              weights; all matrices of a family share it, and its bytes count once (ReALLM)
+    ...+perm, +cs, +rot       the columns are permuted, the columns are scaled, both sides are rotated before coding
+    ...+o5                    5 per mille of the weights are stored separately as sparse outliers
     ...+r16, +r16i8, +r16i4   a low-rank term of rank 16, fp16, int8 or int4 factors
     ...+ldl                   codes chosen with error feedback in the metric of the Hessian of the inputs (GPTQ)
-    ...+ldl2                  in that of the inputs and of the output's gradients (two-sided; YAQA, arXiv 2505.22988)
+    ...+ldl2                  the same in the metric of inputs and output gradients (two-sided; YAQA, arXiv 2505.22988)
     ...+lwc                   clipping learned by gradient descent (OmniQuant)
-    ...+svd                   the low-rank term by the plain SVD of what the codes leave (LoftQ, arXiv 2310.08659)
+    ...+svd                   the low-rank term is the plain SVD of the coding error (LoftQ, arXiv 2310.08659)
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from .codecs import AdditiveCodec, AnyCodec, DenseCodec, Field, FormatError, NeuralCodec, ScalarCodec, parse_codec
+from .codec_names import parse_codec
+from .codecs import AnyCodec, DenseCodec, NeuralCodec, ScalarCodec
+from .fields import Field, FormatError
 from .terms import MAX_COLS, LowRank, Sparse
 
 Feedback = Literal["", "ldl", "ldl2"]
@@ -45,27 +47,32 @@ class Format:
     codec: AnyCodec
     low_rank: LowRank | None = None
     feedback: Feedback = ""
+    """Error feedback while codes are chosen: none, "ldl" (metric of the inputs) or "ldl2" (two-sided)."""
     clipping: bool = False
+    """Whether the ranges of groups are learned by gradient descent."""
     permuted: bool = False
     channel_scales: bool = False
     rotated: bool = False
     sparse: Sparse | None = None
     plain_svd: bool = False
+    """Whether the low-rank term is the plain, unweighted SVD of the coding error."""
 
     def __post_init__(self) -> None:
         modified = self.transformed or self.clipping or self.feedback or self.sparse or self.low_rank
         if isinstance(self.codec, DenseCodec) and modified:
-            raise FormatError("a dense format takes no modifier")
+            raise FormatError("a dense format cannot have modifiers; expected bf16, fp16 or fp32 alone")
         if self.clipping and not isinstance(self.codec, ScalarCodec):
-            raise FormatError(f"{self.codec.name} has no clipping to learn; expected a scalar codec before +lwc")
+            raise FormatError(
+                f"{self.codec.name} has no clipping that could be learned; expected a scalar codec before +lwc"
+            )
         if self.plain_svd and (self.low_rank is None or self.feedback):
             raise FormatError(
-                "+svd is how a low-rank term beside codes without feedback is found; expected +r<rank> too"
+                "+svd applies to a low-rank term beside codes chosen without feedback; expected +r<rank>, without +ldl"
             )
 
     @property
     def transformed(self) -> bool:
-        """Whether the codes stand for another matrix than W."""
+        """Whether the codes represent a transformed matrix instead of W itself."""
         return self.permuted or self.channel_scales or self.rotated
 
     @property
@@ -92,26 +99,23 @@ class Format:
     def nbytes(self, rows: int, cols: int) -> int:
         """Exact bytes of a matrix [rows, cols] in the file: codes, scales, codebooks, factors, padding.
 
-        A shared codebook is not in it; `shared_field` names it and the planner charges it once.
+        A shared codebook is not included; `shared_field` describes it, and the planner counts it once.
         """
         return sum(field.nbytes for field in self.fields(rows, cols))
 
     @property
     def shared_field(self) -> Field | None:
-        """The field that matrices share, or None."""
-        codec = self.codec
-        if isinstance(codec, NeuralCodec) or (isinstance(codec, AdditiveCodec) and codec.shared):
-            return codec.codebook_field()
-        return None
+        """The field that several matrices share, or None."""
+        return self.codec.shared_field
 
     @property
     def shared_name(self) -> str:
-        """Which formats share one field: the codec's name; a decoder for rotated weights is another one."""
+        """Formats with equal names share one field. Neural decoders of rotated and of plain weights are different."""
         return self.codec.name + ("+rot" if self.rotated and isinstance(self.codec, NeuralCodec) else "")
 
     @staticmethod
     def parse(name: str) -> Format:
-        """Read a canonical name. Raises FormatError with what was found and what was expected."""
+        """The format with this canonical name. Raises FormatError for a name that cannot be read."""
         return _parse(name.strip().lower())
 
 
@@ -122,7 +126,7 @@ _FLAGS = {
     "rot": "rotated",
     "svd": "plain_svd",
 }
-"""Modifier -> field of Format, in the order of names."""
+"""Modifier -> field of Format, in the order in which names list them."""
 
 
 @cache
@@ -130,14 +134,14 @@ def _parse(name: str) -> Format:
     head, *modifiers = name.split("+")
     codec = parse_codec(head)
     if codec is None:
-        raise FormatError(f"no format is called {name!r}; expected a name like int4-g64, nf3-g64+ldl or tq2.5-l12+rot")
-    found: dict[str, object] = {}
+        raise FormatError(f"unknown format {name!r}; expected a name like int4-g64, nf3-g64+ldl or tq2.5-l12+rot")
+    modified: dict[str, object] = {}
     for modifier in modifiers:
         key, value = _modifier(name, modifier)
-        if key in found:
-            raise FormatError(f"format {name!r}: {modifier!r} says {key.replace('_', ' ')} twice")
-        found[key] = value
-    return Format(codec, **found)  # type: ignore[arg-type]  # the keys are field names, each with a value of its type
+        if key in modified:
+            raise FormatError(f"format {name!r}: {modifier!r} sets {key.replace('_', ' ')} a second time; name it once")
+        modified[key] = value
+    return Format(codec, **modified)  # type: ignore[arg-type]  # the keys are field names, the values have their types
 
 
 def _modifier(name: str, modifier: str) -> tuple[str, object]:

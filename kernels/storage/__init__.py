@@ -1,1 +1,1 @@
-"""Files of weights: their layout, reading and writing."""
+"""Weights files (layout, reading, writing), element types, atomic file writing and the cache folder."""

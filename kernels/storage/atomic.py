@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one, and JSON with the same bytes on every machine."""
+"""Atomic file writing, and JSON that has the same bytes on every machine."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from uuid import uuid4
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no platform-dependent bytes: the same value gives the same text everywhere."""
+    """JSON text of `value` with sorted keys; the same value gives the same text on every machine."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def sha256_text(text: str) -> str:
-    """Hex digest of `text` in UTF-8."""
+    """Hex sha256 of `text` in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def partial_path(path: Path) -> Path:
-    """A name beside `path` to write it under, its own on every call: two machines may have a process of one number."""
+    """A temporary name beside `path`, different on every call: processes on two machines may have the same number."""
     return path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
 
 
@@ -30,7 +30,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is either the old one or the whole new one, also under kill -9."""
+    """Replace the file `path` by `data`. A reader sees the old file or the complete new one, even after kill -9."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:

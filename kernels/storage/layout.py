@@ -1,18 +1,18 @@
-"""Layout of weights files: safetensors whose size is known before a byte is written (`weights` writes and reads them).
+"""Layout of weights files: safetensors files whose sizes are known before a byte is written.
 
 A safetensors file is u64 header length (little endian), header (JSON, may end in spaces), data without holes
-(https://github.com/huggingface/safetensors#format). Offsets stand in the header, so its length depends on the order of
+(https://github.com/huggingface/safetensors#format). The header contains offsets, so its length depends on the order of
 the tensors; a planner needs sizes that add up. Therefore each tensor reserves a fixed number of header bytes,
 
     header_bytes(t) = aligned(len of its JSON entry with both offsets of OFFSET_DIGITS digits, and a comma)
     file_overhead   = aligned(8 + len of braces and metadata)
     file_bytes      = sum over files of file_overhead + sum over tensors of header_bytes(t) + nbytes(t)
 
-with aligned() to 64 bytes, and the header is padded with spaces to that reserve. Data starts at a multiple of 64.
-Tensors are taken in natural order of their names (block 2 before block 10), so nothing depends on the order they come
-in; a shard is closed when the next one would bring its data over `max_shard_bytes`. In a shard, tensors whose size is
-a multiple of 64 come first, so all of them are 64-byte aligned; the others follow, wider dtypes first, so each is
-aligned to its dtype. The index of a sharded model (a small JSON file) is no weights file.
+with aligned() to 64 bytes; the header is padded with spaces to the reserved length. Data starts at a multiple of 64.
+Tensors are taken in the natural order of their names (block 2 before block 10), so nothing depends on the order of the
+input; a shard is closed when the next tensor would bring its data over `max_shard_bytes`. Within a shard, tensors whose
+size is a multiple of 64 come first, so all of them are 64-byte aligned; the others follow, wider dtypes first, so each
+is aligned to its dtype. The index of a sharded model (a small JSON file) is not counted as a weights file.
 """
 
 from __future__ import annotations
@@ -24,25 +24,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from reallm.kernels.codes.packing import ALIGN_BYTES, aligned
-
 from ..errors import ReallmError
+from .alignment import ALIGN_BYTES, aligned
+from .dtypes import SAFETENSORS_DTYPES
 
-DTYPE_NBYTES: Mapping[str, int] = {
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
-    **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8},
-}
 OFFSET_DIGITS = 13
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors package accepts
 MAX_SHARD_BYTES = 4 << 30
 METADATA: Mapping[str, str] = {"format": "pt"}  # transformers refuses files without it
-SINGLE_FILE = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+"""The other file that every model folder has: the configuration of the model."""
 
 
 class LayoutError(ReallmError, ValueError):
-    """A weights file, or a list of tensors, that cannot be: names the file or tensor, what was found and expected."""
+    """An impossible weights file or list of tensors: names the file or tensor, what was found and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +52,23 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_NBYTES:
-            raise LayoutError(f"tensor {self.name!r}: dtype {self.dtype!r} is none of {', '.join(DTYPE_NBYTES)}")
-        if not self.name or self.name == "__metadata__" or any(n < 0 for n in self.shape):
+        if self.dtype not in SAFETENSORS_DTYPES:
+            known = ", ".join(SAFETENSORS_DTYPES)
+            raise LayoutError(f"tensor {self.name!r} has the unknown dtype {self.dtype!r}; expected one of {known}")
+        storable = self.name and self.name != "__metadata__" and all(n >= 0 for n in self.shape)
+        if not storable or prod(self.shape) * SAFETENSORS_DTYPES[self.dtype].bits % 8:
             raise LayoutError(
-                f"tensor {self.name!r} of shape {list(self.shape)}: not a name and shape that can be stored"
+                f"tensor {self.name!r} of {self.dtype} {list(self.shape)}: not a name and shape that can be stored"
             )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the data."""
-        return prod(self.shape) * DTYPE_NBYTES[self.dtype]
+        return SAFETENSORS_DTYPES[self.dtype].nbytes(prod(self.shape))
 
     @property
     def header_bytes(self) -> int:
-        """Bytes reserved in the header, whatever the offsets turn out to be."""
+        """Bytes reserved for this tensor in the header; they do not depend on its offsets."""
         widest = 10**OFFSET_DIGITS - 1
         return aligned(len(_entry(self, widest, widest)) + 1)
 
@@ -84,7 +84,7 @@ class Shard:
 
 
 def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
-    """Sorts names with their numbers read as numbers."""
+    """Sort key of a name whose runs of digits compare as numbers: "h.2" comes before "h.10"."""
     return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))), name
 
 
@@ -98,12 +98,12 @@ def _metadata_entry(metadata: Mapping[str, str]) -> str:
 
 
 def file_overhead(metadata: Mapping[str, str] = METADATA) -> int:
-    """Bytes of a file that holds no tensor."""
+    """Bytes of a file without tensors."""
     return aligned(LENGTH_BYTES + len("{}") + len(_metadata_entry(metadata)))
 
 
 def max_files(data_bytes: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
-    """The most files that tensors of `data_bytes` in all can fill: any two neighbours together exceed a shard."""
+    """The largest number of files that `data_bytes` bytes of tensors can take: two neighbours exceed one shard."""
     return max(1, 2 * -(-data_bytes // max_shard_bytes) - 1)
 
 
@@ -112,9 +112,12 @@ def plan_shards(
     metadata: Mapping[str, str] = METADATA,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> tuple[Shard, ...]:
-    """The files for `tensors`, whatever their order. Raises LayoutError on a repeated name or too large a file."""
-    if twice := [name for name, count in Counter(t.name for t in tensors).items() if count > 1]:
-        raise LayoutError(f"tensor {twice[0]!r} stands twice in the list")
+    """The files that hold `tensors`; the order of the input does not matter.
+
+    Raises LayoutError for a repeated name and for a file that would be too large.
+    """
+    if repeated := [name for name, count in Counter(t.name for t in tensors).items() if count > 1]:
+        raise LayoutError(f"tensor {repeated[0]!r} appears twice in the list")
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in sorted(tensors, key=lambda t: natural_key(t.name)):
@@ -124,14 +127,14 @@ def plan_shards(
         groups[-1].append(spec)
         filled += spec.nbytes
     count = len(groups)
-    names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [WEIGHTS_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     return tuple(_shard(name, group, metadata) for name, group in zip(names, groups, strict=True))
 
 
 def _shard(file: str, group: list[TensorSpec], metadata: Mapping[str, str]) -> Shard:
-    whole = [t for t in group if t.nbytes % ALIGN_BYTES == 0]
-    odd = sorted((t for t in group if t.nbytes % ALIGN_BYTES), key=lambda t: -DTYPE_NBYTES[t.dtype])
-    tensors = (*whole, *odd)
+    aligned_ones = [t for t in group if t.nbytes % ALIGN_BYTES == 0]
+    others = sorted((t for t in group if t.nbytes % ALIGN_BYTES), key=lambda t: -SAFETENSORS_DTYPES[t.dtype].bits)
+    tensors = (*aligned_ones, *others)
     header = file_overhead(metadata) - LENGTH_BYTES + sum(t.header_bytes for t in tensors)
     data = sum(t.nbytes for t in tensors)
     if header > MAX_HEADER_BYTES or data >= 10**OFFSET_DIGITS:
@@ -149,12 +152,12 @@ def file_bytes(
 
 
 def header_text(shard: Shard, metadata: Mapping[str, str] = METADATA) -> bytes:
-    """The header of `shard`, padded with spaces to `shard.header_bytes`."""
+    """The JSON header of `shard`, padded with spaces to `shard.header_bytes` bytes."""
     entries, start = [_metadata_entry(metadata)], 0
     for spec in shard.tensors:
         entries.append(_entry(spec, start, start + spec.nbytes))
         start += spec.nbytes
     text = f"{{{','.join(entries)}}}".encode()
     if len(text) > shard.header_bytes:
-        raise LayoutError(f"{shard.file}: a header of {len(text)} bytes exceeds its reserve of {shard.header_bytes}")
+        raise LayoutError(f"{shard.file}: a header of {len(text)} bytes exceeds the {shard.header_bytes} reserved")
     return text.ljust(shard.header_bytes)

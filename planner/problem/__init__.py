@@ -1,1 +1,1 @@
-"""The allocation problem: candidates, limits, ties."""
+"""The allocation problem: which matrices take part, their candidates, ties and limits."""

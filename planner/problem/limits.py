@@ -1,4 +1,4 @@
-"""The limits of a problem, from what was asked: what each candidate uses of them, and what is left for candidates."""
+"""The limits of a plan besides its budget: how much each matrix uses of them, and what is left for candidates."""
 
 from __future__ import annotations
 
@@ -8,39 +8,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.dtypes import DTYPES
 from reallm.kernels.storage.layout import TensorSpec
 from reallm.planner.tables.measured_table import MatrixRecord, MeasuredTable
 from reallm.planner.tables.requirements import Pool, Requirements, cache_bytes, parse_pool
+from reallm.planner.tables.tensor_layout import stack_of
 from reallm.planner.tables.units import PlanError, parse_nanoseconds
 
 from .problem import Limit
-from .tensor_layout import FLOAT_TENSOR, stack_of
 
 
 class LimitCost(ABC):
-    """One limit, before the problem: how matrices and the rest of the model use it."""
+    """How much of one limit each matrix uses, in any format, and the rest of the model."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What errors and plans call it."""
+        """The limit's name in errors and plans."""
 
     @abstractmethod
     def use(self, matrix: MatrixRecord, fmt: Format, nbytes: int) -> int:
-        """What a matrix of `nbytes` bytes in `fmt` uses."""
+        """How much a matrix uses that is stored in `fmt` with `nbytes` bytes."""
 
     @abstractmethod
     def limit(self, fixed: Sequence[tuple[MatrixRecord, Format, int]], shared: dict[str, int]) -> Limit:
-        """The limit for candidates: without what the matrices `fixed` and all other tensors use."""
+        """The limit that remains for candidates.
+
+        `fixed` are the matrices that take no part, with format and bytes; they and all other tensors are subtracted
+        from the capacity. `shared` maps the key of each shared codebook to its bytes.
+        """
 
 
 @dataclass(frozen=True)
-class PoolMeter(LimitCost):
-    """Bytes of one device. A shared codebook is charged to every pool, wherever its users lie: never too little."""
+class PoolCost(LimitCost):
+    """Bytes on one device.
+
+    A shared codebook is charged to every pool, wherever the matrices that use it are, so a pool never gets too small.
+    """
 
     pool: Pool
     table: MeasuredTable
-    asked: Requirements
+    requirements: Requirements
 
     @property
     def name(self) -> str:
@@ -50,31 +58,34 @@ class PoolMeter(LimitCost):
         return nbytes if self.pool.holds(matrix.name) else 0
 
     def limit(self, fixed: Sequence[tuple[MatrixRecord, Format, int]], shared: dict[str, int]) -> Limit:
-        taken = sum(self.use(*each) for each in fixed)
-        dtype = FLOAT_TENSOR[self.table.dtype]
+        fixed_use = sum(self.use(*each) for each in fixed)
+        dtype = DTYPES[self.table.dtype].safetensors
         others = [TensorSpec(n, dtype, tuple(s)) for n, s in self.table.other_tensors.items() if self.pool.holds(n)]
         blocks = {m.block for m in self.table.matrices if m.block is not None and self.pool.holds(m.name)}
         layers = tuple(layer for n, layer in enumerate(self.table.kv_cache) if n in blocks)
-        taken += sum(spec.nbytes for spec in others) + cache_bytes(layers, self.asked)
-        return Limit(self.name, "bytes", self.pool.nbytes - taken, shared)
+        fixed_use += sum(spec.nbytes for spec in others) + cache_bytes(layers, self.requirements)
+        return Limit(self.name, "bytes", self.pool.nbytes - fixed_use, shared)
 
 
 @dataclass(frozen=True)
-class LatencyMeter(LimitCost):
-    """Nanoseconds of one token; an embedding that is no head costs nothing, an expert its share of tokens."""
+class LatencyCost(LimitCost):
+    """Nanoseconds to decode one token.
+
+    An embedding that is not also the head takes no time. An expert takes the share of tokens that are routed to it.
+    """
 
     nanoseconds: int
     table: MeasuredTable
-    asked: Requirements
+    requirements: Requirements
     experts: Mapping[str, int]
-    """Stack -> how many experts it has."""
+    """Stack -> number of experts in it."""
 
     @property
     def name(self) -> str:
         return "latency"
 
     def use(self, matrix: MatrixRecord, fmt: Format, nbytes: int) -> int:
-        device = self.asked.device
+        device = self.requirements.device
         assert device is not None
         if matrix.kind == "embedding" and not matrix.input:
             return 0
@@ -85,31 +96,32 @@ class LatencyMeter(LimitCost):
         return -(-time * min(self.table.experts_per_token, experts) // experts)
 
     def limit(self, fixed: Sequence[tuple[MatrixRecord, Format, int]], shared: dict[str, int]) -> Limit:
-        device = self.asked.device
+        device = self.requirements.device
         assert device is not None
-        dtype = FLOAT_TENSOR[self.table.dtype]
+        dtype = DTYPES[self.table.dtype].safetensors
         others = sum(TensorSpec(n, dtype, tuple(s)).nbytes for n, s in self.table.other_tensors.items())
-        taken = device.reading(others + cache_bytes(self.table.kv_cache, self.asked))
-        taken += sum(self.use(*each) for each in fixed)
-        return Limit(self.name, "ns", self.nanoseconds - taken)
+        fixed_use = device.read_nanoseconds(others + cache_bytes(self.table.kv_cache, self.requirements))
+        fixed_use += sum(self.use(*each) for each in fixed)
+        return Limit(self.name, "ns", self.nanoseconds - fixed_use)
 
 
-def meters(table: MeasuredTable, asked: Requirements) -> tuple[LimitCost, ...]:
-    """A meter for every limit asked for. Raises PlanError for what cannot be read or finds nothing."""
-    found: list[LimitCost] = []
-    for text in asked.pools:
+def limit_costs(table: MeasuredTable, requirements: Requirements) -> tuple[LimitCost, ...]:
+    """One `LimitCost` per pool, and one for the latency. Raises PlanError for a pool or latency that makes no sense."""
+    costs: list[LimitCost] = []
+    for text in requirements.pools:
         pool = parse_pool(text)
         if not any(pool.holds(matrix.name) for matrix in table.matrices):
-            raise PlanError(f"--pool {text!r} finds none of the {len(table.matrices)} matrices")
-        found.append(PoolMeter(pool, table, asked))
-    if len({meter.name for meter in found}) != len(found):
+            raise PlanError(f"--pool {text!r} matches none of the {len(table.matrices)} matrices")
+        costs.append(PoolCost(pool, table, requirements))
+    if len({cost.name for cost in costs}) != len(costs):
         raise PlanError("two pools have the same name")
-    if asked.latency is not None:
-        if asked.device is None:
-            raise PlanError(f"--latency {asked.latency} needs the device to decode on: give --device too")
-        found.append(LatencyMeter(parse_nanoseconds(asked.latency, "--latency"), table, asked, _experts(table)))
-    return tuple(found)
+    if requirements.latency is not None:
+        if requirements.device is None:
+            raise PlanError(f"--latency {requirements.latency} depends on the device: give --device too")
+        nanoseconds = parse_nanoseconds(requirements.latency, "--latency")
+        costs.append(LatencyCost(nanoseconds, table, requirements, _experts_by_stack(table)))
+    return tuple(costs)
 
 
-def _experts(table: MeasuredTable) -> Mapping[str, int]:
+def _experts_by_stack(table: MeasuredTable) -> Mapping[str, int]:
     return Counter(stack for matrix in table.matrices if (stack := stack_of(matrix)) is not None)

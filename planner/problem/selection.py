@@ -1,8 +1,8 @@
-"""What takes part in a plan: the problem it becomes, and what the budget counts."""
+"""The matrices that take part in a plan: the problem they pose, and the bytes that the budget counts."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum
 
@@ -17,97 +17,100 @@ from reallm.kernels.storage.layout import (
 )
 from reallm.planner.tables.measured_table import MatrixRecord, MeasuredTable
 from reallm.planner.tables.plan import Scope
-from reallm.planner.tables.requirements import Reserved, reserved
+from reallm.planner.tables.requirements import Reserved, reserved_memory
+from reallm.planner.tables.tensor_layout import (
+    matrices_nbytes,
+    matrix_tensors,
+    shared_tensor,
+    stack_of,
+    weights_tensors,
+)
 from reallm.planner.tables.units import PlanError
 
-from .candidates import (
-    Options,
-    PlanOptions,
-    choosable,
-    common_formats,
-    dense_format,
-    groups,
-    measured_options,
-    parsed_format,
-)
-from .limits import LimitCost, meters
-from .problem import Candidate, Item, Problem, needed
-from .tensor_layout import dense_nbytes, matrix_tensors, shared_tensor, stack_of, weights_tensors, whole_stacks
+from .candidates import FormatOptions, allowed_options, common_formats, dense_format, measured_options, tied_groups
+from .limits import LimitCost, limit_costs
+from .plan_options import PlanOptions
+from .problem import Candidate, Item, Problem, needed_codebooks
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The matrices that take part, as items by name, with their options; `fixed` is the rest, always dense."""
+    """The matrices that take part, in groups that share a format, and all that is needed to count their bytes."""
 
     table: MeasuredTable
     scope: Scope
     plan_options: PlanOptions
-    options: Options
+    format_options: FormatOptions
+    """The formats that each matrix may have."""
     members: Mapping[str, tuple[MatrixRecord, ...]]
+    """Item name -> its matrices: one, or several that are tied."""
     fixed: tuple[MatrixRecord, ...]
+    """Matrices that take no part and stay dense."""
     shared: Mapping[str, int]
-    meters: tuple[LimitCost, ...]
+    """Key -> bytes of each shared codebook that was measured."""
+    limit_costs: tuple[LimitCost, ...]
     reserved: Reserved
 
     @property
     def numel(self) -> int:
-        """Weights of the matrices that take part."""
+        """Number of weights in the matrices that take part."""
         return sum(matrix.numel for group in self.members.values() for matrix in group)
 
     @property
     def optional(self) -> frozenset[str]:
-        """Items that a uniform plan may leave dense: embedding and head."""
+        """Items that a plan with a single format may leave dense: embedding and head."""
         return frozenset(n for n, group in self.members.items() if all(m.kind in ("embedding", "head") for m in group))
 
-    def canonical(self, fmt: str) -> str:
-        """The canonical name of a format. Raises PlanError."""
-        return parsed_format(fmt, "format").name
-
     def problem(self, budget_bytes: int | None) -> Problem:
-        """The problem for a budget; without one, everything fits."""
+        """The problem for a budget; None stands for a budget that everything fits."""
         items = tuple(Item(name, self._candidates(group)) for name, group in self.members.items())
-        shared = {key: self._weight(shared_tensor(key, size)) for key, size in self.shared.items()}
+        shared = {key: self._counted_bytes(shared_tensor(key, size)) for key, size in self.shared.items()}
         if budget_bytes is None:
             capacity = sum(max(c.nbytes for c in item.candidates) for item in items) + sum(shared.values())
         else:
             capacity = self.capacity(budget_bytes)
-        limits = tuple(meter.limit(self._fixed(), shared) for meter in self.meters)
+        limits = tuple(cost.limit(self._fixed_matrices(), shared) for cost in self.limit_costs)
         return Problem(items, shared, capacity, limits, self.plan_options.requirements.max_formats)
 
-    def _fixed(self) -> list[tuple[MatrixRecord, Format, int]]:
-        """Matrices that take no part, with their format and what they weigh."""
+    def _fixed_matrices(self) -> list[tuple[MatrixRecord, Format, int]]:
+        """Matrices that take no part, with their format and the bytes counted for them."""
         formats = [(m, dense_format(m, self.table.dtype)) for m in self.fixed]
-        return [(m, fmt, sum(map(self._weight, matrix_tensors(m, fmt)))) for m, fmt in formats]
+        return [(m, fmt, sum(map(self._counted_bytes, matrix_tensors(m, fmt)))) for m, fmt in formats]
 
     def _candidates(self, group: tuple[MatrixRecord, ...]) -> tuple[Candidate, ...]:
-        return tuple(self._candidate(group, name) for name in common_formats(group, self.options))
+        return tuple(self._candidate(group, name) for name in common_formats(group, self.format_options))
 
     def _candidate(self, group: tuple[MatrixRecord, ...], name: str) -> Candidate:
-        options = [self.options[m.name][name] for m in group]
-        weights = [sum(map(self._weight, matrix_tensors(m, o.format))) for m, o in zip(group, options, strict=True)]
-        shared = sorted({o.shared for o in options if o.shared is not None})
-        each = list(zip(group, options, weights, strict=True))
-        uses = tuple(sum(meter.use(m, o.format, weight) for m, o, weight in each) for meter in self.meters)
-        return Candidate(sum(weights), fsum(o.cost for o in options), name, tuple(shared), uses)
+        options = [self.format_options[m.name][name] for m in group]
+        sizes = [
+            sum(map(self._counted_bytes, matrix_tensors(m, option.format)))
+            for m, option in zip(group, options, strict=True)
+        ]
+        shared = sorted({option.shared for option in options if option.shared is not None})
+        rows = list(zip(group, options, sizes, strict=True))
+        uses = tuple(sum(cost.use(m, option.format, size) for m, option, size in rows) for cost in self.limit_costs)
+        return Candidate(sum(sizes), fsum(option.cost for option in options), name, tuple(shared), uses)
 
-    def _weight(self, spec: TensorSpec) -> int:
+    def _counted_bytes(self, spec: TensorSpec) -> int:
+        """Bytes that the budget counts for a tensor: with its header entry if the whole file counts."""
         return spec.nbytes + spec.header_bytes if self.scope == "file" else spec.nbytes
 
     def _constant_bytes(self) -> int:
-        """What a budget of the whole file pays for besides the items, file overheads left out."""
+        """Bytes of the file besides the items, without the overhead of each file: fixed matrices and other tensors."""
         formats = {m.name: dense_format(m, self.table.dtype) for m in self.fixed}
-        taking = {stack_of(m) for group in self.members.values() for m in group} - {None}
-        slices = [m for m in self.fixed if stack_of(m) in taking]
-        whole = [m for m in self.fixed if stack_of(m) not in taking]
-        specs = weights_tensors(whole, formats, {}, self.table.other_tensors, self.table.dtype)
+        mixed_stacks = {stack_of(m) for group in self.members.values() for m in group} - {None}
+        slices = [m for m in self.fixed if stack_of(m) in mixed_stacks]
+        others = [m for m in self.fixed if stack_of(m) not in mixed_stacks]
+        specs = weights_tensors(others, formats, {}, self.table.other_tensors, self.table.dtype)
         specs += [spec for m in slices for spec in matrix_tensors(m, formats[m.name])]
         return sum(spec.nbytes + spec.header_bytes for spec in specs)
 
     def capacity(self, budget_bytes: int) -> int:
-        """Bytes left for the items.
+        """Bytes of a budget that are left for the items.
 
-        The overheads of the most files a budget can fill are set aside: one file up to MAX_SHARD_BYTES. Where their
-        number rises, a budget is given at least what the boundary below it leaves, so more never buys less.
+        For a budget of the whole file, the overhead of as many files as the budget can fill is set aside (a file holds
+        at most MAX_SHARD_BYTES). Where one more file becomes possible, the capacity never falls below what the budget
+        just under that boundary leaves, so a larger budget never leaves less.
         """
         if self.scope == "matrices":
             return budget_bytes
@@ -119,7 +122,7 @@ class Selection:
         return max(left - self._constant_bytes(), 0)
 
     def smallest_budget(self, item_bytes: int) -> int:
-        """The fewest budget bytes that leave `item_bytes` for the items."""
+        """The smallest budget, in bytes, that leaves `item_bytes` for the items."""
         if self.scope == "matrices":
             return item_bytes
         base, files = item_bytes + self._constant_bytes(), 1
@@ -128,53 +131,55 @@ class Selection:
         return base + file_overhead() * files + self.reserved.nbytes
 
     def formats(self, chosen: Mapping[str, Candidate]) -> dict[str, Format]:
-        """The format of every matrix of the model under a choice by item name."""
+        """Matrix name -> format for the whole model; `chosen` has a candidate for every item."""
         result = {m.name: dense_format(m, self.table.dtype) for m in self.fixed}
         for name, group in self.members.items():
-            result |= {m.name: self.options[m.name][chosen[name].format].format for m in group}
+            result |= {m.name: self.format_options[m.name][chosen[name].format].format for m in group}
         return result
 
-    def stored_bytes(self, matrix: MatrixRecord, formats: Mapping[str, Format], whole: Container[str | None]) -> int:
-        """Bytes of one matrix in the file, headers left out; `whole` names the stacks that stay as they are."""
-        fmt = formats[matrix.name]
-        plain = dense_nbytes(fmt, matrix.rows, matrix.cols)
-        if plain is not None and (matrix.kind != "expert" or stack_of(matrix) in whole):
-            return plain
-        return fmt.nbytes(matrix.rows, matrix.cols)
-
     def counted(self, chosen: Mapping[str, Candidate]) -> int:
-        """Exact bytes of what the budget counts under a choice by item name."""
-        matrices_bytes, whole_file = self.sizes(chosen)
-        return whole_file if self.scope == "file" else matrices_bytes
+        """Exact bytes that the budget counts for a choice."""
+        matrices_bytes, all_file_bytes = self.sizes(chosen)
+        return all_file_bytes if self.scope == "file" else matrices_bytes
 
     def sizes(self, chosen: Mapping[str, Candidate]) -> tuple[int, int]:
         """Exact bytes of the matrices that take part with their codebooks, and of all weights files."""
-        formats, shared = self.formats(chosen), self.used(chosen)
-        whole = whole_stacks(self.table.matrices, formats)
-        taking = [m for group in self.members.values() for m in group]
-        matrices_bytes = sum(self.stored_bytes(m, formats, whole) for m in taking) + sum(shared.values())
+        formats, shared = self.formats(chosen), self.used_codebooks(chosen)
+        stored = matrices_nbytes(self.table.matrices, formats)
+        matrices_bytes = sum(stored[m.name] for group in self.members.values() for m in group) + sum(shared.values())
         tensors = weights_tensors(self.table.matrices, formats, shared, self.table.other_tensors, self.table.dtype)
         return matrices_bytes, file_bytes(tensors)
 
-    def used(self, chosen: Mapping[str, Candidate]) -> dict[str, int]:
+    def used_codebooks(self, chosen: Mapping[str, Candidate]) -> dict[str, int]:
         """Key -> bytes of the shared codebooks that a choice needs."""
-        return {key: self.shared[key] for key in sorted(needed(chosen.values()))}
+        return {key: self.shared[key] for key in sorted(needed_codebooks(chosen.values()))}
 
 
 def select(table: MeasuredTable, scope: Scope, plan_options: PlanOptions) -> Selection:
-    """Who takes part, under which name, with which options. Raises PlanError."""
-    options = choosable(
-        table, scope, plan_options, measured_options(table, plan_options.cost, plan_options.corrections)
-    )
-    set_aside = reserved(table, plan_options.requirements)
-    if set_aside.nbytes and scope == "matrices":
+    """Decide which matrices take part, tied how, and in which formats.
+
+    Raises PlanError for options that contradict each other or the table, and ValueError for a preset or target, which
+    `reallm.planning` must have turned into a list of formats.
+    """
+    if plan_options.preset is not None or plan_options.target is not None:
+        raise ValueError("the planner takes formats; expected that preset and target were turned into a list of them")
+    measured = measured_options(table, plan_options.cost, plan_options.corrections)
+    options = allowed_options(table, scope, plan_options, measured)
+    reserved = reserved_memory(table, plan_options.requirements)
+    if reserved.nbytes and scope == "matrices":
         raise PlanError(
             "--context, --adapter-rank and --workspace share the budget's memory with the whole weights file: give the "
             "budget in MiB or GiB, not in bits per weight"
         )
-    taking = sorted((m for m in table.matrices if m.name in options), key=lambda m: natural_key(m.name))
-    members = {group[0].name: tuple(group) for group in groups(taking, plan_options.ties)}
-    fixed = tuple(m for m in table.matrices if m.name not in options)
-    shared = {r.key: r.nbytes for r in table.shared}
-    found = meters(table, plan_options.requirements)
-    return Selection(table, scope, plan_options, options, members, fixed, shared, found, set_aside)
+    matrices = sorted((m for m in table.matrices if m.name in options), key=lambda m: natural_key(m.name))
+    return Selection(
+        table=table,
+        scope=scope,
+        plan_options=plan_options,
+        format_options=options,
+        members={group[0].name: tuple(group) for group in tied_groups(matrices, plan_options.ties)},
+        fixed=tuple(m for m in table.matrices if m.name not in options),
+        shared={record.key: record.nbytes for record in table.shared},
+        limit_costs=limit_costs(table, plan_options.requirements),
+        reserved=reserved,
+    )

@@ -1,4 +1,4 @@
-"""The plan made of an answer, every byte added up again."""
+"""The plan made from a solver's choice, with every byte added up again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.layout import natural_key
 from reallm.planner.problem.problem import Candidate
 from reallm.planner.problem.selection import Selection
-from reallm.planner.problem.tensor_layout import whole_stacks
 from reallm.planner.tables.plan import Bound, Choice, LimitState, Plan, Uniform
+from reallm.planner.tables.tensor_layout import matrices_nbytes
 
 
 def assemble(
@@ -25,14 +25,15 @@ def assemble(
     work: str,
     limits: Sequence[LimitState] = (),
 ) -> Plan:
-    """The plan for a choice by item name; `budget` is the user's text and its bytes.
+    """The plan for a choice: `chosen` has a candidate for every item, by name.
 
-    Raises ArithmeticError when the exact bytes exceed the budget: a mistake of the planner, never of the user.
+    `budget` is the text that the user wrote, and its bytes. Raises ArithmeticError when the exact bytes exceed the
+    budget, which would be a fault of the planner, not of the user.
     """
-    table = selection.table
+    table, options = selection.table, selection.plan_options
     choices = _choices(selection, chosen, runners_up)
-    matrices_bytes, whole_file = selection.sizes(chosen)
-    counted = whole_file if selection.scope == "file" else matrices_bytes
+    matrices_bytes, all_file_bytes = selection.sizes(chosen)
+    counted = all_file_bytes if selection.scope == "file" else matrices_bytes
     if counted + selection.reserved.nbytes > budget[1]:
         raise ArithmeticError(f"a plan of {counted} bytes for a budget of {budget[1]}")
     return Plan(
@@ -45,23 +46,23 @@ def assemble(
         scope=selection.scope,
         counted_bytes=counted,
         matrices_bytes=matrices_bytes,
-        file_bytes=whole_file,
+        file_bytes=all_file_bytes,
         bits_per_weight=8 * matrices_bytes / selection.numel,
         predicted_loss=fsum(choice.cost for choice in choices),
         bound=bound,
         choices=choices,
-        shared=selection.used(chosen),
+        shared=selection.used_codebooks(chosen),
         dense=tuple(sorted((m.name for m in selection.fixed), key=natural_key)),
         uniform=uniform,
-        pins=selection.plan_options.pins,
-        exclude=selection.plan_options.exclude,
-        formats=selection.plan_options.formats,
-        ties=selection.plan_options.ties,
-        cost=selection.plan_options.cost,
-        requirements=selection.plan_options.requirements,
+        pins=options.pins,
+        exclude=options.exclude,
+        formats=options.formats,
+        ties=options.ties,
+        cost=options.cost,
+        requirements=options.requirements,
         reserved=selection.reserved,
         limits=tuple(limits),
-        corrections=selection.plan_options.corrections,
+        corrections=options.corrections,
         notes=_notes(selection, choices, bound),
     )
 
@@ -69,12 +70,11 @@ def assemble(
 def _choices(
     selection: Selection, chosen: Mapping[str, Candidate], runners_up: Mapping[str, str | None]
 ) -> tuple[Choice, ...]:
-    formats = selection.formats(chosen)
-    whole = whole_stacks(selection.table.matrices, formats)
+    stored = matrices_nbytes(selection.table.matrices, selection.formats(chosen))
     choices = []
     for item, group in selection.members.items():
         for matrix in group:
-            option = selection.options[matrix.name][chosen[item].format]
+            option = selection.format_options[matrix.name][chosen[item].format]
             choices.append(
                 Choice(
                     matrix=matrix.name,
@@ -83,7 +83,7 @@ def _choices(
                     cols=matrix.cols,
                     kind=matrix.kind,
                     family=matrix.family,
-                    nbytes=selection.stored_bytes(matrix, formats, whole),
+                    nbytes=stored[matrix.name],
                     cost=option.cost,
                     codes_sha256=option.codes_sha256,
                     runner_up=runners_up[item],
@@ -93,18 +93,18 @@ def _choices(
 
 
 def _notes(selection: Selection, choices: tuple[Choice, ...], bound: Bound) -> tuple[str, ...]:
-    notes = []
+    notes, options = [], selection.plan_options
     if all(isinstance(Format.parse(c.format).codec, DenseCodec) for c in choices):
         notes.append("the budget holds every matrix uncompressed; a smaller one would give a smaller model")
-    if only := [c.matrix for c in choices if len(selection.options[c.matrix]) == 1 and not c.codes_sha256]:
+    if only := [c.matrix for c in choices if len(selection.format_options[c.matrix]) == 1 and not c.codes_sha256]:
         notes.append(f"{len(only)} matrices have no measured candidate and stay dense, such as {only[0]}")
     if bounded := selection.table.bounded:
         listed = ", ".join(f"{name} ({count})" for name, count in sorted(bounded.items()))
         notes.append(f"bounded and not measured, with the number of matrices: {listed}")
-    if selection.plan_options.exclude:
+    if options.exclude:
         notes.append(f"--exclude leaves {len(selection.fixed)} matrices dense and out of the bits per weight")
-    if selection.plan_options.cost not in ("two_sided", "guided"):
-        notes.append(f"costs are the {selection.plan_options.cost} error, not the guided loss")
+    if options.cost not in ("two_sided", "guided"):
+        notes.append(f"costs are the {options.cost} error, not the guided loss")
     if bound.status != "optimal" and bound.solver != "none":
         notes.append("the search ended before the plan was proved optimal; more seconds may find a better one")
     return tuple(notes)

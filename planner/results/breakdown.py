@@ -1,4 +1,4 @@
-"""What a plan holds, added up for people: bits by layer and role, bytes by what they are for."""
+"""Sums over a plan for people to read: bits by layer and role, bytes by purpose."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ FIELD_PART: Mapping[str, str] = {
     **dict.fromkeys(("permutation", "channel_scales"), TRANSFORMS),
     "values": DENSE,
 }
-"""Field of a format -> what its bytes are for."""
+"""Field of a format -> the part that its bytes belong to."""
 SHARED, REST = "shared codebooks", "all else in the file"
+"""Rows of `by_family` that are not families."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Some matrices added up; shared codebooks are left out."""
+    """The sums over a group of matrices, without shared codebooks."""
 
     matrices: int
     weights: int
@@ -49,7 +50,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A plan by layer and family, the experts of a layer together; `outside` are the families without a layer."""
+    """A plan by layer and family, with the experts of a layer added up; `outside` has the families without a layer."""
 
     layers: tuple[int, ...]
     families: tuple[str, ...]
@@ -58,7 +59,7 @@ class Grid:
 
 
 def layer_of(choice: Choice) -> int | None:
-    """The first number in the matrix's name, the index of an expert left out; None outside the layers."""
+    """The first number in the matrix's name, apart from the index of an expert; None outside the layers."""
     parts = choice.matrix.split(".")
     if choice.kind == "expert":
         parts = parts[:-1]
@@ -66,14 +67,14 @@ def layer_of(choice: Choice) -> int | None:
 
 
 def tally(choices: Iterable[Choice]) -> Tally:
-    """`choices`, one or more, added up."""
+    """The sums over `choices`, of which there must be at least one."""
     group = list(choices)
     weights, nbytes = sum(c.rows * c.cols for c in group), sum(c.nbytes for c in group)
     return Tally(len(group), weights, nbytes, sum(c.cost for c in group))
 
 
 def by_layer(plan: Plan) -> Grid:
-    """Every layer's share of every family, in the order of the plan."""
+    """The sums over each family in each layer, in the order of the plan."""
     inside: dict[tuple[int, str], list[Choice]] = defaultdict(list)
     outside: dict[str, list[Choice]] = defaultdict(list)
     for choice in plan.choices:
@@ -91,42 +92,42 @@ def by_layer(plan: Plan) -> Grid:
 
 
 def parts_of(choice: Choice) -> dict[str, int]:
-    """What the bytes of one matrix are for; they add up to `choice.nbytes`."""
+    """Part -> bytes of one matrix; they add up to `choice.nbytes`."""
     fmt = Format.parse(choice.format)
     if isinstance(fmt.codec, DenseCodec):
         return {DENSE: choice.nbytes}
-    found: dict[str, int] = defaultdict(int)
+    parts: dict[str, int] = defaultdict(int)
     for field in fmt.fields(choice.rows, choice.cols):
-        found[FIELD_PART[field.name]] += field.nbytes
-    return dict(found)
+        parts[FIELD_PART[field.name]] += field.nbytes
+    return dict(parts)
 
 
 def by_family(plan: Plan, dense: Mapping[str, int] | None = None) -> dict[str, dict[str, int]]:
-    """Family -> part -> bytes of the whole weights file, most bytes first; they add up to `plan.file_bytes`.
+    """Family -> part -> bytes, the largest family first; they add up to the whole weights file.
 
-    `dense` has the families of the matrices that took no part, with their bytes; without it they are in the rest.
+    `dense` gives the bytes of the matrices that took no part, by family; without it they are part of the rest.
     """
-    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    families: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for choice in plan.choices:
         for part, nbytes in parts_of(choice).items():
-            found[choice.family or choice.matrix][part] += nbytes
+            families[choice.family or choice.matrix][part] += nbytes
     if plan.shared:
-        found[SHARED][TABLES] += sum(plan.shared.values())
+        families[SHARED][TABLES] += sum(plan.shared.values())
     for family, nbytes in (dense or {}).items():
-        found[family][DENSE] += nbytes
+        families[family][DENSE] += nbytes
     if rest := plan.file_bytes - plan.matrices_bytes - sum((dense or {}).values()):
-        found[REST][DENSE] += rest
-    order = sorted(found, key=lambda family: (-sum(found[family].values()), natural_key(family)))
-    return {family: dict(found[family]) for family in order}
+        families[REST][DENSE] += rest
+    order = sorted(families, key=lambda family: (-sum(families[family].values()), natural_key(family)))
+    return {family: dict(families[family]) for family in order}
 
 
-def costliest(plan: Plan, most: int) -> list[Choice]:
-    """The `most` matrices of the largest predicted loss."""
-    return sorted(plan.choices, key=lambda choice: (-choice.cost, natural_key(choice.matrix)))[:most]
+def costliest(plan: Plan, count: int) -> list[Choice]:
+    """The `count` matrices with the largest predicted loss."""
+    return sorted(plan.choices, key=lambda choice: (-choice.cost, natural_key(choice.matrix)))[:count]
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Name -> its last parts, as few as tell the names apart, and without `_proj` where that still does."""
+    """Name -> its last parts: as few as keep all names different, and without "_proj" if they still differ."""
     names, count = tuple(dict.fromkeys(names)), 1
     while True:
         short = {name: ".".join(name.split(".")[-count:]) for name in names}

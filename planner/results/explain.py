@@ -1,4 +1,4 @@
-"""Why a plan is what it is: two plans beside each other, a matrix's candidates at the plan's price, the next bytes."""
+"""Why a plan is as it is: how two plans differ, what other formats would cost, what more bytes would buy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from reallm.kernels.storage.layout import natural_key
-from reallm.planner.problem.candidates import PlanOptions, measured_options
+from reallm.planner.problem.candidates import measured_options
+from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.tables.budget import budget_of
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Plan
@@ -15,7 +16,8 @@ from reallm.planner.tables.units import MIB, PlanError
 from .allocate import best_plans
 from .sweep import Point, sweep
 
-LEFT_OUT = "as it is"
+NOT_IN_PLAN = "as it is"
+"""Shown in place of a format for a matrix that one of two plans leaves alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,68 +26,80 @@ class Change:
 
     matrix: str
     before: str
+    """Its format in the first plan."""
     after: str
+    """Its format in the second plan."""
     nbytes: int
-    """Bytes more."""
+    """Bytes that it takes more in the second plan; negative for fewer."""
     cost: float
-    """Predicted loss more, nats per token."""
+    """Predicted loss that it causes more in the second plan, nats per token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One candidate of a matrix beside the one the plan chose."""
+    """One format that a matrix of a plan could have."""
 
     matrix: str
     format: str
     nbytes: int
     cost: float
+    """Predicted loss, nats per token."""
     regret: float
-    """What choosing it instead would lose at the plan's shadow price, nats per token: 0 for the chosen one."""
+    """Loss that this format would add at the plan's shadow price, nats per token; 0 for the chosen format."""
     chosen: bool
 
 
 def differences(before: Plan, after: Plan) -> list[Change]:
-    """Matrices that the plans store differently, the largest change of loss first. Raises PlanError for two models."""
+    """The matrices that two plans store differently, the largest change of loss first.
+
+    Raises PlanError for plans of different models.
+    """
     if before.model_sha256 != after.model_sha256:
         raise PlanError(f"the plans are of different models: {before.model} and {after.model}")
     sides = [{c.matrix: (c.format, c.nbytes, c.cost) for c in plan.choices} for plan in (before, after)]
     changes = []
     for name in sorted(set(sides[0]) | set(sides[1]), key=natural_key):
-        old, new = (side.get(name, (LEFT_OUT, 0, 0.0)) for side in sides)
+        old, new = (side.get(name, (NOT_IN_PLAN, 0, 0.0)) for side in sides)
         if old[0] != new[0]:
             changes.append(Change(name, old[0], new[0], new[1] - old[1], new[2] - old[2]))
     return sorted(changes, key=lambda change: -abs(change.cost))
 
 
 def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternative]:
-    """All measured candidates of the matrices that the regex `matrix` finds, by size. Raises PlanError."""
+    """All measured formats of the matrices that the regex `matrix` matches, by matrix and size.
+
+    Raises PlanError for a regex that is invalid or matches nothing, and for another table than the plan's.
+    """
     require_table(table, plan)
     try:
-        wanted = [choice for choice in plan.choices if re.search(matrix, choice.matrix)]
+        matching = [choice for choice in plan.choices if re.search(matrix, choice.matrix)]
     except re.error as error:
-        raise PlanError(f"{matrix!r} is no regular expression: {error}") from None
-    if not wanted:
-        raise PlanError(f"{matrix!r} finds no matrix of the plan; the first is {plan.choices[0].matrix}")
+        raise PlanError(f"{matrix!r} is not a regular expression: {error}") from None
+    if not matching:
+        raise PlanError(f"{matrix!r} matches no matrix of the plan, such as {plan.choices[0].matrix}")
     options = measured_options(table, plan.cost, plan.corrections)
-    price, found = plan.bound.shadow_price / MIB, []
-    sizes = {m.name: (m.rows, m.cols) for m in table.matrices}
-    for choice in wanted:
+    price, result = plan.bound.shadow_price / MIB, []
+    shapes = {m.name: (m.rows, m.cols) for m in table.matrices}
+    for choice in matching:
         for name, option in options[choice.matrix].items():
-            nbytes = choice.nbytes if name == choice.format else option.format.nbytes(*sizes[choice.matrix])
-            regret = option.cost - choice.cost + price * (nbytes - choice.nbytes)
             chosen = name == choice.format
-            found.append(Alternative(choice.matrix, name, nbytes, option.cost, 0.0 if chosen else regret, chosen))
-    return sorted(found, key=lambda a: (natural_key(a.matrix), a.nbytes, a.format))
+            nbytes = choice.nbytes if chosen else option.format.nbytes(*shapes[choice.matrix])
+            regret = 0.0 if chosen else option.cost - choice.cost + price * (nbytes - choice.nbytes)
+            result.append(Alternative(choice.matrix, name, nbytes, option.cost, regret, chosen))
+    return sorted(result, key=lambda a: (natural_key(a.matrix), a.nbytes, a.format))
 
 
-def next_bytes(table: MeasuredTable, plan: Plan, more: int = MIB) -> Plan:
-    """The best plan with `more` bytes on top of the budget of `plan`, all else as it was asked. Raises PlanError."""
+def larger_plan(table: MeasuredTable, plan: Plan, extra_bytes: int = MIB) -> Plan:
+    """The best plan with `extra_bytes` more than the budget of `plan` and the same options. Raises PlanError."""
     require_table(table, plan)
-    return best_plans(table, budget_of(plan, more), PlanOptions.of(plan), 1, work=plan.work)[0]
+    return best_plans(table, budget_of(plan, extra_bytes), PlanOptions.of(plan), 1, work=plan.work)[0]
 
 
-def curve(table: MeasuredTable, plan: Plan, points: int = 17) -> list[Point]:
-    """The best plans from half to twice the bytes of `plan`, it among them, all else as asked. Raises PlanError."""
+def sweep_around(table: MeasuredTable, plan: Plan, points: int = 17) -> list[Point]:
+    """The best plans from half to twice the size of `plan`, its own budget included, with the same options.
+
+    Raises PlanError.
+    """
     require_table(table, plan)
     low, high = plan.counted_bytes // 2, 2 * plan.counted_bytes
     sizes = {low + (high - low) * step // (points - 1) for step in range(points)} | {plan.budget_bytes}
@@ -96,4 +110,7 @@ def curve(table: MeasuredTable, plan: Plan, points: int = 17) -> list[Point]:
 def require_table(table: MeasuredTable, plan: Plan) -> None:
     """Raise PlanError unless `plan` was made from `table`."""
     if table.digest() != plan.table_sha256:
-        raise PlanError(f"the plan was made from another table than the one in {plan.work} now; plan again")
+        raise PlanError(
+            f"the plan was made from another measured table than the one in {plan.work} now; plan again from this one, "
+            "or name the folder of the old one with --work"
+        )

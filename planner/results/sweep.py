@@ -1,4 +1,4 @@
-"""Many budgets at once: the Pareto curve of predicted loss over size, each point proved like a plan."""
+"""Many budgets at once: the Pareto curve of predicted loss against size, with a proof for each point."""
 
 from __future__ import annotations
 
@@ -8,71 +8,74 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
-from reallm.planner.problem.candidates import PlanOptions
+from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.problem.selection import select
 from reallm.planner.solvers.solve import optimise
 from reallm.planner.tables.budget import Budget, parse_budget
 from reallm.planner.tables.measured_table import MeasuredTable
-from reallm.planner.tables.plan import Bound
 from reallm.planner.tables.units import PlanError
 
-from .allocate import too_small
+from .allocate import infeasible
 from .uniform import uniform_choices
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The best plan of one budget, without its choices."""
+    """Size and loss of the best plan for one budget."""
 
     budget: str
     budget_bytes: int
     counted_bytes: int
-    """Bytes of what the budget counts, exact."""
+    """Exact bytes of what the budget counts."""
     bits_per_weight: float
     predicted_loss: float
     """Nats per token."""
     best_bound: float
+    """Proven lower bound of the loss for this budget, nats per token."""
     status: str
+    """Either "optimal", when the plan is proved to be the best, or "feasible"."""
     shadow_price: float
-    """Loss saved per further MiB, nats per token per MiB."""
+    """Loss that one more MiB would save, nats per token per MiB."""
     uniform: str
-    """The best single format within the budget, or nothing."""
+    """The best single format within the budget; empty when none fits."""
     uniform_loss: float | None
 
 
-def spaced(first: str, last: str, points: int) -> list[Budget]:
-    """`points` budgets from `first` to `last` (either may be the larger), evenly spaced, rising. Raises PlanError."""
-    ends = sorted((parse_budget(first), parse_budget(last)), key=lambda budget: budget.amount)
-    if len({budget.unit.lower() for budget in ends}) != 1:
+def spaced_budgets(first: str, last: str, points: int) -> list[Budget]:
+    """`points` evenly spaced budgets between `first` and `last`, in rising order; either end may be the larger.
+
+    Raises PlanError for ends with different units, and for fewer than 2 points.
+    """
+    low, high = sorted((parse_budget(first), parse_budget(last)), key=lambda budget: budget.amount)
+    if low.unit.lower() != high.unit.lower():
         raise PlanError(f"a sweep from {first} to {last}: both ends need the same unit, such as bpw or MiB")
     if points < 2:
-        raise PlanError(f"a sweep has 2 budgets or more, not {points}")
-    low, high = ends
-    result = []
+        raise PlanError(f"a sweep has at least 2 budgets, not {points}")
+    budgets = []
     for step in range(points):
         amount = low.amount + (high.amount - low.amount) * Fraction(step, points - 1)
-        result.append(Budget(f"{float(amount):.6g}{low.unit}", amount, low.unit))
-    return result
+        budgets.append(Budget(f"{float(amount):.6g}{low.unit}", amount, low.unit))
+    return budgets
 
 
-def sweep(
-    table: MeasuredTable, budgets: Sequence[Budget], plan_options: PlanOptions, time_limit_s: float = 60.0
-) -> list[Point]:
-    """The best plan of every budget that some choice fits, rising. Raises PlanError when none does."""
+def sweep(table: MeasuredTable, budgets: Sequence[Budget], options: PlanOptions) -> list[Point]:
+    """The best plan for each budget, in rising order; budgets that no plan fits are left out.
+
+    `options.time_limit_s` applies to each budget. Raises PlanError when no budget fits any plan.
+    """
     ranked = sorted(budgets, key=lambda budget: budget.amount)
-    selection = select(table, ranked[0].scope, plan_options)
+    selection = select(table, ranked[0].scope, options)
     unlimited, points = selection.problem(None), []
-    singles = uniform_choices(selection, unlimited)
+    single_formats = uniform_choices(selection, unlimited)
     for budget in ranked:
         nbytes = budget.nbytes(selection.numel)
         problem = replace(unlimited, capacity=selection.capacity(nbytes))
-        solution = optimise(problem, time_limit_s)
+        solution = optimise(problem, options.time_limit_s)
         if solution is None:
             continue
-        bound: Bound = solution.bound(problem)
-        chosen = problem.by_name(solution.chosen)
+        bound, chosen = solution.bound(problem), problem.by_item(solution.chosen)
         matrices_bytes, _ = selection.sizes(chosen)
-        single = min((choice[:3] for choice in singles if problem.fits(choice[3])), default=None)
+        single = min((choice[:3] for choice in single_formats if problem.fits(choice[3])), default=None)
         points.append(
             Point(
                 budget=budget.text,
@@ -88,12 +91,12 @@ def sweep(
             )
         )
     if not points:
-        raise too_small(ranked[-1], selection, unlimited, time_limit_s)
+        raise infeasible(ranked[-1], selection, unlimited)
     return points
 
 
 def as_csv(points: Sequence[Point]) -> str:
-    """A line a point, under a line of names."""
+    """The points as CSV: a header, then one line per point."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(asdict(points[0])), lineterminator="\n")
     writer.writeheader()

@@ -1,1 +1,1 @@
-"""Solvers of the allocation problem and the bounds that prove their answers."""
+"""Solvers of the allocation problem, and the bounds that prove their answers."""

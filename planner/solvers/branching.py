@@ -1,19 +1,22 @@
-"""The exact search where codebooks are shared or formats few: they are decided one by one, down to plain knapsacks.
+"""The exact search with shared codebooks or few formats: branch on these until a plain knapsack is left.
 
-Data        cost[i,f], bytes[i,f]: item i in format f;  D[i,f]: the codebooks it needs;  size[d];  capacity;  most
-Problem     min  sum_i cost[i,f_i]   subject to   sum_i bytes[i,f_i] + sum of size[d] over the d needed <= capacity
-            and at most `most` different formats
+Sets        i in I: items; f in F: formats; d in D: shared codebooks
+Data        cost[i,f] >= 0; bytes[i,f]; D[i,f]: the codebooks that item i needs in format f; size[d]; capacity;
+            max_formats
+Variables   f_i in F: the format of item i
+Objective   min  sum_i cost[i,f_i]
+Constraints budget:   sum_i bytes[i,f_i] + sum of size[d] over the codebooks needed <= capacity
+            formats:  at most max_formats different f_i
 
-A node has decided of some codebooks that they are stored (and paid) or not, and of some formats that they may be used
-or not. At any price p of a byte a node's choices cost at least
+A node of the search has decided for some codebooks whether they are stored (and paid for), and for some formats whether
+they may be used. For any price p per byte, every choice within the node costs at least
 
-    sum_i min_f value[i,f]  -  p (capacity - stored codebooks)
+    sum_i min_f value[i,f]  -  p (capacity - size of the stored codebooks),     value = cost + p (bytes + shares).
 
-where value = cost + p (bytes + shares); where formats must still go, the bound of `medians` takes the place of the sum.
-A codebook that is not decided is paid in shares of whole bytes that sum to its size at most, each item's in proportion
-to what the codebook saves it; so it is either used by all whom it serves or by none, and where it serves no item beside
-another the bound is that of the right decision. Where nothing is left to decide the node is a multiple-choice knapsack,
-solved by `knapsack`.
+The shares pay for the undecided codebooks: whole bytes, at most size[d] in total over all items, in proportion to what
+the codebook saves each item. So either all items that it helps use it, or none. If no item is helped by two codebooks,
+the bound is as tight as after the right decision. While too many formats may still be used, the bound of `p_median`
+takes the place of the sum. A node with nothing left to decide is a multiple-choice knapsack, which `knapsack` solves.
 """
 
 from __future__ import annotations
@@ -28,54 +31,62 @@ from numpy.typing import NDArray
 from reallm.planner.problem.problem import Candidate, Problem
 
 from .knapsack import ROUNDING, Floats, Instance, Ints, relax_knapsack, solve_knapsack
-from .p_median import Medians, medians
+from .p_median import MedianBound, median_bound
 
 Flags = NDArray[np.bool_]
 UNDECIDED, YES, NO = 0, 1, -1
+"""Decisions of a node: a codebook is stored or not, a format is in use or must not be used."""
 PRICES = 8
-"""Prices that the first bound with few formats is looked for at."""
+"""Number of prices at which the first bound with few formats is computed."""
 FIRST_STEPS, STEPS = 400, 60
-"""Of a node's subgradients: with no multipliers to start from, and with its parent's."""
+"""Subgradient steps in a node: without multipliers to start from, and with those of its parent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What is decided: of every codebook and of every format, UNDECIDED, YES or NO; and the price to bound it at."""
+    """A part of the search space: the decisions made so far, and a lower bound of the cost within it."""
 
     books: NDArray[np.int8]
+    """For each codebook: UNDECIDED, YES or NO."""
     formats: NDArray[np.int8]
+    """For each format: UNDECIDED, YES or NO."""
     price: float
+    """The price per byte at which the bound is computed."""
     bound: float = 0.0
-    medians: Medians | None = None
-    """Of the last bound, where formats must still go."""
+    medians: MedianBound | None = None
+    """The last p-median bound, if too many formats may still be used."""
 
     def with_book(self, book: int, state: int) -> Node:
-        """The same with one codebook decided."""
+        """The node with one more codebook decided."""
         books = self.books.copy()
         books[book] = state
         return replace(self, books=books)
 
     def with_format(self, name: int, state: int) -> Node:
-        """The same with one format decided."""
+        """The node with one more format decided."""
         formats = self.formats.copy()
         formats[name] = state
         return replace(self, formats=formats)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The cheapest choices, the best first; a proven lower bound; the price of a byte; whether all was searched."""
+class SearchResult:
+    """The cheapest choices and what is proved about them."""
 
     choices: tuple[list[Candidate], ...]
+    """By rising cost."""
     bound: float
+    """Proven lower bound of the cost of any choice."""
     price: float
+    """Cost per byte at which the best choice was found."""
     finished: bool
+    """Whether the whole space was searched."""
     nodes: int
-    """Bounded, in all."""
+    """Number of nodes for which a bound was computed."""
 
 
 class Search:
-    """A depth-first search of one problem without limits, for its `count` cheapest choices."""
+    """A depth-first search for the `count` cheapest choices of a problem without limits."""
 
     def __init__(self, problem: Problem, count: int = 1) -> None:
         self.problem, self.count = problem, count
@@ -92,86 +103,89 @@ class Search:
                 for key in c.shared:
                     self.needs[self.keys.index(key), i, column[c.format]] = True
         self.best: dict[tuple[int, ...], tuple[float, int]] = {}
-        """Choices by columns -> (cost, bytes)."""
+        """Choice, as the column of each item -> (cost, bytes)."""
         self.price, self.nodes, self.unproved = 0.0, 0, inf
 
     @property
     def ceiling(self) -> float:
-        """No choice dearer than this is wanted."""
+        """The highest cost that a choice of interest can have: that of the `count`-th cheapest known choice."""
         costs = sorted(cost for cost, _ in self.best.values())
         return costs[self.count - 1] if len(costs) >= self.count else inf
 
-    def run(self, time_limit_s: float) -> Found | None:
-        """Search until all is proved or time runs out, maybe without a choice; None when no choice fits."""
-        until = time.monotonic() + time_limit_s
+    def run(self, time_limit_s: float) -> SearchResult | None:
+        """Search until everything is proved or the time is over, then perhaps without a choice.
+
+        None when no choice fits.
+        """
+        deadline = time.monotonic() + time_limit_s
         root = self.bounded(self.root())
         stack = [root] if root else []
         while stack:
             node = stack.pop()
             if node.bound > self.ceiling + self._tolerance(node):
                 continue
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 self.unproved = min(self.unproved, node.bound, *(other.bound for other in stack))
                 break
             stack.extend(filter(None, map(self.bounded, self._children(node))))
         ranked = sorted(self.best.items(), key=lambda entry: (*entry[1], entry[0]))[: self.count]
         if not ranked:
-            return None if isinf(self.unproved) else Found((), self.unproved, 0.0, False, self.nodes)
+            return None if isinf(self.unproved) else SearchResult((), self.unproved, 0.0, False, self.nodes)
         bound = min(ranked[0][1][0], self.unproved)
         choices = tuple(self._choice(picks) for picks, _ in ranked)
-        return Found(choices, bound, self.price, isinf(self.unproved), self.nodes)
+        return SearchResult(choices, bound, self.price, isinf(self.unproved), self.nodes)
 
     def root(self) -> Node:
-        """Nothing decided."""
+        """The node with nothing decided."""
         return Node(np.zeros(len(self.keys), np.int8), np.zeros(len(self.names), np.int8), 0.0)
 
     def _tolerance(self, node: Node) -> float:
         return ROUNDING * (node.bound + node.price * self.problem.capacity)
 
-    def _keep(self, picks: Ints, price: float) -> bool:
-        """Note a choice and the price it was found at, if it fits; whether it does."""
+    def _record(self, picks: Ints, price: float) -> bool:
+        """Record a choice and the price at which it was found, if it fits. Returns whether it fits."""
         rows = np.arange(len(picks))
         stored = sum(
             size for size, need in zip(self.sizes.tolist(), self.needs, strict=True) if need[rows, picks].any()
         )
-        found = fsum(self.cost[rows, picks].tolist()), int(self.nbytes[rows, picks].sum()) + stored
-        if found[1] > self.problem.capacity:
+        totals = fsum(self.cost[rows, picks].tolist()), int(self.nbytes[rows, picks].sum()) + stored
+        if totals[1] > self.problem.capacity:
             return False
-        if found < min(self.best.values(), default=(inf, 0)):
+        if totals < min(self.best.values(), default=(inf, 0)):
             self.price = price
-        self.best[tuple(picks.tolist())] = found
+        self.best[tuple(picks.tolist())] = totals
         return True
 
     def _choice(self, picks: tuple[int, ...]) -> list[Candidate]:
         pairs = zip(self.problem.items, picks, strict=True)
-        return self.problem.by_names({item.name: self.names[f] for item, f in pairs})
+        return self.problem.choice_of({item.name: self.names[f] for item, f in pairs})
 
     def _alive(self, node: Node) -> Flags:
-        """[items, formats] that may still be chosen."""
+        """[items, formats]: whether a candidate may still be chosen in the node."""
         alive: Flags = np.isfinite(self.cost) & (node.formats != NO)
         for need in self.needs[node.books == NO]:
             alive &= ~need
         return alive
 
-    def _left(self, node: Node) -> int:
-        """Bytes that the stored codebooks leave."""
+    def _bytes_left(self, node: Node) -> int:
+        """Bytes of the capacity that the stored codebooks leave."""
         return self.problem.capacity - int(self.sizes[node.books == YES].sum())
 
     def _instance(self, node: Node) -> Instance | None:
-        """The knapsack of what may be chosen, undecided codebooks free of charge; None when some item has nothing."""
+        """The knapsack of what may be chosen, with undecided codebooks free; None if an item has no candidate left."""
         alive = self._alive(node)
         if not alive.any(1).all():
             return None
         return Instance(np.where(alive, self.cost, inf), np.where(alive, self.nbytes, 0))
 
     def bounded(self, node: Node) -> Node | None:
-        """The node with its bound and a price that is good for it, or None where nothing in it can matter."""
+        """The node with its bound and a good price for it; None when it has no choice of interest."""
         self.nodes += 1
-        instance, left = self._instance(node), self._left(node)
+        instance, left = self._instance(node), self._bytes_left(node)
         if instance is None or instance.total(instance.lightest)[1] > left:
             return None
-        if self._surplus(node, instance) > 0:
-            return self._bounded_by_medians(node, instance)
+        if self._excess_formats(node, instance) > 0:
+            return self._bounded_by_p_median(node, instance)
         bound = max(node.bound, self._bound(node, instance, node.price))
         if bound <= self.ceiling:
             for _ in range(2):
@@ -181,36 +195,38 @@ class Search:
                 relaxed = relax_knapsack(paid, left)
                 node = replace(node, price=relaxed.price)
                 bound = max(bound, self._bound(node, instance, relaxed.price))
-        return self._wanted(replace(node, bound=bound))
+        return self._unless_hopeless(replace(node, bound=bound))
 
-    def _wanted(self, node: Node) -> Node | None:
-        """The node, if something good enough can be in it."""
+    def _unless_hopeless(self, node: Node) -> Node | None:
+        """The node; None if every choice in it costs more than the ceiling."""
         return None if isinf(node.bound) or node.bound > self.ceiling + self._tolerance(node) else node
 
-    def _bounded_by_medians(self, node: Node, instance: Instance) -> Node | None:
-        """`bounded` where formats must still go; decides those that the bound decides."""
-        left, most = self._left(node), self.problem.max_formats
-        assert most is not None
+    def _bounded_by_p_median(self, node: Node, instance: Instance) -> Node | None:
+        """`bounded` for a node with too many formats; also decides the formats that follow from the bound."""
+        left, max_formats = self._bytes_left(node), self.problem.max_formats
+        assert max_formats is not None
         forced, price, best = node.formats == YES, node.price, node.medians
-        if forced.sum() > most:
+        if forced.sum() > max_formats:
             return None
         if best is None:
             price = relax_knapsack(instance, left).price
-        most_bound = -inf
+        best_bound = -inf
         for _ in range(PRICES if best is None else 1):
             value = instance.cost + price * (instance.nbytes + self._shares(node, instance, price))
             steps = FIRST_STEPS if best is None else STEPS
-            found = medians(value, forced, most, None if best is None else best.multipliers, steps)
-            if (bound := _difference(found.bound, price * left)) > most_bound:
-                most_bound, best = bound, found
-                node = replace(node, bound=max(bound, node.bound), price=price, medians=found)
-            price = self._price_of(found.chosen, instance, left, price, found.best - price * left)
-        return self._wanted(self._decided(node, instance))
+            medians = median_bound(value, forced, max_formats, None if best is None else best.multipliers, steps)
+            if (bound := _difference_below(medians.bound, price * left)) > best_bound:
+                best_bound, best = bound, medians
+                node = replace(node, bound=max(bound, node.bound), price=price, medians=medians)
+            price = self._price_for_formats(medians.chosen, instance, left, price, medians.best - price * left)
+        return self._unless_hopeless(self._with_implied_formats(node, instance))
 
-    def _price_of(self, chosen: Flags, instance: Instance, left: int, price: float, least: float) -> float:
-        """The price at which the formats `chosen` just fit, a higher one where they never do; keeps their best choice.
+    def _price_for_formats(
+        self, chosen: Flags, instance: Instance, left: int, price: float, lower_bound: float
+    ) -> float:
+        """The price at which the formats `chosen` just fit, or a higher price if they never do.
 
-        `least` is a bound of what they cost.
+        Records their best choice if it may be of interest; `lower_bound` is a bound of its cost.
         """
         cost = np.where(chosen, instance.cost, inf)
         if not np.isfinite(cost).any(1).all():
@@ -218,33 +234,33 @@ class Search:
         few = Instance(cost, instance.nbytes)
         if few.total(few.lightest)[1] > left:
             return 1.5 * price if price else 1.0 / max(self.problem.capacity, 1)
-        if least < self.ceiling and not self.needs.any() and (answer := solve_knapsack(few, left)) is not None:
-            self._keep(answer.picks[0], answer.price)
+        if lower_bound < self.ceiling and not self.needs.any() and (answer := solve_knapsack(few, left)) is not None:
+            self._record(answer.picks[0], answer.price)
             return answer.price
         return relax_knapsack(few, left).price
 
-    def _decided(self, node: Node, instance: Instance) -> Node:
-        """The node with every format decided of which the other decision is dearer than the ceiling."""
-        found = node.medians
-        assert found is not None
+    def _with_implied_formats(self, node: Node, instance: Instance) -> Node:
+        """The node with every format decided for which the opposite decision would cost more than the ceiling."""
+        medians = node.medians
+        assert medians is not None
         open_, tolerance = (node.formats == UNDECIDED) & np.isfinite(instance.cost).any(0), self._tolerance(node)
-        inside, outside = open_ & found.taken, open_ & ~found.taken
-        spare = self.ceiling + tolerance - _difference(found.bound, node.price * self._left(node))
+        inside, outside = open_ & medians.taken, open_ & ~medians.taken
+        spare = self.ceiling + tolerance - _difference_below(medians.bound, node.price * self._bytes_left(node))
         formats = node.formats.copy()
-        next_in = float(found.rho[outside].min(initial=inf))
-        last_in = float(found.rho[inside].max(initial=-inf))
-        formats[inside & (next_in - found.rho > spare)] = YES
-        formats[outside & (found.rho - last_in > spare)] = NO
+        lowest_outside = float(medians.rho[outside].min(initial=inf))
+        highest_inside = float(medians.rho[inside].max(initial=-inf))
+        formats[inside & (lowest_outside - medians.rho > spare)] = YES
+        formats[outside & (medians.rho - highest_inside > spare)] = NO
         if (formats == YES).sum() == self.problem.max_formats:
             formats[formats == UNDECIDED] = NO
         return replace(node, formats=formats)
 
     def _shares(self, node: Node, instance: Instance, price: float) -> Ints:
-        """[items, formats]: bytes of undecided codebooks that each candidate pays."""
+        """[items, formats]: the bytes that each candidate pays for undecided codebooks."""
         shares = np.zeros(instance.cost.shape, np.int64)
         for book in np.flatnonzero(node.books == UNDECIDED).tolist():
             need = self.needs[book]
-            saved = self._saved(need, instance.cost + price * (instance.nbytes + shares))
+            saved = self._savings(need, instance.cost + price * (instance.nbytes + shares))
             if (must := np.isinf(saved)).any():
                 saved = must.astype(np.float64)
             if (total := saved.sum()) > 0:
@@ -252,27 +268,27 @@ class Search:
         return shares
 
     @staticmethod
-    def _saved(need: Flags, value: Floats) -> Floats:
-        """[items]: what a codebook that the candidates of `need` use saves each item; inf where there is no other."""
-        own, others = np.where(need, value, inf).min(1), np.where(need, inf, value).min(1)
-        return np.where(own < others, others - np.where(np.isfinite(own), own, 0.0), 0.0)
+    def _savings(need: Flags, value: Floats) -> Floats:
+        """[items]: what a codebook saves each item, if the candidates in `need` use it; inf if it has no others."""
+        with_book, without = np.where(need, value, inf).min(1), np.where(need, inf, value).min(1)
+        return np.where(with_book < without, without - np.where(np.isfinite(with_book), with_book, 0.0), 0.0)
 
     def _bound(self, node: Node, instance: Instance, price: float) -> float:
-        """The node's bound at a price, however many formats there are."""
+        """The node's lower bound at a price, with any number of formats."""
         value = instance.cost + price * (instance.nbytes + self._shares(node, instance, price))
-        return _difference(fsum(value.min(1).tolist()), price * self._left(node))
+        return _difference_below(fsum(value.min(1).tolist()), price * self._bytes_left(node))
 
-    def _surplus(self, node: Node, instance: Instance) -> int:
-        """How many formats must still go."""
+    def _excess_formats(self, node: Node, instance: Instance) -> int:
+        """How many formats too many may still be used."""
         if self.problem.max_formats is None:
             return 0
         return int(np.isfinite(instance.cost).any(0).sum()) - self.problem.max_formats
 
     def _children(self, node: Node) -> list[Node]:
-        """Both decisions of what matters most, the better one last; none where the node is solved or cannot matter."""
+        """The node with both decisions on what matters most, the more promising one last; none for a solved node."""
         if (instance := self._instance(node)) is None:
             return []
-        if self._surplus(node, instance) > 0:
+        if self._excess_formats(node, instance) > 0:
             assert node.medians is not None
             present = np.isfinite(instance.cost).any(0) & (node.formats == UNDECIDED)
             name = int(np.where(present, node.medians.rho, inf).argmin())
@@ -285,32 +301,32 @@ class Search:
         for book in undecided:
             need = self.needs[book]
             free = np.where(need, instance.cost + node.price * instance.nbytes, value)
-            gains[book] = float(self._saved(need, free).sum() - node.price * self.sizes[book])
+            gains[book] = float(self._savings(need, free).sum() - node.price * self.sizes[book])
         book = max(gains, key=lambda b: (abs(gains[b]), -b))
         stored, dropped = node.with_book(book, YES), node.with_book(book, NO)
         return [dropped, stored] if gains[book] > 0 else [stored, dropped]
 
-    def _repair(self, node: Node, picks: Ints) -> None:
-        """A first choice: the best with the codebooks that `picks` uses and no others."""
+    def _record_first_choice(self, node: Node, picks: Ints) -> None:
+        """Record a first choice that fits: the best one with exactly the codebooks that `picks` uses."""
         used = self.needs[:, np.arange(len(picks)), picks].any(1)
         books = np.where(node.books == UNDECIDED, np.where(used, YES, NO), node.books).astype(np.int8)
         decided = replace(node, books=books)
         if (instance := self._instance(decided)) is None:
             return
-        answer = solve_knapsack(instance, self._left(decided))
+        answer = solve_knapsack(instance, self._bytes_left(decided))
         if answer is not None:
-            self._keep(answer.picks[0], answer.price)
+            self._record(answer.picks[0], answer.price)
 
     def _solved(self, node: Node, instance: Instance) -> bool:
-        """Solve the node with undecided codebooks paid in shares; whether nothing better can be in it."""
-        answer = solve_knapsack(instance, self._left(node), self.count)
+        """Solve the node with undecided codebooks paid in shares. Returns whether nothing better can be in it."""
+        answer = solve_knapsack(instance, self._bytes_left(node), self.count)
         if answer is None:
             return True
         ceiling, all_fit = self.ceiling, True
         for picks in answer.picks:
-            all_fit &= self._keep(picks, answer.price)
+            all_fit &= self._record(picks, answer.price)
         if isinf(ceiling) and not all_fit:
-            self._repair(node, answer.picks[0])
+            self._record_first_choice(node, answer.picks[0])
         if not (node.books == UNDECIDED).any():
             if not answer.optimal:
                 self.unproved = min(self.unproved, max(answer.bound, node.bound))
@@ -318,6 +334,6 @@ class Search:
         return answer.optimal and (all_fit or answer.bound >= ceiling)
 
 
-def _difference(value: float, limits_price: float) -> float:
-    """`value` - `limits_price`, less what their rounding may have added."""
-    return value - limits_price - ROUNDING * (abs(value) + limits_price)
+def _difference_below(value: float, paid: float) -> float:
+    """`value` - `paid`, minus what rounding may have added to it."""
+    return value - paid - ROUNDING * (abs(value) + paid)

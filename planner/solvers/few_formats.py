@@ -1,11 +1,14 @@
-"""A first solution with few formats: the formats that are missed least go, one after the other, then swaps.
+"""A first solution with few formats: drop the least useful formats one after another, then try to swap some.
 
-Dropping format f from all items raises the Lagrangian bound at the price p of a byte by
+Sets        i in I: items; c in C[i]: their candidates; K: the formats still allowed
+Data        value[i,c] = cost[i,c] + p * weight[i,c] at the price p per byte;  max_formats
+Step        drop the f in K with the smallest
 
-    sum_i ( min over c not of f of value[i,c]  -  min over c of value[i,c] ),    value = cost + p * weight
+    sum_i ( min over c not of format f of value[i,c]  -  min over c of value[i,c] ),
 
-so the format with the least of these goes; p is found again after each. Every set so reached is a problem of its own,
-solved exactly where one budget is all there is. It only gives the integer programme a good start.
+which is how much dropping f from all items raises the Lagrangian bound. p is computed again after each step. With
+max_formats left, the problem with only these formats is solved (exactly if it is a knapsack), and formats are swapped
+while that lowers the cost. This is a heuristic: it only gives the integer program a good start.
 """
 
 from __future__ import annotations
@@ -20,31 +23,35 @@ from reallm.planner.problem.problem import Candidate, Item, Problem
 from .lagrangian import relax, shadow_price
 
 Solve = Callable[[Problem], list[Candidate] | None]
+"""Solves a problem, exactly or not; None when nothing fits."""
 
 
-def few_formats(problem: Problem, most: int, prices: tuple[float, ...], solve: Solve) -> list[Candidate] | None:
-    """A choice of at most `most` formats by `solve` (given problems without that limit); None when none was found."""
+def few_formats(problem: Problem, max_formats: int, prices: tuple[float, ...], solve: Solve) -> list[Candidate] | None:
+    """A choice with at most `max_formats` formats; None when none was found.
+
+    `prices` are those of the limits, per unit. `solve` is given problems without a limit on the number of formats.
+    """
     names = sorted({c.format for item in problem.items for c in item.candidates})
-    kept = set(names)
-    while len(kept) > most:
-        missed = _missed(problem, kept, prices)
-        if missed is None:
+    allowed = set(names)
+    while len(allowed) > max_formats:
+        format_to_drop = _least_useful(problem, allowed, prices)
+        if format_to_drop is None:
             return None
-        kept.discard(missed)
-    best = _solved(problem, kept, solve)
-    while best is not None and (swap := _swap(problem, best, kept, prices, solve)) is not None:
-        best, kept = swap
+        allowed.discard(format_to_drop)
+    best = _solved(problem, allowed, solve)
+    while best is not None and (swap := _better_swap(problem, best, allowed, prices, solve)) is not None:
+        best, allowed = swap
     return best
 
 
-def _swap(
-    problem: Problem, best: list[Candidate], kept: set[str], prices: tuple[float, ...], solve: Solve
+def _better_swap(
+    problem: Problem, best: list[Candidate], allowed: set[str], prices: tuple[float, ...], solve: Solve
 ) -> tuple[list[Candidate], set[str]] | None:
-    """A better choice with one format of `kept` swapped for another, and its formats; None when there is none."""
-    names = sorted({c.format for item in problem.items for c in item.candidates} - kept)
-    for old in sorted(kept):
+    """A better choice with one allowed format swapped for another, and its formats; None when there is none."""
+    names = sorted({c.format for item in problem.items for c in item.candidates} - allowed)
+    for old in sorted(allowed):
         for new in names:
-            swapped = kept - {old} | {new}
+            swapped = allowed - {old} | {new}
             if _bound(problem, swapped, prices) >= problem.cost(best):
                 continue
             other = _solved(problem, swapped, solve)
@@ -53,42 +60,44 @@ def _swap(
     return None
 
 
-def _within(problem: Problem, kept: Collection[str]) -> Problem | None:
-    rows = [tuple(c for c in item.candidates if c.format in kept) for item in problem.items]
+def _restricted(problem: Problem, allowed: Collection[str]) -> Problem | None:
+    """The problem with only the allowed formats, in any number; None when an item has none of them."""
+    rows = [tuple(c for c in item.candidates if c.format in allowed) for item in problem.items]
     if not all(rows):
         return None
     items = tuple(Item(item.name, row) for item, row in zip(problem.items, rows, strict=True))
     return replace(problem, items=items, max_formats=None)
 
 
-def _solved(problem: Problem, kept: Collection[str], solve: Solve) -> list[Candidate] | None:
-    inner = _within(problem, kept)
-    return None if inner is None else solve(inner)
+def _solved(problem: Problem, allowed: Collection[str], solve: Solve) -> list[Candidate] | None:
+    restricted = _restricted(problem, allowed)
+    return None if restricted is None else solve(restricted)
 
 
-def _bound(problem: Problem, kept: Collection[str], prices: tuple[float, ...]) -> float:
-    inner = _within(problem, kept)
-    if inner is None:
+def _bound(problem: Problem, allowed: Collection[str], prices: tuple[float, ...]) -> float:
+    """A lower bound of the cost with only the allowed formats."""
+    restricted = _restricted(problem, allowed)
+    if restricted is None:
         return float("inf")
-    relaxation = relax(inner, prices)
+    relaxation = relax(restricted, prices)
     price = shadow_price(relaxation)
     value = relaxation.cost + price * relaxation.weight
-    least = float(np.minimum.reduceat(value, relaxation.starts).sum())
-    return least - price * problem.capacity - float(relaxation.limits_price)
+    lowest = float(np.minimum.reduceat(value, relaxation.starts).sum())
+    return lowest - price * problem.capacity - float(relaxation.limits_price)
 
 
-def _missed(problem: Problem, kept: Collection[str], prices: tuple[float, ...]) -> str | None:
-    """The format of `kept` whose loss costs least; None when every one of them is some item's last."""
-    inner = _within(problem, kept)
-    if inner is None:
+def _least_useful(problem: Problem, allowed: Collection[str], prices: tuple[float, ...]) -> str | None:
+    """The allowed format that costs least to drop; None when each is the last one of some item."""
+    restricted = _restricted(problem, allowed)
+    if restricted is None:
         return None
-    relaxation = relax(inner, prices)
+    relaxation = relax(restricted, prices)
     value = relaxation.cost + shadow_price(relaxation) * relaxation.weight
-    formats = np.array([c.format for item in inner.items for c in item.candidates])
-    least = np.minimum.reduceat(value, relaxation.starts)
-    losses = {}
-    for name in sorted(kept):
+    formats = np.array([c.format for item in restricted.items for c in item.candidates])
+    lowest = np.minimum.reduceat(value, relaxation.starts)
+    increases = {}
+    for name in sorted(allowed):
         without = np.minimum.reduceat(np.where(formats == name, np.inf, value), relaxation.starts)
-        losses[name] = float((without - least).sum())
-    missed = min(losses, key=lambda name: (losses[name], name))
-    return missed if np.isfinite(losses[missed]) else None
+        increases[name] = float((without - lowest).sum())
+    cheapest = min(increases, key=lambda name: (increases[name], name))
+    return cheapest if np.isfinite(increases[cheapest]) else None

@@ -1,22 +1,23 @@
-"""The integer programme, through PuLP and HiGHS.
+"""The allocation problem as an integer linear program, solved with PuLP and HiGHS.
 
 Sets        i in I: items; c in C[i]: their candidates; d in D: shared codebooks; l in L: limits; f in F: formats
-Data        cost[i,c] >= 0; bytes[i,c]; size[d]; capacity;  use[l,i,c], use[l,d], capacity[l];  most: formats at once
+Data        cost[i,c] >= 0; bytes[i,c]; size[d]; capacity;  use[l,i,c], use[l,d], capacity[l];  max_formats
 Variables   x[i,c] in {0, 1}: item i takes candidate c;  y[d] in {0, 1}: codebook d is stored
-            z[f] in {0, 1}: format f is in use;  t >= 0: how far capacities are stretched, 0 but to explain
+            z[f] in {0, 1}: format f is in use;  t >= 0: how far all capacities are stretched; absent unless minimised
 Objective   min  sum_i sum_c cost[i,c] x[i,c]
 Constraints choose_one[i]:  sum_c x[i,c] = 1
             budget:         sum_i sum_c bytes[i,c] x[i,c] + sum_d size[d] y[d] <= capacity (1 + t)
             limit[l]:       sum_i sum_c use[l,i,c] x[i,c] + sum_d use[l,d] y[d] <= capacity[l] (1 + t)
             shared[i,d]:    y[d] >= sum over c that need d of x[i,c]
             in_use[i,f]:    z[f] >= sum over c of format f of x[i,c]
-            formats:        sum_f z[f] <= most
+            formats:        sum_f z[f] <= max_formats
 
-The objective may also be the bytes, without a budget, or t: the least stretch of all capacities that leaves a choice,
-which tells an infeasible problem's user what to ask for. Tied matrices are one item, so choose_one ties them. Bytes are
-divided by their greatest common divisor and costs scaled so that the solver's absolute tolerances mean nothing. The
-answer is rounded and its bytes added up again in integers; PuLP's status says Optimal on a time-out, so `sol_status` is
-read, and HiGHS's default gaps are switched off.
+The objective may also be the bytes, without a budget, or t. The smallest t that allows a choice tells the user of an
+infeasible problem what to ask for. Tied matrices are one item, so choose_one ties them.
+
+Bytes are divided by their greatest common divisor and costs are scaled, so that the solver's absolute tolerances have
+no effect. The solution is rounded, and its bytes are added up again in integers. PuLP's `status` says Optimal even when
+the time ran out, so `sol_status` is read instead. HiGHS's default gaps are switched off.
 """
 
 from __future__ import annotations
@@ -33,25 +34,29 @@ from reallm.planner.problem.problem import Candidate, Problem
 SOLVER = "HiGHS"
 Objective = Literal["cost", "bytes", "stretch"]
 COST_SCALE = 1e4
+"""The median cost times the number of items, after scaling."""
 TOLERANCE = 1e-9
+"""Feasibility tolerance of the solver."""
 
 
 @dataclass(frozen=True, slots=True)
 class IlpResult:
-    """What the solver said: a feasible choice or None, a lower bound of the objective, and how it ended."""
+    """The answer of the solver."""
 
     chosen: tuple[Candidate, ...] | None
+    """A feasible choice, or None when none was found."""
     best_bound: float
+    """Lower bound of the objective."""
     status: Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
 def solver_version() -> str:
-    """Versions of the solver and of PuLP."""
+    """The versions of HiGHS and PuLP, as text."""
     return f"{version('highspy')} (PuLP {version('pulp')})"
 
 
 def solve_ilp(problem: Problem, time_limit_s: float, objective: Objective = "cost") -> IlpResult:
-    """Minimise the cost, the bytes (then the capacity does not bind) or the stretch (then no capacity does)."""
+    """Minimise the cost, the bytes (without the budget) or the stretch (with all capacities stretched by it)."""
     scale = _scale(problem) if objective == "cost" else 1.0
     model, x = build(problem, scale, objective)
     solver = pulp.HiGHS(
@@ -75,14 +80,14 @@ def solve_ilp(problem: Problem, time_limit_s: float, objective: Objective = "cos
     chosen = tuple(item.candidates[pick] for item, pick in zip(problem.items, picks, strict=True))
     if objective == "cost" and not problem.fits(chosen):
         return IlpResult(None, max(best_bound, 0.0), "unknown")
-    done = model.sol_status == pulp.LpSolutionOptimal
-    return IlpResult(chosen, max(best_bound, 0.0), "optimal" if done else "feasible")
+    status: Literal["optimal", "feasible"] = "optimal" if model.sol_status == pulp.LpSolutionOptimal else "feasible"
+    return IlpResult(chosen, max(best_bound, 0.0), status)
 
 
 def build(
     problem: Problem, scale: float = 1.0, objective: Objective = "cost"
 ) -> tuple[pulp.LpProblem, list[list[pulp.LpVariable]]]:
-    """The programme above in PuLP's terms, and its x[i][c]."""
+    """The program above as a PuLP problem, and its variables x[i][c]; `scale` multiplies the costs."""
     model = pulp.LpProblem("allocation", pulp.LpMinimize)
     x = [
         [pulp.LpVariable(f"x_{i}_{c}", cat=pulp.LpBinary) for c in range(len(item.candidates))]
@@ -116,7 +121,7 @@ def build(
 
 
 def _within(used: list[tuple[pulp.LpVariable, int]], capacity: int, t: pulp.LpVariable | None) -> pulp.LpConstraint:
-    """The sum of `used` within `capacity`, stretched by `t` where given, in units of the greatest common divisor."""
+    """The constraint sum of `used` <= `capacity` (1 + `t`), in units of the greatest common divisor of all amounts."""
     unit = gcd(*(amount for _, amount in used)) or 1
     scaled = [(var, amount // unit) for var, amount in used if amount]
     if t is not None:
@@ -124,17 +129,18 @@ def _within(used: list[tuple[pulp.LpVariable, int]], capacity: int, t: pulp.LpVa
     return pulp.LpAffineExpression(scaled) <= capacity // unit
 
 
-def _count_formats(model: pulp.LpProblem, problem: Problem, x: list[list[pulp.LpVariable]], most: int) -> None:
+def _count_formats(model: pulp.LpProblem, problem: Problem, x: list[list[pulp.LpVariable]], max_formats: int) -> None:
+    """Add z and the constraints in_use and formats."""
     names = sorted({c.format for item in problem.items for c in item.candidates})
     z = {name: pulp.LpVariable(f"z_{n}", cat=pulp.LpBinary) for n, name in enumerate(names)}
     for i, (row, item) in enumerate(zip(x, problem.items, strict=True)):
         for n, name in enumerate(names):
             if users := [var for var, c in zip(row, item.candidates, strict=True) if c.format == name]:
                 model += z[name] - pulp.lpSum(users) >= 0, f"in_use_{i}_{n}"
-    model += pulp.lpSum(z.values()) <= most, "formats"
+    model += pulp.lpSum(z.values()) <= max_formats, "formats"
 
 
 def _scale(problem: Problem) -> float:
-    """Brings the middle of the costs to COST_SCALE over the number of items."""
+    """The factor that brings the median cost to COST_SCALE / number of items."""
     costs = sorted(c.cost for item in problem.items for c in item.candidates if c.cost > 0)
     return COST_SCALE / (costs[len(costs) // 2] * len(problem.items)) if costs else 1.0

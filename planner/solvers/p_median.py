@@ -1,18 +1,23 @@
-"""A bound where only few formats may be used: the Lagrangian relaxation of the p-median problem.
+"""A lower bound for a limited number of formats: the Lagrangian relaxation of the p-median problem.
 
-Data        value[i,f]: what item i costs in format f, inf where it cannot have it;  most: formats at once
-Problem     min over sets F, at most `most` formats and those of `forced` among them, of  sum_i min over f in F of value
+Sets        i in I: items; f in F: formats; R, a subset of F: forced formats, which must be in use
+Data        value[i,f]: cost of item i in format f, inf where it cannot have it;  max_formats
+Variables   S, a subset of F: the formats in use
+Objective   min  sum_i min over f in S of value[i,f]
+Constraints R is a subset of S;  |S| <= max_formats
 
-With a multiplier v[i] for "item i has a format", and rho[f] = sum_i min(0, value[i,f] - v[i]), no set costs less than
+With a multiplier v[i] for the constraint that item i has a format, and rho[f] = sum_i min(0, value[i,f] - v[i]), no set
+S costs less than
 
-    sum_i v[i]  +  sum of rho over the forced formats  +  the least of the other rho, as many as there is room for
+    sum_i v[i]  +  sum of rho[f] over R  +  sum of the max_formats - |R| smallest other rho[f]
 
-(Cornuejols, Fisher and Nemhauser 1977). v climbs by subgradients; the sets on the way are good ones.
+(Cornuejols, Fisher and Nemhauser 1977). v is improved by subgradient steps. The sets that attain the bounds on the way
+are good choices of S.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum, inf
 
 import numpy as np
@@ -21,69 +26,72 @@ from numpy.typing import NDArray
 from .knapsack import ROUNDING, Floats
 
 Flags = NDArray[np.bool_]
-FIRST_STEP, LEAST_STEP, PATIENCE = 1.0, 0.02, 10
-"""Of the distance between bound and best set, what a step aims at; halved after PATIENCE steps that gain nothing."""
+FIRST_STEP, MIN_STEP, PATIENCE = 1.0, 0.02, 10
+"""Part of the distance between the bound and the best set that a step aims at; halved after PATIENCE failed steps."""
 
 
 @dataclass(frozen=True, slots=True)
-class Medians:
-    """A bound, where it was found, and the cheapest set seen."""
+class MedianBound:
+    """The best bound, the multipliers that give it, and the cheapest set of formats seen."""
 
     bound: float
     multipliers: Floats
-    """v, [items]."""
+    """v [items]."""
     rho: Floats
     """[formats]."""
     taken: Flags
-    """[formats]: those in the bound's sum."""
+    """[formats]: whether rho of a format is part of the bound."""
     best: float
-    """Cost of `chosen`; inf where no set seen serves every item."""
+    """Cost of `chosen`; inf if no set seen has a format for every item."""
     chosen: Flags
-    """[formats]"""
+    """[formats]: the cheapest set seen."""
 
 
-def medians(value: Floats, forced: Flags, most: int, start: Floats | None, steps: int) -> Medians:
-    """The best bound of `steps` steps from the multipliers `start`; formats of no finite value are never taken."""
+def median_bound(value: Floats, forced: Flags, max_formats: int, start: Floats | None, steps: int) -> MedianBound:
+    """The best bound of at most `steps` subgradient steps from the multipliers `start` (None for the defaults).
+
+    `value` [items, formats], `forced` [formats]. Formats without a finite value are never in use.
+    """
     present = np.array(np.isfinite(value).any(0))
-    v = _first(value) if start is None else start
-    found: Medians | None = None
+    v = _first_multipliers(value) if start is None else start
+    result: MedianBound | None = None
     best, chosen, step, idle = inf, forced, FIRST_STEP, 0
     for _ in range(steps):
         below = np.minimum(value - v[:, None], 0.0)
         rho = below.sum(0)
-        taken = _taken(rho, forced, present, most)
+        taken = _taken(rho, forced, present, max_formats)
         bound = fsum(v.tolist()) + float(rho[taken].sum())
         bound -= ROUNDING * (float(np.abs(v).sum()) - float(rho[taken].sum()))  # large terms may cancel
         cost = float(value[:, taken].min(1, initial=inf).sum())
         if cost < best:
             best, chosen = cost, taken
-        if found is None or bound > found.bound:
-            found, idle = Medians(bound, v, rho, taken, best, chosen), 0
+        if result is None or bound > result.bound:
+            result, idle = MedianBound(bound, v, rho, taken, best, chosen), 0
         else:
             idle += 1
         if idle >= PATIENCE:
-            step, idle, v = step / 2, 0, found.multipliers
+            step, idle, v = step / 2, 0, result.multipliers
         slope = 1.0 - (below[:, taken] < 0).sum(1)
-        size = float(slope @ slope)
+        squared_norm = float(slope @ slope)
         target = best if np.isfinite(best) else bound + abs(bound)
-        if size == 0 or step < LEAST_STEP or target <= found.bound:
+        if squared_norm == 0 or step < MIN_STEP or target <= result.bound:
             break
-        v = v + step * max(target - bound, 0.0) / size * slope
-    assert found is not None
-    return Medians(found.bound, found.multipliers, found.rho, found.taken, best, chosen)
+        v = v + step * max(target - bound, 0.0) / squared_norm * slope
+    assert result is not None
+    return replace(result, best=best, chosen=chosen)
 
 
-def _first(value: Floats) -> Floats:
-    """The second least value of each item, the least where there is no other."""
+def _first_multipliers(value: Floats) -> Floats:
+    """The second smallest value of each item; the smallest where there is no second."""
     low = np.sort(value, 1)
     second = low[:, min(1, low.shape[1] - 1)]
     return np.where(np.isfinite(second), second, low[:, 0])
 
 
-def _taken(rho: Floats, forced: Flags, present: Flags, most: int) -> Flags:
-    """The forced formats and the others of least rho, `most` in all."""
+def _taken(rho: Floats, forced: Flags, present: Flags, max_formats: int) -> Flags:
+    """The forced formats and the others with the smallest rho, `max_formats` in total."""
     taken = forced & present
     others = np.flatnonzero(present & ~forced)
-    room = max(most - int(taken.sum()), 0)
+    room = max(max_formats - int(taken.sum()), 0)
     taken[others[np.argsort(rho[others], kind="stable")[:room]]] = True
     return taken

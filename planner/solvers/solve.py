@@ -1,10 +1,12 @@
-"""Solving one allocation problem, with a proof.
+"""Solve an allocation problem, with a proof.
 
-With one budget the exact core of `knapsack` solves it; where codebooks are shared or formats are to be few, the search
-of `branching` down to such cores. Further limits are left out at first: a choice that keeps them anyway is the optimum.
-Where they bind, and where the core's states run out: prune dominated candidates -> Lagrangian bound and a first
-solution -> drop what cannot be in a better one -> HiGHS on the rest. In any case everything is added up again in
-integers, beside a bound in exact arithmetic.
+1. A problem with one budget is solved by the exact core of `knapsack`; with shared codebooks or few formats, by the
+   search of `branching`, which ends in such cores.
+2. Limits are left out at first. If the optimum keeps them anyway, it is the optimum with them.
+3. If they bind, or the core has too many states: prune dominated candidates -> compute a Lagrangian bound and a first
+   solution -> drop the candidates that cannot be in a better one -> solve the rest with HiGHS.
+
+In every case the bytes of the answer are added up again in integers, and its bound is checked in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -24,31 +26,39 @@ from .branching import Search
 from .few_formats import few_formats
 from .ilp import SOLVER, solve_ilp, solver_version
 from .knapsack import Instance, solve_knapsack
-from .lagrangian import Relaxation, incumbent, limit_prices, reduced, relax, shadow_price
+from .lagrangian import Relaxation, incumbent, limit_prices, reduced_problem, relax, shadow_price
 
 OPTIMAL_GAP = 1e-9
-
+"""Largest relative gap of a plan that is called optimal."""
 CORE = "reallm core"
+"""Name of the exact core and of the search as solvers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A choice, what is known of the optimum, and the price of a byte."""
+    """A choice, and what is known about the optimum."""
 
     chosen: list[Candidate]
     best_bound: float
+    """Lower bound of the cost, as the solver claims it."""
     lagrangian_bound: float
+    """Lower bound of the cost in exact arithmetic."""
     price: float
+    """Cost per byte."""
     finished: bool
+    """Whether the solver finished its search."""
     solver: str = SOLVER
     prices: tuple[float, ...] = ()
-    """Of the limits, cost per unit."""
+    """Price of each limit, cost per unit."""
 
     def bound(self, problem: Problem) -> Bound:
-        """The proof: "optimal" only when the bounds agree with the cost."""
+        """The proof, with the status "optimal" only if the bounds agree with the cost.
+
+        Raises ArithmeticError when the cost is below a lower bound, which would be a fault of a solver.
+        """
         objective = problem.cost(self.chosen)
         if self.lagrangian_bound > objective:
-            raise ArithmeticError(f"cost {objective} lies under its own lower bound {self.lagrangian_bound}")
+            raise ArithmeticError(f"cost {objective} is below its own lower bound {self.lagrangian_bound}")
         best_bound = min(objective, max(self.best_bound, self.lagrangian_bound))
         gap = (objective - best_bound) / objective if objective else 0.0
         status: Literal["optimal", "feasible"] = "optimal" if self.finished and gap <= OPTIMAL_GAP else "feasible"
@@ -65,28 +75,28 @@ class Solution:
 
 
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
-    """The best choice for `problem`, or None when there is none. Raises PlanError when time ran out without any."""
-    began, unlimited = time.monotonic(), _without_limits(problem)
-    found = optimise_all(unlimited, 1, time_limit_s)
-    if found == [None]:
+    """The best choice for `problem`; None when there is none. Raises PlanError when the time ran out without any."""
+    start, unlimited = time.monotonic(), _without_limits(problem)
+    solutions = cheapest_solutions(unlimited, 1, time_limit_s)
+    if solutions == [None]:
         return None
-    free = found[0] if found else None
-    if free is not None and not problem.limits and (free.finished or not problem.plain):
+    free = solutions[0] if solutions else None
+    if free is not None and not problem.limits and (free.finished or not problem.is_knapsack):
         return free
     if free is not None and free.finished:
-        chosen = problem.by_names({item: c.format for item, c in unlimited.by_name(free.chosen).items()})
+        chosen = problem.choice_of({item: c.format for item, c in unlimited.by_item(free.chosen).items()})
         if problem.fits(chosen):
             return replace(free, chosen=chosen, prices=(0.0,) * len(problem.limits))
-    return _by_ilp(problem.pruned(), max(time_limit_s - (time.monotonic() - began), 0.0))
+    return _by_ilp(problem.pruned(), max(time_limit_s - (time.monotonic() - start), 0.0))
 
 
-def optimise_all(problem: Problem, count: int, time_limit_s: float = 60.0) -> list[Solution | None]:
-    """The `count` cheapest choices of a problem without limits, the best first, fewer where there are not so many.
+def cheapest_solutions(problem: Problem, count: int, time_limit_s: float = 60.0) -> list[Solution | None]:
+    """The `count` cheapest choices of a problem without limits, the best first; fewer where fewer exist.
 
-    [None] when there is none. Where the core's states or the time ran out, those found so far, maybe none, are not
-    proved.
+    [None] when nothing fits. When the core had too many states or the time ran out, the choices found so far, perhaps
+    none, without a proof.
     """
-    if problem.plain:
+    if problem.is_knapsack:
         return _by_core(problem, count)
     return _by_branching(problem, count, time_limit_s)
 
@@ -95,28 +105,30 @@ def _by_core(problem: Problem, count: int) -> list[Solution | None]:
     answer = solve_knapsack(instance_of(problem), problem.capacity, count)
     if answer is None:
         return [None]
-    lower, solutions = max(relax(problem).exact_bound(answer.price), 0.0), list[Solution | None]()
+    lower_bound, solutions = max(relax(problem).exact_bound(answer.price), 0.0), list[Solution | None]()
     for picks in answer.picks:
         chosen = [item.candidates[pick] for item, pick in zip(problem.items, picks.tolist(), strict=True)]
-        solutions.append(Solution(_fitting(problem, chosen), answer.bound, lower, answer.price, answer.optimal, CORE))
+        _require_fit(problem, chosen)
+        solutions.append(Solution(chosen, answer.bound, lower_bound, answer.price, answer.optimal, CORE))
     return solutions
 
 
 def _by_branching(problem: Problem, count: int, time_limit_s: float) -> list[Solution | None]:
-    found = Search(problem, count).run(time_limit_s)
-    if found is None:
+    result = Search(problem, count).run(time_limit_s)
+    if result is None:
         return [None]
-    lower = max(relax(problem).exact_bound(found.price), 0.0)
+    lower_bound = max(relax(problem).exact_bound(result.price), 0.0)
+    for chosen in result.choices:
+        _require_fit(problem, chosen)
     return [
-        Solution(_fitting(problem, chosen), found.bound, lower, found.price, found.finished, CORE)
-        for chosen in found.choices
+        Solution(chosen, result.bound, lower_bound, result.price, result.finished, CORE) for chosen in result.choices
     ]
 
 
 def instance_of(problem: Problem) -> Instance:
-    """The items and candidates as arrays, in their order."""
-    most = max(len(item.candidates) for item in problem.items)
-    cost, nbytes = np.full((len(problem.items), most), np.inf), np.zeros((len(problem.items), most), np.int64)
+    """The items and candidates of a problem as arrays, in their order."""
+    width = max(len(item.candidates) for item in problem.items)
+    cost, nbytes = np.full((len(problem.items), width), np.inf), np.zeros((len(problem.items), width), np.int64)
     for row, item in enumerate(problem.items):
         cost[row, : len(item.candidates)] = [c.cost for c in item.candidates]
         nbytes[row, : len(item.candidates)] = [c.nbytes for c in item.candidates]
@@ -127,43 +139,42 @@ def _by_ilp(problem: Problem, time_limit_s: float) -> Solution | None:
     prices = limit_prices(problem)
     relaxation = relax(problem, prices)
     price = shadow_price(relaxation)
-    lower = max(relaxation.exact_bound(price), 0.0)
-    first = _first(problem, relaxation, price)
-    rest = problem if first is None else reduced(relaxation, price, problem.cost(first))
+    lower_bound = max(relaxation.exact_bound(price), 0.0)
+    first = _first_solution(problem, relaxation, price)
+    rest = problem if first is None else reduced_problem(relaxation, price, problem.cost(first))
     result = solve_ilp(rest, time_limit_s)
     if result.status == "infeasible" and first is None:
         return None
-    found = [list(choice) for choice in (result.chosen, first) if choice is not None]
-    if not found:
+    choices = [list(choice) for choice in (result.chosen, first) if choice is not None]
+    if not choices:
         raise PlanError(f"no plan was found within {time_limit_s:g} s; give --time-limit more seconds")
-    best = min(found, key=lambda choice: (problem.cost(choice), problem.nbytes(choice)))
-    finished = result.status == "optimal"
-    return Solution(_fitting(problem, best), result.best_bound, lower, price, finished, prices=prices)
+    best = min(choices, key=lambda choice: (problem.cost(choice), problem.nbytes(choice)))
+    _require_fit(problem, best)
+    return Solution(best, result.best_bound, lower_bound, price, result.status == "optimal", prices=prices)
 
 
-def _first(problem: Problem, relaxation: Relaxation, price: float) -> list[Candidate] | None:
-    """A good choice to start from."""
+def _first_solution(problem: Problem, relaxation: Relaxation, price: float) -> list[Candidate] | None:
+    """A good choice to start from; None when none was found."""
     if problem.max_formats is None:
         return incumbent(relaxation, price)
 
     def solve(inner: Problem) -> list[Candidate] | None:
-        found = optimise_all(inner, 1)[0] if inner.plain else None
-        if found is not None:
-            return found.chosen
-        again = relax(inner, relaxation.prices)
-        return incumbent(again, shadow_price(again))
+        solution = cheapest_solutions(inner, 1)[0] if inner.is_knapsack else None
+        if solution is not None:
+            return solution.chosen
+        inner_relaxation = relax(inner, relaxation.prices)
+        return incumbent(inner_relaxation, shadow_price(inner_relaxation))
 
     return few_formats(problem, problem.max_formats, relaxation.prices, solve)
 
 
-def _fitting(problem: Problem, chosen: list[Candidate]) -> list[Candidate]:
+def _require_fit(problem: Problem, chosen: list[Candidate]) -> None:
     if not problem.fits(chosen):
         raise ArithmeticError(f"a plan of {problem.nbytes(chosen)} bytes for a capacity of {problem.capacity}")
-    return chosen
 
 
 def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:
-    """The fewest bytes any choice takes, limits left out."""
+    """The fewest bytes that any choice takes, without the limits and the number of formats."""
     problem = replace(_without_limits(problem), max_formats=None)
     lightest = [min(item.candidates, key=lambda c: c.nbytes) for item in problem.items]
     result = solve_ilp(problem, time_limit_s, objective="bytes") if problem.shared else None
@@ -172,27 +183,29 @@ def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:
 
 
 def _without_limits(problem: Problem) -> Problem:
+    """The problem with its budget and number of formats only."""
     items = (Item(item.name, tuple(replace(c, uses=()) for c in item.candidates)) for item in problem.items)
     return replace(problem, limits=(), items=tuple(items)) if problem.limits else problem
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """The least that all capacities must grow by, the same share each, for some choice to keep them."""
+    """How much all capacities must grow, by the same share, so that some choice keeps them."""
 
     share: float
+    """0.1 for 10%."""
     nbytes: int
-    """What such a choice takes of the budget."""
+    """Bytes that such a choice takes of the budget."""
     used: tuple[int, ...]
-    """And of each limit."""
+    """What it uses of each limit."""
 
 
 def least_stretch(problem: Problem, time_limit_s: float = 60.0) -> Stretch | None:
-    """What would have to give for an infeasible problem to have a choice; None when the formats are too few."""
+    """The smallest stretch that makes an infeasible problem feasible; None when too few formats are allowed."""
     result = solve_ilp(problem, time_limit_s, objective="stretch")
     if result.chosen is None:
         return None
     chosen = list(result.chosen)
-    nbytes, used = problem.nbytes(chosen), tuple(problem.used(chosen, n) for n in range(len(problem.limits)))
-    taken = [(nbytes, problem.capacity), *((u, limit.capacity) for u, limit in zip(used, problem.limits, strict=True))]
-    return Stretch(max(0.0, *(u / max(capacity, 1) - 1 for u, capacity in taken)), nbytes, used)
+    nbytes, used = problem.nbytes(chosen), tuple(problem.limit_use(chosen, n) for n in range(len(problem.limits)))
+    uses = [(nbytes, problem.capacity), *((u, limit.capacity) for u, limit in zip(used, problem.limits, strict=True))]
+    return Stretch(max(0.0, *(use / max(capacity, 1) - 1 for use, capacity in uses)), nbytes, used)

@@ -1,1 +1,1 @@
-"""The records that stages exchange on disk, and the units of budgets."""
+"""The records that the stages exchange as files, the exact size of what they describe, and the units of budgets."""

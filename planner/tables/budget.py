@@ -1,7 +1,8 @@
-"""Budgets as users write them, read exactly.
+"""Budgets as users write them, parsed exactly.
 
-`3.0bpw` counts all bytes of the matrices that take part over their weights; `48MiB`, `4GiB`, `500MB`, `50331648B` count
-the whole weights file, embeddings, head, norms and headers included.
+A budget in bits per weight, such as `3.0bpw`, counts all bytes stored for the matrices that take part, per weight of
+these matrices. A budget in bytes (`48MiB`, `4GiB`, `500MB`, `50331648B`) counts the whole weights file with embeddings,
+head, norms and headers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _EXPECTED = "expected a number with a unit, such as 3.0bpw, 48MiB, 4GiB, 500MB o
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """`amount` in `unit`: bits per weight (scope "matrices") or bytes, KB, KiB and so on (scope "file")."""
+    """An amount in bits per weight (scope "matrices"), or in B, KB, KiB and so on (scope "file")."""
 
     text: str
     amount: Fraction
@@ -26,40 +27,40 @@ class Budget:
 
     @property
     def scope(self) -> Scope:
-        """What the bytes of this budget count."""
+        """What this budget counts."""
         return "matrices" if self.unit == "bpw" else "file"
 
     def nbytes(self, numel: int) -> int:
-        """Bytes of this budget for matrices of `numel` weights in all, rounded down."""
+        """Bytes of this budget, rounded down, for matrices with `numel` weights in total."""
         return int(self.amount * numel // 8) if self.unit == "bpw" else int(self.amount * UNIT_BYTES[self.unit.lower()])
 
-    def smallest(self, nbytes: int, numel: int) -> str:
-        """The least budget in this unit, rounded up to four decimals, that is at least `nbytes`."""
+    def smallest_text(self, nbytes: int, numel: int) -> str:
+        """The smallest budget in this unit, to four decimals, that allows `nbytes` bytes."""
         unit_bytes = Fraction(numel, 8) if self.unit == "bpw" else Fraction(UNIT_BYTES[self.unit.lower()])
         steps = -(-nbytes * 10_000 // unit_bytes)
         return f"{steps // 10_000}.{steps % 10_000:04d}".rstrip("0").rstrip(".") + self.unit
 
 
-def budget_of(plan: Plan, more: int = 0) -> Budget:
-    """The budget of `plan` to the byte, or one of `more` bytes beside it."""
-    nbytes = plan.budget_bytes + more
+def budget_of(plan: Plan, extra_bytes: int = 0) -> Budget:
+    """The budget of `plan` to the byte, plus `extra_bytes`."""
+    nbytes = plan.budget_bytes + extra_bytes
     if plan.scope == "file":
-        return Budget(f"{nbytes}B" if more else plan.budget, Fraction(nbytes), "B")
+        return Budget(f"{nbytes}B" if extra_bytes else plan.budget, Fraction(nbytes), "B")
     bits = Fraction(8 * nbytes, sum(choice.rows * choice.cols for choice in plan.choices))
-    return Budget(f"{float(bits):.6g}bpw" if more else plan.budget, bits, "bpw")
+    return Budget(f"{float(bits):.6g}bpw" if extra_bytes else plan.budget, bits, "bpw")
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget. Raises PlanError that says what was found and what was expected."""
-    found = parse_amount(text)
-    if found is None:
+    """Parse a budget. Raises PlanError."""
+    number_and_unit = parse_amount(text)
+    if number_and_unit is None:
         raise PlanError(f"--budget {text!r}: {_EXPECTED}")
-    amount, unit = found
+    amount, unit = number_and_unit
     if amount == 0:
-        raise PlanError(f"--budget {text!r} is nothing at all; {_EXPECTED}")
+        raise PlanError(f"--budget {text!r} is zero; {_EXPECTED}")
     if unit.lower() == "bpw":
         if amount > MAX_BITS_PER_WEIGHT:
-            raise PlanError(f"--budget {text!r}: bits per weight are above 0 and at most {MAX_BITS_PER_WEIGHT}")
+            raise PlanError(f"--budget {text!r}: expected more than 0 and at most {MAX_BITS_PER_WEIGHT}bpw")
         return Budget(text.strip(), amount, "bpw")
     if unit.lower() not in UNIT_BYTES:
         raise PlanError(f"--budget {text!r}: {_EXPECTED}")

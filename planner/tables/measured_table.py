@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from reallm.kernels.storage.atomic import canonical_json, sha256_text
+from reallm.kernels.storage.dtypes import FloatName
 
-from .records import Record
+from .records import Record, read_record
 
 TABLE_FILE = "table.json"
+"""Name of the table in the folder that `measure` fills."""
 Kind = Literal["linear", "embedding", "head", "expert"]
 
 
 class MatrixRecord(Record):
-    """One weight matrix W[rows, cols] of the model; `name` is the module (for experts with `[index]` appended)."""
+    """One weight matrix W[rows, cols] of the model; `name` is its module (`<stack>.<index>` for an expert)."""
 
     name: str
     rows: int = Field(gt=0)
@@ -24,19 +27,20 @@ class MatrixRecord(Record):
     kind: Kind
     block: int | None = None
     input: str = ""
-    """Name of the distinct input it shares with others (q, k and v; gate and up)."""
+    """Name of its input; matrices with the same input have the same name here (q, k and v; gate and up)."""
     family: str = ""
-    """Its role across blocks (the name without block and expert numbers): what shared codebooks are shared over."""
+    """Its role in any block: the name without block and expert numbers. Matrices of a family can share a codebook."""
     source_bytes: int = Field(gt=0)
-    """Bytes it takes uncompressed, in the model's own dtype."""
+    """Bytes of the uncompressed matrix, in the model's own dtype."""
 
     @property
     def numel(self) -> int:
+        """Number of weights."""
         return self.rows * self.cols
 
 
 class MeasurementRecord(Record):
-    """What storing one matrix in one format costs, measured on the encoder's actual error E = W - W_hat."""
+    """What it costs to store one matrix in one format, measured on the actual error of the encoder, E = W - W_hat."""
 
     matrix: str
     format: str
@@ -44,21 +48,23 @@ class MeasurementRecord(Record):
     guided: float = Field(ge=0, allow_inf_nan=False)
     """1/2 tr(E H_guided E^T), in nats per token."""
     two_sided: float = Field(ge=0, allow_inf_nan=False)
-    """1/2 tr(G E H_guided E^T), G the gradients' damped second moment over its mean diagonal: what is minimised.
+    """1/2 tr(G E H_guided E^T), in nats per token: the default objective.
 
-    As `guided` where there is no G (embeddings, heads).
+    G is the damped second moment of the output gradients, divided by its mean diagonal. Equal to `guided` where there
+    is no G (embeddings, heads).
     """
     fisher: float = Field(ge=0, allow_inf_nan=False)
-    """1/2 sum(F * E^2) with F the diagonal Fisher, in nats per token."""
+    """1/2 sum(F * E^2) with the diagonal Fisher information F, in nats per token."""
     relative: float = Field(ge=0, allow_inf_nan=False)
     """|E|_F^2 / |W|_F^2."""
     seconds: float = Field(ge=0)
+    """Time that encoding took."""
     codes_sha256: str
-    """Digest of the packed fields, in order: what `compile` must reproduce."""
+    """Digest of the packed fields, in order, which `compile` must reproduce."""
 
 
 class SharedRecord(Record):
-    """A codebook that several matrices share: its key is `<format name without modifiers>@<family>`."""
+    """A codebook that several matrices share; its key is `<format name without modifiers>@<family>`."""
 
     key: str
     nbytes: int = Field(gt=0)
@@ -66,16 +72,16 @@ class SharedRecord(Record):
 
 
 class CacheLayer(Record):
-    """What one layer keeps of every token it has seen, for each sequence."""
+    """What the KV cache of one layer keeps, for each sequence."""
 
     values: int = Field(gt=0)
-    """Numbers a token: keys and values of all heads."""
+    """Numbers per token: keys and values of all heads."""
     window: int | None = Field(default=None, gt=0)
-    """Of how many tokens at most; None for all."""
+    """Tokens that are kept at most (a sliding window); None for all."""
 
 
 class MeasuredTable(Record):
-    """Everything `measure` found out, and from what."""
+    """All results of `measure`, and what they were measured on."""
 
     version: Literal[1] = 1
     model: str
@@ -84,23 +90,28 @@ class MeasuredTable(Record):
     text: str
     text_sha256: str
     settings: Mapping[str, int | float | str | bool | None]
-    dtype: Literal["f16", "bf16", "f32"]
-    """The model's own dtype, in which whatever is not compressed is stored."""
+    dtype: FloatName
+    """The model's own dtype, in which everything uncompressed is stored."""
     other_tensors: Mapping[str, tuple[int, ...]]
-    """Name -> shape of every stored tensor that is not a matrix (norms, biases, positions)."""
+    """Name -> shape of every stored tensor that is not in `matrices` (norms, biases, positions)."""
     matrices: tuple[MatrixRecord, ...]
     measurements: tuple[MeasurementRecord, ...]
     shared: tuple[SharedRecord, ...] = ()
     bounded: Mapping[str, int] = {}
-    """Format -> number of matrices that were not measured in it, as it cannot matter at the budgets asked."""
+    """Format -> number of matrices not measured in it, because screening showed that no plan would choose it."""
     kv_cache: tuple[CacheLayer, ...] = ()
-    """What each layer's cache of keys and values keeps; empty where the model has none."""
+    """The KV cache, layer by layer; empty for a model without one."""
     experts_per_token: int | None = None
-    """Of each stack of experts; None where the model does not say."""
+    """Experts that each token uses in a stack of experts; None where the model does not say."""
     base: Mapping[str, float] = {}
-    """Measured facts worth keeping: calibration perplexity, peak RSS in bytes, seconds of each stage."""
+    """Facts about the run: calibration perplexity, peak RSS in bytes, seconds of each stage."""
 
     def digest(self) -> str:
-        """sha256 of all but `base` and the seconds, which differ from run to run."""
+        """sha256 of everything except `base` and the seconds, which differ from run to run."""
         content = self.model_dump(mode="json", exclude={"base": True, "measurements": {"__all__": {"seconds"}}})
         return sha256_text(canonical_json(content))
+
+
+def read_table(folder: str | Path) -> MeasuredTable:
+    """The measured table in `folder`. Raises RecordError when there is none, or an invalid one."""
+    return read_record(Path(folder) / TABLE_FILE, MeasuredTable, "measure")

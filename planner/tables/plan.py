@@ -1,28 +1,33 @@
-"""The plan: which format every matrix gets, and the proof that came with the choice."""
+"""The plan: which format every matrix gets, and the solver's proof of that choice."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isclose
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from reallm.kernels.formats.formats import Format
-from reallm.planner.problem.tensor_layout import stored_nbytes
 
 from .measured_table import Kind
-from .records import Record
+from .records import Record, read_record
 from .requirements import Requirements, Reserved
+from .tensor_layout import stored_nbytes
 
 PLAN_FILE = "plan.json"
+"""Name of the plan inside an artifact."""
 Scope = Literal["matrices", "file"]
+"""What a budget counts: the matrices that take part, or the whole weights file."""
 Cost = Literal["two_sided", "guided", "fisher", "relative"]
+"""Which measured error is minimised; see `MeasurementRecord`."""
 Ties = Literal["none", "inputs", "experts", "family"]
+"""Which matrices must share a format; see `PlanOptions.ties`."""
 
 
 class Choice(Record):
-    """One matrix's share of the plan."""
+    """The format chosen for one matrix."""
 
     matrix: str
     format: str
@@ -34,9 +39,9 @@ class Choice(Record):
     cost: float = Field(ge=0)
     """Predicted loss of this choice, nats per token."""
     codes_sha256: str
-    """Digest of the packed fields; empty where the matrix stays in the model's own dtype (it was not measured)."""
+    """Digest of the packed fields; empty for a matrix that stays in the model's own dtype, which is not measured."""
     runner_up: str | None = None
-    """The format that the next-best value of cost + price * bytes would pick."""
+    """The format with the second-lowest cost + price * bytes, at the shadow price of a byte."""
 
     @model_validator(mode="after")
     def _check_nbytes(self) -> Self:
@@ -47,7 +52,7 @@ class Choice(Record):
 
 
 class Bound(Record):
-    """The solver's word, checked again without the solver."""
+    """What the solver proved about a plan, checked again without the solver."""
 
     solver: str
     solver_version: str
@@ -57,31 +62,31 @@ class Bound(Record):
     best_bound: float
     mip_gap: float = Field(ge=0)
     lagrangian_bound: float
-    """A lower bound computed without the solver; objective can never be under it."""
+    """A lower bound of the objective that is computed without the solver, in exact arithmetic."""
     shadow_price: float
-    """Loss saved per further MiB around this budget, nats per token per MiB."""
+    """Loss that one more MiB would save around this budget, in nats per token per MiB."""
 
 
 class LimitState(Record):
-    """How far a plan uses one of the further limits it was asked to keep."""
+    """How much of one limit (a memory pool or the latency) a plan uses."""
 
     name: str
     unit: Literal["bytes", "ns"]
     capacity: int
-    """What the matrices that take part may use; the rest of the model's share is taken off."""
+    """What the matrices that take part may use: the limit less what the rest of the model uses."""
     used: int
     shadow_price: float
-    """Loss saved per further MiB or millisecond, nats per token."""
+    """Loss that one more MiB or millisecond would save, in nats per token."""
 
     @model_validator(mode="after")
     def _check_used(self) -> Self:
         if not 0 <= self.used <= self.capacity:
-            raise ValueError(f"{self.name}: {self.used} of {self.capacity} {self.unit} are used")
+            raise ValueError(f"{self.name}: {self.used} {self.unit} are used, the capacity is {self.capacity}")
         return self
 
 
 class Uniform(Record):
-    """The best single format for everything that fits the same budget, for comparison."""
+    """The best plan with a single format within the same budget, for comparison."""
 
     format: str
     nbytes: int
@@ -90,18 +95,18 @@ class Uniform(Record):
 
 
 class Measured(Record):
-    """Plans measured in memory on held-out text, this one the best of them."""
+    """The losses of several plans, measured on held-out text; the plan that holds this record was the best."""
 
     text: str
     text_sha256: str
     windows: int = Field(gt=0)
     seqlen: int = Field(gt=0)
     kl: float
-    """KL to the dense model, nats per token, of this plan."""
+    """KL divergence of this plan from the uncompressed model, in nats per token."""
     uniform_kl: float | None
-    """Of the best single format within the budget."""
+    """The same for the best single format within the budget; None where none fits."""
     tried: tuple[tuple[str, float, float], ...]
-    """(name, predicted loss without corrections, measured KL) of every plan measured, in turn."""
+    """(name, predicted loss without corrections, measured KL) of every plan, in the order of measuring."""
 
 
 class Plan(Record):
@@ -111,56 +116,69 @@ class Plan(Record):
     model: str
     model_sha256: str
     work: str
-    """The measure directory it was planned from."""
+    """The folder with the measured table that the plan was made from."""
     table_sha256: str
-    """Digest of the measured table without its timings."""
+    """Digest of that table without its timings."""
     budget: str
-    """As the user wrote it."""
+    """The budget as the user wrote it."""
     budget_bytes: int = Field(gt=0)
     scope: Scope
-    """What the budget counts: the bytes of the matrices that take part (bpw), or the whole weights file (MiB, GiB)."""
+    """What the budget counts: the matrices that take part (for bpw), or the whole weights file (for MiB, GiB)."""
     counted_bytes: int
-    """Bytes of what the budget counts, exact."""
+    """Exact bytes of what the budget counts."""
     matrices_bytes: int
-    """Bytes of the choices and their shared codebooks, headers left out, exact."""
+    """Exact bytes of the choices and their shared codebooks, without headers."""
     file_bytes: int
-    """Bytes of the whole weights file(s), headers included, exact."""
+    """Exact bytes of all weights files, headers included."""
     bits_per_weight: float
-    """8 * matrices_bytes over the weights of the choices."""
+    """8 * matrices_bytes / number of weights in the choices."""
     predicted_loss: float
-    """Sum of the costs, nats per token."""
+    """Sum of the costs of all choices, in nats per token."""
     bound: Bound
     choices: tuple[Choice, ...]
     """Every matrix that took part, in natural order of names; one in a dense format stays the model's own tensor."""
     shared: Mapping[str, int] = {}
-    """Key -> bytes of every shared codebook in use."""
+    """Key -> bytes of each shared codebook in use."""
     dense: tuple[str, ...] = ()
-    """Matrices that took no part and are left as they are."""
+    """Matrices that took no part and stay as they are."""
     uniform: Uniform | None = None
+    """The best single format within the budget; None where none fits."""
     pins: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     formats: tuple[str, ...] | None = None
     ties: Ties = "none"
     cost: Cost = "two_sided"
-    """What was asked beside the budget, as `candidates.PlanOptions`."""
+    """`pins` to `cost`: the options that the plan was made with, as `PlanOptions` defines them."""
     requirements: Requirements = Requirements()
-    """What it was to keep beside the budget."""
+    """What else the plan had to keep."""
     reserved: Reserved = Reserved()
-    """What the budget pays for beside the weights."""
+    """Memory within the budget that is not for weights."""
     limits: tuple[LimitState, ...] = ()
     corrections: Mapping[str, float] = {}
     """Family -> factor that its measured costs were multiplied by (`plan --refit`)."""
     measured: Measured | None = None
     notes: tuple[str, ...] = ()
+    """Remarks for the reader, one sentence each."""
 
     @model_validator(mode="after")
     def _check_sums(self) -> Self:
         nbytes = sum(choice.nbytes for choice in self.choices) + sum(self.shared.values())
         names = [choice.matrix for choice in self.choices] + list(self.dense)
         if len(set(names)) != len(names):
-            raise ValueError("a matrix stands in it twice")
+            raise ValueError("a matrix is listed twice")
         if self.matrices_bytes != nbytes or not 0 < self.counted_bytes <= self.budget_bytes - self.reserved.nbytes:
-            raise ValueError(f"its bytes do not add up: {nbytes} chosen, {self.matrices_bytes} planned")
+            raise ValueError(
+                f"the bytes do not add up: {nbytes} in the choices, {self.matrices_bytes} in matrices_bytes"
+            )
         if not isclose(self.predicted_loss, sum(choice.cost for choice in self.choices), rel_tol=1e-9, abs_tol=1e-300):
-            raise ValueError("its costs do not add up to the predicted loss")
+            raise ValueError("the costs do not add up to predicted_loss")
         return self
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The plan in `path`: a plan.json, or the folder of an artifact, which holds one.
+
+    Raises RecordError when it is missing or invalid; the message names the command that writes it.
+    """
+    path = Path(path)
+    return read_record(path / PLAN_FILE, Plan, "compile") if path.is_dir() else read_record(path, Plan, "plan")

@@ -1,4 +1,4 @@
-"""Records that stages hand each other as JSON files, checked by pydantic when they are read.
+"""Records that the stages pass to each other as JSON files. pydantic checks them when they are read.
 
 An unknown field, a missing field or a number out of range raises RecordError, which names the file.
 """
@@ -17,11 +17,11 @@ R = TypeVar("R", bound=BaseModel)
 
 
 class RecordError(ReallmError, ValueError):
-    """A file of ours that cannot be read: names the file, what was found and the way out."""
+    """A file written by reallm that cannot be read: names the file, what was found and the way out."""
 
 
 class Record(BaseModel):
-    """A frozen record that refuses unknown fields."""
+    """An immutable record that rejects unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,7 +32,10 @@ def write_record(path: Path, record: BaseModel) -> None:
 
 
 def read_record(path: Path, kind: type[R], made_by: str) -> R:
-    """Read a record of `kind`; RecordError says which file is wrong and which command makes it."""
+    """Read a record of type `kind`.
+
+    Raises RecordError, which names the file and the command (`made_by`) that writes it.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

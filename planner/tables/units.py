@@ -1,4 +1,4 @@
-"""Sizes and times as users write them, read exactly; and the planner's error for whatever cannot be read."""
+"""Sizes and times as users write them, parsed exactly; and the planner's error."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*"
 
 
 class PlanError(ReallmError, ValueError):
-    """A plan that cannot be made as asked: names the option, what was found, what was expected, and the way out."""
+    """A plan that cannot be made: names the option, what was found, what was expected, and the way out."""
 
 
 def parse_amount(text: str) -> tuple[Fraction, str] | None:
-    """(number, unit) of a text such as "4GiB"; None for any other text."""
+    """(number, unit) of a text such as "4GiB"; None for a text that is not a number with a unit."""
     match = re.fullmatch(_NUMBER, text)
     return None if match is None else (Fraction(match[1]), match[2])
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Bytes of "4GiB", at least one. Raises PlanError that begins with `option`."""
+    """Bytes of a text such as "4GiB", at least 1. Raises PlanError, which begins with `option`."""
     return _parse(text, option, UNIT_BYTES, "a size, such as 48MiB, 4GiB or 500MB")
 
 
 def parse_nanoseconds(text: str, option: str) -> int:
-    """Nanoseconds of "20ms", at least one. Raises PlanError that begins with `option`."""
+    """Nanoseconds of a text such as "20ms", at least 1. Raises PlanError, which begins with `option`."""
     return _parse(text, option, UNIT_NANOSECONDS, "a time, such as 20ms or 900us")
 
 
@@ -47,7 +47,7 @@ def _parse(text: str, option: str, units: Mapping[str, int], expected: str) -> i
 
 
 def bytes_text(nbytes: float) -> str:
-    """For example 48.3 MiB."""
+    """A size for people to read, such as "48.30 MiB"."""
     if nbytes >= GIB:
         return f"{nbytes / GIB:.2f} GiB"
     return f"{nbytes / MIB:.2f} MiB" if nbytes >= MIB else f"{nbytes / 1024:.1f} KiB"

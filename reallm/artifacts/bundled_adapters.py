@@ -1,6 +1,6 @@
-"""Adapters that lie inside the artifact they belong to, at `adapters/NAME/`: found by name, shown and checked.
+"""Adapters inside the artifact they belong to, at `adapters/NAME/`: find them by name, list and check them.
 
-They are no part of the artifact: its manifest does not name them, and adding or removing one changes none of its bytes.
+They are not part of the artifact: its manifest does not list them, so adding or removing one does not change it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reallm.errors import UserError
-from reallm.kernels.storage.safetensors import StoredTensor
+from reallm.kernels.storage.safetensors_reader import StoredTensor
 from reallm.planner.tables.plan import Plan
 
 from .directory import adapters_in
@@ -26,18 +26,22 @@ class AdapterView:
 
     name: str
     kind: str
-    """LoRA or DoRA; empty if it cannot be read."""
+    """LoRA or DoRA; empty if the adapter cannot be read."""
     rank: int
-    """The largest of its modules."""
+    """The largest rank among its modules."""
     modules: int
+    """Number of modules it changes."""
     nbytes: int
-    """Of its weights file."""
+    """Size of its weights file."""
     fault: str | None
-    """Why it cannot be used, one line; None if it can."""
+    """Why it cannot be used, in one line; None if it can."""
 
 
 def find_adapter(artifact: Path, adapter: Path | str) -> Path:
-    """The folder of `adapter`: a name in `artifact`, else itself a folder. Raises UserError, which lists the names."""
+    """The folder of `adapter`, which is the name of an adapter inside `artifact`, or else a folder itself.
+
+    Raises UserError, with the names there are, if it is neither.
+    """
     inside = adapters_in(artifact)
     if str(adapter) in inside:
         return inside[str(adapter)]
@@ -45,49 +49,54 @@ def find_adapter(artifact: Path, adapter: Path | str) -> Path:
         return Path(adapter)
     names = ", ".join(inside) or "none"
     raise UserError(
-        f"there is no adapter {str(adapter)!r}: it is no folder, and the adapters inside {artifact} are: {names}"
+        f"there is no adapter {str(adapter)!r}: it is not a folder, and the adapters inside {artifact} are: {names}"
     )
 
 
 def linear_shapes(plan: Plan, tensors: Mapping[str, StoredTensor]) -> Shapes:
-    """Module name -> (rows, cols) of the matrices of an artifact that an adapter may change."""
+    """Module name -> (rows, cols) of the matrices of an artifact that an adapter can change."""
     stored = {name.removesuffix(".weight"): t.shape for name, t in tensors.items() if name.endswith(".weight")}
     chosen = {c.matrix: (c.rows, c.cols) for c in plan.choices if c.kind in ("linear", "head")}
     return {name: shape for name, shape in stored.items() if len(shape) == 2} | chosen
 
 
 def view_adapters(artifact: Path, shapes: Shapes) -> tuple[AdapterView, ...]:
-    """Every adapter inside `artifact`, whose linear modules have `shapes`, by name; no value is read."""
-    own = sha256_file(artifact / MANIFEST_FILE)
-    return tuple(_view(name, folder, artifact, own, shapes) for name, folder in adapters_in(artifact).items())
+    """Describe every adapter inside `artifact`, whose linear modules have `shapes`, in the order of names.
+
+    Reads no values.
+    """
+    artifact_sha256 = sha256_file(artifact / MANIFEST_FILE)
+    return tuple(
+        _view(name, folder, artifact, artifact_sha256, shapes) for name, folder in adapters_in(artifact).items()
+    )
 
 
-def _view(name: str, folder: Path, artifact: Path, own: str, shapes: Shapes) -> AdapterView:
+def _view(name: str, folder: Path, artifact: Path, artifact_sha256: str, shapes: Shapes) -> AdapterView:
     try:
         layout = read_layout(folder)
     except UserError as error:
         return AdapterView(name, "", 0, 0, 0, str(error))
     fault = None
-    if layout.artifact_sha256 not in (None, own):
+    if layout.artifact_sha256 not in (None, artifact_sha256):
         fault = f"{folder} was trained on another artifact than {artifact}; remove it, or train it again"
     for module, (rows, _, cols) in layout.shapes.items():
         if fault is None and shapes.get(module) != (rows, cols):
-            found = f"is {list(shapes[module])}" if module in shapes else "is no linear module"
+            found = f"is {list(shapes[module])}" if module in shapes else "is not a linear module"
             fault = f"{folder} is an adapter for another model: {module} {found} in {artifact}, not {[rows, cols]}"
     rank = max(rank for _, rank, _ in layout.shapes.values())
     return AdapterView(name, "DoRA" if layout.dora else "LoRA", rank, len(layout.shapes), layout.nbytes, fault)
 
 
 def check_adapters(artifact: Path, shapes: Shapes, deep: bool) -> tuple[AdapterView, ...]:
-    """As `view_adapters`. Raises UserError for the first that cannot be used; `deep` reads every value."""
-    place = artifact / ADAPTERS_FOLDER
-    for path in sorted(place.iterdir()) if place.is_dir() else ():
+    """As `view_adapters`, but raise UserError for an adapter that cannot be used; `deep` reads all values too."""
+    parent = artifact / ADAPTERS_FOLDER
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         if not path.is_dir() and not path.name.startswith("."):
-            raise UserError(f"{path} is no folder of an adapter; remove it")
+            raise UserError(f"{path} is not the folder of an adapter; remove it")
     views = view_adapters(artifact, shapes)
     for view in views:
         if view.fault is not None:
             raise UserError(view.fault)
         if deep:
-            read_adapter(place / view.name)
+            read_adapter(parent / view.name)
     return views

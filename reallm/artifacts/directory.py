@@ -1,7 +1,7 @@
-"""The artifact: a model directory that transformers understands, whole or not there at all. Format: docs/format.md.
+"""The artifact: a model directory that transformers loads (after `import reallm`). Format: docs/format.md.
 
-It is written to a hidden folder beside its place and renamed when complete, so no reader ever sees half of one, and a
-full disk or Ctrl-C leaves what was there before.
+It is written to a hidden folder beside its destination and renamed when it is complete, so that no reader ever sees
+half an artifact, and a full disk or Ctrl-C leaves what was there before.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from reallm.errors import UserError
+from reallm.kernels.storage.layout import CONFIG_FILE
 
 from .manifest import ADAPTERS_FOLDER, MANIFEST_FILE
 from .quantization_config import METHOD, QuantizationRecord, read_quantization
 
-CONFIG_FILE = "config.json"
-PLAN_FILE = "plan.json"
 CARD_FILE = "README.md"
 MAX_CONFIG_BYTES = 1 << 28
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises UserError when it is missing, damaged or no object."""
+    """Read config.json of a model folder. Raises UserError if it is missing, damaged or not a JSON object."""
     path = folder / CONFIG_FILE
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are expected")
+            raise UserError(f"{path} has {path.stat().st_size} bytes; expected at most {MAX_CONFIG_BYTES}")
         config = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {CONFIG_FILE}: it is no model folder") from None
+        raise UserError(f"{folder} has no {CONFIG_FILE}; expected the folder of a model") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -44,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_artifact(path: Path | str) -> bool:
-    """Whether `path` is a folder that reallm packed (whole or damaged)."""
+    """Whether `path` is an artifact, intact or damaged: a folder whose config.json names reallm's method."""
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file():
         return False
@@ -53,44 +52,50 @@ def is_artifact(path: Path | str) -> bool:
 
 
 def read_record_of(folder: Path) -> QuantizationRecord:
-    """The checked quantization_config of an artifact. Raises UserError."""
+    """Read and check the quantization_config of an artifact. Raises UserError."""
     quantization = read_config(folder).get("quantization_config")
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != METHOD:
-        raise UserError(f"{folder} is no reallm artifact: its config.json has no quantization_config of method reallm")
+        raise UserError(
+            f"{folder} is not a reallm artifact (its config.json has no quantization_config of method reallm); "
+            "`reallm compile` writes one"
+        )
     return read_quantization(quantization)
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """Name -> folder of the adapters inside an artifact, by name; runs in progress (NAME.partial) are none."""
-    place = folder / ADAPTERS_FOLDER
-    found = sorted(place.iterdir()) if place.is_dir() else []
-    return {p.name: p for p in found if p.is_dir() and not p.name.startswith(".") and p.suffix != ".partial"}
+    """Name -> folder of the adapters inside an artifact, sorted. Runs in progress (NAME.partial) are left out."""
+    parent = folder / ADAPTERS_FOLDER
+    paths = sorted(parent.iterdir()) if parent.is_dir() else []
+    return {p.name: p for p in paths if p.is_dir() and not p.name.startswith(".") and p.suffix != ".partial"}
 
 
 def check_output(output: Path, force: bool, mark: str = MANIFEST_FILE) -> None:
-    """Raise UserError unless `output` is free, or may be replaced: an artifact, or a folder with `mark`."""
+    """Raise UserError unless `output` can be written.
+
+    It must be free, or with `force` replaceable: an artifact without adapters, or a folder that holds a file `mark`.
+    """
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"{output} is a file; expected the name of a folder to write")
+        raise UserError(f"{output} is a file; expected the name of a folder to create")
     if not any(output.iterdir()):
         return
     if not is_artifact(output) and not (output / mark).is_file():
-        raise UserError(f"{output} exists and is no artifact of reallm; give another name or remove it yourself")
+        raise UserError(f"{output} exists and is not a reallm artifact; give another name or remove it yourself")
     if not force:
         raise UserError(f"{output} exists; give another name, or --force to replace it")
-    if held := adapters_in(output):
+    if adapters := adapters_in(output):
         raise UserError(
-            f"{output} holds the adapters {', '.join(held)}, which fit no other artifact and would be lost; "
+            f"{output} holds the adapters {', '.join(adapters)}, which fit no other artifact and would be lost; "
             f"move or remove {output / ADAPTERS_FOLDER} first"
         )
 
 
 @contextmanager
 def new_artifact(output: Path, force: bool = False, mark: str = MANIFEST_FILE) -> Iterator[Path]:
-    """A folder to fill; it takes the name `output` when the block ends well and vanishes when it does not.
+    """Yield a folder to fill. It is renamed to `output` if the block succeeds, and removed if the block raises.
 
-    Raises UserError when `output` is taken, or when the disk is full or refuses.
+    Raises UserError if `output` exists (see `check_output`), or for an error of the file system.
     """
     check_output(output, force, mark)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -101,14 +106,15 @@ def new_artifact(output: Path, force: bool = False, mark: str = MANIFEST_FILE) -
         _replace(partial, output)
     except OSError as error:
         raise UserError(
-            f"{output} cannot be written: {error.strerror or error}; nothing was left, free space or give another place"
+            f"{output} cannot be written: {error.strerror or error}; nothing was left behind, free some space or give "
+            "another place"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _replace(partial: Path, output: Path) -> None:
-    """Move `partial` to `output`; an artifact already there is put aside first and put back if the move fails."""
+    """Rename `partial` to `output`; an artifact already there is moved aside first, and back if renaming fails."""
     for path in partial.rglob("*"):
         if path.is_file():
             _sync(path)

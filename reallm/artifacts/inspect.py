@@ -1,4 +1,4 @@
-"""Inspect: what is in an artifact, matrix by matrix, without reading a weight."""
+"""Inspect: what an artifact contains, matrix by matrix, without reading a weight."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reallm.kernels.storage.safetensors import StoredTensor
-from reallm.planner.tables.plan import Plan
+from reallm.kernels.storage.safetensors_reader import StoredTensor
+from reallm.planner.tables.plan import Plan, read_plan
 
 from .bundled_adapters import AdapterView, linear_shapes, view_adapters
 from .directory import read_config, read_record_of
-from .verify import read_plan, read_tensors
+from .verify import read_tensors
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class MatrixView:
     format: str
     nbytes: int
     cost: float
-    """Predicted loss of its format, nats per token."""
+    """Predicted increase of the loss by its format, nats per token."""
     packed: bool
+    """Whether it is stored in packed fields; otherwise it is a plain tensor of the model."""
 
     @property
     def bits_per_weight(self) -> float:
-        """All of its bytes over its weights."""
+        """Stored bits over weights, scales and everything else included."""
         return 8 * self.nbytes / (self.rows * self.cols)
 
 
@@ -45,7 +46,7 @@ class FormatView:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bytes over weights."""
+        """Stored bits over weights."""
         return 8 * self.nbytes / self.weights
 
 
@@ -59,20 +60,43 @@ class Inspection:
     matrices: tuple[MatrixView, ...]
     formats: Mapping[str, FormatView]
     bits_histogram: Mapping[int, int]
-    """b -> weights stored in more than b - 1 and at most b bits each."""
+    """b -> number of weights stored in more than b - 1 and at most b bits each."""
     shared_bytes: int
+    """Size of the codebooks that matrices share."""
     other_tensors: int
     other_bytes: int
-    """What no choice covers: norms, biases, matrices left as they are."""
+    """Size of the tensors that the plan does not choose formats for: norms, biases, matrices left as they are."""
     header_bytes: int
     file_bytes: int
-    """Bytes of the weights files: matrices + shared + other + headers."""
+    """Size of the weights files: matrices + shared + other + headers."""
     adapters: tuple[AdapterView, ...] = ()
-    """Those inside the artifact, in no figure above."""
+    """The adapters inside the artifact, which no figure above includes."""
 
 
 def inspect(path: Path | str) -> Inspection:
-    """Read plan, config.json and headers of an artifact. Raises UserError."""
+    """Describe an artifact from its plan, its config.json and the headers of its weights files.
+
+    Parameters
+    ----------
+    path
+        The folder that `reallm compile` or `reallm finetune` wrote.
+
+    Returns
+    -------
+    Inspection
+        The plan, formats and sizes (in bytes) by matrix and in sum, and the adapters inside the artifact.
+
+    Raises
+    ------
+    UserError, RecordError
+        If one of these files is missing or damaged. Both are a ReallmError. Weights are not read: use `verify` to
+        check them.
+
+    Examples
+    --------
+    >>> inspect("out/").plan.bits_per_weight  # doctest: +SKIP
+    2.998
+    """
     folder = Path(path)
     plan, tensors = read_plan(folder), read_tensors(folder)
     packed = {matrix for matrix, _ in read_record_of(folder).matrices()}
@@ -100,7 +124,7 @@ def inspect(path: Path | str) -> Inspection:
 
 
 def _covered(tensors: Mapping[str, StoredTensor], plan: Plan) -> int:
-    """How many tensors belong to a choice or are shared codebooks."""
+    """The number of tensors that belong to a choice of the plan or are shared codebooks."""
     owners = {choice.matrix for choice in plan.choices}
     owners |= {name.rpartition(".")[0] for name in owners if name not in tensors and name.rpartition(".")[0] in tensors}
     return sum(

@@ -1,7 +1,14 @@
-"""manifest.json: what a finished artifact consists of, so that one changed bit anywhere is noticed.
+"""manifest.json: the files and tensors of a finished artifact, so that one changed bit in them is noticed.
 
-It lists size and sha256 of every other file and sha256 of every tensor. Its own bytes are guarded twice: they must be
-the canonical JSON of what they say, and `digest` is the sha256 of that JSON without `digest`.
+It lists the size and sha256 of every guarded file and the sha256 of every tensor. Its own bytes are guarded twice: they
+must be the canonical JSON of their content, and `digest` is the sha256 of that JSON without `digest`.
+
+A folder that people publish also holds files that decide nothing about the model: its card, licences, pictures and the
+files of git and of the hub. Such free files may be added, changed and removed; the manifest does not list them. Every
+other file is guarded: it may not appear unless it is listed, and may not change. That covers all that transformers,
+PEFT or Python would act on (weights, config.json, tokenizer files, chat templates, plan.json, code, kernels), and any
+kind of file that is not known here. Folders of adapters, in `adapters/`, are not part of the artifact; they are checked
+by themselves (`bundled_adapters`).
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from platform import python_version
 from typing import Literal
 
@@ -22,7 +29,16 @@ from reallm.planner.tables.records import Record
 
 MANIFEST_FILE = "manifest.json"
 ADAPTERS_FOLDER = "adapters"
-"""In an artifact, but no part of it: adapters come and go, and the artifact stays what was compiled."""
+"""Adapters may be added to and removed from this folder of an artifact; the artifact stays what was compiled."""
+FREE_SUFFIXES = frozenset({".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"})
+"""Cards and pictures, in lower case."""
+FREE_STEMS = frozenset({"license", "licence", "notice", "copying"})
+"""Licence texts, in lower case: without a suffix or with one of TEXT_SUFFIXES."""
+TEXT_SUFFIXES = frozenset({"", ".txt", ".rst"})
+FREE_NAMES = frozenset({".gitattributes", ".gitignore", ".gitkeep", ".ds_store"})
+"""Files of git and of file managers, in lower case."""
+FREE_FOLDERS = frozenset({".git", ".cache", ".huggingface"})
+"""Top-level folders of git and of hub downloads; nothing in them is read."""
 MAX_MANIFEST_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 22
 _FILE_NAME = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*")
@@ -37,17 +53,18 @@ class FileEntry(Record):
 
 
 class Manifest(Record):
-    """What manifest.json holds."""
+    """The content of manifest.json."""
 
     version: Literal[1] = 1
     files: Mapping[str, FileEntry]
-    """Relative path -> entry, of every file but this one."""
+    """Relative path -> entry, for every guarded file except manifest.json. Free files listed by older versions are
+    ignored."""
     tensors: Mapping[str, str]
     """Tensor name -> sha256 of its bytes."""
     model_sha256: str
     plan_sha256: str = Field(pattern=_SHA256)
     toolchain: Mapping[str, str]
-    """Package -> version that wrote the artifact."""
+    """Package -> the version that wrote the artifact."""
     digest: str = ""
 
     @field_validator("files")
@@ -55,8 +72,29 @@ class Manifest(Record):
     def _plain_names(cls, files: Mapping[str, FileEntry]) -> Mapping[str, FileEntry]:
         for name in files:
             if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no plain relative path")
+                raise ValueError(f"{name!r} is not a plain relative path")
         return files
+
+    def guarded(self) -> dict[str, FileEntry]:
+        """The listed files that are guarded."""
+        return {name: entry for name, entry in self.files.items() if not is_free(name)}
+
+
+def is_free(name: str) -> bool:
+    """Whether the file at the relative path `name` may be added, changed and removed (see the module's docstring).
+
+    >>> is_free("README.md"), is_free("images/Loss.PNG"), is_free("LICENSE"), is_free(".cache/huggingface/x.metadata")
+    (True, True, True, True)
+    >>> is_free("modeling_x.py"), is_free("vocab.txt"), is_free("notes.bin"), is_free("LICENSE.py"), is_free(".env")
+    (False, False, False, False, False)
+    """
+    path = PurePosixPath(name)
+    if len(path.parts) > 1 and path.parts[0] in FREE_FOLDERS:
+        return True
+    lower, suffix = path.name.lower(), path.suffix.lower()
+    if lower.partition(".")[0].partition("-")[0] in FREE_STEMS and suffix in TEXT_SUFFIXES:
+        return True
+    return lower in FREE_NAMES or suffix in FREE_SUFFIXES
 
 
 def toolchain() -> dict[str, str]:
@@ -74,28 +112,34 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def artifact_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(relative path, path) of every file of the artifact but the manifest.
-
-    Hidden ones (.git, .cache) and what lies in the folder of adapters are no part of it.
-    """
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(relative path, path) of every file in `folder`, except the manifest and what lies in a folder of an adapter."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        beside = len(relative.parts) > 1 and relative.parts[0] == ADAPTERS_FOLDER
-        if path.is_file() and not beside and not any(part.startswith(".") for part in relative.parts):
-            name = relative.as_posix()
-            if name != MANIFEST_FILE:
-                yield name, path
+        of_adapters = len(relative.parts) > 1 and relative.parts[0] == ADAPTERS_FOLDER
+        if path.is_file() and not of_adapters and relative.as_posix() != MANIFEST_FILE:
+            yield relative.as_posix(), path
+
+
+def artifact_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(relative path, path) of every guarded file in `folder`, except the manifest."""
+    return ((name, path) for name, path in _files(folder) if not is_free(name))
+
+
+def free_files(folder: Path) -> tuple[str, ...]:
+    """Relative paths of the free files in `folder`; those in FREE_FOLDERS as the folder's name and a slash."""
+    found = (name for name, _ in _files(folder) if is_free(name))
+    return tuple(dict.fromkeys(f"{n.split('/')[0]}/" if n.split("/")[0] in FREE_FOLDERS else n for n in found))
 
 
 def _sealed(manifest: Manifest) -> str:
-    """Text of `manifest` with its digest filled in."""
+    """The text of `manifest` with its digest filled in."""
     value = manifest.model_dump(mode="json", exclude={"digest"})
     return canonical_json({**value, "digest": sha256_text(canonical_json(value))})
 
 
 def write_manifest(folder: Path, tensors: Mapping[str, str], model_sha256: str, plan_sha256: str) -> None:
-    """Hash every file of `folder` and write its manifest.json."""
+    """Hash every guarded file of `folder` and write its manifest.json."""
     files = {
         name: FileEntry(nbytes=path.stat().st_size, sha256=sha256_file(path)) for name, path in artifact_files(folder)
     }
@@ -106,15 +150,15 @@ def write_manifest(folder: Path, tensors: Mapping[str, str], model_sha256: str, 
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of `folder`, itself unchanged since it was written. Raises UserError."""
+    """Read the manifest of `folder`. Raises UserError if it is missing, or was changed since it was written."""
     path = folder / MANIFEST_FILE
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} are expected")
+            raise UserError(f"{path} has {path.stat().st_size} bytes; expected at most {MAX_MANIFEST_BYTES}")
         text = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"{folder} has no {MANIFEST_FILE}: it is no whole artifact; `reallm compile` writes one"
+            f"{folder} has no {MANIFEST_FILE}, so it is not a complete artifact; `reallm compile` writes one"
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

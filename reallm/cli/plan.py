@@ -1,62 +1,111 @@
-"""Plans: made, compared, explained, drawn, swept."""
+"""`reallm plan`, `diff`, `explain`, `report` and `sweep`."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from reallm.errors import UserError
-from reallm.planner.problem.candidates import PlanOptions
+from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.tables.plan import Cost, Ties
 from reallm.planner.tables.records import write_record
 from reallm.planner.tables.requirements import KvDtype, Requirements
 
 from .app import CONSOLE, app, quiet_transformers
+from .options import MovedWork, PlanOrArtifact, WorkFolder
+
+Pins = Annotated[
+    list[str] | None,
+    typer.Option("--pin", help="REGEX=FORMAT: store the matrices that match in this format. Repeatable."),
+]
+Excluded = Annotated[
+    list[str] | None, typer.Option("--exclude", help="REGEX of matrices to keep in the model's own dtype. Repeatable.")
+]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", help="Allow only candidates that match this pattern, such as 'int4-*'. Repeatable."),
+]
+Preset = Annotated[
+    str | None, typer.Option(help="Allow only the formats of one published method: gptq, qtip, lq-lora, ...")
+]
+TiesOption = Annotated[
+    Ties,
+    typer.Option(
+        "--ties",
+        help="Matrices that must share one format: those with the same input (inputs), the experts of a layer "
+        "(experts), or the same role in all layers (family).",
+    ),
+]
+CostOption = Annotated[Cost, typer.Option("--cost", help="Which of the measured costs to minimise.")]
 
 
 @app.command(epilog="Example: reallm plan work/ --budget 48MiB --pin 'lm_head=int8-g64' -o plan.json")
 def plan(
-    work: Annotated[Path, typer.Argument(help="The folder that `reallm measure` filled.")],
-    budget: Annotated[str, typer.Option("--budget", "-b", help="3.0bpw of the matrices, or 48MiB, 4GiB of the file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
-    pin: Annotated[list[str] | None, typer.Option(help="REGEX=FORMAT for the matrices it finds; repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="REGEX of matrices to leave as they are.")] = None,
-    formats: Annotated[list[str] | None, typer.Option("--format", help="Candidates allowed, such as 'int4-*'.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Only the formats of one method: gptq, qtip, lq-lora, ...")] = None,
-    ties: Annotated[Ties, typer.Option(help="Matrices that must get one format.")] = "none",
-    cost: Annotated[Cost, typer.Option(help="The measured cost to minimise.")] = "two_sided",
-    best: Annotated[int, typer.Option(min=1, help="Also show so many of the best plans, as changes to it.")] = 1,
+    work: WorkFolder,
+    budget: Annotated[
+        str,
+        typer.Option("--budget", "-b", help="3.0bpw for the compressed matrices, or 48MiB, 4GiB for the whole file."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    pin: Pins = None,
+    exclude: Excluded = None,
+    formats: Formats = None,
+    preset: Preset = None,
+    ties: TiesOption = "none",
+    cost: CostOption = "two_sided",
+    best: Annotated[int, typer.Option(min=1, help="Also show the N best plans, as differences from the first.")] = 1,
     refit: Annotated[
-        int, typer.Option(min=0, help="Rounds of measuring the plan and its rivals, correcting and planning again.")
+        int,
+        typer.Option(
+            min=0,
+            help="Rounds of measuring the plan and its rivals on the model, correcting the costs, planning again.",
+        ),
     ] = 0,
-    text: Annotated[str | None, typer.Option(help="What --refit measures on: text that measure has not seen.")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of it, of 1024 tokens.")] = 8,
-    target: Annotated[str | None, typer.Option(help="Only formats it has kernels for: triton or cpu.")] = None,
-    max_formats: Annotated[int | None, typer.Option(min=1, help="At most so many formats in use.")] = None,
-    pool: Annotated[
-        list[str] | None, typer.Option(help="NAME=SIZE:REGEX, a device's memory for the matrices it finds; repeatable.")
+    refit_text: Annotated[
+        str | None,
+        typer.Option("--refit-text", help="The text that --refit measures on; use one that `measure` has not seen."),
     ] = None,
-    latency: Annotated[str | None, typer.Option(help="Most time of a token's decoding, such as 20ms.")] = None,
-    device: Annotated[str | None, typer.Option(help="For --latency: h100-sxm, or a JSON file of rates.")] = None,
-    context: Annotated[int, typer.Option(min=0, help="Room in the budget for keys and values of these tokens,")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="of so many sequences at once,")] = 1,
-    kv_dtype: Annotated[KvDtype, typer.Option(help="each number in this type;")] = "bf16",
-    adapter_rank: Annotated[int, typer.Option(min=0, help="for 16-bit adapters of this rank beside the weights;")] = 0,
-    workspace: Annotated[str | None, typer.Option(help="and for activations, such as 256MiB.")] = None,
-    time_limit: Annotated[float, typer.Option(min=1, help="Seconds for the solver.")] = 60.0,
+    text: Annotated[str | None, typer.Option("--text", hidden=True, help="The former name of --refit-text.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 1024 tokens for --refit.")] = 8,
+    target: Annotated[
+        str | None, typer.Option(help="Allow only formats that this runtime has kernels for: triton or cpu.")
+    ] = None,
+    max_formats: Annotated[int | None, typer.Option(min=1, help="A maximum number of distinct formats.")] = None,
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SIZE:REGEX: a device's own memory for the matrices that match. Repeatable."),
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="A maximum time per decoded token, such as 20ms, by the kernels' cost model.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="The device for --latency: h100-sxm, or a JSON file of measured rates.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=0, help="Reserve room in the budget for the keys and values of this many tokens.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="The number of sequences of --context tokens at once.")] = 1,
+    kv_dtype: Annotated[KvDtype, typer.Option(help="The dtype of the reserved keys and values.")] = "bf16",
+    adapter_rank: Annotated[
+        int, typer.Option(min=0, help="Reserve room for a 16-bit adapter of this rank on every compressed linear.")
+    ] = 0,
+    workspace: Annotated[str | None, typer.Option(help="Reserve room for activations, such as 256MiB.")] = None,
+    time_limit: Annotated[float, typer.Option(min=1, help="The solver's time limit in seconds.")] = 60.0,
 ) -> None:
-    """Choose every matrix's format: the least predicted loss within a budget. Seconds; needs no model.
+    """Choose a format for every matrix: the least predicted loss within a budget. Takes seconds, needs no model.
 
-    With --refit the plan is measured on the model too: minutes, and two copies of it in float32.
+    With --refit the plan is also measured on the model: that takes minutes, and memory for two float32 copies of it.
     """
-    if refit and text is None:
-        raise UserError("--refit measures on a text that measure has not seen: name one with --text")
-    if text is not None and not refit:
-        raise UserError("--text is what --refit measures on: give --refit 2 too, or leave it out")
+    refit_text = refit_text or text
+    if refit and refit_text is None:
+        raise UserError("--refit needs a text that `measure` has not seen: name one with --refit-text")
+    if refit_text is not None and not refit:
+        raise UserError("--refit-text is only used by --refit: add --refit 2, or leave --refit-text out")
     from reallm.planning.plan import best_plans
-    from reallm.planning.plan import device as named_device
+    from reallm.planning.plan import load_device
     from reallm.planning.plan import plan as run
 
     from .tables import print_changes, print_plan
@@ -75,7 +124,7 @@ def plan(
         requirements=Requirements(
             pools=tuple(pool or ()),
             latency=latency,
-            device=None if device is None else named_device(device),
+            device=None if device is None else load_device(device),
             max_formats=max_formats,
             context=context,
             batch=batch,
@@ -85,44 +134,44 @@ def plan(
         ),
         time_limit_s=time_limit,
     )
-    if refit:
+    if refit_text is not None:
         from reallm.planning.refit import refit as run_refit
 
         quiet_transformers()
-        assert text is not None
-        result = run_refit(result, text=text, rounds=refit, windows=windows, time_limit_s=time_limit)
+        result = run_refit(result, text=refit_text, rounds=refit, windows=windows, time_limit_s=time_limit)
         write_record(output, result)
     print_plan(result, CONSOLE)
     if best > 1:
         for rank, other in enumerate(
-            best_plans(work, budget=budget, count=best, plan_options=PlanOptions.of(result))[1:], 2
+            best_plans(work, budget=budget, count=best, options=PlanOptions.of(result))[1:], 2
         ):
-            print_changes(f"plan {rank} of the best", result, other, CONSOLE)
-    typer.echo(f"wrote {output}; next: reallm compile {output} -o out/", err=True)
+            print_changes(f"plan {rank} of the {best} best", result, other, CONSOLE)
+    typer.echo(f"wrote {output}; next: reallm compile {shlex.quote(str(output))} -o out/", err=True)
 
 
 @app.command(epilog="Example: reallm diff plan-3.0.json plan-3.5.json")
 def diff(
-    before: Annotated[Path, typer.Argument(help="A plan.json, or an artifact.")],
-    after: Annotated[Path, typer.Argument(help="Another, of the same model.")],
+    before: PlanOrArtifact,
+    after: Annotated[Path, typer.Argument(help="Another plan.json or artifact of the same model.")],
 ) -> None:
-    """What a second plan stores differently: bytes and predicted loss, matrix by matrix."""
-    from reallm.planning.plan import read_plan
+    """Show what a second plan stores differently: bytes and predicted loss, matrix by matrix."""
+    from reallm.planner.tables.plan import read_plan
 
     from .tables import print_changes
 
-    print_changes(f"{after} beside {before}", read_plan(before), read_plan(after), CONSOLE, most=None)
+    print_changes(f"{after} compared with {before}", read_plan(before), read_plan(after), CONSOLE, most=None)
 
 
 @app.command(epilog="Example: reallm explain plan.json 'layers.0.self_attn.o_proj'")
 def explain(
-    plan: Annotated[Path, typer.Argument(help="A plan.json, or an artifact.")],
+    plan: PlanOrArtifact,
     matrix: Annotated[
-        str | None, typer.Argument(help="REGEX of matrices; without it, the dearest and what a MiB more would buy.")
+        str | None,
+        typer.Argument(help="REGEX of matrices; without it, the costliest matrices and what one more MiB would buy."),
     ] = None,
-    work: Annotated[Path | None, typer.Option(help="The measured folder, if it has moved.")] = None,
+    work: MovedWork = None,
 ) -> None:
-    """Why a matrix got its format: every candidate's bytes and loss, and its regret at the plan's price of a byte."""
+    """Explain why a matrix got its format: bytes, loss and regret of every candidate at the plan's price per byte."""
     from reallm.planning.plan import explain as run
     from reallm.planning.plan import next_mib
 
@@ -131,52 +180,55 @@ def explain(
     if matrix is not None:
         CONSOLE.print(alternatives_table(run(plan, matrix, work=work)))
         return
-    chosen, richer = next_mib(plan, work=work)
-    CONSOLE.print(matrices_table(sorted(chosen.choices, key=lambda choice: -choice.cost)[:15], "the dearest matrices"))
-    print_changes("what a MiB more would buy", chosen, richer, CONSOLE)
+    current, richer = next_mib(plan, work=work)
+    costliest = sorted(current.choices, key=lambda choice: -choice.cost)[:15]
+    CONSOLE.print(matrices_table(costliest, "the costliest matrices"))
+    print_changes("what one more MiB would buy", current, richer, CONSOLE)
 
 
 @app.command(epilog="Example: reallm report plan.json -o report.html --png figures/")
 def report(
-    plan: Annotated[Path, typer.Argument(help="A plan.json, or an artifact.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page, one .html file.")] = Path("report.html"),
-    png: Annotated[Path | None, typer.Option(help="A folder for the figures as PNG too.")] = None,
-    work: Annotated[Path | None, typer.Option(help="The measured folder, if it has moved.")] = None,
+    plan: PlanOrArtifact,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page: one .html file.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Also write the figures as PNG files to this folder.")] = None,
+    work: MovedWork = None,
 ) -> None:
-    """Draw a plan as one HTML file: bits of every matrix, loss against size, bytes, the dearest matrices, the next MiB.
+    """Draw a plan as one HTML file: bits per matrix, loss against size, bytes, the costliest matrices, the next MiB.
 
-    The file needs nothing beside it and no network. What is drawn from the measured table (loss against size, the next
-    MiB) is left out, and said, where the table is gone. The same plan gives the same file.
+    The file is self-contained and works offline. Loss against size and the next MiB need the measured table; where it
+    is missing, they are left out and a line says so. The same plan always gives the same file.
     """
     from reallm.reporting.report import report as run
 
-    findings = run(plan, output=output, work=work, png_folder=png)
-    if findings.lacking:
-        typer.echo(findings.lacking, err=True)
+    data = run(plan, output=output, work=work, png_folder=png)
+    if data.lacking:
+        typer.echo(data.lacking, err=True)
     typer.echo(f"wrote {output}" + (f" and the figures in {png}" if png else ""), err=True)
 
 
 @app.command(epilog="Example: reallm sweep work/ --from 2bpw --to 5bpw --points 31 -o pareto.csv --figure pareto.png")
 def sweep(
-    work: Annotated[Path, typer.Argument(help="The folder that `reallm measure` filled.")],
-    first: Annotated[str, typer.Option("--from", help="The first budget, as for plan.")] = "2bpw",
-    last: Annotated[str, typer.Option("--to", help="The last, in the same unit.")] = "5bpw",
-    points: Annotated[int, typer.Option(min=2, help="How many, evenly spaced.")] = 21,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write them as CSV too.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw them and every single format: .png, .svg, .html.")] = None,
-    pin: Annotated[list[str] | None, typer.Option(help="As for plan.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="As for plan.")] = None,
-    formats: Annotated[list[str] | None, typer.Option("--format", help="As for plan.")] = None,
-    preset: Annotated[str | None, typer.Option(help="As for plan.")] = None,
-    ties: Annotated[Ties, typer.Option(help="As for plan.")] = "none",
-    cost: Annotated[Cost, typer.Option(help="As for plan.")] = "two_sided",
+    work: WorkFolder,
+    first: Annotated[str, typer.Option("--from", help="The first budget, in the form that `plan` takes.")] = "2bpw",
+    last: Annotated[str, typer.Option("--to", help="The last budget, in the same unit.")] = "5bpw",
+    points: Annotated[int, typer.Option(min=2, help="The number of evenly spaced budgets.")] = 21,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the plans as CSV.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the plans and all uniform formats: a .png, .svg or .html file.")
+    ] = None,
+    pin: Pins = None,
+    exclude: Excluded = None,
+    formats: Formats = None,
+    preset: Preset = None,
+    ties: TiesOption = "none",
+    cost: CostOption = "two_sided",
 ) -> None:
-    """What every size would cost: the best plan at each of many budgets, beside the best single format."""
-    from reallm.planning.plan import sweep as run
+    """Find the best plan at each of many budgets, beside the best uniform format."""
+    from reallm.reporting.sweep import sweep as run
 
     from .tables import print_sweep
 
-    found = run(
+    sweep_points = run(
         work,
         first=first,
         last=last,
@@ -190,9 +242,9 @@ def sweep(
         ties=ties,
         cost=cost,
     )
-    print_sweep(found, CONSOLE)
-    if missing := points - len(found):
-        typer.echo(f"{missing} of {points} budgets are smaller than any plan", err=True)
+    print_sweep(sweep_points, CONSOLE)
+    if missing := points - len(sweep_points):
+        typer.echo(f"{missing} of {points} budgets are smaller than the smallest plan", err=True)
     for written in (output, figure):
         if written is not None:
             typer.echo(f"wrote {written}", err=True)

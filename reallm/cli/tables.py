@@ -15,7 +15,7 @@ from reallm.planner.results.sweep import Point
 from reallm.planner.tables.plan import Choice, Plan
 from reallm.planner.tables.units import bytes_text
 
-if TYPE_CHECKING:  # they import torch
+if TYPE_CHECKING:  # these modules import torch
     from reallm.artifacts.bundled_adapters import AdapterView
     from reallm.artifacts.inspect import Inspection
     from reallm.evaluation.evaluate import Evaluation
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # they import torch
 
 
 def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
-    """Two columns, a name and its value."""
+    """A table of two columns: names and values."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -33,7 +33,7 @@ def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
 
 
 def columns_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A titled table, its first column to the left and the others to the right."""
+    """A table with a title; the first column is left-aligned, the others right-aligned."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
@@ -43,7 +43,7 @@ def columns_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[st
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Budget, bytes, predicted loss and its proof, the best uniform plan beside it, and what went where."""
+    """Print the budget, size, predicted loss and its proof, the best uniform plan for comparison, and the formats."""
     bound = plan.bound
     counts = "the matrices" if plan.scope == "matrices" else "the whole weights file"
     facts = [
@@ -52,7 +52,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         ("predicted loss", f"{plan.predicted_loss:.5f} nats per token"),
         ("proof", f"{bound.status}: bound {bound.best_bound:.6g}, gap {bound.mip_gap:.2g}"),
         ("checked bound", f"{bound.lagrangian_bound:.6g}, computed without {bound.solver} {bound.solver_version}"),
-        ("shadow price", f"{bound.shadow_price:.4g} nats per token for a further MiB"),
+        ("shadow price", f"{bound.shadow_price:.4g} nats per token for one more MiB"),
         ("best uniform", _uniform_text(plan)),
     ]
     facts += _limit_facts(plan) + _measured_facts(plan)
@@ -63,24 +63,24 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _limit_facts(plan: Plan) -> list[tuple[str, str]]:
-    """What the budget pays for beside the weights, and how full every further limit is."""
-    kept, facts = plan.reserved, []
-    if kept.nbytes:
-        parts = {"keys and values": kept.kv_cache_bytes, "adapters": kept.adapter_bytes}
-        parts["workspace"] = kept.workspace_bytes
+    """What the budget reserves beside the weights, and how much of every further limit is used."""
+    reserved, facts = plan.reserved, []
+    if reserved.nbytes:
+        parts = {"keys and values": reserved.kv_cache_bytes, "adapters": reserved.adapter_bytes}
+        parts["workspace"] = reserved.workspace_bytes
         text = ", ".join(f"{name} {bytes_text(nbytes)}" for name, nbytes in parts.items() if nbytes)
-        facts.append(("beside the weights", text))
+        facts.append(("reserved beside the weights", text))
     for limit in plan.limits:
         if limit.unit == "bytes":
             used, price = f"{bytes_text(limit.used)} of {bytes_text(limit.capacity)}", "MiB"
         else:
             used, price = f"{limit.used / 1e6:.3f} of {limit.capacity / 1e6:.3f} ms", "ms"
-        facts.append((limit.name, f"{used}; {limit.shadow_price:.4g} nats per token for a further {price}"))
+        facts.append((limit.name, f"{used}; {limit.shadow_price:.4g} nats per token for one more {price}"))
     return facts
 
 
 def print_sweep(points: Sequence[Point], console: Console) -> None:
-    """A line a budget, with a bar as long as the loss on a logarithmic scale."""
+    """Print one line per budget; the length of its bar is the loss on a logarithmic scale."""
     losses = [point.predicted_loss for point in points if point.predicted_loss > 0]
     low, high = (math.log(min(losses)), math.log(max(losses))) if losses else (0.0, 0.0)
     rows = []
@@ -99,15 +99,24 @@ def print_sweep(points: Sequence[Point], console: Console) -> None:
                 "█" * round(1 + 19 * share),
             ]
         )
-    headings = ("budget", "bits", "size", "predicted loss", "next MiB", "uniform loss", "uniform", "log loss")
-    table = columns_table("nats per token at every budget", headings, rows)
+    headings = (
+        "budget",
+        "bits",
+        "size",
+        "predicted loss",
+        "one more MiB",
+        "uniform loss",
+        "uniform format",
+        "log loss",
+    )
+    table = columns_table("predicted loss in nats per token at every budget", headings, rows)
     for column in table.columns[-2:]:
         column.justify = "left"
     console.print(table)
 
 
 def print_changes(title: str, before: Plan, after: Plan, console: Console, most: int | None = 15) -> None:
-    """Bytes and predicted loss of two plans, and the matrices that differ, at most `most` of them."""
+    """Print bytes and predicted loss of two plans, and up to `most` of the matrices that differ (None: all)."""
     changes = differences(before, after)
     facts = [
         ("predicted loss", f"{before.predicted_loss:.6g} -> {after.predicted_loss:.6g} nats per token"),
@@ -122,30 +131,30 @@ def print_changes(title: str, before: Plan, after: Plan, console: Console, most:
         console.print(columns_table(f"changes, {count}", ("matrix", "before", "after", "bytes", "loss"), rows))
 
 
-def alternatives_table(found: Sequence[Alternative]) -> Table:
-    """Every candidate on a line, the chosen one marked."""
+def alternatives_table(alternatives: Sequence[Alternative]) -> Table:
+    """One line per candidate; the chosen one is marked."""
     rows = [
         [a.matrix, f"{a.format} *" if a.chosen else a.format, str(a.nbytes), f"{a.cost:.4g}", f"{a.regret:.4g}"]
-        for a in found
+        for a in alternatives
     ]
-    title = "candidates, * the chosen one; regret: what it would lose at the plan's price of a byte"
+    title = "candidates; * is the chosen one; regret: what a candidate loses at the plan's price per byte"
     return columns_table(title, ("matrix", "format", "bytes", "loss", "regret"), rows)
 
 
-def print_inspection(found: Inspection, console: Console) -> None:
-    """Where every byte of an artifact's weights files is, and how wide its weights are."""
-    total = sum(found.bits_histogram.values()) or 1
-    widths = ", ".join(f"up to {bits}: {count / total:.1%}" for bits, count in found.bits_histogram.items())
+def print_inspection(inspection: Inspection, console: Console) -> None:
+    """Print what the bytes of an artifact's weights files are used for, and the distribution of bits per weight."""
+    total = sum(inspection.bits_histogram.values()) or 1
+    widths = ", ".join(f"up to {bits}: {count / total:.1%}" for bits, count in inspection.bits_histogram.items())
     facts = [
-        ("architecture", found.architecture),
-        ("matrices", f"{found.plan.matrices_bytes} bytes, {found.shared_bytes} of them shared codebooks"),
-        ("everything else", f"{found.other_bytes} bytes in {found.other_tensors} tensors"),
-        ("headers", f"{found.header_bytes} bytes"),
-        ("weights files", f"{found.file_bytes} bytes ({bytes_text(found.file_bytes)})"),
+        ("architecture", inspection.architecture),
+        ("matrices", f"{inspection.plan.matrices_bytes} bytes, {inspection.shared_bytes} of them shared codebooks"),
+        ("everything else", f"{inspection.other_bytes} bytes in {inspection.other_tensors} tensors"),
+        ("headers", f"{inspection.header_bytes} bytes"),
+        ("weights files", f"{inspection.file_bytes} bytes ({bytes_text(inspection.file_bytes)})"),
         ("bits per weight", widths),
     ]
-    facts += [("adapter", _adapter_text(view)) for view in found.adapters]
-    console.print(facts_table(found.path, facts))
+    facts += [("adapter", _adapter_text(view)) for view in inspection.adapters]
+    console.print(facts_table(inspection.path, facts))
 
 
 def _adapter_text(view: AdapterView) -> str:
@@ -155,12 +164,12 @@ def _adapter_text(view: AdapterView) -> str:
 
 
 def _measured_facts(plan: Plan) -> list[tuple[str, str]]:
-    found = plan.measured
-    if found is None:
+    measured = plan.measured
+    if measured is None:
         return [("measured", "not yet; `reallm eval` measures an artifact, `plan --refit` measures plans")]
-    tried = "; ".join(f"{name}: predicted {loss:.5f}, measured {kl:.5f}" for name, loss, kl in found.tried)
-    where = f"{found.windows} windows of {found.seqlen} tokens of {found.text}"
-    return [("measured", f"KL {found.kl:.5f} nats per token on {where}"), ("plans measured", tried)]
+    tried = "; ".join(f"{name}: predicted {loss:.5f}, measured {kl:.5f}" for name, loss, kl in measured.tried)
+    where = f"{measured.windows} windows of {measured.seqlen} tokens of {measured.text}"
+    return [("measured", f"KL {measured.kl:.5f} nats per token on {where}"), ("plans measured", tried)]
 
 
 def _uniform_text(plan: Plan) -> str:
@@ -171,12 +180,12 @@ def _uniform_text(plan: Plan) -> str:
 
 
 def _bits(choices: Sequence[Choice]) -> float:
-    """Bits per weight, shared codebooks left out."""
+    """Bits per weight, without shared codebooks."""
     return 8 * sum(c.nbytes for c in choices) / sum(c.rows * c.cols for c in choices)
 
 
 def histogram(choices: Sequence[Choice]) -> Table:
-    """How many matrices and weights each format got, by bits per weight."""
+    """Number of matrices and share of weights of each format, sorted by bits per weight."""
     by_format: dict[str, list[Choice]] = defaultdict(list)
     for choice in choices:
         by_format[choice.format].append(choice)
@@ -194,7 +203,7 @@ def histogram(choices: Sequence[Choice]) -> Table:
 
 
 def matrices_table(choices: Sequence[Choice], title: str = "matrices") -> Table:
-    """Every matrix on a line."""
+    """One line per matrix."""
     rows = [
         [c.matrix, f"{c.rows}x{c.cols}", c.format, str(c.nbytes), f"{_bits([c]):.3f}", f"{c.cost:.3g}"] for c in choices
     ]
@@ -202,7 +211,7 @@ def matrices_table(choices: Sequence[Choice], title: str = "matrices") -> Table:
 
 
 def families_table(choices: Sequence[Choice]) -> Table:
-    """Each role across the blocks: its weights, its mean bits, the formats it got."""
+    """One line per family (one role in all blocks): number of matrices, mean bits, cost and formats."""
     by_family: dict[str, list[Choice]] = defaultdict(list)
     for choice in choices:
         by_family[choice.family].append(choice)
@@ -216,27 +225,27 @@ def families_table(choices: Sequence[Choice]) -> Table:
 
 
 def print_evaluation(result: Evaluation, console: Console) -> None:
-    """Perplexities, the divergence with its tail, sizes in the three ways, seconds and memory."""
-    found = result.comparison
-    context = f"{found.windows} windows of {found.seqlen} tokens, {found.tokens} scored, {result.dtype}"
-    facts = [("text", result.text), ("protocol", context), ("perplexity", f"{found.perplexity:.4f}")]
-    if found.base_perplexity is not None and found.divergence is not None:
-        kl = found.divergence
+    """Print perplexities, the KL divergence with its tail, the sizes, and the time and memory that evaluation took."""
+    comparison = result.comparison
+    context = f"{comparison.windows} windows of {comparison.seqlen} tokens, {comparison.tokens} scored, {result.dtype}"
+    facts = [("text", result.text), ("protocol", context), ("perplexity", f"{comparison.perplexity:.4f}")]
+    if comparison.base_perplexity is not None and comparison.divergence is not None:
+        kl = comparison.divergence
         tail = f"median {kl.median:.4f}, 90% {kl.p90:.4f}, 95% {kl.p95:.4f}, 99% {kl.p99:.4f}, 99.9% {kl.p999:.4f}"
-        facts.append(("base perplexity", f"{found.base_perplexity:.4f}"))
-        facts.append(("KL to the base", f"{kl.mean:.5f} nats per token; {tail}, most {kl.max:.4f}"))
+        facts.append(("original's perplexity", f"{comparison.base_perplexity:.4f}"))
+        facts.append(("KL to the original", f"{kl.mean:.5f} nats per token; {tail}, maximum {kl.max:.4f}"))
         facts.append(("same first token", f"{kl.same_top1:.2%}"))
     facts += _size_facts("", result.sizes)
     if result.base_sizes is not None:
-        facts += _size_facts("base ", result.base_sizes)
-    facts.append(("cost of this", f"{result.seconds:.1f} s, peak memory {bytes_text(result.peak_rss_bytes)}"))
+        facts += _size_facts("original's ", result.base_sizes)
+    facts.append(("evaluation took", f"{result.seconds:.1f} s, peak memory {bytes_text(result.peak_rss_bytes)}"))
     console.print(facts_table(f"evaluation of {result.model}", facts))
     for note in result.notes:
         console.print(f"note: {note}", highlight=False)
 
 
 def _size_facts(whose: str, sizes: Sizes) -> list[tuple[str, str]]:
-    matrices = f"{sizes.matrices_bpw:.4f} bits per weight, all {sizes.matrices_bytes} bytes of them counted"
+    matrices = f"{sizes.matrices_bpw:.4f} bits per weight, {sizes.matrices_bytes} bytes"
     return [
         (f"{whose}matrices", matrices),
         (f"{whose}all weights", f"{sizes.weights_bpw:.4f} bits per weight, {sizes.weights} weights"),

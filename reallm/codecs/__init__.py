@@ -1,1 +1,1 @@
-"""Encoders: how the codes of a matrix are chosen for a format, given what errors cost."""
+"""Encoders: choosing the codes of a matrix for a format, given what its errors cost. One folder per codec family."""

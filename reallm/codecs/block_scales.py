@@ -1,4 +1,4 @@
-"""One scale for every block of TILE columns, fitted to given codes by least squares in the metric of an encoder."""
+"""Scales of blocks of TILE columns, fitted to given codes by least squares in the metric of the encoder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from torch import Tensor
 
 from reallm.kernels.formats.codecs import TILE
 
-RIDGE = 1e-6
+RIDGE = 1e-6  # towards the previous scale, in units of the mean curvature
 
 
 def refit_block_scales(W: Tensor, plain: Tensor, scales: Tensor, H: Tensor, G: Tensor | None) -> Tensor:
-    """Scales [K / TILE] minimising tr(G E H E^T), E = W - plain diag(scales); `scales` where that is singular.
+    """Fit scales [K / TILE] that minimise tr(G E H E^T), E = W - plain diag(scales).
 
-    W and `plain` are float32 [N, K], K a multiple of TILE; without G [N, N] it is the identity.
+    W[N, K] and the unscaled decoded codes `plain` [N, K] are float32, K a multiple of TILE. G [N, N] is the identity if
+    None. If the system is singular, the previous `scales` are returned.
     """
     weighted = plain if G is None else G @ plain
     gram = _block_sums((plain.T @ weighted) * H)
@@ -26,13 +27,13 @@ def refit_block_scales(W: Tensor, plain: Tensor, scales: Tensor, H: Tensor, G: T
 
 
 def _block_sums(values: Tensor) -> Tensor:
-    """Sums over TILE x TILE blocks, float64."""
+    """Sum over blocks of TILE x TILE entries, in float64."""
     blocks = values.shape[0] // TILE
     return values.reshape(blocks, TILE, blocks, TILE).double().sum((1, 3))
 
 
 def padded(H: Tensor, size: int) -> Tensor:
-    """H with ones on the diagonal where there is nothing."""
+    """H[n, n] extended to [size, size] by ones on the diagonal and zeros elsewhere."""
     missing = size - len(H)
     if not missing:
         return H

@@ -1,11 +1,12 @@
-"""Codecs: how the codes of a matrix are chosen for a format, given what errors cost.
+"""Encoding: the packed fields of a matrix in a format. `encode` is the entry point.
 
-`encode` is the one entry. A new codec is a module like `scalar` and a branch in `_encode_codes`.
+Four layers, each around the next: the low-rank term, the sparse outliers, the transforms, and the codes themselves. A
+new codec is a folder with an encoder (see `encoder`) and one row in ENCODERS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from reallm.kernels.formats.codecs import (
     AdditiveCodec,
+    AnyCodec,
     DenseCodec,
     KMeansCodec,
     LatticeCodec,
@@ -23,10 +25,11 @@ from reallm.kernels.formats.codecs import (
 from reallm.kernels.formats.formats import Format
 
 from .additive.encode import encode_additive
+from .encoder import CodedMatrix, Encoder, EncodingContext
 from .lattice.encode import encode_lattice
-from .metric import Metric, Workspace
+from .metric import Workspace
 from .neural.encode import encode_neural
-from .packed_fields import PackedFields, store, store_all
+from .packed_fields import PackedFields, store_all
 from .rounding import RoundingCost
 from .scalar.encode import encode_scalar
 from .scalar.row_tables import encode_kmeans
@@ -37,114 +40,106 @@ from .trellis.encode import encode_trellis
 
 CODEC_VERSION = 2  # part of every cache key: raise it whenever an encoder's output may change
 MAX_ALTERNATIONS = 4
+_DENSE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
-__all__ = ["CODEC_VERSION", "Metric", "PackedFields", "Workspace", "encode"]
+
+def _encode_dense(W: Tensor, codec: DenseCodec, context: EncodingContext) -> CodedMatrix:
+    return CodedMatrix({"values": W}, W.to(_DENSE_DTYPES[codec.dtype]).float())
+
+
+ENCODERS: Mapping[type[AnyCodec], Encoder] = {
+    DenseCodec: _encode_dense,
+    ScalarCodec: encode_scalar,
+    KMeansCodec: encode_kmeans,
+    AdditiveCodec: encode_additive,
+    LatticeCodec: encode_lattice,
+    TrellisCodec: encode_trellis,
+    NeuralCodec: encode_neural,
+}
 
 
 def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = None, seed: int = 0) -> PackedFields:
-    """The packed fields of W[N, K] float32 in `fmt`: the same bytes for the same inputs, seed and thread count.
+    """Encode W[N, K] float32 in `fmt`: its packed fields, the same bytes for the same inputs, seed and thread count.
 
-    `shared` holds what a format shares: codebooks [M, 2^B, d] or a decoder's bytes. With a low-rank term the two parts
-    are fitted in turn, low rank first (LQ-LoRA, arXiv 2311.12023), until the cost stops falling; the best pair is kept.
+    `work` holds the metric of the matrix. `shared` holds what the format shares: codebooks [M, 2^B, d] or the bytes of
+    a decoder. Raises ValueError for weights that are not finite, for shared codebooks of a wrong shape, and for values
+    that do not fit their field.
+    """
+    return store_all(fmt.fields(*W.shape), choose_codes(W, EncodingContext(fmt, work, shared, seed)).values)
+
+
+def choose_codes(W: Tensor, context: EncodingContext) -> CodedMatrix:
+    """Choose the values of all fields of W[N, K] float32, before packing; arguments and errors are those of `encode`.
+
+    With a low-rank term, codes and factors are fitted in turn, factors first (LQ-LoRA, arXiv 2311.12023), until the
+    cost stops falling; the cheapest pair is returned.
     """
     if not bool(torch.isfinite(W).all()):
         raise ValueError("a weight is not finite")
-    _check_shared(fmt, shared)
-    fields = fmt.fields(*W.shape)
-    if isinstance(fmt.codec, DenseCodec):
-        return {fields[0].name: store(fields[0], W)}
-    if fmt.low_rank is None:
-        values, _ = _encode_rest(W, fmt, work, shared, seed)
-        return store_all(fields, values)
-    values, factors = _alternate(W, fmt, work, shared, seed)
-    return store_all(fields, {**values, **factors.stored})
+    _check_shared(context.fmt, context.shared)
+    return _encode_with_outliers(W, context) if context.fmt.low_rank is None else _encode_with_factors(W, context)
 
 
 def _check_shared(fmt: Format, shared: Tensor | None) -> None:
     codec = fmt.codec
     if fmt.shared_field is None or not isinstance(codec, AdditiveCodec | NeuralCodec):
         return
-    expected = codec.codebook_shape
-    found = None if shared is None else tuple(shared.shape)
-    if found != expected:
-        raise ValueError(f"{fmt.name} needs its shared codebooks {expected}, not {found}")
+    shape = None if shared is None else tuple(shared.shape)
+    if shape != codec.codebook_shape:
+        raise ValueError(f"{fmt.name} needs its shared codebooks {codec.codebook_shape}, not {shape}")
 
 
-def _alternate(
-    W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
-) -> tuple[dict[str, Tensor], Factors]:
+def _encode_with_factors(W: Tensor, context: EncodingContext) -> CodedMatrix:
+    fmt, work = context.fmt, context.work
     assert fmt.low_rank is not None
     two_sided = fmt.feedback == "ldl2"
-    best: tuple[dict[str, Tensor], Factors] | None = None
-    values: dict[str, Tensor] = {}
-    best_cost, quantised = float("inf"), torch.zeros_like(W)
+    coded = CodedMatrix({}, torch.zeros_like(W))
+    best: tuple[CodedMatrix, Factors] | None = None
+    best_cost = float("inf")
     for turn in range(MAX_ALTERNATIONS):
+        residual = W - coded.decoded
         if fmt.plain_svd or (fmt.feedback and not turn):
-            factors = strongest(W - quantised, fmt.low_rank, seed)
+            factors = strongest(residual, fmt.low_rank, context.seed)
         else:
-            factors = factorise(W - quantised, fmt.low_rank, work, bool(fmt.feedback), seed, two_sided)
-        if turn and (kept := work.cost(W - quantised - factors.product, two_sided)) < best_cost:
-            best, best_cost = (values, factors), kept  # the codes of before with factors fitted to them
-        values, quantised = _encode_rest(W - factors.product, fmt, work, shared, seed)
-        cost = work.cost(W - quantised - factors.product, two_sided)
+            factors = factorise(residual, fmt.low_rank, work, bool(fmt.feedback), context.seed, two_sided)
+        if turn:  # the codes of the last turn with the factors just fitted to them
+            cost = work.cost(residual - factors.product, two_sided)
+            if cost < best_cost:
+                best, best_cost = (coded, factors), cost
+        coded = _encode_with_outliers(W - factors.product, context)
+        cost = work.cost(W - coded.decoded - factors.product, two_sided)
         if cost >= best_cost:
             break
-        best, best_cost = (values, factors), cost
+        best, best_cost = (coded, factors), cost
     assert best is not None
-    return best
+    coded, factors = best
+    return CodedMatrix({**coded.values, **factors.stored}, coded.decoded + factors.product)
 
 
-def _encode_rest(
-    W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Everything but the low-rank term: (stored values by field name, what they decode to)."""
+def _encode_with_outliers(W: Tensor, context: EncodingContext) -> CodedMatrix:
+    fmt, work = context.fmt, context.work
     if fmt.sparse is None:
-        return _encode_transformed(W, fmt, work, shared, seed)
+        return _encode_transformed(W, context)
     weight = work.feedback_weight if fmt.feedback else work.column_weight
-    outliers = find_outliers(W, fmt.sparse, weight, _trial(fmt, work))
-    values, decoded = _encode_transformed(outliers.rest, fmt, work, shared, seed)
-    stored, added = outliers.fit(W, decoded, work)
-    return {**values, **stored}, decoded + added
+    outliers = find_outliers(W, fmt.sparse, weight, _trial_decoder(context))
+    coded = _encode_transformed(outliers.rest, context)
+    stored, added = outliers.fit(W, coded.decoded, work)
+    return CodedMatrix({**coded.values, **stored}, coded.decoded + added)
 
 
-def _trial(fmt: Format, work: Workspace) -> Callable[[Tensor], Tensor] | None:
-    """What matrices would decode to without feedback, where trying is cheap and errors stay in their place."""
-    if not RoundingCost.knows(fmt):
+def _trial_decoder(context: EncodingContext) -> Callable[[Tensor], Tensor] | None:
+    """A function that gives what a matrix would decode to without feedback; None where such a trial is not cheap."""
+    if not RoundingCost.supports(context.fmt):
         return None
-    plain = replace(fmt, feedback="", clipping=False)
-    return lambda W: _encode_transformed(W, plain, work, None, 0)[1]
+    plain = replace(context, fmt=replace(context.fmt, feedback="", clipping=False))
+    return lambda W: _encode_transformed(W, plain).decoded
 
 
-def _encode_transformed(
-    W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
-) -> tuple[dict[str, Tensor], Tensor]:
+def _encode_transformed(W: Tensor, context: EncodingContext) -> CodedMatrix:
+    fmt = context.fmt
+    encoder = ENCODERS[type(fmt.codec)]
     if not fmt.transformed:
-        return _encode_codes(W, fmt, work, shared, seed)
-    frame = transform(W, fmt, work)
-    values, decoded = _encode_codes(frame.weight, fmt, frame.work, shared, seed)
-    return {**values, **frame.stored}, frame.undo(decoded)
-
-
-def _encode_codes(
-    W: Tensor, fmt: Format, work: Workspace, shared: Tensor | None, seed: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """(stored values by field name, what they decode to)."""
-    codec = fmt.codec
-    if isinstance(codec, ScalarCodec):
-        scalar = encode_scalar(W, codec, bool(fmt.feedback), work, fmt.clipping)
-        return {"codes": scalar.codes, **scalar.stored}, scalar.values(codec)
-    if isinstance(codec, KMeansCodec):
-        return encode_kmeans(W, codec, bool(fmt.feedback), work)
-    if isinstance(codec, TrellisCodec):
-        return encode_trellis(W, codec, fmt.feedback, work)
-    if isinstance(codec, LatticeCodec):
-        return encode_lattice(W, codec, fmt.feedback, work)
-    if isinstance(codec, NeuralCodec):
-        assert shared is not None
-        return encode_neural(W, codec, bool(fmt.feedback), work, shared)
-    assert isinstance(codec, AdditiveCodec)
-    additive = encode_additive(W, codec, work, shared, seed)
-    values = {"codes": additive.codes, "scales": additive.scales}
-    if not codec.shared:
-        values["codebooks"] = additive.codebooks
-    return values, additive.values(W.shape[1])
+        return encoder(W, fmt.codec, context)
+    frame = transform(W, fmt, context.work)
+    coded = encoder(frame.weight, fmt.codec, replace(context, work=frame.work))
+    return CodedMatrix({**coded.values, **frame.stored}, frame.undo(coded.decoded))

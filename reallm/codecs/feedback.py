@@ -1,7 +1,8 @@
-"""Error feedback: every column is rounded after the errors of the columns before it were spread onto it.
+"""Error feedback and coordinate descent: choosing the codes of a matrix column by column.
 
-Minimises tr(E H E^T) greedily (GPTQ, arXiv 2210.17323; block LDL in QuIP#, arXiv 2402.04396). With H^-1 = U^T U, U
-upper triangular, the target of column j is w_j - sum_{i<j} U_ij err_i, err_j = (target_j - value_j) / U_jj.
+With error feedback each column compensates for the errors of the columns before it, which minimises tr(E H E^T)
+greedily (GPTQ, arXiv 2210.17323; block LDL in QuIP#, arXiv 2402.04396). With H^-1 = U^T U, U upper triangular, the
+target of column j is w_j - sum_{i<j} U_ij err_i, where err_j = (target_j - value_j) / U_jj.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ BLOCK_COLUMNS = 128
 
 
 def feed_back(columns: Tensor, factor: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> None:
-    """Visit the columns of W in order; `columns` [K, N] is W transposed and is overwritten.
+    """Quantise the columns of W in turn, with error feedback.
 
-    `quantise(position, target [N])` returns the values [N] that the column will decode to.
+    `columns` [K, N] is W transposed, in the order of `factor` [K, K] = U, and is overwritten.
+    `quantise(position, target [N])` returns the values [N] that the column at `position` decodes to.
     """
     count = columns.shape[0]
     diagonal = factor.diagonal().tolist()
@@ -35,10 +37,10 @@ def feed_back(columns: Tensor, factor: Tensor, quantise: Callable[[int, Tensor],
 
 
 def descend(columns: Tensor, values: Tensor, hessian: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> None:
-    """One pass of coordinate descent on tr(E H E^T): each column moves to its best values given all the others.
+    """One pass of coordinate descent on tr(E H E^T): each column is quantised again, given all the others.
 
-    `columns` [K, N] is W transposed, `values` [K, N] what it decodes to now; both in the order of `hessian` [K, K].
-    With slope = H E^T, the best value of column j is value_j + slope_j / H_jj (QuantEase, arXiv 2309.01885).
+    `columns` [K, N] is W transposed and `values` [K, N] what it decodes to now, both in the order of `hessian` [K, K].
+    With slope = H E^T, the target of column j is value_j + slope_j / H_jj (QuantEase, arXiv 2309.01885).
     """
     slope = hessian @ (columns - values)
     diagonal = hessian.diagonal().tolist()
@@ -47,7 +49,7 @@ def descend(columns: Tensor, values: Tensor, hessian: Tensor, quantise: Callable
         changes = torch.zeros(stop - start, columns.shape[1])
         for i in range(stop - start):
             j = start + i
-            rest = torch.addmv(slope[j], changes[:i].T, hessian[start:j, j], alpha=-1) if i else slope[j]
-            changes[i] = quantise(j, values[j] + rest / diagonal[j]) - values[j]
+            current = torch.addmv(slope[j], changes[:i].T, hessian[start:j, j], alpha=-1) if i else slope[j]
+            changes[i] = quantise(j, values[j] + current / diagonal[j]) - values[j]
         if stop < len(columns):
             slope[stop:].addmm_(hessian[stop:, start:stop], changes, alpha=-1)

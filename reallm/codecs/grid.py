@@ -1,4 +1,4 @@
-"""The grid of a scalar codec: its levels, the nearest code of a weight, the value of a code."""
+"""The grid of a scalar codec: its levels, the nearest code to a weight, and the value of a code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reallm.kernels.formats.codecs import ScalarCodec
 
 
 class Grid:
-    """Levels of one codec: nearest code and value, for weights already divided by their scale."""
+    """The levels of one codec, for weights that are already divided by their scale."""
 
     def __init__(self, codec: ScalarCodec) -> None:
         self.uniform = codec.table in ("int", "uint")
@@ -21,17 +21,17 @@ class Grid:
         self.edges = (self.levels[1:] + self.levels[:-1]) / 2
 
     def code(self, x: Tensor, zero: Tensor | None) -> Tensor:
-        """Nearest code of x = w / scale, int64."""
+        """The code nearest to x = w / scale, int64; `zero` is the zero point of an unsigned grid."""
         if not self.uniform:
             return torch.bucketize(x, self.edges)
         position = x + zero if zero is not None else x * self.half + self.half
         return torch.clamp(torch.round(position), 0, self.top).long()
 
     def value(self, code: Tensor, zero: Tensor | None) -> Tensor:
-        """Level of a code, before the scale."""
+        """The level of a code, before it is multiplied by the scale."""
         return code.float() - zero if zero is not None else torch.take(self.levels, code.long())
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for 0."""
+    """1 / scale, and 0 where the scale is 0."""
     return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)

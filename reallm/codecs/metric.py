@@ -4,8 +4,8 @@ With E = W - W_hat, the cost of storing W as W_hat is, in nats per token,
 
     1/2 sum_n r_n e_n H e_n^T + 1/2 sum F_extra * E^2,
 
-H the guided Hessian (GuidedQuant, arXiv 2505.07004), r a weight per row (only an output head, whose rows are tokens of
-very different frequency, has one) and F_extra the diagonal Fisher of an embedding's look-ups.
+where H is the guided Hessian (GuidedQuant, arXiv 2505.07004), r is a weight per row (only an output head has one,
+because its rows are tokens of very different frequency) and F_extra is the diagonal Fisher of an embedding's look-ups.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from torch import Tensor
 from reallm.decoding.rotation import rotate_both
 
 LOG = logging.getLogger(__name__)
-DAMPING = 0.01  # share of the mean diagonal added to H (GPTQ, arXiv 2210.17323)
+DAMPING = 0.01
+"""Share of its mean diagonal that is added to H (GPTQ, arXiv 2210.17323)."""
 OUTPUT_DAMPING = 2.0
-"""Share of the mean diagonal added to the output's Hessian; less trusts it too far (docs/log.md)."""
+"""Share of its mean diagonal that is added to the output Hessian; less would rely on it too much (docs/log.md)."""
 MAX_DAMPING = 1e4
-SMALL = 128
+DIRECT_SIZE = 128
 """Triangular matrices up to this size are inverted directly."""
 
 
 def symmetric(H: Tensor) -> Tensor:
-    """H without the asymmetry that rounding gave it."""
+    """(H + H^T) / 2, which removes the asymmetry that rounding leaves."""
     return (H + H.T) / 2
 
 
 def _upper_inverse(R: Tensor) -> Tensor:
-    """R^-1 of an upper triangular R, by halves: n^3 / 3 flops nearly all in products of matrices."""
+    """The inverse of an upper triangular R, by halves: n^3 / 3 flops, nearly all in matrix products."""
     n, half = len(R), len(R) // 2
-    if n <= SMALL:
+    if n <= DIRECT_SIZE:
         corner: Tensor = torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype), upper=True)
         return corner
     result = torch.zeros_like(R)
@@ -46,27 +47,28 @@ def _upper_inverse(R: Tensor) -> Tensor:
 
 
 def _root(H: Tensor) -> Tensor:
+    """The Cholesky factor of H, float32; the root of its diagonal where H has none."""
     lower, failed = torch.linalg.cholesky_ex(H)
     return (torch.diag(H.diagonal().sqrt()) if int(failed) else lower).float()
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The cost of an error of one matrix W[N, K]; float32 tensors on the CPU."""
+    """What errors of one matrix W[N, K] cost; float32 tensors on the CPU."""
 
     hessian: Tensor
-    """Guided Hessian [K, K]."""
+    """H, the guided Hessian [K, K]."""
     fisher: Tensor
-    """Diagonal Fisher [N, K], for the record and for LQ-LoRA's weighting."""
+    """Diagonal Fisher [N, K]: for the diagonal cost, which is reported, and for LQ-LoRA's weighting."""
     row_weight: Tensor | None = None
-    """[N], mean one."""
+    """r [N], with mean one; None for all ones."""
     extra_fisher: Tensor | None = None
-    """[N, K]."""
+    """F_extra [N, K]; None for zero."""
     gram: Tensor | None = None
-    """Second moment of the output's gradients, tokens weighted by their inputs [N, N]; for two-sided feedback."""
+    """Second moment of the output's gradients [N, N], tokens weighted by their inputs; for two-sided feedback."""
 
     def guided(self, error: Tensor) -> float:
-        """Cost of `error` [N, K] in nats per token."""
+        """The cost of `error` [N, K] in nats per token; see the formula above."""
         product = (error @ self.hessian).mul_(error).sum(1)
         if self.row_weight is not None:
             product = product * self.row_weight
@@ -76,25 +78,27 @@ class Metric:
         return 0.5 * max(float(total), 0.0)
 
     def diagonal(self, error: Tensor) -> float:
-        """Diagonal-Fisher cost of `error` [N, K] in nats per token (LQ-LoRA, arXiv 2311.12023)."""
+        """The diagonal-Fisher cost of `error` [N, K] in nats per token (LQ-LoRA, arXiv 2311.12023)."""
         return 0.5 * float((self.fisher * error.square()).sum(dtype=torch.float64))
 
 
 class Workspace:
-    """Factorisations of one matrix's metric, made once and used by every candidate format.
+    """The factorisations of one matrix's metric, computed once and used by every candidate format.
 
-    `order` is the order in which error feedback visits the columns: falling diagonal of H (GPTQ's act-order). Groups
-    and scales stay in storage order, so the order costs no byte.
+    `notes` collects what was wrong with the statistics and how it was handled, for the user.
     """
 
     def __init__(self, metric: Metric, hessian: Tensor | None = None, output_hessian: Tensor | None = None) -> None:
-        """Of a matrix itself; the two Hessians are given for a transformed one, whose metric is its parent's."""
+        """`hessian` and `output_hessian` replace those derived from `metric`; they are given for transformed weights.
+
+        `metric` is then still that of the untransformed matrix.
+        """
         self.metric = metric
         self.notes: list[str] = []
         self._hessian, self._output_hessian = hessian, output_hessian
 
     def two_sided(self, error: Tensor) -> float:
-        """1/2 tr(G E H E^T) in nats per token, G with mean diagonal one; the guided cost where G is unknown."""
+        """1/2 tr(G E H E^T) in nats per token, G scaled to mean diagonal one; the guided cost if G is unknown."""
         G = self.cost_weight
         if G is None:
             return self.metric.guided(error)
@@ -102,22 +106,22 @@ class Workspace:
 
     @cached_property
     def cost_weight(self) -> Tensor | None:
-        """`output_hessian` over its mean diagonal, float32 [N, N]."""
+        """`output_hessian` divided by its mean diagonal, float32 [N, N]; None if unknown."""
         G = self.output_hessian
         return None if G is None else (G / G.diagonal().mean()).float()
 
     @cached_property
     def column_weight(self) -> Tensor:
-        """Diagonal of the encoder's Hessian, [K], positive."""
+        """The diagonal of `hessian`, float32 [K], positive."""
         return self.hessian.diagonal().float().clamp_min(1e-30)
 
     @cached_property
     def hessian(self) -> Tensor:
-        """The damped Hessian that encoders minimise in, float64 [K, K].
+        """The damped Hessian in whose metric encoders minimise, float64 [K, K].
 
-        Scaled by a power of two to a mean diagonal near one, which changes no choice and keeps float32 from underflow.
-        Dead columns (never active in the calibration text) get the smallest live diagonal, so that their weights are
-        still rounded to something sensible.
+        It is scaled by a power of two to a mean diagonal near one, which changes no choice and prevents float32
+        underflow. Dead columns (never active in the calibration text) get the smallest live diagonal, so that their
+        weights are still rounded sensibly.
         """
         if self._hessian is not None:
             return self._hessian
@@ -139,7 +143,7 @@ class Workspace:
         return self._positive(torch.ldexp(H, -torch.frexp(mean).exponent))
 
     def _positive(self, H: Tensor) -> Tensor:
-        """H [K, K] with more damping while it is not positive definite: one that is not makes some errors pay."""
+        """H [K, K] with more damping until it is positive definite; otherwise some errors would have negative cost."""
         if not int(torch.linalg.cholesky_ex(H.float())[1]):
             return H
         extra, mean = 0.0, H.diagonal().mean()
@@ -154,7 +158,7 @@ class Workspace:
 
     @cached_property
     def fisher(self) -> Tensor:
-        """The metric's diagonal Fisher [N, K]; ones where that is not finite."""
+        """The metric's diagonal Fisher [N, K]; all ones if that is not finite."""
         if bool(torch.isfinite(self.metric.fisher).all()):
             return self.metric.fisher
         self.notes.append("diagonal Fisher is not finite: low rank by plain squared error")
@@ -162,7 +166,10 @@ class Workspace:
 
     @cached_property
     def output_hessian(self) -> Tensor | None:
-        """The damped second moment of the output's gradients, float64 [N, N], mean diagonal one; None if unknown."""
+        """G, the damped second moment of the output's gradients, float64 [N, N]; None if unknown.
+
+        It is scaled to mean diagonal one before damping.
+        """
         if self._output_hessian is not None or self.metric.gram is None:
             return self._output_hessian
         G = self.metric.gram.double()
@@ -173,12 +180,12 @@ class Workspace:
         return (G + G.T) / (2 * mean) + OUTPUT_DAMPING * torch.eye(len(G), dtype=torch.float64)
 
     def cost(self, error: Tensor, two_sided: bool) -> float:
-        """What encoders minimise: the two-sided or the guided cost, in nats per token."""
+        """The two-sided or the guided cost of `error` [N, K], in nats per token."""
         return self.two_sided(error) if two_sided else self.metric.guided(error)
 
     @cached_property
     def rotated(self) -> Workspace:
-        """The workspace of R_N W R_K^T; shared by all formats that rotate."""
+        """The workspace of the rotated matrix R_N W R_K^T, shared by all formats that rotate."""
         output = self.output_hessian
         rotated_output = None if output is None else symmetric(rotate_both(output))
         child = Workspace(self.metric, symmetric(rotate_both(self.hessian)), rotated_output)
@@ -187,21 +194,25 @@ class Workspace:
 
     @cached_property
     def order(self) -> Tensor:
-        """Columns by falling diagonal of H, int64 [K]; ties keep their place."""
+        """The order in which error feedback visits the columns: by falling diagonal of H (GPTQ's act-order), int64 [K].
+
+        Columns of equal diagonal stay in storage order. Codes and scales are stored in storage order, so this order
+        need not be stored.
+        """
         return torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
 
     def inverse_factor(self, order: Tensor | None = None) -> Tensor:
-        """U upper triangular with (H[order, order])^-1 = U^T U, float32 [K, K]; more damping while it fails."""
+        """The upper triangular U with (H[order, order])^-1 = U^T U, float32 [K, K]; damped more if necessary."""
         return self._factor(self.hessian if order is None else self.hessian[order][:, order])
 
     @cached_property
     def natural_factor(self) -> Tensor:
-        """`inverse_factor` in storage order."""
+        """`inverse_factor` with the columns in storage order."""
         return self.inverse_factor()
 
     @cached_property
     def output_factor(self) -> Tensor | None:
-        """As `inverse_factor`, of the output's Hessian in storage order, float32 [N, N]."""
+        """`inverse_factor` of the output Hessian, rows in storage order, float32 [N, N]; None if unknown."""
         return None if self.output_hessian is None else self._factor(self.output_hessian)
 
     def _factor(self, H: Tensor) -> Tensor:
@@ -219,29 +230,29 @@ class Workspace:
 
     @cached_property
     def ordered_factor(self) -> Tensor:
-        """`inverse_factor` in the order of feedback."""
+        """`inverse_factor` with the columns in the order of feedback."""
         return self.inverse_factor(self.order)
 
     @cached_property
     def feedback_weight(self) -> Tensor:
-        """What a squared error of each column costs once those after it make up for it, 1 / U_jj^2, float32 [K]."""
+        """The cost of a squared error in each column after later columns have compensated for it: 1 / U_jj^2, [K]."""
         weight = torch.empty(len(self.order))
         weight[self.order] = self.ordered_factor.diagonal().square().reciprocal()
         return weight
 
     @cached_property
     def ordered_hessian(self) -> Tensor:
-        """`hessian` in the order of feedback, float32 [K, K]."""
+        """`hessian` with the columns in the order of feedback, float32 [K, K]."""
         return self.hessian[self.order][:, self.order].float()
 
     @cached_property
     def root(self) -> Tensor:
-        """C lower triangular with C C^T = H, float32 [K, K]."""
+        """The lower triangular C with C C^T = H, float32 [K, K]."""
         return _root(self.hessian)
 
     @cached_property
     def output_root(self) -> Tensor | None:
-        """As `root`, of the output's Hessian, float32 [N, N]; None if unknown."""
+        """The lower triangular B with B B^T = G, the output Hessian, float32 [N, N]; None if unknown."""
         return None if self.output_hessian is None else _root(self.output_hessian)
 
     @cached_property

@@ -1,14 +1,18 @@
-"""What a choice made before coding is judged by: the cost of the codes without feedback, cheap and near enough.
+"""The cost of rounding without error feedback: a quick estimate by which choices made before coding are compared.
 
-Under feedback an error in column k costs what later columns cannot make up for, 1 / U_kk^2; without it tr(E H E^T).
+If the format uses feedback, an error in column k counts as much as later columns cannot compensate, 1 / U_kk^2;
+otherwise the cost is tr(E H E^T).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from reallm.kernels.formats.codecs import KMeansCodec, ScalarCodec
+from reallm.kernels.formats.codecs import AnyCodec, KMeansCodec, ScalarCodec
 from reallm.kernels.formats.formats import Format
 
 from .metric import Workspace
@@ -16,26 +20,39 @@ from .scalar.encode import round_scalar
 from .scalar.row_tables import round_kmeans
 
 
+def _decode_rounded_scalar(W: Tensor, codec: ScalarCodec, weight: Tensor) -> Tensor:
+    return round_scalar(W, codec, weight).decode(codec)
+
+
+def _decode_rounded_kmeans(W: Tensor, codec: KMeansCodec, weight: Tensor) -> Tensor:
+    return round_kmeans(W, codec, weight).decoded
+
+
+_ROUND: Mapping[type[AnyCodec], Callable[[Tensor, Any, Tensor], Tensor]] = {
+    ScalarCodec: _decode_rounded_scalar,
+    KMeansCodec: _decode_rounded_kmeans,
+}
+"""(W, codec, column weights) -> what the nearest codes decode to, for the codecs that round weight by weight."""
+
+
 class RoundingCost:
-    """The cost of rounding in one format; `weight` [K] is what a squared error of each column counts."""
+    """The cost of rounding to the nearest codes of one format."""
 
     def __init__(self, fmt: Format, work: Workspace) -> None:
         self.codec, self.work, self.feedback = fmt.codec, work, bool(fmt.feedback)
         self.weight = work.feedback_weight if fmt.feedback else work.column_weight
+        """[K], how much a squared error of each column counts."""
 
     @staticmethod
-    def knows(fmt: Format) -> bool:
-        """Whether rounding is quick, and its errors stay with the column they are made in."""
-        return isinstance(fmt.codec, ScalarCodec | KMeansCodec) and not fmt.rotated
+    def supports(fmt: Format) -> bool:
+        """Whether rounding in `fmt` is cheap and an error stays in the column where it is made."""
+        return type(fmt.codec) in _ROUND and not fmt.rotated
 
-    def error(self, coded: Tensor, weight: Tensor) -> Tensor:
-        """What the nearest codes of `coded` [N, K] miss, columns weighing `weight` [K]."""
-        if isinstance(self.codec, KMeansCodec):
-            return coded - round_kmeans(coded, self.codec, weight).values
-        assert isinstance(self.codec, ScalarCodec)
-        return coded - round_scalar(coded, self.codec, weight).values(self.codec)
+    def error(self, W: Tensor, weight: Tensor) -> Tensor:
+        """The error [N, K] that the nearest codes of W[N, K] leave, with column weights `weight` [K]."""
+        return W - _ROUND[type(self.codec)](W, self.codec, weight)
 
     def cost(self, error: Tensor) -> float:
-        """Of an error of the matrix itself."""
+        """The cost of an error [N, K] of the matrix itself, up to a constant factor."""
         weighted = error * self.weight if self.feedback else error @ self.work.hessian32
         return float((weighted * error).sum(dtype=torch.float64))

@@ -1,14 +1,14 @@
-"""Compile: a plan, the model it was made for and the codes that were measured become an artifact.
+"""Compile a plan, the model it was made for and the measured codes into an artifact.
 
-Nothing is decided here. Every matrix is written in the format the plan names, from codes whose digest the plan holds,
-in the bytes the plan counted; any difference is an error and no artifact.
+Compiling decides nothing. Every matrix is written in the format that the plan names, from codes whose digest the plan
+holds, in as many bytes as the plan counted. Any difference is an error, and then no artifact is written.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,20 +18,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reallm.artifacts.directory import CARD_FILE, PLAN_FILE, check_output, new_artifact
+from reallm.artifacts.directory import CARD_FILE, check_output, new_artifact
 from reallm.artifacts.manifest import sha256_file, write_manifest
 from reallm.artifacts.quantization_config import QuantizationRecord
 from reallm.codecs.packed_fields import store
-from reallm.codegen.artifact.build import Activation, emit_kernels
+from reallm.codegen.artifact.build import check_targets, emit_kernels
 from reallm.errors import UserError
-from reallm.kernels.formats.codecs import DenseCodec
+from reallm.kernels.codes.stored_fields import codes_sha256
+from reallm.kernels.formats.codecs import DENSE_NAMES, DenseCodec
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.dtypes import SAFETENSORS_DTYPES
 from reallm.kernels.storage.layout import TensorSpec
-from reallm.kernels.storage.safetensors import write_weights
-from reallm.measurement.encoding import Encoded
+from reallm.kernels.storage.safetensors_writer import write_weights
+from reallm.measurement.measured_codes import MeasuredCodes
 from reallm.models.loaded import LoadedModel, Matrix, load_model
-from reallm.planner.problem.tensor_layout import (
-    DENSE_NAME,
+from reallm.planner.tables.plan import PLAN_FILE, Choice, Plan, read_plan
+from reallm.planner.tables.records import write_record
+from reallm.planner.tables.tensor_layout import (
     dense_nbytes,
     matrix_tensors,
     shared_key,
@@ -39,16 +42,15 @@ from reallm.planner.problem.tensor_layout import (
     weights_tensors,
     whole_stacks,
 )
-from reallm.planner.tables.plan import Choice, Plan
-from reallm.planner.tables.records import RecordError, read_record, write_record
+from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_DTYPES
 
-from .model_card import model_card
+from .model_card import hub_name, model_card
 
 Bytes = NDArray[np.uint8]
 
 
 class CodeSource(Protocol):
-    """Where the codes of a plan come from; `encoding.Encoded` is the usual one."""
+    """A source of the codes of a plan, such as `MeasuredCodes`."""
 
     def fields(self, choice: Choice) -> Mapping[str, Bytes]:
         """The packed fields of a choice whose format is not dense."""
@@ -59,48 +61,37 @@ class CodeSource(Protocol):
         ...
 
 
-_DTYPE_NAMES: Mapping[torch.dtype, Activation] = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
-_TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-def codes_digest(fmt: Format, rows: int, cols: int, fields: Mapping[str, Bytes]) -> str:
-    """sha256 over the bytes of the fields, in the order of `fmt.fields(rows, cols)`."""
-    digest = hashlib.sha256()
-    for stored in fmt.fields(rows, cols):
-        digest.update(fields[stored.name].tobytes())
-    return digest.hexdigest()
-
-
 @dataclass
 class Compilation:
-    """One plan on its way into a folder."""
+    """The plan, model and codes of one artifact, and how they become its tensors."""
 
     plan: Plan
     loaded: LoadedModel
     codes: CodeSource
     digests: dict[str, str] = field(default_factory=dict)
-    """Tensor name -> sha256, filled while writing."""
+    """Tensor name -> sha256 of its bytes, filled while writing."""
     tuned: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors that take the place of the model's own of that name, in the model's dtype."""
+    """Tensors that replace the model's tensors of these names, in the model's dtype."""
 
     def __post_init__(self) -> None:
         self.matrices = {matrix.name: matrix for matrix in self.loaded.matrices}
         self.choices = {choice.matrix: choice for choice in self.plan.choices}
-        own = DENSE_NAME[_DTYPE_NAMES[self.loaded.dtype]]
+        unpacked = DENSE_NAMES[FLOAT_NAMES[self.loaded.dtype]]
         self.formats = {
-            name: Format.parse(self.choices[name].format if name in self.choices else own) for name in self.matrices
+            name: Format.parse(self.choices[name].format if name in self.choices else unpacked)
+            for name in self.matrices
         }
-        self._last: tuple[str, Mapping[str, Bytes]] = ("", {})
+        self._last_fields: tuple[str, Mapping[str, Bytes]] = ("", {})
         _check_choices(self.plan, self.matrices)
 
     def packed(self) -> dict[str, Matrix]:
-        """The matrices stored as fields, by name; the others keep the model's own tensors."""
+        """The matrices that are stored as fields, by name; the others keep the model's own tensors."""
         records = [matrix.record() for matrix in self.loaded.matrices]
-        whole = {matrix.name for slices in whole_stacks(records, self.formats).values() for matrix in slices}
+        unpacked = {matrix.name for slices in whole_stacks(records, self.formats).values() for matrix in slices}
         return {
             name: matrix
             for name, matrix in self.matrices.items()
-            if name not in whole and (matrix.kind == "expert" or not self.is_dense(name))
+            if name not in unpacked and (matrix.kind == "expert" or not self.is_dense(name))
         }
 
     def is_dense(self, name: str) -> bool:
@@ -108,20 +99,24 @@ class Compilation:
         return isinstance(self.formats[name].codec, DenseCodec)
 
     def specs(self) -> list[TensorSpec]:
-        """Every tensor of the weights files, as the planner counted them; dense ones the way round the model has them.
+        """Every tensor of the weights files, as the planner counted them.
 
-        The planner knows rows and columns only. A transposed shape has as many digits, so no size changes.
+        Dense matrices have the shape of the model's tensor, which may be transposed; the planner only knows rows and
+        columns. A transposed shape has the same number of digits in the header, so no size changes.
         """
         records = [matrix.record() for matrix in self.loaded.matrices]
         others = self.loaded.other_tensors()
-        specs = weights_tensors(records, self.formats, self.plan.shared, others, _DTYPE_NAMES[self.loaded.dtype])
-        own = {matrix.parameter: self.loaded.model.get_parameter(matrix.parameter) for matrix in self.loaded.matrices}
-        return [replace(spec, shape=tuple(own[spec.name].shape)) if spec.name in own else spec for spec in specs]
+        specs = weights_tensors(records, self.formats, self.plan.shared, others, FLOAT_NAMES[self.loaded.dtype])
+        tensors = {m.parameter: self.loaded.model.get_parameter(m.parameter) for m in self.loaded.matrices}
+        return [replace(s, shape=tuple(tensors[s.name].shape)) if s.name in tensors else s for s in specs]
 
     def fields(self, name: str) -> Mapping[str, Bytes]:
-        """The packed fields of a matrix, checked; the last ones are kept, as fields of a matrix are written in turn."""
-        if self._last[0] == name:
-            return self._last[1]
+        """The packed fields of a matrix, checked against the plan. Raises UserError.
+
+        The last result is kept, because the fields of a matrix are written one after another.
+        """
+        if self._last_fields[0] == name:
+            return self._last_fields[1]
         matrix, fmt = self.matrices[name], self.formats[name]
         stored = fmt.fields(matrix.rows, matrix.cols)
         if self.is_dense(name):
@@ -130,18 +125,18 @@ class Compilation:
             fields = self.codes.fields(self.choices[name])
             if wrong := [f.name for f in stored if f.name not in fields or fields[f.name].shape != (f.nbytes,)]:
                 raise UserError(
-                    f"{name} in {fmt.name}: field {wrong[0]!r} has a wrong size; run `reallm measure` again"
+                    f"{name} in {fmt.name}: field {wrong[0]!r} is missing or has a wrong size; measure again"
                 )
-            if codes_digest(fmt, matrix.rows, matrix.cols, fields) != self.choices[name].codes_sha256:
+            if codes_sha256(fmt, matrix.rows, matrix.cols, fields) != self.choices[name].codes_sha256:
                 raise UserError(
-                    f"{name} in {fmt.name}: its codes are gone or changed, and encoding again gives others "
-                    "than the plan measured; measure into a new folder, then plan again"
+                    f"{name} in {fmt.name}: its measured codes are missing or changed, and encoding again gives other "
+                    "codes than the plan was made with; measure into a new folder, then plan again"
                 )
-        self._last = (name, fields)
+        self._last_fields = (name, fields)
         return fields
 
     def payload(self, spec: TensorSpec, owner: Mapping[str, tuple[str, str]]) -> Bytes:
-        """The bytes of one tensor; its digest is noted."""
+        """The bytes of one tensor, given what `owners` returns; its digest is recorded in `digests`."""
         if spec.name in owner:
             matrix, field_name = owner[spec.name]
             data = self.fields(matrix)[field_name] if field_name else self.codes.shared(matrix)
@@ -151,7 +146,7 @@ class Compilation:
         return data
 
     def owners(self) -> dict[str, tuple[str, str]]:
-        """Tensor name -> (matrix, field), or (shared key, "")."""
+        """Tensor name -> (matrix, field) for packed fields, (key, "") for shared codebooks."""
         result = {
             f"{name}.{stored.name}": (name, stored.name)
             for name, matrix in self.packed().items()
@@ -160,19 +155,17 @@ class Compilation:
         return result | {shared_tensor(key, nbytes).name: (key, "") for key, nbytes in self.plan.shared.items()}
 
     def write_weights(self, folder: Path) -> None:
-        """Write the weights files; raise UserError unless they have exactly the planned bytes."""
+        """Write the weights files. Raises UserError unless their sizes are exactly the planned ones."""
         specs, owner = self.specs(), self.owners()
         self._check_bytes(specs)
         tensors = {spec.name: (spec.dtype, spec.shape, lambda spec=spec: self.payload(spec, owner)) for spec in specs}
         files = write_weights(folder, tensors)
         written = sum(file.stat().st_size for file in files)
         if written != self.plan.file_bytes:
-            raise UserError(
-                f"the weights came out at {written} bytes, the plan says {self.plan.file_bytes}; plan again"
-            )
+            raise UserError(f"the weights files have {written} bytes, {self.plan.file_bytes} in the plan; plan again")
 
     def _check_bytes(self, specs: list[TensorSpec]) -> None:
-        """Planned bytes == bytes to be written, for every matrix (invariant 1)."""
+        """Every matrix takes as many bytes as planned (invariant 1)."""
         sizes = {spec.name: spec.nbytes for spec in specs}
         packed = self.packed()
         for name, choice in self.choices.items():
@@ -181,10 +174,10 @@ class Compilation:
             if name not in packed and record.kind == "expert":  # its stack is one tensor
                 nbytes = dense_nbytes(fmt, record.rows, record.cols) or 0
             if nbytes != choice.nbytes:
-                raise UserError(f"{name} in {fmt.name} takes {nbytes} bytes, the plan says {choice.nbytes}; plan again")
+                raise UserError(f"{name} in {fmt.name} takes {nbytes} bytes, {choice.nbytes} in the plan; plan again")
 
     def record(self) -> QuantizationRecord:
-        """What config.json will say."""
+        """The quantization_config of config.json."""
         packed = self.packed()
         formats: dict[str, list[str]] = {}
         shared: dict[str, list[str]] = {}
@@ -212,16 +205,20 @@ def _check_choices(plan: Plan, matrices: Mapping[str, Matrix]) -> None:
     for choice in plan.choices:
         matrix = matrices.get(choice.matrix)
         if matrix is None or (matrix.rows, matrix.cols) != (choice.rows, choice.cols):
-            found = "no such matrix" if matrix is None else f"[{matrix.rows}, {matrix.cols}]"
+            found = "no such matrix" if matrix is None else f"[{matrix.rows}, {matrix.cols}] under that name"
             raise UserError(
-                f"the plan chooses for {choice.matrix} [{choice.rows}, {choice.cols}], the model has {found}"
+                f"the plan has a format for {choice.matrix} [{choice.rows}, {choice.cols}], the model has {found}; "
+                "plan again"
             )
 
 
 def _float_bytes(loaded: LoadedModel, spec: TensorSpec, tuned: Mapping[str, Tensor]) -> Bytes:
-    """A tensor of the model itself, or tuned, in the dtype planned. Raises UserError if that would lose bits."""
+    """The bytes of a tensor of the model, or of its tuned replacement, in the planned dtype.
+
+    Raises UserError if the conversion would lose bits.
+    """
     tensor = tuned[spec.name] if spec.name in tuned else loaded.model.state_dict()[spec.name].detach()
-    result = tensor.to(_TORCH[spec.dtype])
+    result = tensor.to(TORCH_DTYPES[SAFETENSORS_DTYPES[spec.dtype].name])
     if spec.name in loaded.other_tensors() and not torch.equal(result.to(tensor.dtype), tensor):
         raise UserError(
             f"tensor {spec.name} is {tensor.dtype} and loses bits as {spec.dtype}; load the model in that dtype"
@@ -252,16 +249,29 @@ def biased_matrices(loaded: LoadedModel) -> frozenset[str]:
     return frozenset(m.name for m in loaded.matrices if getattr(modules.get(m.name), "bias", None) is not None)
 
 
-def write_artifact(compilation: Compilation, output: Path, *, force: bool = False, kernels: bool = True) -> Path:
-    """Write everything of an artifact to `output`. Raises UserError; leaves nothing half-written."""
+def write_artifact(
+    compilation: Compilation,
+    output: Path,
+    *,
+    force: bool = False,
+    kernels: bool = True,
+    objects: Sequence[str] = (),
+) -> Path:
+    """Write the artifact of `compilation` to the folder `output`, completely or not at all, and return `output`.
+
+    `kernels` adds the generated kernel sources, `objects` names GPU targets to compile them for. Raises UserError, and
+    CodegenError if a kernel does not compile.
+    """
     plan, loaded = compilation.plan, compilation.loaded
     with new_artifact(output, force) as folder:
         write_config(folder, loaded, compilation.record())
         compilation.write_weights(folder)
         write_record(folder / PLAN_FILE, plan)
-        (folder / CARD_FILE).write_text(model_card(plan), encoding="utf-8")
+        card = model_card(plan, hub_name(loaded.source) or hub_name(plan.model))
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         if kernels:
-            emit_kernels(plan, folder, activation=_DTYPE_NAMES[loaded.dtype], biased=biased_matrices(loaded))
+            activation, biased = FLOAT_NAMES[loaded.dtype], biased_matrices(loaded)
+            emit_kernels(plan, folder, objects, activation=activation, biased=biased)
         write_manifest(folder, compilation.digests, plan.model_sha256, sha256_file(folder / PLAN_FILE))
     return output
 
@@ -274,23 +284,63 @@ def compile_plan(
     work: Path | str | None = None,
     codes: CodeSource | None = None,
     kernels: bool = True,
+    objects: Sequence[str] = (),
     force: bool = False,
 ) -> Path:
-    """Compile the plan in `plan_path` into the folder `output`.
+    """Compile a plan into an artifact: a folder that transformers loads after `import reallm`.
 
-    `model` and the measured folder `work` are the plan's own unless given; the model must be the very one the plan was
-    made for. `codes` replaces the measured folder. `kernels` generates kernels for GPUs too. Raises UserError.
+    Parameters
+    ----------
+    plan_path
+        The plan.json that `reallm plan` wrote.
+    output
+        The folder to create. It appears when it is complete, or not at all.
+    model
+        The model that the plan was made for, if it has moved: a folder, .gguf file, hub name or loaded model.
+    work
+        The folder that `reallm measure` wrote, if it has moved.
+    codes
+        Another source of the packed codes, in place of `work`.
+    kernels
+        Add the generated sources of the GPU kernels in `output`/kernels.
+    objects
+        GPU targets ("sm_80", "sm_90", "gfx942", ...) for which the kernels are compiled too. They are for inspection:
+        running an artifact compiles the kernels it needs. Needs Triton and takes minutes per target.
+    force
+        Replace an artifact at `output`.
+
+    Returns
+    -------
+    Path
+        `output`.
+
+    Raises
+    ------
+    UserError
+        If `output` exists, or model, measured folder and plan do not belong together.
+    RecordError
+        If the plan is missing or damaged.
+    CodegenError
+        For an unknown target, without Triton, or if a kernel does not compile. All of them are a ReallmError.
+
+    Examples
+    --------
+    >>> reallm.compile("plan.json", "out", objects=("sm_90",))  # doctest: +SKIP
+    PosixPath('out')
     """
     output = Path(output)
     check_output(output, force)
-    try:
-        plan = read_record(Path(plan_path), Plan, "plan")
-    except RecordError as error:
-        raise UserError(str(error)) from None
+    if objects and not kernels:
+        raise UserError("--objects compiles the generated kernels; leave out --no-kernels")
+    check_targets(objects)
+    plan = read_plan(plan_path)
     loaded = model if isinstance(model, LoadedModel) else load_model(model or plan.model)
     if loaded.digest != plan.model_sha256:
         raise UserError(
-            f"{plan_path} is a plan for another model than {loaded.source}; plan again, or give its --model"
+            f"{plan_path} is a plan for another model than {loaded.source}; plan again, or give that model by --model"
         )
-    codes = codes or Encoded(Path(work or plan.work), loaded)
-    return write_artifact(Compilation(plan, loaded, codes), output, force=force, kernels=kernels)
+    if codes is None:
+        codes = MeasuredCodes(Path(work or plan.work), loaded)
+        codes.log_missing(plan.choices)
+    compilation = Compilation(plan, loaded, codes)
+    return write_artifact(compilation, output, force=force, kernels=kernels, objects=objects)

@@ -1,17 +1,18 @@
-"""README.md of an artifact: what it is, how large, at what cost, and how to run it. The same for the same plan."""
+"""README.md of an artifact: what it is, its size, its predicted loss and how to run it. It depends on the plan only."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from pathlib import Path
 
 from reallm.planner.tables.plan import Plan
 
 _TEMPLATE = """---
 library_name: transformers
 tags: [reallm]
-base_model: {base}
----
-# {base} in {budget}
+{base_model}---
+# {name} in {budget}
 
 Packed with reallm. Load it with `import reallm` before transformers' `from_pretrained`, or with `reallm.load`.
 
@@ -30,8 +31,24 @@ Packed with reallm. Load it with `import reallm` before transformers' `from_pret
 {uniform}{notes}"""
 
 
-def model_card(plan: Plan) -> str:
-    """The model card of the artifact of `plan`, Markdown."""
+def hub_name(source: str) -> str | None:
+    """The name org/name on the Hugging Face hub of a model that the user named `source`; None if there is none.
+
+    A local folder has one if it lies in the hub's cache; a .gguf file has none.
+
+    >>> hub_name("Qwen/Qwen3-8B"), hub_name("/models/mine"), hub_name("/c/hub/models--Qwen--Qwen3-8B/snapshots/1ab")
+    ('Qwen/Qwen3-8B', None, 'Qwen/Qwen3-8B')
+    """
+    if source.lower().endswith(".gguf"):
+        return None
+    if cached := re.search(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots(?:/|$)", Path(source).as_posix()):
+        return f"{cached[1]}/{cached[2]}"
+    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
+    return source if named and not Path(source).exists() else None
+
+
+def model_card(plan: Plan, base_model: str | None = None) -> str:
+    """The model card of the artifact of `plan`, Markdown; `base_model` is the original's name on the hub."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for choice in plan.choices:
         counts[choice.format][0] += 1
@@ -40,7 +57,8 @@ def model_card(plan: Plan) -> str:
     rows += [f"| shared codebooks {key} | | {nbytes:,} |" for key, nbytes in sorted(plan.shared.items())]
     uniform = plan.uniform
     return _TEMPLATE.format(
-        base=plan.model.rstrip("/").rpartition("/")[2],
+        base_model=f"base_model: {base_model}\n" if base_model else "",
+        name=plan.model.rstrip("/").rpartition("/")[2],
         budget=plan.budget,
         scope="the whole weights file" if plan.scope == "file" else "the packed matrices",
         file_bytes=plan.file_bytes,

@@ -1,1 +1,1 @@
-"""Packed bytes to torch weights."""
+"""Decoding: from the packed bytes of a matrix to its weight as a torch tensor."""

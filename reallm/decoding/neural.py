@@ -1,7 +1,7 @@
-"""The neural decoder in torch: its output for every window of codes at once, then a look-up for every patch.
+"""The neural decoder in torch: it is evaluated once for every possible window, and each patch then looks up its own.
 
-A patch depends on nothing but its window, the last `taps` codes of its column, of which there are at most 2^16, far
-fewer than the patches of a family: formulas and layout as in `kernels/neural.py`.
+A patch depends only on its window, the last `taps` codes of its column. There are at most 2^16 different windows, far
+fewer than the patches of a family of matrices. Formulas and layout are those of `kernels/codes/neural.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from reallm.kernels.formats.codecs import TILE, NeuralCodec
 
 
 def window_values(codec: NeuralCodec, words: Tensor, layers: Sequence[Tensor]) -> Tensor:
-    """E + D(E) of every window, [2^(taps codebook_bits), dim]; the newest code is in a window's lowest bits."""
+    """Evaluate E + D(E) for every window: [2^(taps codebook_bits), dim].
+
+    `words` is the codebook [2^codebook_bits, dim], `layers` alternates weights and biases. The lowest bits of a
+    window's number are its newest code. Differentiable in `words` and `layers`.
+    """
     bits = codec.codebook_bits
     windows = torch.arange(1 << codec.window_bits, device=words.device)
     latent = torch.cat([words[(windows >> (bits * back)) & ((1 << bits) - 1)] for back in range(codec.taps)], 1)
@@ -28,14 +32,14 @@ def window_values(codec: NeuralCodec, words: Tensor, layers: Sequence[Tensor]) -
 
 
 def stored_values(codec: NeuralCodec, raw: Tensor) -> Tensor:
-    """`window_values` of a stored decoder, float32, from its bytes (any integer or float dtype)."""
+    """Evaluate a stored decoder for every window, float32; `raw` holds its bytes, in any integer or float dtype."""
     tensors = unpack_tensors(codec, raw.cpu().numpy().astype(np.uint8))
     words, *layers = (torch.from_numpy(values).to(raw.device, torch.float32) for values in tensors)
     return window_values(codec, words, layers)
 
 
 def windows_of(codec: NeuralCodec, codes: Tensor) -> Tensor:
-    """Window of every patch, for codes [patches, ...] in the order of a column."""
+    """The number of every patch's window, for codes [patches, ...] in the order in which they stand in a column."""
     result = torch.zeros_like(codes)
     for back in range(min(codec.taps, len(codes))):
         result[back:] |= codes[: len(codes) - back] << (codec.codebook_bits * back)
@@ -43,7 +47,11 @@ def windows_of(codec: NeuralCodec, codes: Tensor) -> Tensor:
 
 
 def decode_neural(codec: NeuralCodec, raw: Tensor, codes: Tensor, scales: Tensor, rows: int) -> Tensor:
-    """W_hat float32 [rows, cols] from codes int64 [patches down, cols], the decoder's bytes and a scale a block."""
-    patches = stored_values(codec, raw)[windows_of(codec, codes)]  # [down, cols, dim]
+    """Decode W_hat [rows, cols], float32.
+
+    `raw` holds the bytes of the shared decoder, `codes` is int64 [patches per column, cols], and `scales` has one
+    value per block of TILE columns.
+    """
+    patches = stored_values(codec, raw)[windows_of(codec, codes)]  # [patches per column, cols, dim]
     image = patches.transpose(1, 2).reshape(-1, codes.shape[1])[:rows]
     return image * scales.repeat_interleave(TILE)[: codes.shape[1]]

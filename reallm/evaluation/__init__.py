@@ -1,1 +1,1 @@
-"""Perplexity, KL divergence, top-1 agreement and sizes."""
+"""Perplexity of a model, and how far its predictions diverge from another model's."""

@@ -1,4 +1,4 @@
-"""How far one language model's predictions lie from another's, window by window.
+"""How far one language model's predictions are from another's, window by window.
 
 At every scored position, with p the base model's distribution over the vocabulary and q the compressed one's,
 
@@ -6,7 +6,7 @@ At every scored position, with p the base model's distribution over the vocabula
 
 beside the perplexity exp(mean -log q[target]) of both and the share of positions where both put the same token first;
 llama.cpp's --kl-divergence reports the same figures. A causal model is scored on every token after the first of a
-window. A masked model is scored on a seeded 15% of the tokens, replaced by the mask token: a pseudo-perplexity.
+window; a masked model on a seeded 15% of the tokens, replaced by the mask token, which gives a pseudo-perplexity.
 """
 
 from __future__ import annotations
@@ -18,77 +18,79 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from reallm.errors import UserError
+from reallm.system.progress import progress_bar
+from reallm.text.masking import ScoredWindow, causal_window, mask_window
 
-MASK_SHARE = 0.15  # BERT, arXiv 1810.04805
 ROWS_AT_ONCE = 128
-"""Positions whose distributions are held at once: 128 x 49152 floats are 25 MB."""
+"""Positions whose distributions are in memory at once: 128 x 49152 floats are 25 MB."""
 MAX_NATS = 700.0
-"""Mean losses beyond this have no perplexity in float64."""
+"""Mean losses above this have no perplexity in float64."""
 PERCENTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Distribution of KL(base || model) over the scored positions, nats per token, and agreement on the first token."""
+    """Distribution of KL(base || model) over the scored positions, in nats per token, and agreement on the top one."""
 
     mean: float
+    """Nats per token."""
     median: float
+    """Nats per token, as all percentiles below."""
     p90: float
+    """90th percentile."""
     p95: float
+    """95th percentile."""
     p99: float
+    """99th percentile."""
     p999: float
+    """99.9th percentile."""
     max: float
+    """Largest value at any scored position, nats per token."""
     same_top1: float
     """Share of positions, 0 to 1, where both models put the same token first."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_models` measured; the base's figures are None when there was no base."""
+    """What `compare_models` measured; the figures of the base are None when there was no base."""
 
     windows: int
+    """Number of windows."""
     seqlen: int
+    """Context: tokens per window."""
     tokens: int
-    """Scored positions."""
+    """Number of scored positions in all windows."""
     perplexity: float
+    """exp of the mean loss in nats per token; of masked tokens for an encoder."""
     base_perplexity: float | None
+    """The same for the base model."""
     divergence: Divergence | None
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One window as a model sees it, and where it is scored."""
-
-    inputs: Tensor
-    """Int64 [1, seqlen]."""
-    positions: Tensor
-    """Int64 [P]: rows of the logits."""
-    targets: Tensor
-    """Int64 [P]: the token to be predicted there."""
+    """How far the model's predictions are from the base's."""
 
 
 class CachedLogits:
-    """A model to compare others with on the same windows: its logits are computed once and kept on the CPU.
+    """A base model whose logits on each window are computed once and kept on the CPU, to compare several models with.
 
-    A window of 1024 tokens and a vocabulary of 49152 takes 200 MB.
+    A window of 1024 tokens takes 200 MB with a vocabulary of 49152 in float32.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.device, self.known = model, model.device, dict[bytes, Tensor]()
+        self.model, self.device = model, model.device
+        self.logits: dict[bytes, Tensor] = {}
+        """Bytes of a window's token ids -> logits [1, seqlen, vocabulary]."""
 
     def eval(self) -> None:
-        """As a model's."""
+        """Put the model into evaluation mode."""
         self.model.eval()
 
     def __call__(self, input_ids: Tensor) -> SimpleNamespace:
         key = input_ids.cpu().numpy().tobytes()
-        if key not in self.known:
-            self.known[key] = self.model(input_ids=input_ids).logits.cpu()
-        return SimpleNamespace(logits=self.known[key])
+        if key not in self.logits:
+            self.logits[key] = self.model(input_ids=input_ids).logits.cpu()
+        return SimpleNamespace(logits=self.logits[key])
 
 
 def compare_models(
@@ -100,18 +102,22 @@ def compare_models(
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Score `model`, against `base` where given, on windows int64 [n, seqlen]; one window's logits in memory at a time.
+    """Score `model`, against `base` where given, on `windows` int64 [n, seqlen].
 
-    `mask_token` makes it a masked evaluation (encoders). Both models run in the dtype and on the device they are in;
-    distributions are taken in float32. Raises UserError when logits are not finite or the vocabularies differ.
+    With `mask_token` the evaluation is masked (encoders); window i is masked with the seed `seed` + i. Both models run
+    in their own dtype and on their own device; distributions are computed in float32, with the logits of one window in
+    memory at a time. Raises UserError when logits are not finite or the vocabularies differ.
     """
     rows = []
-    for index, window in enumerate(tqdm(windows, desc="evaluate", unit="window", disable=not progress)):
+    for index, window in enumerate(progress_bar(windows, desc="evaluate", unit="window", disable=not progress)):
         scored = mask_window(window, mask_token, seed + index) if mask_token is not None else causal_window(window)
         logits = _logits(model, scored, f"window {index + 1} of the evaluated model")
         base_logits = None if base is None else _logits(base, scored, f"window {index + 1} of the base model")
         if base_logits is not None and base_logits.shape != logits.shape:
-            raise UserError(f"the base has a vocabulary of {base_logits.shape[1]}, the model {logits.shape[1]}")
+            raise UserError(
+                f"the base has a vocabulary of {base_logits.shape[1]}, the model {logits.shape[1]}; "
+                "expected the model that it was made from as the base"
+            )
         rows.append(_score(logits, base_logits, scored.targets))
     nll, base_nll, kl, same = torch.cat(rows).T
     return Comparison(
@@ -124,24 +130,8 @@ def compare_models(
     )
 
 
-def causal_window(window: Tensor) -> Scored:
-    """Every token after the first, predicted from those before it."""
-    length = window.numel()
-    return Scored(window[None], torch.arange(length - 1), window[1:])
-
-
-def mask_window(window: Tensor, mask_token: int, seed: int) -> Scored:
-    """A seeded MASK_SHARE of the tokens (at least one), each replaced by `mask_token` and predicted from all others."""
-    generator = torch.Generator().manual_seed(seed)
-    count = max(1, round(MASK_SHARE * window.numel()))
-    positions = torch.randperm(window.numel(), generator=generator)[:count].sort().values
-    inputs = window.clone()
-    inputs[positions] = mask_token
-    return Scored(inputs[None], positions, window[positions])
-
-
 @torch.inference_mode()
-def _logits(model: PreTrainedModel | CachedLogits, scored: Scored, what: str) -> Tensor:
+def _logits(model: PreTrainedModel | CachedLogits, scored: ScoredWindow, what: str) -> Tensor:
     """Logits [P, vocabulary] at the scored positions, on the CPU, in the model's dtype."""
     model.eval()
     rows = scored.positions.to(model.device)

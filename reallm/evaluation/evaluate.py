@@ -1,4 +1,4 @@
-"""`reallm eval`: what a compressed model costs in quality, and what it weighs.
+"""`reallm eval`: how good a compressed model is, and how large.
 
 Protocol (WikiText-2's, and llama.cpp's for the divergence): the text is tokenised once and cut into consecutive windows
 of `seqlen` tokens, the last partial one dropped; every token after the first of a window is scored with no more context
@@ -17,35 +17,47 @@ from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json
 from reallm.models.loaded import max_positions
 from reallm.models.sizes import Sizes
-from reallm.runtime.open_model import RunnableModel, open_model
+from reallm.runtime.open_model import open_model
 from reallm.system.memory import peak_rss_bytes
 from reallm.text.corpus import Text, load_text
-from reallm.text.corpus import windows as cut_windows
+from reallm.text.masking import MASK_SHARE, mask_token_of
+from reallm.text.windows import cut_windows
 
-from .compare import MASK_SHARE, Comparison, compare_models
+from .compare import Comparison, compare_models
 
 MIN_SEQLEN = 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything `evaluate` measured, and from what."""
+    """Everything that `evaluate` measured, and what it was measured on."""
 
     model: str
+    """The model or artifact, as the user named it."""
     against: str | None
+    """The base model it was compared with, as the user named it."""
     text: str
+    """Description of the text."""
     text_sha256: str
+    """Digest of the text's documents."""
     dtype: str
     """The dtype both models computed in."""
     comparison: Comparison
+    """Perplexities, and divergence in nats per token."""
     sizes: Sizes
+    """Bytes and bits per weight of the model."""
     base_sizes: Sizes | None
+    """Bytes and bits per weight of the base model."""
     seconds: float
+    """Wall-clock time of the evaluation, including the loading of the models."""
     peak_rss_bytes: int
+    """Peak resident memory of the process, in bytes."""
     notes: tuple[str, ...]
+    """What a reader of the figures must know, one line each."""
     versions: dict[str, str]
+    """Package name -> version, of reallm, torch and transformers."""
     adapter: str | None = None
-    """That it was measured with; the sizes leave out its bytes."""
+    """The adapter that the model was evaluated with; the sizes do not include it."""
 
     def to_json(self) -> str:
         """Canonical JSON of every field."""
@@ -67,9 +79,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure the model at `path` (an artifact, or any model) on `text`, against the model `against` where given.
 
-    `seqlen` is the context in tokens, `windows` the most windows to score (None: the whole text), `seed` chooses
-    the masked tokens of an encoder. `adapter` is a LoRA or DoRA adapter to an artifact, as for `load`. Raises UserError
-    on unreadable models, too little text, logits that are not finite.
+    `seqlen` is the context in tokens, `windows` the maximum number of windows to score (None: the whole text). `seed`
+    chooses the masked tokens of an encoder. `adapter` is a LoRA or DoRA adapter for an artifact, as in `load`. Raises
+    UserError for models that cannot be read, too little text, and logits that are not finite.
     """
     began = time.perf_counter()
     if seqlen < MIN_SEQLEN or (windows is not None and windows < 1):
@@ -82,7 +94,7 @@ def evaluate(
             f"{path} and {against} have different vocabularies; --against must name the model it was made from"
         )
     tokens = cut_windows(source, opened.tokenizer, None, seqlen, max_positions=max_positions(opened.model))
-    mask = _mask_token(opened, path)
+    mask = mask_token_of(opened.model, opened.tokenizer, str(path))
     comparison = compare_models(
         base.model if base else None,
         opened.model,
@@ -108,21 +120,11 @@ def evaluate(
     )
 
 
-def _mask_token(opened: RunnableModel, path: str | Path) -> int | None:
-    """The mask token of an encoder; None for a model that generates."""
-    if opened.model.can_generate():
-        return None
-    mask: int | None = opened.tokenizer.mask_token_id
-    if mask is None:
-        raise UserError(f"{path} neither generates nor has a mask token; eval takes causal and masked language models")
-    return mask
-
-
 def _notes(text: Text, mask: int | None, adapter: str | Path | None) -> Iterator[str]:
-    """What the reader of the figures must know."""
+    """What a reader of the figures must know."""
     if text.is_fallback:
-        yield "this text comes with Python and is no benchmark; give --text for figures to compare"
+        yield "this text comes with Python and is not a benchmark; give --text for figures that can be compared"
     if adapter is not None:
-        yield f"with the adapter {adapter}, whose bytes the sizes leave out"
+        yield f"evaluated with the adapter {adapter}; the sizes do not include it"
     if mask is not None:
-        yield f"an encoder: pseudo-perplexity of a seeded {MASK_SHARE:.0%} of the tokens, masked"
+        yield f"an encoder: the pseudo-perplexity of a seeded {MASK_SHARE:.0%} of the tokens, masked"

@@ -1,7 +1,7 @@
-"""The windows that are trained on: of plain text all tokens count, of conversations only the assistant's answers.
+"""Windows of tokens to train on. In plain text every token is scored; in conversations only the assistant's answers.
 
-Conversations go through the tokenizer's chat template and stand one after another; where an answer begins and ends is
-found by rendering the conversation up to it, with the template's prompt for an answer, and up to its end.
+Conversations are rendered by the tokenizer's chat template and concatenated. To find where an answer begins and ends,
+the conversation is rendered twice: up to the answer, with the template's generation prompt, and up to its end.
 """
 
 from __future__ import annotations
@@ -14,91 +14,104 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from reallm.errors import UserError
-from reallm.text.corpus import Text, windows
+from reallm.text.corpus import Text
 from reallm.text.readers import Message
+from reallm.text.windows import cut_windows
 
 ANSWERER = "assistant"
 
 
 @dataclass(frozen=True)
 class SampledWindows:
-    """Windows of tokens, the names they are kept by, and which tokens count."""
+    """Windows of tokens, their identifiers, and which tokens are scored."""
 
     tokens: Tensor
-    """Int64 [windows, seqlen]."""
-    names: Tensor
-    """Int64 [windows], each another."""
+    """Token ids, int64 [windows, seqlen]."""
+    window_ids: Tensor
+    """A unique number for each window of the text, int64 [windows]; the teacher's states are cached by it."""
     scored: Tensor | None = None
-    """Bool [windows, seqlen]; None for all."""
+    """Whether each token is predicted in the loss, bool [windows, seqlen]; None for all tokens."""
 
     def __getitem__(self, part: slice | Tensor) -> SampledWindows:
-        return SampledWindows(self.tokens[part], self.names[part], None if self.scored is None else self.scored[part])
+        scored = None if self.scored is None else self.scored[part]
+        return SampledWindows(self.tokens[part], self.window_ids[part], scored)
 
 
 def sample_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int, max_positions: int | None
 ) -> SampledWindows:
-    """All consecutive windows of `text`; of conversations those with an answer in them.
+    """All consecutive windows of `text`, `seqlen` tokens each; for conversations, those that contain part of an answer.
 
-    Raises UserError for a text too short, a seqlen out of range, a missing chat template, or no answer.
+    Raises UserError if the text is too short, `seqlen` exceeds `max_positions`, the chat template is missing, or there
+    is no answer.
     """
     conversations = [document for document in text.documents if isinstance(document, tuple)]
     if not conversations:
-        tokens = windows(text, tokenizer, None, seqlen, max_positions=max_positions)
+        tokens = cut_windows(text, tokenizer, None, seqlen, max_positions=max_positions)
         return SampledWindows(tokens, torch.arange(len(tokens)))
     if len(conversations) < len(text.documents):
-        raise UserError(f"{text.description} mixes rows of text and of messages; expected one kind: split the file")
+        raise UserError(
+            f"{text.description} mixes rows of text with rows of messages; expected one kind: split the file"
+        )
     if not tokenizer.chat_template:
         raise UserError(f"{text.description}: the tokenizer has no chat template; use plain text, or an instruct model")
     if max_positions is not None and seqlen > max_positions:
-        raise UserError(f"--seqlen {seqlen}: this model takes 1 to {max_positions} tokens; choose a length within that")
+        raise UserError(
+            f"--seqlen {seqlen}: this model takes 1 to {max_positions} tokens; choose a length in that range"
+        )
     rows = [answer_tokens(conversation, tokenizer, text.description) for conversation in conversations]
     tokens, scored = (torch.cat(parts) for parts in zip(*rows, strict=True))
     if not bool(scored.any()):
         raise UserError(
-            f"{text.description} has no usable row: none of its {len(rows)} conversations holds a message of the "
-            f'{ANSWERER} after another\'s; expected {{"role": "{ANSWERER}", "content": ...}}'
+            f"{text.description} has no usable row: none of its {len(rows)} conversations has a message of the "
+            f'{ANSWERER} after another message; expected {{"role": "{ANSWERER}", "content": ...}}'
         )
     count = -(-len(tokens) // seqlen)
-    missing = (0, count * seqlen - len(tokens))
-    tokens = pad(tokens, missing, value=_padding(tokenizer)).view(count, seqlen)
-    scored = pad(scored, missing).view(count, seqlen)
-    useful = scored[:, 1:].any(1)  # no position of a window predicts its first token
-    return SampledWindows(tokens[useful], torch.arange(count)[useful], scored[useful])
+    padding = (0, count * seqlen - len(tokens))
+    tokens = pad(tokens, padding, value=_padding_token(tokenizer)).view(count, seqlen)
+    scored = pad(scored, padding).view(count, seqlen)
+    has_answer = scored[:, 1:].any(1)  # no position of a window predicts its first token
+    return SampledWindows(tokens[has_answer], torch.arange(count)[has_answer], scored[has_answer])
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill the last window with, after all that counts."""
-    found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in found if isinstance(token, int)), 0)
+def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills the rest of the last window; it is not scored."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if isinstance(token, int)), 0)
 
 
 def answer_tokens(
     conversation: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [n] of a conversation, and bool [n]: which lie in an answer, its end mark included.
+    """Token ids of a conversation, int64 [n], and whether each belongs to an answer, bool [n].
 
-    Raises UserError where the template does not render a conversation as the beginning of a longer one.
+    The mark that ends an answer belongs to it. `where` names the text in the error. Raises UserError if the template
+    does not render the beginning of a conversation as a prefix of the whole.
     """
     messages = [dict(message) for message in conversation]
 
-    def rendered(count: int, prompt: bool) -> str:
-        result: str = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        return result
+    def render(count: int, generation_prompt: bool) -> str:
+        rendered: str = tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=generation_prompt
+        )
+        return rendered
 
-    ends: list[tuple[str, bool]] = []
+    prefixes: list[tuple[str, bool]] = []  # each longer than the one before; whether its last part is an answer
     for index, message in enumerate(messages):
         if index and message["role"] == ANSWERER and message["content"].strip():
-            ends += [(rendered(index, True), False), (rendered(index + 1, False), True)]
-    ends.append((rendered(len(messages), False), False))
+            prefixes += [(render(index, True), False), (render(index + 1, False), True)]
+    prefixes.append((render(len(messages), False), False))
     ids: list[int] = []
     scored: list[bool] = []
-    done = ""
-    for upto, answer in ends:
-        if not upto.startswith(done):
-            raise UserError(f"{where}: the chat template changes what came before, so answers cannot be told apart")
-        found = tokenizer(upto[len(done) :], add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        ids += found
-        scored += [answer] * len(found)
-        done = upto
+    previous = ""
+    for prefix, ends_in_answer in prefixes:
+        if not prefix.startswith(previous):
+            raise UserError(
+                f"{where}: the chat template rewrites earlier messages, so answers cannot be located; expected a "
+                "template that only appends; use plain text, or another tokenizer"
+            )
+        part = tokenizer(prefix[len(previous) :], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids += part
+        scored += [ends_in_answer] * len(part)
+        previous = prefix
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(scored, dtype=torch.bool)

@@ -1,8 +1,9 @@
-"""Where an interrupted run goes on: the folder `<output>.partial`, and which checkpoints in it are whole.
+"""The folder `<output>.partial`, from which an interrupted run continues, and which checkpoints in it are complete.
 
-A checkpoint counts once `whole.json` in it, written last, names every file with its sha256; one that was cut off is
-removed. `ended.json` beside them says that training is over, and which checkpoint it came to: what remains is to write
-the result. The Trainer reads its own checkpoints as safetensors and as tensors only (`weights_only`), never as pickles.
+A checkpoint is complete when `whole.json` in it, which is written last, lists every file with its sha256; an incomplete
+one is removed. `ended.json` beside the checkpoints says that training is over and which checkpoint is its result, so
+that only the result remains to be written. The Trainer reads its own checkpoints as safetensors and as tensors only
+(`weights_only`), never as pickles.
 """
 
 from __future__ import annotations
@@ -23,38 +24,40 @@ from reallm.artifacts.manifest import sha256_file
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.system.lock import LOCK_FILE
+from reallm.system.progress import progress_bar
 
-from .processes import ALONE, TrainingProcesses
+from .processes import SINGLE_PROCESS, TrainingProcesses
 
 LOG = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.json"
-WHOLE_FILE = "whole.json"
+COMPLETE_FILE = "whole.json"
 ENDED_FILE = "ended.json"
 
-Settings = Mapping[str, int | float | str]
+RunIdentity = Mapping[str, int | float | str | None]
+"""The settings and inputs of a run; two runs with equal ones have the same result."""
 
 
 def progress_folder(output: Path) -> Path:
-    """The folder of the checkpoints on the way to `output`."""
+    """The folder of the checkpoints of a run that writes `output`."""
     return output.with_name(f"{output.name}.partial")
 
 
-def open_progress(folder: Path, settings: Settings, resume: bool) -> None:
-    """Prepare `folder` for a run with `settings`; whole checkpoints of the same run stay (`last_whole`).
+def open_progress(folder: Path, identity: RunIdentity, resume: bool) -> None:
+    """Prepare `folder` for the run `identity`; complete checkpoints of the same run stay (`last_complete`).
 
-    A run with other settings, or any run without `resume`, is discarded. Raises UserError for a folder that is no run.
+    What another run left, or any run without `resume`, is deleted. Raises UserError for a folder without a run in it.
     """
-    found = read_settings(folder)
-    if found is not None and (not resume or found != dict(settings)):
-        why = "with other settings" if resume else "as asked"
-        LOG.info("%s: a run %s was interrupted there; starting anew", folder, why)
+    earlier = read_identity(folder)
+    if earlier is not None and (not resume or earlier != dict(identity)):
+        why = "it had other settings" if resume else "as requested"
+        LOG.info("%s: discarding the interrupted run there (%s) and starting from the beginning", folder, why)
         _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(folder / SETTINGS_FILE, canonical_json(dict(settings)))
+    write_text_atomic(folder / SETTINGS_FILE, canonical_json(dict(identity)))
 
 
 def _empty(folder: Path) -> None:
-    """Remove all in `folder` but the lock, which the caller may hold."""
+    """Remove everything in `folder` but the lock file, which the caller may hold."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -62,91 +65,96 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def read_settings(folder: Path) -> object:
-    """The settings of the run in `folder`; None for a new or empty folder. Raises UserError for one that is no run."""
+def read_identity(folder: Path) -> object:
+    """The identity of the run in `folder`; None if the folder is new or empty.
+
+    Raises UserError if the folder contains something that is not a run.
+    """
     if not folder.exists() or (folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir())):
         return None
     try:
-        found: object = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        identity: object = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
-            f"{folder} exists and holds no interrupted run; remove it yourself, or give another --output"
+            f"{folder} exists but is not an interrupted run; remove it yourself, or give another --output"
         ) from None
-    return found
+    return identity
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The last whole checkpoint in `folder`, if there is one; those that were cut off are removed."""
+def last_complete(folder: Path) -> Path | None:
+    """The last complete checkpoint in `folder`, if there is one; incomplete ones are removed."""
     numbered = {
         int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
     last = None
     for _, path in sorted(numbered.items()):
-        if is_whole(path):
+        if is_complete(path):
             last = path
         else:
-            LOG.info("%s was cut off and is left out", path)
+            LOG.info("%s is incomplete and is removed", path)
             shutil.rmtree(path)
     return last
 
 
-def steps_of(checkpoint: Path | None) -> int:
-    """Steps that were made before `checkpoint`."""
+def steps_before(checkpoint: Path | None) -> int:
+    """Optimiser steps that were made before `checkpoint` was written."""
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of `checkpoint` is as it was when it was finished."""
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file of `checkpoint` is as it was when it was declared complete."""
     try:
-        files = json.loads((checkpoint / WHOLE_FILE).read_text(encoding="utf-8"))
-        return bool(files == _digests(checkpoint))
+        digests = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+        return bool(digests == _digests(checkpoint))
     except (OSError, ValueError):
         return False
 
 
-def mark_whole(checkpoint: Path) -> None:
-    """Declare `checkpoint` finished."""
-    write_text_atomic(checkpoint / WHOLE_FILE, canonical_json(_digests(checkpoint)))
-
-
-@dataclass(frozen=True)
-class End:
-    """How training ended: after `steps`, with the best state in the folder `best`."""
-
-    steps: int
-    best: Path
-
-
-def mark_end(folder: Path, steps: int, best: Path) -> None:
-    """Declare that the training in `folder` is over after `steps`, and `best`, a checkpoint in it, its result."""
-    write_text_atomic(folder / ENDED_FILE, canonical_json({"steps": steps, "best": best.name}))
-
-
-def read_end(folder: Path) -> End | None:
-    """How the training in `folder` ended; None if it did not, or its result is not whole."""
-    try:
-        found = json.loads((folder / ENDED_FILE).read_text(encoding="utf-8"))
-        end = End(int(found["steps"]), folder / Path(found["best"]).name)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return end if is_whole(end.best) else None
+def mark_complete(checkpoint: Path) -> None:
+    """Declare `checkpoint` complete."""
+    write_text_atomic(checkpoint / COMPLETE_FILE, canonical_json(_digests(checkpoint)))
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted(checkpoint.iterdir()) if path.name != WHOLE_FILE}
+    return {path.name: sha256_file(path) for path in sorted(checkpoint.iterdir()) if path.name != COMPLETE_FILE}
 
 
-class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Marks checkpoints and the end, shows a bar, and says how the held-out divergence develops."""
+@dataclass(frozen=True)
+class TrainingEnd:
+    """How training ended."""
 
-    def __init__(self, folder: Path, show: bool, ranks: TrainingProcesses = ALONE) -> None:
-        self.folder, self.show, self.ranks = folder, show and ranks.first, ranks
+    steps: int
+    """Optimiser steps that were made."""
+    best: Path
+    """The checkpoint with the best state."""
+
+
+def mark_end(folder: Path, steps: int, best: Path) -> None:
+    """Declare that training in `folder` ended after `steps`, and that the checkpoint `best` is its result."""
+    write_text_atomic(folder / ENDED_FILE, canonical_json({"steps": steps, "best": best.name}))
+
+
+def read_end(folder: Path) -> TrainingEnd | None:
+    """How training in `folder` ended; None if it did not, or its result is incomplete."""
+    try:
+        record = json.loads((folder / ENDED_FILE).read_text(encoding="utf-8"))
+        end = TrainingEnd(int(record["steps"]), folder / Path(record["best"]).name)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return end if is_complete(end.best) else None
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Marks checkpoints and the end of training, shows a progress bar, and logs the held-out loss."""
+
+    def __init__(self, folder: Path, show: bool, processes: TrainingProcesses = SINGLE_PROCESS) -> None:
+        self.folder, self.show, self.processes = folder, show and processes.is_first, processes
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
         if state.global_step:
-            LOG.info("going on after step %d", state.global_step)
-        self.bar = tqdm(
+            LOG.info("continuing after step %d", state.global_step)
+        self.bar = progress_bar(
             total=state.max_steps, initial=state.global_step, desc="finetune", unit="step", disable=not self.show
         )
 
@@ -158,18 +166,18 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self, args: TrainingArguments, state: Any, control: Any, metrics: Mapping[str, float], **unused: object
     ) -> None:
         line = f"step {state.global_step} of {state.max_steps}: held-out loss {metrics['eval_loss']:.4f} nats per token"
-        trained = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        training_losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if self.bar is not None:
-            self.bar.clear()  # the line takes the bar's place
-        LOG.info("%s%s", line, f", on the training text {trained[-1]:.4f}" if trained else "")
+            self.bar.clear()  # the line is written in place of the bar
+        LOG.info("%s%s", line, f", training loss {training_losses[-1]:.4f}" if training_losses else "")
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
-        self.ranks.wait()  # each has written the state of its random numbers
-        if not self.ranks.first:
+        self.processes.wait()  # each process has written its random state
+        if not self.processes.is_first:
             return
         if control.should_training_stop and state.best_model_checkpoint is not None:
             mark_end(self.folder, state.global_step, Path(state.best_model_checkpoint))
-        mark_whole(self.folder / f"checkpoint-{state.global_step}")
+        mark_complete(self.folder / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
         if self.bar is not None:

@@ -1,4 +1,4 @@
-"""Which codebooks are trained, those that matrices share once, and the way back into their bytes."""
+"""Training of codebooks: which ones can be trained, shared ones once, and writing them back into their bytes."""
 
 from __future__ import annotations
 
@@ -8,80 +8,85 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reallm.runtime.field_bytes import packed_bytes
 from reallm.runtime.install import packed_modules
 from reallm.runtime.packed import Packed, SharedCodebooks
 from reallm.runtime.training.codebook import TrainedCodebook
-from reallm.runtime.training.low_rank import packed_bytes
+from reallm.runtime.training.finish import write_back_codebook
+from reallm.runtime.training.start import has_codebook, train_codebook
 
-from .factors import Modules
+from .factors import PackedLinears
 
 
 @dataclass
-class _SharedBook:
-    """A codebook that matrices share: where it is kept, what it held before, and its values while they are trained."""
+class _SharedCodebook:
+    """A codebook that several matrices share."""
 
     holder: SharedCodebooks
+    """The module that stores it."""
     before: Tensor
+    """Its bytes before training."""
     trained: TrainedCodebook
 
 
 @dataclass
-class Codebooks:
-    """The codebooks and tables of levels of `modules`, linears of `model`.
+class TrainableCodebooks:
+    """The codebooks and level tables of `linears`, which are linears of `model`.
 
-    One that an embedding or an expert uses too stays as it is: those are not trained, and would change with it.
+    A codebook that an embedding or an expert also uses stays as it is: those are not trained, and would change with it.
     """
 
     model: PreTrainedModel
-    modules: Modules
-    _shared: dict[str, _SharedBook] = field(default_factory=dict)
+    linears: PackedLinears
+    _shared: dict[str, _SharedCodebook] = field(default_factory=dict)
 
     def start(self) -> None:
-        """Make every one trainable."""
-        trainable = {id(module) for module in self.modules.values()}
+        """Make every codebook trainable."""
+        trainable = {id(linear) for linear in self.linears.values()}
         fixed = {key for key, users in self._users().items() if any(id(user) not in trainable for user in users)}
-        for module in self.modules.values():
-            if module.codebook_field is None:
+        for linear in self.linears.values():
+            if not has_codebook(linear):
                 continue
-            if module._shared is None:
-                module.train_codebook()
+            if linear.shared is None:
+                train_codebook(linear)
                 continue
-            holder, key = module._shared
+            holder, key = linear.shared
             if key in fixed:
                 continue
             known = self._shared.get(key)
-            book = module.train_codebook(None if known is None else known.trained)
+            codebook = train_codebook(linear, None if known is None else known.trained)
             if known is None:
-                self._shared[key] = _SharedBook(holder, holder[key].clone(), book)
+                self._shared[key] = _SharedCodebook(holder, holder[key].clone(), codebook)
 
     def parameters(self) -> list[nn.Parameter]:
-        """One of every codebook."""
-        own = [module.codebook.shift for module in self.modules.values() if module.codebook is not None]
-        return own + [book.trained.shift for book in self._shared.values()]
+        """The parameter of every codebook."""
+        training = [m.training_part for m in self.linears.values() if m.training_part is not None]
+        single = [part.codebook.shift for part in training if part.codebook is not None]
+        return single + [book.trained.shift for book in self._shared.values()]
 
-    def fold(self) -> None:
+    def write_back(self) -> None:
         """Write the values into their fields. Raises ValueError if one is not finite in fp16."""
         raw = {key: packed_bytes(book.trained.rounded()) for key, book in self._shared.items()}
-        for module in self.modules.values():
-            if module.trained_codebook is not None:
-                module.fold_codebook()
-        self._write(raw)
+        for linear in self.linears.values():
+            write_back_codebook(linear)
+        self._write_shared(raw)
 
-    def restore(self) -> None:
-        """What is shared, as it was before; the rest is each matrix's own to revert."""
-        self._write({key: book.before for key, book in self._shared.items()})
+    def reset_shared(self) -> None:
+        """Restore the shared codebooks; each matrix restores a codebook that it alone uses."""
+        self._write_shared({key: book.before for key, book in self._shared.items()})
 
-    def _write(self, raw: dict[str, Tensor]) -> None:
+    def _write_shared(self, raw: dict[str, Tensor]) -> None:
         users = self._users()
         for key, values in raw.items():
             with torch.no_grad():
                 self._shared[key].holder[key].copy_(values)
             for user in users[key]:
-                user.forget()
+                user.drop_cache()
 
     def _users(self) -> dict[str, list[Packed]]:
-        found: dict[str, list[Packed]] = {}
+        """Key of a shared codebook -> the packed matrices that use it."""
+        users: dict[str, list[Packed]] = {}
         for _, packed in packed_modules(self.model):
-            if packed._shared is not None:
-                found.setdefault(packed._shared[1], []).append(packed)
-        return found
+            if packed.shared is not None:
+                users.setdefault(packed.shared[1], []).append(packed)
+        return users

@@ -1,12 +1,11 @@
-"""The training itself: transformers' Trainer, with the divergence from the original model as its loss.
+"""End-to-end training with transformers' Trainer; the loss is the divergence from the teacher.
 
-    loss = mean over tokens of KL(p || q) = sum_v p_v (log p_v - log q_v),   p the original's, q the artifact's
+    loss = mean over tokens of KL(p || q) = sum_v p_v (log p_v - log q_v),   p the teacher's, q the student's
 
-taken in float32 whatever the models compute in, without their logits in memory where a head is no more than a matrix
-(`objective`). AdamW with a learning rate for each group of parameters, cosine schedule after 3% of warm-up, gradients
-clipped at norm 1. The state with the least divergence on held-out windows is kept; a loss that is not finite ends the
-run. Windows come in an order fixed by the seed, and nothing is dropped out, so a run that was interrupted goes on
-exactly as it would have.
+in float32 whatever dtype the models compute in, and without the full logits in memory where a head is a plain matrix
+(`objective`). AdamW with one learning rate per parameter group, a cosine schedule after 3% of warm-up, gradients
+clipped at norm 1. The state with the lowest loss on held-out windows is kept; a loss that is not finite ends the run.
+The seed fixes the order of the windows and there is no dropout, so a resumed run ends exactly as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,14 +28,15 @@ from .chat_windows import SampledWindows
 from .checkpoints import read_end
 from .embedding_maps import EmbeddingMaps
 from .objective import Objective
-from .processes import everywhere
+from .processes import true_in_all_processes
 
 LOG = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
 """Of AdamW; the second is lower than usual because runs are short."""
 WARM_UP_SHARE = 0.03
 MAX_EVALUATION_STEPS = 50
-EVALUATIONS = 5  # at least so many in a run that has as many steps
+MIN_EVALUATIONS = 5
+"""Of a run that has at least as many steps."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -47,8 +47,8 @@ class NotFiniteError(ArithmeticError):
         self.step = step
 
 
-class Windows(Dataset[dict[str, Tensor]]):
-    """The windows of a Sample as the Trainer wants them; equal ones may stand in it more than once."""
+class WindowDataset(Dataset[dict[str, Tensor]]):
+    """SampledWindows as the Trainer's dataset; the same window may occur more than once."""
 
     def __init__(self, sample: SampledWindows) -> None:
         self.sample = sample
@@ -58,12 +58,12 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.sample
-        row = {"input_ids": sample.tokens[index], "names": sample.names[index]}
+        row = {"input_ids": sample.tokens[index], "window_ids": sample.window_ids[index]}
         return row if sample.scored is None else row | {"scored": sample.scored[index]}
 
 
-class Student(nn.Module):
-    """The loss with what is trained as the only parameters, so that a checkpoint holds nothing else."""
+class DistillationLoss(nn.Module):
+    """The loss as a module whose only parameters are the trained ones, so that checkpoints contain nothing else."""
 
     def __init__(self, objective: Objective, groups: Mapping[str, Sequence[nn.Parameter]], maps: EmbeddingMaps) -> None:
         super().__init__()
@@ -71,34 +71,35 @@ class Student(nn.Module):
         self.groups = {name: list(group) for name, group in groups.items() if group}
         self.trained = nn.ParameterList([parameter for group in self.groups.values() for parameter in group])
 
-    def forward(self, input_ids: Tensor, names: Tensor, scored: Tensor | None = None) -> Tensor:
-        """The mean loss of a batch of windows, as `Windows` gives them."""
-        return self.objective(input_ids, names.tolist(), scored, self.maps)
+    def forward(self, input_ids: Tensor, window_ids: Tensor, scored: Tensor | None = None) -> Tensor:
+        """The mean loss of a batch of windows, as `WindowDataset` gives them."""
+        return self.objective(input_ids, window_ids.tolist(), scored, self.maps)
 
 
-class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """Trains a Student on windows in the order they are given."""
+class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """Minimises a DistillationLoss on windows in the order in which they are given."""
 
     def __init__(
         self,
-        student: Student,
+        loss: DistillationLoss,
         *,
         arguments: TrainingArguments,
-        rates: Mapping[str, float],
+        learning_rates: Mapping[str, float],
         train: SampledWindows,
         held_out: SampledWindows,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
-        super().__init__(student, arguments, train_dataset=Windows(train), eval_dataset=Windows(held_out))
-        self.student, self.rates = student, rates
+        """`learning_rates`: the peak learning rate of each of `loss.groups`."""
+        super().__init__(loss, arguments, train_dataset=WindowDataset(train), eval_dataset=WindowDataset(held_out))
+        self.distillation_loss, self.learning_rates = loss, learning_rates
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":  # writes dictionaries to stdout
                 self.remove_callback(callback)
         for callback in callbacks:
             self.add_callback(callback)
 
-    def go_on(self, folder: Path, checkpoint: Path | None) -> None:
-        """Train on after `checkpoint` (None: from the start); if training in `folder` was over, only take its result.
+    def train_or_resume(self, folder: Path, checkpoint: Path | None) -> None:
+        """Train from `checkpoint` on (None: from the start). If training in `folder` had ended, load its best state.
 
         Raises NotFiniteError.
         """
@@ -106,13 +107,23 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
         if end is None:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             return
-        LOG.info("training was over after step %d; its best state, %s, is taken", end.steps, end.best.name)
+        LOG.info("training ended after step %d; its best state, %s, is loaded", end.steps, end.best.name)
         self.state.global_step, self.state.best_model_checkpoint = end.steps, str(end.best)
         self._load_best_model()
 
+    def load_best_state(self) -> str | None:
+        """Load the best checkpoint of this run and return its name; None if there is none yet."""
+        best = self.state.best_model_checkpoint
+        if best is None:
+            return None
+        self._load_best_model()
+        return Path(best).name
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the learning rate of each group."""
-        groups = [{"params": group, "lr": self.rates[name]} for name, group in self.student.groups.items()]
+        groups = [
+            {"params": group, "lr": self.learning_rates[name]} for name, group in self.distillation_loss.groups.items()
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
         return self.optimizer
 
@@ -125,7 +136,7 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
     ) -> Any:
         """The loss on a batch of windows. Raises NotFiniteError."""
         loss = model(**inputs)
-        if model.training and not everywhere(bool(loss.detach().isfinite())):
+        if model.training and not true_in_all_processes(bool(loss.detach().isfinite())):
             raise NotFiniteError(self.state.global_step + 1)
         return (loss, {}) if return_outputs else loss
 
@@ -141,14 +152,14 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        """Raises UserError when the disk is full or refuses (torch then says RuntimeError, safetensors its own)."""
+        """Raises UserError if the file system refuses, which torch reports as a RuntimeError."""
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"{self.args.output_dir}: a checkpoint cannot be written ({reason}); "
-                "free some space and run the same command again, it goes on after the last checkpoint"
+                f"{self.args.output_dir}: a checkpoint cannot be written ({reason}); free some space and run the same "
+                "command again: it continues from the last checkpoint"
             ) from error
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
@@ -156,22 +167,23 @@ class Distillation(Trainer):  # type: ignore[misc]  # transformers is untyped he
 
 
 class FinalEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Evaluates after the last step too, whatever the interval."""
+    """Also evaluates after the last step, whatever the interval."""
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
 
-def interval(steps: int) -> int:
-    """Steps between two checkpoints, each with an evaluation."""
-    return min(MAX_EVALUATION_STEPS, max(1, steps // EVALUATIONS))
+def evaluation_interval(steps: int) -> int:
+    """Steps between two checkpoints, each with an evaluation, in a run of `steps`."""
+    return min(MAX_EVALUATION_STEPS, max(1, steps // MIN_EVALUATIONS))
 
 
 def training_arguments(
     folder: Path, *, steps: int, batch_size: int, seed: int, device: torch.device
 ) -> TrainingArguments:
-    """The Trainer's settings; checkpoints go to `folder`, of which the best and the last are kept."""
+    """The Trainer's settings. Checkpoints go to `folder`; the best and the last are kept."""
+    interval = evaluation_interval(steps)
     arguments = TrainingArguments(
         output_dir=str(folder.resolve()),
         max_steps=steps,
@@ -182,17 +194,17 @@ def training_arguments(
         weight_decay=0.0,
         max_grad_norm=1.0,
         eval_strategy="steps",
-        eval_steps=interval(steps),
+        eval_steps=interval,
         save_strategy="steps",
-        save_steps=interval(steps),
+        save_steps=interval,
         save_total_limit=1,
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,
         metric_for_best_model="loss",
         greater_is_better=False,
-        logging_steps=interval(steps),
+        logging_steps=interval,
         report_to="none",
-        disable_tqdm=True,
+        disable_tqdm=True,  # ProgressCallback shows one bar for the whole run instead
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=False,
@@ -204,8 +216,8 @@ def training_arguments(
     return arguments
 
 
-def training_order(count: int, needed: int, seed: int) -> Tensor:
-    """`needed` indices into `count` windows: seeded permutations one after another, int64 [needed]."""
+def training_order(count: int, total: int, seed: int) -> Tensor:
+    """`total` indices into `count` windows: seeded permutations one after another, int64 [total]."""
     generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
-    return torch.cat(rounds)[:needed]
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-total // count))]
+    return torch.cat(rounds)[:total]

@@ -1,18 +1,18 @@
-"""Which factors are trained, and where they start. A term that is stored already goes on from where it is.
+"""Low-rank factors: which matrices have trainable ones, and how new factors L [rows, rank], R [rank, cols] start.
 
-For a matrix without one, L R starts by `Init`
+A matrix that already stores a low-rank term continues from it. For a matrix without one, L R starts by `FactorInit`:
 
-- zero      as LoRA and QLoRA: L = 0, R ~ N(0, 1 / cols) (arXiv 2106.09685, 2305.14314)
-- loftq     the best approximation of W - W_hat, by its SVD (LoftQ's last step, arXiv 2310.08659; the codes are fixed)
-- lq-lora   the best one in the norm sum_nk m_k E_nk^2, m_k the mean square of input k over some windows of the training
-            text, the diagonal of H = X^T X / n (LQ-LoRA's weighted SVD, arXiv 2311.12023, with inputs for the Fisher)
-- plan      not at all: only the plan's own factors are trained
+- zero      as in LoRA and QLoRA: L = 0, R ~ N(0, 1 / cols) (arXiv 2106.09685, 2305.14314)
+- loftq     the best approximation of W - W_hat, by its SVD (the last step of LoftQ, arXiv 2310.08659; the codes stay)
+- lq-lora   the best approximation in the norm sum_nk m_k E_nk^2, where m_k is the mean square of input k over some
+            windows of the training text, the diagonal of H = X^T X / n (LQ-LoRA's weighted SVD, arXiv 2311.12023, with
+            inputs in place of the Fisher information)
+- plan      no new factors: only those of the plan are trained
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,38 +24,42 @@ from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.terms import LowRank
 from reallm.models.loaded import LoadedModel
 from reallm.runtime.install import packed_modules
-from reallm.runtime.training.magnitude import MagnitudeTraining
-from reallm.runtime.training.scales import ScaleTraining
+from reallm.runtime.modules import CompressedLinear
+from reallm.runtime.training.finish import write_back_low_rank
+from reallm.runtime.training.start import train_low_rank
 
-Modules = Mapping[str, MagnitudeTraining]
-Init = Literal["zero", "loftq", "lq-lora", "plan"]
-Snapshot = dict[str, tuple[Tensor, Tensor]]
+from .settings import FactorInit
+
+PackedLinears = Mapping[str, CompressedLinear]
+"""Compressed linears by name."""
+FactorValues = dict[str, tuple[Tensor, Tensor]]
+"""Name of a matrix -> L [rows, rank], R [rank, cols]."""
 
 
-def trainable_modules(model: nn.Module) -> dict[str, MagnitudeTraining]:
+def trainable_linears(model: nn.Module) -> dict[str, CompressedLinear]:
     """Every compressed linear of `model` by name; embeddings and experts have nothing to train."""
     return {
         name: module
         for name, module in packed_modules(model)
-        if isinstance(module, MagnitudeTraining) and not isinstance(module.format.codec, DenseCodec)
+        if isinstance(module, CompressedLinear) and not isinstance(module.format.codec, DenseCodec)
     }
 
 
 @torch.no_grad()
-def column_moments(model: PreTrainedModel, modules: Modules, inputs: Tensor) -> dict[str, Tensor]:
-    """Mean square of every input of each module over `inputs` (token ids [windows, seqlen]): float32 [cols]."""
-    sums = {name: torch.zeros(module.cols) for name, module in modules.items()}
-    hooks = [module.register_forward_pre_hook(_adder(sums[name])) for name, module in modules.items()]
+def input_moments(model: PreTrainedModel, linears: PackedLinears, windows: Tensor) -> dict[str, Tensor]:
+    """Mean square of each linear's input features over `windows` (token ids [windows, seqlen]): float32 [cols]."""
+    sums = {name: torch.zeros(linear.cols) for name, linear in linears.items()}
+    hooks = [linear.register_forward_pre_hook(_square_adder(sums[name])) for name, linear in linears.items()]
     try:
-        for window in inputs:
+        for window in windows:
             model(input_ids=window[None].to(model.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: total / inputs.numel() for name, total in sums.items()}
+    return {name: total / windows.numel() for name, total in sums.items()}
 
 
-def _adder(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _square_adder(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         total.add_(arguments[0].detach().float().flatten(0, -2).square().sum(0).cpu())
 
@@ -63,61 +67,66 @@ def _adder(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
 
 
 def start_factors(
-    original: LoadedModel, modules: Modules, moments: Mapping[str, Tensor], term: LowRank | None, init: Init
+    dense: LoadedModel,
+    linears: PackedLinears,
+    moments: Mapping[str, Tensor],
+    new_factors: LowRank | None,
+    init: FactorInit,
 ) -> None:
-    """Make the factors of every module trainable; where there are none, those of `term` by `init`.
+    """Make the factors of every linear trainable; a linear without factors gets `new_factors`, started by `init`.
 
-    A rank beyond the matrix's own is cut to it. Without a `term` every module must have factors. `moments` (see
-    `column_moments`) are read by "lq-lora" only.
+    A rank that exceeds a side of the matrix is cut to that side. Without `new_factors` every linear must have factors.
+    `moments` (see `input_moments`) are read by "lq-lora" only.
     """
-    matrices = {matrix.name: matrix for matrix in original.matrices}
-    for name, module in modules.items():
-        if module.format.low_rank:
-            module.train_low_rank()
+    matrices = {matrix.name: matrix for matrix in dense.matrices}
+    for name, linear in linears.items():
+        if linear.format.low_rank:
+            train_low_rank(linear)
             continue
-        assert term is not None
-        own = LowRank(min(term.rank, module.rows, module.cols), term.dtype)
+        assert new_factors is not None
+        term = LowRank(min(new_factors.rank, linear.rows, linear.cols), new_factors.dtype)
         if init == "zero":
-            module.train_low_rank(own.rank)
+            train_low_rank(linear, term.rank)
             continue
-        error = original.weight(matrices[name]).cpu() - module.decode_now(torch.float32).cpu()
-        weights = moments[name] if init == "lq-lora" else torch.ones(module.cols)
-        metric = Metric(hessian=torch.diag(weights), fisher=weights.expand(module.rows, -1))
-        found = factorise(error, own, Workspace(metric), in_hessian=False, seed=0)
-        module.train_low_rank(own.rank)
-        set_factors(module, found.left, found.right)
+        error = dense.weight(matrices[name]).cpu() - linear.decode_now(torch.float32).cpu()
+        weights = moments[name] if init == "lq-lora" else torch.ones(linear.cols)
+        metric = Metric(hessian=torch.diag(weights), fisher=weights.expand(linear.rows, -1))
+        start = factorise(error, term, Workspace(metric), in_hessian=False, seed=0)
+        train_low_rank(linear, term.rank)
+        set_factors(linear, start.left, start.right)
 
 
-def factors_of(module: ScaleTraining) -> tuple[nn.Parameter, nn.Parameter]:
-    """L and R of a module whose factors are being trained. Raises ValueError if they are not."""
-    if module.left_factor is None or module.right_factor is None:
+def factors_of(linear: CompressedLinear) -> tuple[nn.Parameter, nn.Parameter]:
+    """L and R of a linear whose factors are being trained. Raises ValueError if they are not."""
+    part = linear.training_part
+    if part is None or part.left_factor is None or part.right_factor is None:
         raise ValueError("no low-rank factors are being trained; call train_low_rank() first")
-    return module.left_factor, module.right_factor
+    return part.left_factor, part.right_factor
 
 
-def set_factors(module: ScaleTraining, left: Tensor, right: Tensor) -> None:
-    """Overwrite the values of the factors being trained."""
-    own_left, own_right = factors_of(module)
+def set_factors(linear: CompressedLinear, left: Tensor, right: Tensor) -> None:
+    """Overwrite the values of the factors that are being trained."""
+    trained_left, trained_right = factors_of(linear)
     with torch.no_grad():
-        own_left.copy_(left)
-        own_right.copy_(right)
+        trained_left.copy_(left)
+        trained_right.copy_(right)
 
 
-def snapshot(modules: Modules) -> Snapshot:
-    """Copies of all factors being trained."""
-    pairs = {name: factors_of(module) for name, module in modules.items()}
+def copy_factors(linears: PackedLinears) -> FactorValues:
+    """Copies of all factors that are being trained."""
+    pairs = {name: factors_of(linear) for name, linear in linears.items()}
     return {name: (left.detach().clone(), right.detach().clone()) for name, (left, right) in pairs.items()}
 
 
-def restore(modules: Modules, factors: Snapshot) -> None:
-    """Train on from `factors`, whether or not the modules were folded in the meantime."""
+def restart_factors(linears: PackedLinears, factors: FactorValues) -> None:
+    """Train from `factors` on, whether or not the linears were written back in the meantime."""
     for name, (left, right) in factors.items():
-        modules[name].train_low_rank(left.shape[1])
-        set_factors(modules[name], left, right)
+        train_low_rank(linears[name], left.shape[1])
+        set_factors(linears[name], left, right)
 
 
-def fold_all(modules: Modules, term: LowRank | None) -> None:
-    """Write all factors back into the fields; new ones in the dtype of `term`. ValueError if one is not finite."""
-    for module in modules.values():
-        own = module.format.low_rank or term
-        module.fold(None if own is None else own.dtype)
+def write_back_factors(linears: PackedLinears, new_factors: LowRank | None) -> None:
+    """Write all factors into the fields, new ones in the dtype of `new_factors`. Raises ValueError if not finite."""
+    for linear in linears.values():
+        term = linear.format.low_rank or new_factors
+        write_back_low_rank(linear, None if term is None else term.dtype)

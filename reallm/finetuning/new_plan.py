@@ -1,4 +1,4 @@
-"""What a fine-tuned model is written from: its codes, and the plan with the formats and bytes it has now."""
+"""The plan of a fine-tuned model, with its new formats and sizes, and the codes that its artifact is written from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from reallm.compilation.compile import Compilation, codes_digest
+from reallm.compilation.compile import Compilation
+from reallm.kernels.codes.stored_fields import codes_sha256
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.storage.layout import file_bytes
 from reallm.models.loaded import LoadedModel
@@ -26,22 +27,22 @@ def _numpy(raw: torch.Tensor) -> Bytes:
 
 
 class TrainedCodes:
-    """The codes of a packed model in memory, as `Compilation` asks for them."""
+    """The codes of a packed model in memory, in the form that `Compilation` reads."""
 
     def __init__(self, model: nn.Module) -> None:
         self.packed: dict[str, Packed] = dict(packed_modules(model))
         self.codebooks = [module for module in model.modules() if isinstance(module, SharedCodebooks)]
 
     def fields(self, choice: Choice) -> Mapping[str, Bytes]:
-        """The packed fields of a choice."""
+        """The packed fields of the matrix of `choice`, by name."""
         return {name: _numpy(raw) for name, raw in self.packed[choice.matrix].fields.items()}
 
     def shared(self, key: str) -> Bytes:
-        """The packed codebooks of a shared key."""
+        """The packed codebooks that several matrices share under `key`."""
         return _numpy(self.codebooks[0][key])
 
     def updated(self, choice: Choice) -> Choice:
-        """`choice` with the format, bytes and digest its matrix has now."""
+        """`choice` with the format, size and digest that its matrix has now."""
         packed = self.packed.get(choice.matrix)
         if packed is None or isinstance(packed.format.codec, DenseCodec):
             return choice
@@ -50,25 +51,25 @@ class TrainedCodes:
             update={
                 "format": packed.format.name,
                 "nbytes": packed.format.nbytes(rows, cols),
-                "codes_sha256": codes_digest(packed.format, rows, cols, self.fields(choice)),
+                "codes_sha256": codes_sha256(packed.format, rows, cols, self.fields(choice)),
             }
         )
 
 
-def new_plan(plan: Plan, original: LoadedModel, codes: TrainedCodes, notes: Sequence[str]) -> Plan:
-    """The plan of the trained model: every byte counted again; costs, bound and prices stay those of the old codes.
+def new_plan(plan: Plan, dense: LoadedModel, codes: TrainedCodes, notes: Sequence[str]) -> Plan:
+    """The plan of the trained model: sizes are computed again; costs, bound and prices stay those of the old codes.
 
-    Where the factors take it over the budget, the budget becomes what it takes, and a note says so.
+    `notes` are appended. If new factors exceed the budget, the budget is raised to the new size, and a note says so.
     """
     choices = tuple(codes.updated(choice) for choice in plan.choices)
     matrices_bytes = sum(choice.nbytes for choice in choices) + sum(plan.shared.values())
     draft = plan.model_copy(update={"choices": choices})
-    whole = file_bytes(Compilation(draft, original, codes).specs())
-    counted = whole if plan.scope == "file" else matrices_bytes
+    new_file_bytes = file_bytes(Compilation(draft, dense, codes).specs())
+    counted = new_file_bytes if plan.scope == "file" else matrices_bytes
     values = plan.model_dump() | {
         "choices": choices,
         "matrices_bytes": matrices_bytes,
-        "file_bytes": whole,
+        "file_bytes": new_file_bytes,
         "counted_bytes": counted,
         "bits_per_weight": 8 * matrices_bytes / sum(choice.rows * choice.cols for choice in choices),
         "notes": (*plan.notes, *notes),

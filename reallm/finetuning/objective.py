@@ -1,15 +1,15 @@
-"""The divergence of two language models without their logits in memory: head, softmax and gradient a few tokens a time.
+"""The loss between two language models, computed in chunks of tokens so that the full logits never exist in memory.
 
     loss = sum_t w_t KL(p_t || q_t),   q_t = softmax(W h_t),   dloss / dh_t = w_t W^T (q_t - p_t),   sum_t w_t = 1
 
-p is the original's, or all at the text's own next token ("text": the cross entropy). A vocabulary of 49,152 makes five
-tensors of 100 MB out of 512 tokens otherwise.
+p is the teacher's distribution, or the text's own next token ("text": the cross entropy). For 512 tokens and a
+vocabulary of 49,152, each of the five tensors that this avoids would take 100 MB.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +17,33 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 from transformers import PreTrainedModel
 
 from .embedding_maps import EmbeddingMaps
+from .settings import Loss
 from .teacher import Teacher, hidden_state, plain_head
-
-Loss = Literal["kl", "text"]
 
 CHUNK = 128
 """Tokens whose logits exist at once."""
 
 
 class _HeadLoss(torch.autograd.Function):
+    """Loss and gradient in one pass: `target(slice)` gives labels [tokens], or log p [tokens, vocabulary]."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, target: Callable[[slice], Tensor], weights: Tensor) -> Tensor:
         total, gradient = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             log_q = linear(hidden[part], head).float().log_softmax(-1)
-            wanted = target(part)
-            if wanted.ndim == 1:
-                losses = -log_q.gather(1, wanted[:, None])[:, 0]
+            expected = target(part)
+            if expected.ndim == 1:
+                losses = -log_q.gather(1, expected[:, None])[:, 0]
             else:
-                p = wanted.exp()
-                losses = (p * wanted.sub_(log_q)).sum(-1)
+                p = expected.exp()
+                losses = (p * expected.sub_(log_q)).sum(-1)
             total += (losses * weights[part]).sum()
             if ctx.needs_input_grad[0]:
                 error = log_q.exp_()
-                if wanted.ndim == 1:
-                    error.scatter_add_(1, wanted[:, None], error.new_full((len(error), 1), -1.0))
+                if expected.ndim == 1:
+                    error.scatter_add_(1, expected[:, None], error.new_full((len(error), 1), -1.0))
                 else:
                     error.sub_(p)
                 gradient[part] = error.mul_(weights[part, None]).to(head.dtype) @ head
@@ -55,31 +56,31 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * outer[0], None, None, None
 
 
-def head_divergence(hidden: Tensor, head: Tensor, original: Tensor, original_head: Tensor, weights: Tensor) -> Tensor:
-    """sum_t w_t KL(original || model), nats, float32, from what the two heads are given.
+def head_divergence(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, weights: Tensor) -> Tensor:
+    """sum_t w_t KL(teacher || model), nats, float32, from the hidden states that the two heads multiply.
 
-    `hidden`, `original` [..., features of each]; heads [vocabulary, features] get no gradient; `weights` [...] are
+    `hidden` and `teacher` [..., features of each]; heads [vocabulary, features] get no gradient; `weights` [...] are
     those of the tokens, and add up to one for a mean.
     """
-    others = original.flatten(0, -2)
+    teacher_states = teacher.flatten(0, -2)
     apply: Callable[..., Tensor] = _HeadLoss.apply
 
     def target(part: slice) -> Tensor:
-        return linear(others[part], original_head).float().log_softmax(-1)
+        return linear(teacher_states[part], teacher_head).float().log_softmax(-1)
 
     return apply(hidden.flatten(0, -2), head, target, weights.flatten())
 
 
 def head_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """sum_t w_t (-log q_t[label]), nats, float32; `labels` int64 [...], the rest as in `head_divergence`."""
-    wanted = labels.flatten()
+    flat_labels = labels.flatten()
     apply: Callable[..., Tensor] = _HeadLoss.apply
-    return apply(hidden.flatten(0, -2), head, lambda part: wanted[part], weights.flatten())
+    return apply(hidden.flatten(0, -2), head, lambda part: flat_labels[part], weights.flatten())
 
 
-def token_losses(logits: Tensor, original: Tensor) -> Tensor:
-    """KL(original || model) of every token, nats, float32 [...], from logits [..., vocabulary] of both."""
-    log_q, log_p = logits.float().log_softmax(-1), original.float().log_softmax(-1)
+def token_losses(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || model) of every token, nats, float32 [...], from logits [..., vocabulary] of both."""
+    log_q, log_p = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
 
@@ -97,44 +98,49 @@ def token_weights(input_ids: Tensor, scored: Tensor | None, loss: Loss) -> Tenso
 
 
 class Objective:
-    """What is minimised: the loss of `model` on windows of tokens, against `original` or against the text itself."""
+    """The loss of `model` on windows of tokens, against `teacher` or against the text itself."""
 
-    def __init__(self, model: PreTrainedModel, original: Teacher, sample: Tensor, loss: Loss) -> None:
-        """`sample`: a few token ids [1, seqlen], on which the head is tried."""
-        self.model, self.original, self.loss = model, original, loss
+    def __init__(self, model: PreTrainedModel, teacher: Teacher, sample: Tensor, loss: Loss) -> None:
+        """`sample`: a few token ids [1, seqlen], used to check whether the head is a plain matrix."""
+        self.model, self.teacher, self.loss = model, teacher, loss
         self.head = plain_head(model, sample.to(model.device))
 
-    def can_remember(self, input_ids: Tensor, names: Sequence[int]) -> bool:
-        """Make all that the original's weights are needed for on these windows; False where they are needed again."""
-        return self.loss == "text" or (self.head is not None and self.original.keep_all(input_ids, names))
+    def teacher_fits_in_cache(self, input_ids: Tensor, window_ids: Sequence[int]) -> bool:
+        """Compute everything that these windows need of the teacher; False if its weights will be needed again."""
+        return self.loss == "text" or (self.head is not None and self.teacher.cache_all(input_ids, window_ids))
 
     def __call__(
-        self, input_ids: Tensor, names: Sequence[int], scored: Tensor | None = None, maps: EmbeddingMaps | None = None
+        self,
+        input_ids: Tensor,
+        window_ids: Sequence[int],
+        scored: Tensor | None = None,
+        maps: EmbeddingMaps | None = None,
     ) -> Tensor:
-        """Mean loss over the tokens, nats, float32, of windows int64 [batch, seqlen] that are called `names`.
+        """Mean loss over the tokens of windows, int64 [batch, seqlen], nats, float32.
 
-        `scored` as in `token_weights`; `maps` are those being trained.
+        `window_ids` are the windows' identifiers, `scored` is as in `token_weights`, `maps` are the embedding maps
+        that are being trained.
         """
         weights = token_weights(input_ids, scored, self.loss)
-        own, others = self.head, self.original.head
-        if own is None or others is None:
-            return self._by_logits(input_ids, weights)
+        student_head, teacher_head = self.head, self.teacher.head
+        if student_head is None or teacher_head is None:
+            return self._loss_from_logits(input_ids, weights)
         hidden = hidden_state(self.model, input_ids)
         if maps is not None:
             hidden = maps.head_input(hidden)
-        head = own.weight.to(hidden.dtype)
+        head = student_head.weight.to(hidden.dtype)
         if self.loss == "text":
             return head_cross_entropy(hidden, head, input_ids.roll(-1, 1), weights)
-        original = self.original.states(input_ids, names)
-        return head_divergence(hidden, head, original, others.weight.to(original.dtype), weights)
+        teacher = self.teacher.hidden_states(input_ids, window_ids)
+        return head_divergence(hidden, head, teacher, teacher_head.weight.to(teacher.dtype), weights)
 
-    def _by_logits(self, input_ids: Tensor, weights: Tensor) -> Tensor:
+    def _loss_from_logits(self, input_ids: Tensor, weights: Tensor) -> Tensor:
         logits = self.model(input_ids=input_ids).logits
         if self.loss == "text":
             labels = input_ids.roll(-1, 1)
             losses = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         else:
             with torch.no_grad():
-                original = self.original.runner(input_ids=input_ids).logits
-            losses = token_losses(logits, original)
+                teacher_logits = self.teacher.runner(input_ids=input_ids).logits
+            losses = token_losses(logits, teacher_logits)
         return (losses * weights).sum()

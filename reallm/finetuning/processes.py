@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 -m reallm finetune out/ --text train.txt -o tuned/
 
-All hold the whole compressed model; one step takes `batch_size` windows of each, and their gradients are averaged. The
-first of them opens the folder, keeps checkpoints and writes the result. With `accelerate launch --use_fsdp` they share
-the weights of the dense model (`original`), which are what is large; the compressed ones are not sharded.
+Every process holds the whole compressed model. One optimiser step takes `batch_size` windows in each process, and the
+gradients are averaged. The first process opens the folder, writes checkpoints and writes the result. With `accelerate
+launch --use_fsdp` the processes share the weights of the dense model (`teacher`), which take most of the memory; the
+compressed weights are not sharded.
 """
 
 from __future__ import annotations
@@ -25,48 +26,50 @@ from reallm.system.lock import exclusive_lock
 
 @dataclass(frozen=True)
 class TrainingProcesses:
-    """This process among those of the run."""
+    """The processes of a run, as seen from this one."""
 
     index: int
+    """The number of this process, from 0."""
     count: int
-    shares_original: bool = False
-    """Whether each holds a part of the dense model only."""
+    """The number of processes."""
+    shards_teacher: bool = False
+    """Whether each process holds only a shard of the dense model."""
 
     @staticmethod
-    def found(device: str) -> TrainingProcesses:
-        """What the environment says; joins the others, so that they can wait for each other."""
+    def from_environment(device: str) -> TrainingProcesses:
+        """The processes that the launcher's environment variables describe; joins them, so that they can wait."""
         count = int(os.environ.get("WORLD_SIZE") or 1)
         if count < 2:
-            return TrainingProcesses(0, 1)
-        # from here on: or else the Trainer would shard what is trained, which is small
-        shares = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+            return SINGLE_PROCESS
+        # removed from the environment: otherwise the Trainer would shard the trained parameters, which are small
+        shards = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
         state = PartialState(cpu=device == "cpu")
         if state.process_index:
-            logging.getLogger("reallm").setLevel(logging.WARNING)  # the first speaks for all
-        return TrainingProcesses(state.process_index, state.num_processes, shares)
+            logging.getLogger("reallm").setLevel(logging.WARNING)  # the first process logs for all
+        return TrainingProcesses(state.process_index, state.num_processes, shards)
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is the process that writes."""
         return self.index == 0
 
-    def own(self, rows: Tensor, batch_size: int) -> Tensor:
-        """Those of `rows`, int64 [steps * count * batch_size], that this process is given by the Trainer's sampler."""
+    def share_of(self, rows: Tensor, batch_size: int) -> Tensor:
+        """The part of `rows`, int64 [steps * count * batch_size], that the Trainer's sampler gives this process."""
         return rows.view(-1, self.count, batch_size)[:, self.index].flatten()
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have come to this call."""
         if self.count > 1:
             PartialState().wait_for_everyone()
 
-    def place(self, device: torch.device) -> torch.device:
-        """The device of this process: each has a GPU of its own."""
+    def own_device(self, device: torch.device) -> torch.device:
+        """The device of this process: on CUDA each process has its own GPU."""
         return PartialState().device if self.count > 1 and device.type == "cuda" else device
 
     @contextmanager
     def exclusive_lock(self, folder: Path) -> Iterator[None]:
-        """Within it no other run is in `folder`; ends when all processes of this one have ended it."""
-        if not self.first:
+        """Keep other runs out of `folder`; the lock is released when all processes of this run have left the block."""
+        if not self.is_first:
             yield
             self.wait()
             return
@@ -75,18 +78,18 @@ class TrainingProcesses:
             self.wait()
 
 
-ALONE = TrainingProcesses(0, 1)
+SINGLE_PROCESS = TrainingProcesses(0, 1)
 
 
-def everywhere(holds: bool) -> bool:
-    """Whether it holds in every process of the run: all go on, or none."""
-    return not most(not holds)
+def true_in_all_processes(condition: bool) -> bool:
+    """Whether `condition` holds in every process, so that all continue or none."""
+    return not max_over_processes(not condition)
 
 
-def most(count: int) -> int:
-    """The largest `count` of all processes of the run."""
+def max_over_processes(count: int) -> int:
+    """The largest `count` among the processes of the run."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count
-    found = torch.tensor(int(count), device=PartialState().device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(int(count), device=PartialState().device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)

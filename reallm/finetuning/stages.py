@@ -1,46 +1,117 @@
-"""The stages of fine-tuning: which there are, in which order, and how many steps are worth it where nobody says."""
+"""The stages of one run, in order: new codes, block by block, end to end, and the write-back into bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from reallm.errors import UserError
-from reallm.planner.tables.plan import Plan
+from .blockwise import train_blocks
+from .end_to_end import train_end_to_end
+from .factors import input_moments
+from .gain import Gain
+from .processes import SINGLE_PROCESS, TrainingProcesses
+from .recode import recode
+from .resolved_settings import ResolvedSettings
+from .settings import Stage
+from .student_teacher import StudentTeacher, checkpoint_activations
+from .trainable_parts import TrainableParts
 
-if TYPE_CHECKING:
-    from .pair import Training
-
-Stage = Literal["codes", "blocks", "end-to-end"]
-STEPS, MORE_STEPS = 60, 160
-MORE_STEPS_FROM = 0.3
-"""Nats of predicted loss from which more steps are worth their time (docs/log.md)."""
-
-
-def check_order(stages: Sequence[str]) -> tuple[Stage, ...]:
-    """`stages`, each known and there once. Raises UserError."""
-    found = tuple(stage for name in stages for stage in get_args(Stage) if stage == name)
-    named = ",".join(stages)
-    if not found or len(found) < len(stages) or len(set(found)) < len(found):
-        raise UserError(f"--order {named}: expected one or more of {', '.join(get_args(Stage))}, each once")
-    if "codes" in found[1:]:
-        raise UserError(f"--order {named}: new codes undo what was trained before; codes come first")
-    return found
+LOG = logging.getLogger(__name__)
+MOMENT_WINDOWS = 8
+"""Windows from which the input moments of "lq-lora" are taken."""
 
 
-def worthwhile_steps(plan: Plan) -> int:
-    """Steps from end to end that are worth their time for what the plan is predicted to lose.
+@dataclass(frozen=True)
+class RunFolders:
+    """Where a run reads and writes on the way."""
 
-    A plan by plain relative errors predicts no nats: it gets the fewer.
+    progress: Path
+    """Checkpoints of this run."""
+    measured: Path
+    """The measured folder of the plan, which the stage codes reads."""
+    checkpoint: Path | None = None
+    """The last complete checkpoint in `progress`; None for a new run."""
+
+
+def run_stages(
+    pair: StudentTeacher,
+    parts: TrainableParts,
+    settings: ResolvedSettings,
+    folders: RunFolders,
+    processes: TrainingProcesses = SINGLE_PROCESS,
+) -> Gain:
+    """Run the stages of `settings`; the better of the initial and the trained state is then stored in the student.
+
+    Raises UserError if there is nothing to train, or a stage cannot be run.
     """
-    return MORE_STEPS if plan.cost != "relative" and plan.predicted_loss >= MORE_STEPS_FROM else STEPS
+    _freeze(pair, settings.gradient_checkpointing)
+    before = pair.held_out_loss()
+    encoded, stages = _renew_codes(pair, settings, folders, before)
+    settings = replace(settings, gain_learning_rate=settings.gain_rate(encoded))
+    gain_rate = settings.gain_rate(encoded)
+    if stages in ((), ("codes",)):
+        return Gain(before, encoded, encoded, 0, gain_rate, stages)
+    started = _start(pair, parts, settings, encoded)
+    LOG.info("held-out loss: %.4f nats per token before, %.4f with the initial values", before, started)
+    steps = 0
+    for stage in stages:
+        if stage == "blocks":
+            pair.reload_teacher()
+            train_blocks(pair, parts, settings, folders.progress)
+            LOG.info("held-out loss: %.4f nats per token after the blocks", pair.held_out_loss(parts.maps))
+        elif stage == "end-to-end":
+            steps = train_end_to_end(pair, parts, settings, folders.progress, folders.checkpoint, processes)
+    trained = _write_back(pair, parts)
+    if processes.is_first:
+        pair.reload_teacher()  # its uncompressed tensors go into the artifact
+    if not trained < started:
+        LOG.warning("training did not help (%.4f): the untrained state is kept", trained)
+        parts.reset_to_initial()
+    return Gain(before, started, trained, steps, gain_rate, stages)
 
 
-def in_words(training: Training, order: Sequence[Stage], steps: int) -> str:
-    """The stages `order` of a run that made `steps` from end to end, the first one first."""
-    words: dict[Stage, str] = {
-        "end-to-end": f"for {steps} steps of {training.batch_size} x {training.seqlen} tokens",
-        "codes": f"by new codes, {training.code_steps} steps after each block",
-        "blocks": f"block by block for {training.block_epochs} x {training.block_windows} windows each",
-    }
-    return ", then ".join(words[stage] for stage in order)
+def _freeze(pair: StudentTeacher, gradient_checkpointing: bool) -> None:
+    """Make no parameter of either model trainable yet; dropout stays off in both."""
+    pair.dense.model.requires_grad_(False)
+    pair.student.requires_grad_(False)
+    if gradient_checkpointing:
+        checkpoint_activations(pair.student)
+
+
+def _renew_codes(
+    pair: StudentTeacher, settings: ResolvedSettings, folders: RunFolders, before: float
+) -> tuple[float, tuple[Stage, ...]]:
+    """Run the stage codes if it is asked for; the loss then, and all stages that count.
+
+    New codes that do not lower the loss are put back, and the stage does not count.
+    """
+    stages = tuple(settings.stages)
+    if "codes" not in stages:
+        return before, stages
+    pair.reload_teacher()
+    encoded = recode(pair, folders.measured, settings, folders.progress, before)
+    return encoded, stages if encoded < before else tuple(stage for stage in stages if stage != "codes")
+
+
+def _start(pair: StudentTeacher, parts: TrainableParts, settings: ResolvedSettings, encoded: float) -> float:
+    """Make the parts trainable; the held-out loss with their initial values (`encoded` without new factors)."""
+    sample = pair.train[:MOMENT_WINDOWS].tokens
+    uses_moments = settings.new_factors is not None and settings.init == "lq-lora"
+    moments = input_moments(pair.student, pair.linears, sample) if uses_moments else {}
+    if settings.new_factors and settings.init != "zero":
+        pair.reload_teacher()
+    parts.start(pair.dense, moments)
+    return pair.held_out_loss(parts.maps) if settings.new_factors else encoded
+
+
+def _write_back(pair: StudentTeacher, parts: TrainableParts) -> float:
+    """The held-out loss with the trained values as they are stored; infinite if they cannot be stored."""
+    if not parts.is_finite():
+        return math.inf
+    try:
+        parts.write_back()
+    except ValueError:  # beyond the range of fp16
+        return math.inf
+    return pair.held_out_loss()

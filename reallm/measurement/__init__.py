@@ -1,1 +1,1 @@
-"""Measuring what each candidate format costs for each matrix."""
+"""Measuring what storing each matrix in each candidate format costs."""

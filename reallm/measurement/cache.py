@@ -1,8 +1,8 @@
-"""The content-addressed cache of encoded matrices: two files an entry, named by the hash of what decides it.
+"""The content-addressed cache of encoded matrices: two files per entry, named by the hash of all that determines it.
 
-`<xx>/<key>.json` holds the measurement, `<xx>/<key>.safetensors` the packed fields (which may be left out to save
-disk and are then made again when a plan is compiled). Files appear whole or not at all, so kill -9 and two processes
-at once, on one machine or on two that share the folder, cost nothing but work done twice.
+`<xx>/<key>.json` holds the measurement, `<xx>/<key>.safetensors` the packed fields. The fields may be left out to save
+disk space; `compile` then encodes the chosen ones again. Files are written atomically, so kill -9 costs only the work
+under way, and two processes, on one machine or on two that share the folder, may at worst do the same work twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -25,21 +24,13 @@ from reallm.planner.tables.records import write_record
 
 
 def content_key(parts: Mapping[str, object]) -> str:
-    """sha256 of the canonical JSON of `parts`."""
+    """Hex sha256 of the canonical JSON of `parts`."""
     return hashlib.sha256(canonical_json(dict(parts)).encode()).hexdigest()
-
-
-def fields_sha256(fields: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]) -> str:
-    """Digest of packed fields, their bytes one after another in the order of the mapping."""
-    digest = hashlib.sha256()
-    for value in fields.values():
-        digest.update(np.ascontiguousarray(value).data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of entries."""
+    """The cache in one folder."""
 
     folder: Path
 
@@ -47,22 +38,26 @@ class Cache:
         return self.folder / key[:2] / f"{key}.{suffix}"
 
     def measurement(self, key: str) -> MeasurementRecord | None:
-        """The measurement stored under `key`; a damaged entry counts as none."""
+        """Read the measurement stored under `key`; None if there is none or it is damaged."""
         try:
             return MeasurementRecord.model_validate_json(self._path(key, "json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValidationError, json.JSONDecodeError, UnicodeDecodeError):
             return None
 
     def fields(self, key: str) -> PackedFields | None:
-        """The packed fields stored under `key`; a damaged entry counts as none."""
+        """Read the packed fields stored under `key`; None if there are none or their file is damaged."""
         path = self._path(key, "safetensors")
         try:
             return dict(load_file(path))
         except (FileNotFoundError, SafetensorError):
             return None
 
+    def has_fields(self, key: str) -> bool:
+        """Whether there are packed fields under `key`; they are not read."""
+        return self._path(key, "safetensors").is_file()
+
     def put_fields(self, key: str, fields: PackedFields) -> None:
-        """Store packed fields, atomically."""
+        """Store packed fields atomically."""
         path = self._path(key, "safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_path(path)
@@ -73,5 +68,5 @@ class Cache:
             partial.unlink(missing_ok=True)
 
     def put_measurement(self, key: str, record: MeasurementRecord) -> None:
-        """Store a measurement, atomically; its fields, if kept, are stored before it."""
+        """Store a measurement atomically. Its packed fields, if they are kept, must be stored before it."""
         write_record(self._path(key, "json"), record)

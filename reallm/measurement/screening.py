@@ -1,102 +1,141 @@
-"""Bounds: candidates that cannot matter at the budgets asked need not be measured.
+"""Screening: candidates that cannot matter at the requested budgets need not be measured.
 
-After every matrix was measured in one anchor format a, the cost of another format f is predicted from the errors e that
-both make on a normal source (rotated weights look normal; elsewhere the prediction is too low, which only keeps more):
+After every matrix has been measured in one anchor format a, the cost of any other format f is predicted from the
+errors e that both make on a normal source. Rotated weights are close to normal; for others the prediction is too low,
+which only keeps more candidates.
 
     cost(f) ~ cost(a) e(f) / e(a)
 
-With the prices lambda (loss a byte) that the predicted programme has at the ends of the asked range of budgets, f is
-measured unless at every price between, another format of the matrix is cheaper by more than TOLERANCE on both:
+Let lambda, the loss per byte, run between the prices of the predicted planning problem at the two ends of the range of
+budgets. f is measured unless at every such price another format g of the matrix is cheaper even if both predictions are
+wrong by the factor t = TOLERANCE to the disadvantage of g:
 
     cost(f) / t + lambda bytes(f)  >  min_g  t cost(g) + lambda bytes(g)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reallm.codecs.trellis.encode import error_table
-from reallm.kernels.formats.codecs import AdditiveCodec, KMeansCodec, ScalarCodec, TrellisCodec
+from reallm.kernels.formats.codecs import (
+    AdditiveCodec,
+    AnyCodec,
+    DenseCodec,
+    KMeansCodec,
+    LatticeCodec,
+    NeuralCodec,
+    ScalarCodec,
+    TrellisCodec,
+)
 from reallm.kernels.formats.formats import Format
 from reallm.models.loaded import Matrix
 from reallm.planner.tables.measured_table import Kind
 
 TOLERANCE = 1.5
-"""By which factor a predicted cost may be wrong; on SmolLM2-135M trellis formats were within it (docs/log.md)."""
+"""Factor by which a predicted cost may be wrong; on SmolLM2-135M the trellis formats were within it (docs/log.md)."""
 PRICES = 24
+"""Number of prices that are tried between the two ends."""
 LLOYD_MAX_ERROR = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000644, 8: 0.0000415}
-"""Max 1960: the least a scalar code can do."""
+"""The least error of a scalar code by bits (Max 1960)."""
 VECTOR_ERROR = 1.3
-"""A codebook's error at b bits a weight is at least this times 4^-b (two bits: .081; E8P has .093)."""
+"""The error of a codebook at b bits per weight is at least this times 4^-b (at two bits 0.081; E8P has 0.093)."""
 
 Array = NDArray[np.float64]
 
 
+def _trellis_error(codec: TrellisCodec) -> float:
+    widths, errors = zip(*sorted(error_table(codec.state_bits).items()), strict=True)
+    return float(np.exp(np.interp(codec.eighths / 4, widths, np.log(errors))))
+
+
+def _scalar_error(codec: ScalarCodec | KMeansCodec) -> float:
+    return LLOYD_MAX_ERROR[codec.bits]
+
+
+def _additive_error(codec: AdditiveCodec) -> float:
+    return float(VECTOR_ERROR * 4 ** -(codec.num_codebooks * codec.codebook_bits / codec.dim))
+
+
+NORMAL_ERRORS: Mapping[type[AnyCodec], Callable[[Any], float] | None] = {
+    DenseCodec: None,
+    ScalarCodec: _scalar_error,
+    KMeansCodec: _scalar_error,
+    AdditiveCodec: _additive_error,
+    LatticeCodec: None,
+    TrellisCodec: _trellis_error,
+    NeuralCodec: None,
+}
+"""A lower bound of each codec's relative squared error on a normal source; None where none is known."""
+
+
 def normal_error(fmt: Format) -> float | None:
-    """Relative squared error of `fmt` on a normal source, or less; None where outliers or a low-rank term may help."""
-    codec = fmt.codec
-    if fmt.sparse or fmt.low_rank:
-        return None
-    if isinstance(codec, TrellisCodec):
-        widths, errors = zip(*sorted(error_table(codec.state_bits).items()), strict=True)
-        return float(np.exp(np.interp(codec.eighths / 4, widths, np.log(errors))))
-    if isinstance(codec, ScalarCodec | KMeansCodec):
-        return LLOYD_MAX_ERROR[codec.bits]
-    if isinstance(codec, AdditiveCodec):
-        return float(VECTOR_ERROR * 4 ** -(codec.num_codebooks * codec.codebook_bits / codec.dim))
-    return None
+    """A lower bound of the relative squared error of `fmt` on a normal source.
+
+    None if no bound is known for its codec, or if outliers or a low-rank term may lower the error.
+    """
+    error = NORMAL_ERRORS[type(fmt.codec)]
+    return None if fmt.sparse or fmt.low_rank or error is None else error(fmt.codec)
 
 
 @dataclass(frozen=True)
-class Anchored:
-    """One matrix: its measured cost in the anchor format."""
+class AnchorCost:
+    """A matrix and its measured cost in the anchor format, in nats per token."""
 
     matrix: Matrix
     cost: float
 
 
-def anchor_of(formats: Sequence[Format]) -> Format | None:
-    """The format to measure first: of those with a known error, rotated before others, the one nearest three bits."""
+def choose_anchor(formats: Sequence[Format]) -> Format | None:
+    """Choose the format to measure first: rotated formats before others, then the one nearest to three bits.
+
+    None if no format has a known error.
+    """
     known = [fmt for fmt in formats if normal_error(fmt) is not None]
     return min(known, key=lambda f: (not f.rotated, abs(np.log(normal_error(f) or 1) - np.log(4.0**-3))), default=None)
 
 
 def worth_measuring(
-    anchored: Sequence[Anchored], formats: Mapping[Kind, Sequence[Format]], budgets: tuple[float, float]
+    anchor_costs: Sequence[AnchorCost], formats: Mapping[Kind, Sequence[Format]], budgets: tuple[float, float]
 ) -> dict[str, list[Format]]:
-    """Matrix name -> formats that may matter for budgets of `budgets` bytes (least, most) for all these matrices."""
-    tables = {a.matrix.name: _predicted(a, formats[a.matrix.kind]) for a in anchored}
-    price = [_price(list(tables.values()), budget) for budget in budgets]
-    prices = np.geomspace(min(price) / TOLERANCE, max(price) * TOLERANCE, PRICES)
+    """Find the formats that may matter, by matrix name.
+
+    `formats` are the candidates by kind of matrix, `budgets` the least and the most bytes for all these matrices
+    together. Formats without a known error are always kept.
+    """
+    predictions = {a.matrix.name: _predict(a, formats[a.matrix.kind]) for a in anchor_costs}
+    ends = [_price_of_budget(list(predictions.values()), budget) for budget in budgets]
+    prices = np.geomspace(min(ends) / TOLERANCE, max(ends) * TOLERANCE, PRICES)
     result = {}
-    for a in anchored:
-        costs, nbytes = tables[a.matrix.name]
+    for a in anchor_costs:
+        costs, nbytes = predictions[a.matrix.name]
         known = np.isfinite(costs)
-        least = np.min(TOLERANCE * costs[known, None] + nbytes[known, None] * prices, axis=0)
-        useful = (costs[:, None] / TOLERANCE + nbytes[:, None] * prices <= least).any(axis=1)
+        cheapest = np.min(TOLERANCE * costs[known, None] + nbytes[known, None] * prices, axis=0)
+        useful = (costs[:, None] / TOLERANCE + nbytes[:, None] * prices <= cheapest).any(axis=1)
         keep = zip(formats[a.matrix.kind], useful | ~known, strict=True)
         result[a.matrix.name] = [fmt for fmt, kept in keep if kept]
     return result
 
 
-def _predicted(anchored: Anchored, formats: Sequence[Format]) -> tuple[Array, Array]:
-    """(costs, bytes) of `formats`; NaN where nothing is known."""
-    matrix, anchor = anchored.matrix, anchor_of(formats)
-    scale = anchored.cost / (normal_error(anchor) or 1.0) if anchor else np.nan
+def _predict(anchor_cost: AnchorCost, formats: Sequence[Format]) -> tuple[Array, Array]:
+    """(predicted costs, bytes) of `formats`; a cost is NaN where no error is known."""
+    matrix, anchor = anchor_cost.matrix, choose_anchor(formats)
+    scale = anchor_cost.cost / (normal_error(anchor) or 1.0) if anchor else np.nan
     errors = [normal_error(fmt) for fmt in formats]
     costs = np.array([np.nan if e is None else scale * e for e in errors])
     return costs, np.array([fmt.nbytes(matrix.rows, matrix.cols) for fmt in formats], dtype=float)
 
 
-def _price(tables: list[tuple[Array, Array]], budget: float) -> float:
-    """The price at which every matrix's cheapest format together take about `budget` bytes, by bisection."""
+def _price_of_budget(predictions: list[tuple[Array, Array]], budget: float) -> float:
+    """The price per byte at which the cheapest formats of all matrices take about `budget` bytes, by bisection."""
     low, high = 1e-18, 1e3
     for _ in range(100):
         middle = float(np.sqrt(low * high))
-        used = sum(float(nbytes[np.nanargmin(costs + middle * nbytes)]) for costs, nbytes in tables)
+        used = sum(float(nbytes[np.nanargmin(costs + middle * nbytes)]) for costs, nbytes in predictions)
         low, high = (low, middle) if used <= budget else (middle, high)
     return high

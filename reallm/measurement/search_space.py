@@ -1,9 +1,9 @@
-"""Candidate spaces: which formats are measured for which kind of matrix.
+"""Candidate spaces: the formats that are measured for each kind of matrix.
 
-A space is a preset's name or a YAML file:
+A space is the name of a preset or a YAML file:
 
-    linear: [tq2-l12+ldl2+rot, tq3-l12+ldl2+rot, lm4-g64+ldl]    # experts too, unless they have a list of their own
-    embedding: [int4-g64+ldl, int8-g64]                          # the head too, unless it has a list of its own
+    linear: [tq2-l12+ldl2+rot, tq3-l12+ldl2+rot, lm4-g64+ldl]    # also for experts, unless a key `expert` lists others
+    embedding: [int4-g64+ldl, int8-g64]                          # also for the head, unless a key `head` lists others
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from reallm.errors import UserError
-from reallm.kernels.formats.codecs import FormatError
+from reallm.kernels.formats.fields import FormatError
 from reallm.kernels.formats.formats import Format
 from reallm.planner.tables.measured_table import Kind
 
@@ -82,14 +82,14 @@ PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "reallm": (_REALLM, _VOCABULARY),
     "aqlm": (("aq1x8-d8", "aq2x8-d8", "aq3x8-d8", "aq4x8-d8"), ("int8-g64",)),
 }
-"""Name -> (formats of linear layers, formats of embedding and head)."""
+"""Preset name -> (formats of linear layers, formats of embedding and head)."""
 
 DEFAULT_SPACE = "default"
 
 
 @dataclass(frozen=True)
 class Space:
-    """The candidate formats of every kind of matrix, in the order given."""
+    """The candidate formats of every kind of matrix, in the order in which the space lists them."""
 
     name: str
     formats: Mapping[Kind, tuple[Format, ...]]
@@ -120,7 +120,10 @@ def _build(name: str, lists: Mapping[str, object]) -> Space:
 
 
 def load_space(space: str | Path | None = None) -> Space:
-    """The space called `space`, or read from that YAML file; None is the default one. Raises UserError."""
+    """Load the preset called `space`, or the YAML file of that name; None for the default preset.
+
+    Raises UserError for an unknown name and for a file that is not a space.
+    """
     name = str(space or DEFAULT_SPACE)
     if name in PRESETS:
         linear, vocabulary = PRESETS[name]

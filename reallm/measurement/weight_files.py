@@ -1,6 +1,7 @@
-"""Weights on their way to workers: a file each in the measured folder, which all machines see, gone when it has served.
+"""Weights for the workers: one file per matrix in the measured folder, which every machine sees.
 
-Whatever the model came from (safetensors, GGUF, the hub), a worker reads one matrix from the disk and unpickles none.
+Whatever the model is loaded from (safetensors, GGUF, the hub), a worker reads one matrix from the disk, and no weight
+is pickled. A file is removed when its matrix has been measured.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reallm.calibration.hidden_states import save_tensors
 from reallm.errors import UserError
 from reallm.models.loaded import LoadedModel, Matrix
 from reallm.system.lock import exclusive_lock, remove_abandoned
+from reallm.system.tensor_file import save_tensors
 
 PREFIX = "weights-"
 
 
 @dataclass(frozen=True)
-class Handover:
-    """A folder of weights that one run of `measure` has to itself."""
+class WorkerWeights:
+    """The folder of weight files that belongs to one run of `measure`."""
 
     folder: Path
 
-    def put(self, loaded: LoadedModel, matrix: Matrix) -> Path:
-        """Write the weight of `matrix` in the model's own dtype; the file's path, the same on every machine."""
+    def write_weight(self, loaded: LoadedModel, matrix: Matrix) -> Path:
+        """Write the weight of `matrix` in the model's dtype; returns the path, which is the same on every machine."""
         path = self._path(matrix.name)
         dtype = loaded.model.get_parameter(matrix.parameter).dtype
         save_tensors(path, {"weight": loaded.weight(matrix).to(dtype)})
         return path
 
-    def drop(self, name: str) -> None:
-        """The weight of matrix `name` has served."""
+    def remove_weight(self, name: str) -> None:
+        """Remove the file of the matrix called `name`, once it has been measured."""
         self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
@@ -47,23 +48,26 @@ class Handover:
 
 
 @contextmanager
-def worker_weights_dir(output: Path) -> Iterator[Handover]:
-    """A handover in the folder `output`; removes what runs that were killed have left of theirs."""
+def worker_weights_dir(output: Path) -> Iterator[WorkerWeights]:
+    """A new folder of weight files in the folder `output`, removed when the context ends.
+
+    Folders that killed runs left behind are removed too.
+    """
     remove_abandoned(output.glob(f"{PREFIX}*"))
     folder = (output / f"{PREFIX}{uuid4().hex[:12]}").absolute()
     try:
         with exclusive_lock(folder):
-            yield Handover(folder)
+            yield WorkerWeights(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def take(path: Path) -> Tensor:
-    """W[N, K] float32 that `Handover.put` wrote. Raises UserError on a machine that does not see the folder."""
+def read_weight(path: Path) -> Tensor:
+    """Read W[N, K] float32 from a file of `WorkerWeights`. Raises UserError on a machine that does not see it."""
     try:
         weight: Tensor = load_file(path)["weight"].to(torch.float32, copy=True)
     except FileNotFoundError:
         what = f"the worker on {socket.gethostname()} does not see {path.parent}"
-        way_out = "expected the --output folder under the same path on every machine: take one on a shared file system"
+        way_out = "expected the --output folder under the same path on every machine: use one on a shared file system"
         raise UserError(f"{what}; {way_out}") from None
     return weight

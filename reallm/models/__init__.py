@@ -1,1 +1,1 @@
-"""Where models come from and which weight matrices they have."""
+"""Loading a model from wherever the user has it, and finding its weight matrices."""

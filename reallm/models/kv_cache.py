@@ -1,8 +1,8 @@
-"""What a model needs beside its weights while it decodes: the cache of keys and values, measured on a few tokens.
+"""The memory that a model needs besides its weights while it decodes: its KV cache, measured on a few tokens.
 
-Nothing is taken from formulas of known architectures: a forward of PROBE_TOKENS tokens fills the model's own cache, and
-what lies in it is counted. So grouped queries, latent attention, layers that share a cache and mixtures with layers
-that keep none (Mamba) come out as they are.
+No formulas of known architectures are used: a forward pass of PROBE_TOKENS tokens fills the model's own cache, and the
+values in it are counted. This also gives the right size for grouped queries, latent attention, layers that share a
+cache, and hybrid models with layers that have none (Mamba).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .probe import eager_experts, probe_ids
 
 
 def kv_cache(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
-    """Each layer's values kept a token and its window; empty for a model without a cache of keys and values."""
+    """Values per token and attention window of each layer's KV cache; empty for a model without such a cache."""
     if not model.can_generate():
         return ()
     training, ids = model.training, probe_ids(model)
@@ -30,17 +30,18 @@ def kv_cache(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
     finally:
         model.train(training)
     layers = getattr(cache, "layers", ())
-    return tuple(found for layer in layers if (found := _layer(layer)) is not None)
+    return tuple(record for layer in layers if (record := _layer(layer)) is not None)
 
 
 def _layer(layer: Any) -> CacheLayer | None:
-    kept = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
-    values = sum(tensor.numel() // tensor.shape[-2] for tensor in kept if tensor.ndim == 4 and tensor.shape[-2])
+    """The record of one layer of transformers' cache; None if it holds no keys and values [1, heads, tokens, dim]."""
+    cached = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    values = sum(tensor.numel() // tensor.shape[-2] for tensor in cached if tensor.ndim == 4 and tensor.shape[-2])
     window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
     return CacheLayer(values=values, window=window) if values else None
 
 
 def experts_per_token(model: PreTrainedModel) -> int | None:
-    """How many experts of a layer a token goes through, by the configuration; None where it does not say."""
-    found = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    return found if isinstance(found, int) and found > 0 else None
+    """Number of experts that each token goes through in a layer; None where the configuration does not say."""
+    count = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return count if isinstance(count, int) and count > 0 else None

@@ -1,7 +1,7 @@
-"""One forward of a few tokens that shows how a model uses its weights: what the names cannot tell.
+"""One forward pass of a few tokens that shows how a model uses its weights, which their names cannot tell.
 
 - Which matrices share one input: those whose input has the same bytes (q, k and v; gate and up).
-- Which way round a 3-D stack of experts is: for y = x W^T the contracted axis of W is the last one, [E, out, in]; for
+- The orientation of a 3-D stack of experts: for y = x W^T the contracted axis of W is the last one, [E, out, in]; for
   y = x W it is the middle one, [E, in, out].
 """
 
@@ -26,7 +26,7 @@ _PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.
 
 @dataclass(frozen=True)
 class Uses:
-    """What one forward showed; a module or stack that is missing was not used by it."""
+    """What one forward pass showed; a module or stack that it did not use is missing."""
 
     inputs: dict[str, str] = field(default_factory=dict)
     """Module path, or parameter path of a 3-D stack -> fingerprint of its input."""
@@ -35,7 +35,7 @@ class Uses:
 
 
 def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapping[str, Tensor]) -> Uses:
-    """Run PROBE_TOKENS tokens through `model` and watch `modules` and the 3-D parameters `stacks`.
+    """Run PROBE_TOKENS tokens through `model` and watch `modules` and the 3-D parameters `stacks`, both by path.
 
     The model is left as it was. Raises UserError when it cannot be run on token ids alone.
     """
@@ -58,7 +58,7 @@ def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapp
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
-    """int64 [1, PROBE_TOKENS]: different tokens spread over the vocabulary, the padding token not among them."""
+    """Int64 [1, PROBE_TOKENS]: distinct token ids spread over the vocabulary, without the padding token."""
     rows = model.get_input_embeddings().weight.shape[0]
     special = {getattr(model.config.get_text_config(), "pad_token_id", None)}
     ids = [token for token in range(rows) if token not in special]
@@ -68,14 +68,14 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
 
 def _watcher(name: str, uses: Uses) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
-        uses.inputs[name] = uses.inputs.get(name, "") + fingerprint(given, name)
+        x = args[0] if args else next(iter(kwargs.values()))
+        uses.inputs[name] = uses.inputs.get(name, "") + fingerprint(x, name)
 
     return hook
 
 
 def fingerprint(x: Tensor, owner: str) -> str:
-    """Digest of the rows of `x` [..., K], equal for equal inputs; a constant (dead) input is its owner's alone."""
+    """Digest of the rows of `x` [..., K]: equal for equal inputs, except that a constant (dead) input is not shared."""
     flat = x.detach().reshape(-1, x.shape[-1]).contiguous().cpu()
     if flat.numel() == 0 or bool((flat == flat[0, 0]).all()):
         return f"constant:{owner};"
@@ -86,7 +86,7 @@ def fingerprint(x: Tensor, owner: str) -> str:
 
 @contextmanager
 def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """The plain loop over experts while probing: the grouped ones hide each expert's product in one call."""
+    """Use the plain loop over experts within the context: grouped implementations hide all products in one call."""
     if not (hasattr(model, "set_experts_implementation") and hasattr(model, "get_experts_implementation")):
         yield
         return
@@ -99,7 +99,7 @@ def eager_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _StackWatch(TorchFunctionMode):
-    """Sees every matrix product whose weight lies inside one of the 3-D parameters."""
+    """Records every matrix product whose weight lies inside one of the 3-D parameters `stacks`."""
 
     def __init__(self, stacks: Mapping[str, Tensor], uses: Uses) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""A model's size in three ways, for they are easily confused: its matrices, all its weights, its files.
+"""A model's size in three ways, which are easily confused: its matrices, all its weights, its files.
 
-(a) bits per weight of the matrices that a bpw budget counts, with every byte stored for them: codes, scales, codebooks,
-factors, padding; (b) bits per weight of the whole model, embeddings, head and norms included; (c) bytes of the weights
-files, headers included.
+(a) Bits per weight of the matrices that a bpw budget counts, with every byte stored for them: codes, scales, codebooks,
+factors, padding. (b) Bits per weight of the whole model, including embeddings, head and norms. (c) Bytes of the weights
+files, including headers.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from reallm.kernels.storage.safetensors_reader import StoredTensor
 from reallm.planner.tables.plan import PLAN_FILE, Plan
 from reallm.planner.tables.records import read_record
 
-from .checkpoint import StoredTensor, read_checkpoint
+from .checkpoint import read_checkpoint
 from .loaded import LoadedModel
 from .source import locate
 
 BYTE_DTYPE = "U8"
 SHARED_PREFIX = "reallm_shared."
 COUNTED_KINDS = ("linear", "expert")
+"""Kinds of matrices that a bpw budget counts."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class Sizes:
     """Exact bytes and weights of one model."""
 
     matrices_bytes: int
+    """Bytes stored for the matrices of COUNTED_KINDS, shared codebooks included."""
     matrices_weights: int
+    """Number of weights in those matrices."""
     weights_bytes: int
     """Bytes of all tensors, headers excluded."""
     weights: int
+    """Number of weights of the whole model; tied ones count once."""
     file_bytes: int
+    """Bytes of the weights files, headers included."""
 
     @property
     def matrices_bpw(self) -> float:
@@ -65,23 +71,23 @@ def artifact_sizes(folder: Path) -> Sizes:
 
 
 def _belongs(name: str, tensor: StoredTensor, chosen: set[str]) -> bool:
-    """Whether a stored tensor is (part of) a matrix that the plan chose a format for."""
+    """Whether a stored tensor is part of a matrix that the plan chose a format for."""
     owner, _, last = name.rpartition(".")
     stored = tensor.dtype == BYTE_DTYPE or last == "weight"
     return stored and (owner in chosen or name.startswith(SHARED_PREFIX))
 
 
 def model_sizes(loaded: LoadedModel) -> Sizes:
-    """Sizes of an uncompressed model, its tensors in the dtype it was loaded in (bfloat16 for GGUF)."""
+    """Sizes of an uncompressed model, with its tensors in the dtype that it was loaded in (bfloat16 for GGUF)."""
     counted = [matrix for matrix in loaded.matrices if matrix.kind in COUNTED_KINDS]
     tensors = {id(tensor): tensor for tensor in loaded.model.state_dict(keep_vars=True).values()}.values()
-    place = locate(loaded.source)
+    located = locate(loaded.source)
     return Sizes(
         matrices_bytes=sum(matrix.source_bytes for matrix in counted),
         matrices_weights=sum(matrix.rows * matrix.cols for matrix in counted),
         weights_bytes=sum(tensor.nbytes for tensor in tensors),
         weights=sum(tensor.numel() for tensor in tensors),
-        file_bytes=_file_bytes(place.folder, place.gguf_file),
+        file_bytes=_file_bytes(located.folder, located.gguf_file),
     )
 
 

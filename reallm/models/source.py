@@ -1,4 +1,4 @@
-"""From what the user names to a dense transformers model: a folder, a .gguf file, or a name on the Hugging Face hub."""
+"""Loading the transformers model that the user names: a folder, a .gguf file, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from reallm.errors import UserError
+from reallm.kernels.storage.layout import CONFIG_FILE
 
 from .checkpoint import main_dtype, read_checkpoint, read_json
 
-CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 DAMAGE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error, SafetensorError)
-"""What transformers raises on a file it cannot use."""
+"""Exceptions that transformers raises on a file it cannot use."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's files on this machine: `folder`, and the file in it if it is a GGUF."""
+    """A model's files on this machine."""
 
     label: str
     """As the user wrote it."""
     folder: Path
     gguf_file: str | None = None
+    """Name of the file in `folder`, for a GGUF model."""
 
 
 def locate(source: str | Path) -> Source:
-    """Find `source` on this machine, or fetch it from the hub; UserError with the way out when neither works."""
+    """Find `source` on this machine, or fetch it from the hub; raises UserError when neither works."""
     label, path = str(source), Path(source).expanduser()
     if path.is_dir():
         return Source(label, path)
@@ -61,14 +62,14 @@ def locate(source: str | Path) -> Source:
         return Source(label, Path(snapshot_download(label, allow_patterns=list(HUB_FILES))))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         reason = str(error).partition("\n")[0]
-        what = f"{label} is no folder here and cannot be fetched from the hub ({reason})"
+        what = f"{label} is not a folder here and cannot be fetched from the hub ({reason})"
         raise UserError(f"{what}; give the folder of a model, or check the name and the connection") from error
 
 
 def _locate_file(label: str, path: Path) -> Source:
     if path.suffix == ".gguf":
         return Source(label, path.parent, path.name)
-    raise UserError(f"{label} is a file of an unknown kind; expected a .gguf file or the folder that holds the model")
+    raise UserError(f"{label} is a file of an unknown kind; expected a .gguf file or the folder of a model")
 
 
 def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -77,16 +78,16 @@ def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedMod
         return _load_gguf(source, dtype or torch.bfloat16)
     config = _read_config(source)
     tensors = read_checkpoint(source.folder)
-    kept = main_dtype(tensors.values(), source.label)
+    stored_dtype = main_dtype(tensors.values(), source.label)
     auto = _auto_class(config, source.label)
     options = {"use_safetensors": True, "trust_remote_code": False}
-    return _load(auto, source, config, dtype or kept, options)
+    return _load(auto, source, config, dtype or stored_dtype, options)
 
 
 def _load(
     auto: Any, source: Source, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """from_pretrained, and nothing in the model that the file did not hold."""
+    """Load with from_pretrained; raises UserError for weights that the files lack, which would be random."""
     try:
         model, info = auto.from_pretrained(
             source.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
@@ -95,16 +96,18 @@ def _load(
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{source.label} cannot be loaded as {auto.__name__[9:]}: {reason}") from error
     if missing := sorted(info["missing_keys"]):
-        what = f"{len(missing)} tensors of {type(model).__name__} are not in the file, {missing[0]} among them"
+        what = f"{len(missing)} tensors of {type(model).__name__} are not in the file, such as {missing[0]}"
         raise UserError(f"{source.label}: {what}; they would be random: get the complete model")
     notes: tuple[str, ...] = ()
     if unexpected := sorted(info["unexpected_keys"]):
-        notes = (f"{len(unexpected)} stored tensors are no part of the model and left out, {unexpected[0]} among them",)
+        notes = (
+            f"{len(unexpected)} stored tensors do not belong to the model and are left out, such as {unexpected[0]}",
+        )
     return model.eval(), notes
 
 
 def _read_config(source: Source) -> PretrainedConfig:
-    """The configuration of a folder, refused when it says the weights are quantised."""
+    """Read the configuration of a folder; raises UserError when it says that the weights are quantised."""
     path = source.folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{source.label} has no {CONFIG_FILE}; expected the folder of a transformers model")
@@ -123,7 +126,7 @@ def _read_config(source: Source) -> PretrainedConfig:
 
 
 def _auto_class(config: PretrainedConfig, label: str) -> Any:
-    """AutoModelForCausalLM or AutoModelForMaskedLM, by the architectures the configuration names, else by its type."""
+    """AutoModelForCausalLM or AutoModelForMaskedLM, from the architectures the configuration names, else its type."""
     causal, masked = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()), set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     named = set(config.architectures or ())
     if named & causal:
@@ -134,19 +137,21 @@ def _auto_class(config: PretrainedConfig, label: str) -> Any:
         return AutoModelForMaskedLM
     if not named and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForCausalLM
-    found = ", ".join(sorted(named)) or config.model_type
+    architecture = ", ".join(sorted(named)) or config.model_type
     expected = f"a causal or masked language model of transformers {transformers.__version__}"
-    raise UserError(f"{label} is of the unsupported architecture {found}; expected {expected}, without code of its own")
+    raise UserError(
+        f"{label} has the unsupported architecture {architecture}; expected {expected}, without custom code"
+    )
 
 
 def _load_gguf(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """A GGUF file, its blocks unpacked to `dtype`, as if it had never been quantised (so that it can be saved)."""
+    """Load a GGUF file with its blocks unpacked to `dtype` and its quantisation forgotten, so that it can be saved."""
     path = source.folder / str(source.gguf_file)
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{source.label} needs the package gguf; install it: pip install 'reallm[gguf]'")
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise UserError(f"{source.label} does not begin with GGUF; it is damaged or of another kind: get it again")
+            raise UserError(f"{source.label} does not begin with GGUF; it is damaged or not a GGUF file: get it again")
     options: dict[str, Any] = {"gguf_file": source.gguf_file}
     if hasattr(transformers, "GgufConfig"):  # later releases may keep the blocks packed unless told not to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -154,7 +159,7 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tup
         config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file, local_files_only=True)
     except DAMAGE as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{source.label} cannot be read, it may be truncated: {reason}; get the file again") from error
+        raise UserError(f"{source.label} cannot be read and may be truncated ({reason}); get the file again") from error
     model, notes = _load(AutoModelForCausalLM, source, config, dtype, options)
     leftovers = ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method"))
     for owner, attribute in leftovers:
@@ -162,11 +167,11 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tup
             delattr(owner, attribute)
     model.is_quantized = False
     model.config.architectures = [type(model).__name__]
-    return model, (*notes, f"{source.label} holds quantised weights: they are the reference, unpacked to {dtype}")
+    return model, (*notes, f"{source.label} holds quantised weights: unpacked to {dtype}, they are the reference")
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the model, or None when there is none; UserError when it is there and damaged."""
+    """The tokenizer beside the model, or None when there is none; raises UserError when it is damaged."""
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     if not source.gguf_file and not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         return None

@@ -1,1 +1,1 @@
-"""From a measured table to a plan."""
+"""From a measured table to a plan: `plan`, `sweep`, `explain` and `refit`."""

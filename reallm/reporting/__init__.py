@@ -1,1 +1,1 @@
-"""A plan as one HTML page or a figure."""
+"""Pages and figures for people: of one plan, and of a sweep over many budgets."""

@@ -1,7 +1,7 @@
-"""One HTML file with figures and no outside parts: a header, then sections of a sentence, a figure and its numbers.
+"""A page as one HTML file that needs nothing else: a header, then sections with a sentence, a figure and its numbers.
 
-The same content gives the same bytes. Whatever came from a file (names, texts, notes) is escaped, and the page forbids
-itself scripts and connections.
+The same content gives the same bytes. All text that comes from files (names, texts, notes) is escaped, and the page's
+security policy forbids scripts and connections.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .figures.paint import DARK, LIGHT, NARROW, WIDE, Drawing, inline_svg, plain
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Numbers in words, the first column naming the row."""
+    """A table of texts; the first column names the row."""
 
     title: str
     columns: Sequence[str]
@@ -28,7 +28,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One figure's place: `takeaway` says what to see in it, `table` holds the same numbers. Text in ` is code."""
+    """One section: `takeaway` says what the figure shows, `table` has the same numbers.
+
+    `name` is unique on the page. In `takeaway` and `aside`, text between backquotes is shown as code.
+    """
 
     name: str
     title: str
@@ -39,7 +42,7 @@ class Section:
 
 
 def render(template: str, sections: Sequence[Section], **context: Any) -> str:
-    """The page of `template` with `sections`, whose names differ, and what else the template names."""
+    """The page of `template` with `sections`; `context` has the other variables of the template."""
     environment = Environment(
         loader=PackageLoader("reallm.reporting", "templates"),
         autoescape=True,
@@ -70,6 +73,6 @@ def _section(section: Section) -> Mapping[str, Any]:
 
 
 def _code(text: str) -> Markup:
-    """`text` escaped, what stands between backquotes as code."""
+    """`text` escaped, with the parts between backquotes as code."""
     parts = [escape(plain(part)) for part in text.split("`")]
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))

@@ -1,11 +1,21 @@
-"""What the pages of a plan and of a sweep say: a sentence, a figure and the numbers for each question."""
+"""The text of the pages of a plan and of a sweep: for each question a sentence, a figure and its numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from shlex import quote
 
-from reallm.planner.results.breakdown import PARTS, REST, Tally, by_family, by_layer, costliest, short_names, tally
+from reallm.planner.results.breakdown import (
+    PARTS,
+    REST,
+    Grid,
+    Tally,
+    by_family,
+    by_layer,
+    costliest,
+    short_names,
+    tally,
+)
 from reallm.planner.results.explain import differences
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint
@@ -17,21 +27,21 @@ from .html_page import Section, Table, render
 from .report_data import COSTLIEST, ReportData
 
 CHANGES = 12
-"""Changes of the next MiB that are listed."""
+"""Largest number of changes that the section on the next MiB lists."""
 
 
-def plan_page(findings: ReportData, figures: Mapping[str, Drawing]) -> str:
-    """The report as HTML; `figures` are those of `findings.drawings`."""
-    plan = findings.plan
+def plan_page(data: ReportData, figures: Mapping[str, Drawing]) -> str:
+    """The report as HTML; `figures` are those that `report_data.drawings` gives."""
+    plan = data.plan
     sections = [
         _bits(plan, figures["bits"]),
-        *([_pareto(findings, figures["pareto"])] if "pareto" in figures else []),
+        *([_pareto(data, figures["pareto"])] if "pareto" in figures else []),
         _measured(plan, figures.get("measured")),
-        _bytes(findings, figures["bytes"]),
-        _dearest(findings, figures.get("dearest")),
-        *([_next_mib(plan, findings.richer)] if findings.richer else []),
+        _bytes(data, figures["bytes"]),
+        _costliest(data, figures.get("costliest")),
+        *([_next_mib(plan, data.richer)] if data.richer else []),
     ]
-    notes = [*plan.notes, *([findings.lacking] if findings.lacking else [])]
+    notes = [*plan.notes, *([data.lacking] if data.lacking else [])]
     name = base_name(plan.model)
     return render(
         "report.html",
@@ -40,7 +50,7 @@ def plan_page(findings: ReportData, figures: Mapping[str, Drawing]) -> str:
         name=name,
         plan=plan,
         heads=_heads(plan),
-        facts=[*_facts(plan), *_asked(plan)],
+        facts=[*_facts(plan), *_requested_options(plan)],
         digests=("model sha256", "table sha256", "text sha256"),
         notes=notes,
     )
@@ -83,7 +93,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("budget", f"{plan.budget} = {plan.budget_bytes:,} bytes {counts}; {plan.counted_bytes:,} used"),
         ("bytes", f"matrices {plan.matrices_bytes:,}; weights file {plan.file_bytes:,}"),
         ("bound", f"{bound.best_bound:.6g} nats per token; {bound.lagrangian_bound:.6g} computed without the solver"),
-        ("shadow price", f"{bound.shadow_price:.4g} nats per token for a further MiB"),
+        ("shadow price", f"{bound.shadow_price:.4g} nats per token saved by one more MiB"),
         ("solver", f"{bound.solver} {bound.solver_version}".strip()),
         ("best single format", _uniform(plan)),
         ("measured folder", plan.work),
@@ -96,15 +106,15 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _uniform(plan: Plan) -> str:
-    found = plan.uniform
-    if found is None:
+    uniform = plan.uniform
+    if uniform is None:
         return "none fits this budget"
-    return f"{found.format}: {found.cost:.5g} nats per token, {found.nbytes:,} bytes"
+    return f"{uniform.format}: {uniform.cost:.5g} nats per token, {uniform.nbytes:,} bytes"
 
 
-def _asked(plan: Plan) -> list[tuple[str, str]]:
-    """What was asked beside the budget, and the corrections of a refit."""
-    asked = [
+def _requested_options(plan: Plan) -> list[tuple[str, str]]:
+    """(name, value) of the options that are not at their defaults, and the corrections of a refit."""
+    options = [
         ("pins", ", ".join(plan.pins)),
         ("excluded", ", ".join(plan.exclude)),
         ("formats allowed", ", ".join(plan.formats or ())),
@@ -112,7 +122,7 @@ def _asked(plan: Plan) -> list[tuple[str, str]]:
         ("cost", "" if plan.cost == "two_sided" else plan.cost),
         ("corrections", ", ".join(f"{family} {factor:.2f}" for family, factor in sorted(plan.corrections.items()))),
     ]
-    return [(name, value) for name, value in asked if value]
+    return [(name, value) for name, value in options if value]
 
 
 def _bits(plan: Plan, drawing: Drawing) -> Section:
@@ -123,18 +133,28 @@ def _bits(plan: Plan, drawing: Drawing) -> Section:
     takeaway = f"Every matrix has {bits[0]:.2f} bits per weight."
     if f"{min(bits):.2f}" != f"{max(bits):.2f}":
         takeaway = f"From {min(bits):.2f} to {max(bits):.2f} bits per weight."
-        most, least = max(families, key=lambda f: families[f].bits), min(families, key=lambda f: families[f].bits)
+        highest = max(families, key=lambda f: families[f].bits)
+        lowest = min(families, key=lambda f: families[f].bits)
         if len(families) > 1:
-            takeaway += f" {names[most]} gets the most, {families[most].bits:.2f} on average,"
-            takeaway += f" {names[least]} the fewest, {families[least].bits:.2f}."
+            takeaway += f" {names[highest]} gets the most, {families[highest].bits:.2f} on average,"
+            takeaway += f" {names[lowest]} the fewest, {families[lowest].bits:.2f}."
+    aside = _bits_aside(plan, any(cell.matrices > 1 for cell in cells))
+    return Section("bits", "Bits of every matrix", takeaway, drawing, aside, _bits_table(grid))
+
+
+def _bits_aside(plan: Plan, shared_cells: bool) -> str:
     asides = []
-    if any(cell.matrices > 1 for cell in cells):
-        asides.append("Matrices of one layer and role, such as the experts of a layer, are one cell: their mean.")
+    if shared_cells:
+        asides.append("Matrices with the same layer and role, such as experts, share a cell that shows their mean.")
     if plan.shared:
-        asides.append("Shared codebooks are left out.")
+        asides.append("Shared codebooks are not counted here.")
     if plan.dense:
         first = plan.dense[0] if len(plan.dense) == 1 else f"{len(plan.dense)} matrices, such as {plan.dense[0]},"
         asides.append(f"{first} took no part and stayed uncompressed.")
+    return " ".join(asides)
+
+
+def _bits_table(grid: Grid) -> Table:
     rows = []
     for layer in grid.layers:
         row = [grid.cells.get((layer, family)) for family in grid.families]
@@ -142,8 +162,7 @@ def _bits(plan: Plan, drawing: Drawing) -> Section:
     rows += [[family, _bits_text(cell), *[""] * (len(grid.families) - 1)] for family, cell in grid.outside.items()]
     labels = short_names(grid.families)
     columns = ["", *(labels[family] for family in grid.families)] if grid.families else ["", "bits per weight"]
-    table = Table("Bits per weight as a table", columns, rows)
-    return Section("bits", "Bits of every matrix", takeaway, drawing, " ".join(asides), table)
+    return Table("Bits per weight as a table", columns, rows)
 
 
 def _families(plan: Plan) -> list[str]:
@@ -154,17 +173,17 @@ def _bits_text(cell: Tally | None) -> str:
     return "" if cell is None else f"{cell.bits:.2f}"
 
 
-def _pareto(findings: ReportData, drawing: Drawing) -> Section:
-    plan = findings.plan
-    takeaway = f"At its size the mix is predicted to lose {plan.predicted_loss:.4g} nats per token."
+def _pareto(data: ReportData, drawing: Drawing) -> Section:
+    plan = data.plan
+    takeaway = f"This plan is predicted to lose {plan.predicted_loss:.4g} nats per token."
     if plan.uniform is None:
         takeaway += " No single format fits this budget."
     elif plan.predicted_loss > 0:
         ratio = plan.uniform.cost / plan.predicted_loss
         takeaway += f" The best single format that fits, {plan.uniform.format}, loses {plan.uniform.cost:.4g},"
         takeaway += f" {ratio:.2f} times as much."
-    aside = f"The best plans from half to twice its bytes. {_proved(findings.points)}"
-    table = _sizes_table(findings.points, findings.uniforms)
+    aside = f"The curve shows the best plans from half to twice this size. {_proved(data.points)}"
+    table = _sizes_table(data.points, data.uniforms)
     return Section("pareto", "Loss against size", takeaway, drawing, aside, table)
 
 
@@ -182,16 +201,18 @@ def _sizes_table(points: Sequence[Point], uniforms: Sequence[UniformPoint]) -> T
 
 
 def _measured(plan: Plan, drawing: Drawing | None) -> Section:
-    title, found = "Predicted against measured", plan.measured
-    if found is None:
-        command = f"reallm plan {quote(plan.work)} --budget {plan.budget} --refit 2 --text held.txt"
-        return Section("measured", title, f"No plan was measured: these losses are predicted. `{command}` measures.")
-    takeaway = f"This plan loses {found.kl:.4g} nats per token on {found.windows} windows of {found.seqlen} tokens."
-    if found.uniform_kl is not None:
-        takeaway += f" The best single format loses {found.uniform_kl:.4g}."
+    title, measured = "Predicted against measured", plan.measured
+    if measured is None:
+        command = f"reallm plan {quote(plan.work)} --budget {plan.budget} --refit 2 --refit-text held.txt"
+        takeaway = f"No plan was measured: all losses are predictions. `{command}` measures them."
+        return Section("measured", title, takeaway)
+    windows = f"{measured.windows} windows of {measured.seqlen} tokens"
+    takeaway = f"This plan loses {measured.kl:.4g} nats per token on {windows}."
+    if measured.uniform_kl is not None:
+        takeaway += f" The best single format loses {measured.uniform_kl:.4g}."
     rows = [
-        [name, f"{predicted:.5g}", f"{measured:.5g}", f"{measured / predicted:.3f}" if predicted else ""]
-        for name, predicted, measured in found.tried
+        [name, f"{predicted:.5g}", f"{kl:.5g}", f"{kl / predicted:.3f}" if predicted else ""]
+        for name, predicted, kl in measured.tried
     ]
     table = Table("The plans measured as a table", ["plan", "predicted", "measured", "ratio"], rows)
     return Section(
@@ -199,13 +220,13 @@ def _measured(plan: Plan, drawing: Drawing | None) -> Section:
         title,
         takeaway,
         drawing,
-        f"Measured on {found.text}. Predictions are those before corrections.",
+        f"Measured on {measured.text}. The predictions do not include corrections.",
         table,
     )
 
 
-def _bytes(findings: ReportData, drawing: Drawing) -> Section:
-    plan, families = findings.plan, by_family(findings.plan, findings.dense)
+def _bytes(data: ReportData, drawing: Drawing) -> Section:
+    plan, families = data.plan, by_family(data.plan, data.dense)
     totals = {family: sum(parts.values()) for family, parts in families.items()}
     names, first = short_names(families), next(family for family in families if family != REST)
     takeaway = f"{names[first]} takes the most, {totals[first] / plan.file_bytes:.1%} of the weights file."
@@ -218,8 +239,8 @@ def _bytes(findings: ReportData, drawing: Drawing) -> Section:
         for family, parts in families.items()
     ]
     rows.append(["weights file", *(f"{sums[part]:,}" for part in present), f"{plan.file_bytes:,}"])
-    apart = ", and matrices that took no part" if plan.dense and not findings.dense else ""
-    aside = f"All else in the file: norms and headers{apart}."
+    unlisted = ", and matrices that took no part" if plan.dense and not data.dense else ""
+    aside = f"All else in the file: norms and headers{unlisted}."
     return Section(
         "bytes",
         "Where the bytes go",
@@ -234,39 +255,41 @@ def _share(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "under 0.1%"
 
 
-def _dearest(findings: ReportData, drawing: Drawing | None) -> Section:
-    plan, title = findings.plan, "The dearest matrices"
+def _costliest(data: ReportData, drawing: Drawing | None) -> Section:
+    plan, title = data.plan, "The costliest matrices"
     chosen = costliest(plan, COSTLIEST)
     if drawing is None:
-        return Section("dearest", title, "No matrix is predicted to lose anything.")
+        return Section("costliest", title, "No matrix is predicted to lose anything.")
     share = sum(choice.cost for choice in chosen) / plan.predicted_loss
     takeaway = f"{len(chosen)} of {len(plan.choices)} matrices cause {share:.1%} of the predicted loss."
     rows = []
     for choice in chosen:
         row = [choice.matrix, choice.format, f"{choice.nbytes:,}", f"{choice.cost:.4g}", choice.runner_up or "none"]
-        other = findings.runners_up.get(choice.matrix)
-        more = ["", "", ""]
-        if other is not None:
-            more = [f"{other.nbytes - choice.nbytes:+,}", f"{other.cost - choice.cost:+.4g}", f"{other.regret:.4g}"]
-        rows.append([*row, *more] if findings.runners_up else row)
+        runner_up = data.runners_up.get(choice.matrix)
+        differences_to_it = ["", "", ""]
+        if runner_up is not None:
+            nbytes, cost = runner_up.nbytes - choice.nbytes, runner_up.cost - choice.cost
+            differences_to_it = [f"{nbytes:+,}", f"{cost:+.4g}", f"{runner_up.regret:.4g}"]
+        rows.append([*row, *differences_to_it] if data.runners_up else row)
     columns = ["matrix", "format", "bytes", "loss", "runner-up"]
-    columns += ["its bytes", "its loss", "regret"] if findings.runners_up else []
-    aside = "The runner-up is next best at the plan's price of a byte."
-    return Section("dearest", title, takeaway, drawing, aside, Table("The dearest matrices as a table", columns, rows))
+    columns += ["its bytes", "its loss", "regret"] if data.runners_up else []
+    aside = "The runner-up is the second-best format at the plan's price of a byte."
+    table = Table("The costliest matrices as a table", columns, rows)
+    return Section("costliest", title, takeaway, drawing, aside, table)
 
 
 def _next_mib(plan: Plan, richer: Plan) -> Section:
     title, changes = "What the next MiB buys", differences(plan, richer)
     if not changes:
-        return Section("next", title, "A further MiB changes nothing.")
+        return Section("next", title, "One more MiB changes nothing.")
     gain = plan.predicted_loss - richer.predicted_loss
     takeaway = (
-        f"A further MiB lowers the predicted loss by {gain:.4g} to {richer.predicted_loss:.4g} nats per token; the "
-        f"shadow price promised {plan.bound.shadow_price:.4g}. {len(changes)} of {len(plan.choices)} matrices change."
+        f"One more MiB lowers the predicted loss by {gain:.4g} to {richer.predicted_loss:.4g} nats per token; the "
+        f"shadow price predicted {plan.bound.shadow_price:.4g}. {len(changes)} of {len(plan.choices)} matrices change."
     )
     shown = changes[:CHANGES]
     rows = [[c.matrix, c.before, c.after, f"{c.nbytes:+,}", f"{c.cost:+.4g}"] for c in shown]
     count = "all" if len(shown) == len(changes) else f"the {len(shown)} largest"
     return Section(
-        "next", title, takeaway, table=Table(f"Changes, {count}", ["matrix", "before", "after", "bytes", "loss"], rows)
+        "next", title, takeaway, table=Table(f"Changes: {count}", ["matrix", "before", "after", "bytes", "loss"], rows)
     )

@@ -1,9 +1,9 @@
-"""Adapters over an artifact, attached at load: one more low-rank term, and for DoRA a gain on every row.
+"""LoRA and DoRA adapters attached to a loaded artifact: a low-rank term, and for DoRA a gain for every row.
 
     y = g o (x W_hat^T + (x R^T) L^T)        L = s B, R = A; g = m / ||W_hat + L R||_row with DoRA, else 1
 
-The factors stand beside the module's own, in fp16, and the gain in float32, both in memory only, so that products run
-as those of any artifact with factors. What their files hold: `adapter_files`.
+The factors are stored beside the module's own in fp16, and the gain in float32, both in memory only. Products are
+therefore computed as for any artifact with low-rank factors. The files of an adapter: `artifacts.peft_files`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from reallm.artifacts.manifest import MANIFEST_FILE, sha256_file
 from reallm.artifacts.peft_files import Adapter
 from reallm.errors import UserError
 
-from .modules import TiedHead
-from .training.magnitude import LEAST_NORM, MagnitudeTraining
+from .field_bytes import add_low_rank
+from .modules import CompressedLinear, TiedHead
+from .row_magnitudes import MIN_NORM, set_magnitudes
 
 
 @torch.no_grad()
 def attach_adapter(model: PreTrainedModel, adapter: Adapter, where: str, artifact: Path) -> None:
     """Add the terms of `adapter` (called `where` in messages) to the modules of the loaded `artifact`.
 
-    Raises UserError for an adapter of another model or artifact.
+    Raises UserError for an adapter that was trained on another model or artifact, before anything is changed.
     """
     if adapter.artifact_sha256 not in (None, sha256_file(artifact / MANIFEST_FILE)):
         raise UserError(f"{where} was trained on another artifact than {artifact}; load that one, or train it again")
@@ -37,24 +38,24 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, where: str, artifac
             raise UserError(f"{where} is an adapter for another model: {artifact} has no linear module {name}")
         if isinstance(module, TiedHead) or getattr(embedding, "weight", None) is module.weight:
             raise UserError(f"{where}: {name} shares the embedding's weight, which the adapter would change too")
-        shape, found = (left.shape[0], right.shape[1]), (module.out_features, module.in_features)
-        if shape != found:
-            raise UserError(f"{where} is an adapter for another model: {name} is {list(found)}, not {list(shape)}")
+        shape, expected = (left.shape[0], right.shape[1]), (module.out_features, module.in_features)
+        if shape != expected:
+            raise UserError(f"{where} is an adapter for another model: {name} is {list(expected)}, not {list(shape)}")
     for name, (left, right) in adapter.factors.items():
         _add(modules[name], left, right, adapter.magnitudes.get(name), f"{where}: {name}")
 
 
 def _add(module: nn.Module, left: Tensor, right: Tensor, magnitudes: Tensor | None, where: str) -> None:
-    if not isinstance(module, MagnitudeTraining):
+    if not isinstance(module, CompressedLinear):
         assert isinstance(module, nn.Linear)
         weight = module.weight.float() + left @ right
         if magnitudes is not None:
-            weight *= (magnitudes / weight.norm(dim=1).clamp(min=LEAST_NORM))[:, None]
+            weight *= (magnitudes / weight.norm(dim=1).clamp(min=MIN_NORM))[:, None]
         module.weight.copy_(weight.to(module.weight.dtype))
         return
     try:
-        module.add_low_rank(left, right)
+        add_low_rank(module, left, right)
         if magnitudes is not None:
-            module.set_magnitudes(magnitudes)
+            set_magnitudes(module, magnitudes)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None

@@ -1,7 +1,7 @@
-"""The weight of a packed module as others see it: a tensor that can be read and refuses to be written.
+"""The weight of a packed module as other code sees it: a tensor that can be read but not written.
 
-Whoever writes into it (PEFT's merge, an initialiser, an optimiser) would change a decoded copy that the next save
-loses, so every in-place write raises and says what to do instead.
+Writing to it (PEFT's merge, an initialiser, an optimiser) would change a decoded copy, and the next save would lose the
+change. So every in-place write raises an error that says what to do instead.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 REFUSAL = (
     "a reallm weight is decoded from packed codes and cannot be written: the change would be lost on saving; "
-    "keep adapters unmerged, or use train_low_rank() and fold(), or load the uncompressed model"
+    "keep adapters unmerged, use `reallm finetune`, or load the uncompressed model"
 )
 
 
 class FrozenWeightError(RuntimeError):
-    """Somebody tried to write into a decoded weight."""
+    """A decoded weight was to be written in place."""
 
 
 def _writes(function: Callable[..., object]) -> bool:

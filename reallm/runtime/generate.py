@@ -1,4 +1,4 @@
-"""`reallm generate`: continue a text."""
+"""Continue a text with a model from the disk, as `reallm generate` does."""
 
 from __future__ import annotations
 
@@ -26,18 +26,23 @@ def generate(
     seed: int = 0,
     adapter: str | Path | None = None,
 ) -> str:
-    """`prompt` and what the model at `path` adds, at most `max_new_tokens` tokens; with `chat` only the answer.
+    """Continue `prompt` with the model at `path` by at most `max_new_tokens` tokens.
 
-    `temperature` 0 takes the likeliest token each time; above it, tokens are drawn with `seed`. The decode step,
-    compiled for the CPU or recorded on a GPU, does the work where it can. `dtype` is what transformers' loop
-    computes in otherwise, and what is not packed is kept in (default: float32 for the one, as stored for the
-    other). `adapter` is a LoRA or DoRA adapter to an artifact, as for `load`. Raises UserError for a model that
-    does not generate, a prompt without tokens and a chat without a template.
+    Returns the prompt and its continuation; with `chat`, which sends the prompt as a user's message in the model's chat
+    template, only the answer. `temperature` 0 always takes the most likely token; otherwise tokens are sampled with
+    `seed`. Decoding uses reallm's decode step where possible (compiled on the CPU, a CUDA graph on a GPU), and
+    otherwise transformers' decoding loop. `dtype` is the dtype of unpacked tensors, and of transformers' loop; by
+    default they are kept as stored, and the loop computes in float32. `adapter` is a LoRA or DoRA adapter to an
+    artifact, as for `load`.
+
+    Raises UserError for a model that does not generate, a prompt without tokens, and `chat` without a chat template.
     """
     opened = open_model(path, dtype, device, adapter)
     if not opened.model.can_generate():
-        raise UserError(f"{path} is {type(opened.model).__name__}, which does not generate; expected a causal model")
-    if dtype is None and not _stepping(opened.model):
+        raise UserError(
+            f"{path} is {type(opened.model).__name__}, which does not generate; expected a causal language model"
+        )
+    if dtype is None and not _has_step(opened.model):
         opened = open_model(path, "float32", device, adapter)
     inputs = _tokens(prompt, opened.tokenizer, chat, path).to(opened.model.device)
     with torch.random.fork_rng(), torch.no_grad():
@@ -55,24 +60,24 @@ def generate(
     return answer
 
 
-def _stepping(model: PreTrainedModel) -> bool:
-    """Whether `model.generate` now uses the compiled step."""
+def _has_step(model: PreTrainedModel) -> bool:
+    """Whether the decode step of `model` can be built; `model.generate` logs the reason if not."""
     try:
         use_step(model).ready()
     except StepUnsupportedError:
-        return False  # generate will say why
+        return False
     return True
 
 
 def _tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, path: str | Path) -> torch.Tensor:
-    """Int64 [1, tokens] of the prompt, as plain text or as a user's message."""
+    """Token ids of the prompt, int64 [1, tokens], as plain text or as a user's message."""
     text = prompt
     if chat:
         if not tokenizer.chat_template:
-            raise UserError(f"{path} has no chat template; leave --chat out")
+            raise UserError(f"{path} has no chat template; leave out --chat")
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     ids: torch.Tensor = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"].long()
     if ids.shape[1] == 0:
-        raise UserError(f"the prompt {prompt!r} has no tokens; give some text to go on from")
+        raise UserError(f"the prompt {prompt!r} has no tokens; give some text to continue")
     return ids

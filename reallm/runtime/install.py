@@ -1,4 +1,4 @@
-"""Put packed modules into a model's skeleton: what a record names, in place of the modules that hold it."""
+"""Put packed modules into a model, in place of the modules whose matrices a record names."""
 
 from __future__ import annotations
 
@@ -10,40 +10,45 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from reallm.artifacts.quantization_config import QuantizationRecord
+from reallm.artifacts.quantization_config import DecodeMode, QuantizationRecord
 from reallm.errors import UserError
 from reallm.kernels.formats.formats import Format
 
+from .convert import pack_embedding, pack_linear, tie_head
+from .experts import ExpertStack, PackedExpert
 from .input_groups import link_input_groups
-from .modules import (
-    CompressedEmbedding,
-    CompressedLinear,
-    ExpertStack,
-    PackedExpert,
-    pack_embedding,
-    pack_linear,
-    tie_head,
-)
-from .packed import DecodeMode, Decoding, Packed, Shared, SharedCodebooks
+from .modules import CompressedEmbedding, CompressedLinear
+from .packed import Decoding, Packed, Shared, SharedCodebooks
 
 
-class _Replacement:
-    """One pass over a model; every packed module gets `mode` and computes in `dtype`."""
+class _Installer:
+    """One pass over a model; every packed module gets the record's decode mode and computes in `dtype`."""
 
     def __init__(self, model: PreTrainedModel, record: QuantizationRecord, dtype: torch.dtype) -> None:
         self.model, self.record, self.dtype = model, record, dtype
         self.mode: DecodeMode = record.decode
         self.partial = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
-        self.users = {matrix: key for key, matrices in record.shared.items() for matrix in matrices}
+        """Whether the model is of another class than was compiled, such as a base model without a head."""
+        self.codebook_keys = {matrix: key for key, matrices in record.shared.items() for matrix in matrices}
         fields = {key: fmt.shared_field for key, fmt in record.shared_formats().items()}
         self.linears: dict[str, CompressedLinear] = {}
         self.codebooks = SharedCodebooks({key: field for key, field in fields.items() if field})
+        self.parents: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self.parents[child].append((parent, name))
         if fields:
             model.add_module(SharedCodebooks.NAME, self.codebooks)
 
     def shared(self, matrix: str) -> Shared:
-        key = self.users.get(matrix)
+        key = self.codebook_keys.get(matrix)
         return None if key is None else (self.codebooks, key)
+
+    def replace(self, module: nn.Module, replacement: nn.Module) -> None:
+        """Put `replacement` wherever `module` is a child (a module may have several parents)."""
+        for parent, name in self.parents.pop(module):
+            setattr(parent, name, replacement)
 
     def find(self, name: str) -> tuple[str, nn.Module] | None:
         """The module called `name`, with or without the base model's prefix, and its path."""
@@ -55,42 +60,45 @@ class _Replacement:
         return None
 
     def require(self, name: str) -> tuple[str, nn.Module] | None:
-        """As `find`, but a missing module is an error, unless the model is loaded as another class than it was compiled
-        as (a base model has no head).
-        """
-        found = self.find(name)
-        if found is None and not self.partial:
+        """As `find`, but raise UserError for a missing module, unless the model is partial."""
+        located = self.find(name)
+        if located is None and not self.partial:
             raise UserError(f"config.json names {name!r}, which {type(self.model).__name__} does not have")
-        return found
+        return located
 
-    def plain(self, matrix: str, fmt: Format) -> None:
-        found = self.require(matrix)
-        if found is None:
+    def pack(self, matrix: str, fmt: Format) -> None:
+        """Replace the linear or embedding module `matrix`."""
+        located = self.require(matrix)
+        if located is None:
             return
-        name, module = found
-        if isinstance(module, Conv1D):
-            module = _as_linear(module)
-            self.model.set_submodule(name, module)
-        if isinstance(module, Packed) or not isinstance(module, nn.Linear | nn.Embedding):
-            raise UserError(f"config.json packs {matrix!r}, a {type(module).__name__}, which is no linear or embedding")
-        if isinstance(module, nn.Linear):
-            self.linears[name] = pack_linear(module, fmt, self.mode, self.dtype, self.shared(matrix))
+        name, module = located
+        plain = _as_linear(module) if isinstance(module, Conv1D) else module
+        shared = self.shared(matrix)
+        if isinstance(plain, nn.Linear) and not isinstance(plain, Packed):
+            packed = self.linears[name] = pack_linear(plain, fmt, self.mode, self.dtype, shared)
+            self.replace(module, packed)
+        elif isinstance(plain, nn.Embedding) and not isinstance(plain, Packed):
+            self.replace(module, pack_embedding(plain, fmt, self.mode, self.dtype, shared))
         else:
-            pack_embedding(module, fmt, self.mode, self.dtype, self.shared(matrix))
+            kind = type(module).__name__
+            raise UserError(
+                f"config.json packs {matrix!r}, a {kind}, which is neither a linear nor an embedding module"
+            )
 
     def stack_of(self, matrix: str) -> tuple[str, int] | None:
         """The 3-D parameter and the index of an expert called `<parameter>.<index>`; None for a plain module."""
         stack, _, index = matrix.rpartition(".")
         owner, _, parameter = stack.rpartition(".")
-        found = self.find(owner) if index.isdecimal() and len(index) < 7 else None
-        tensor = found[1]._parameters.get(parameter) if found else None
+        located = self.find(owner) if index.isdecimal() and len(index) < 7 else None
+        tensor = located[1]._parameters.get(parameter) if located else None
         return (stack, int(index)) if tensor is not None and tensor.ndim == 3 else None
 
-    def stack(self, stack: str, formats: dict[int, Format]) -> None:
+    def pack_stack(self, stack: str, formats: dict[int, Format]) -> None:
+        """Replace the 3-D parameter `stack`, whose experts are stored in `formats`."""
         owner, _, parameter = stack.rpartition(".")
-        found = self.find(owner)
-        assert found is not None  # stack_of has been there
-        module = found[1]
+        located = self.find(owner)
+        assert located is not None  # `stack_of` has found it
+        module = located[1]
         shape = tuple(module.get_parameter(parameter).shape)
         if sorted(formats) != list(range(shape[0])):
             raise UserError(f"config.json packs {len(formats)} experts of {stack!r}; the model has {shape[0]}")
@@ -100,19 +108,20 @@ class _Replacement:
         for index in range(shape[0]):
             expert = PackedExpert()
             shared = self.shared(f"{stack}.{index}")
-            expert.hold(formats[index], rows, cols, mode="call", dtype=self.dtype, shared=shared)
+            expert.allocate_fields(formats[index], rows, cols, mode="call", dtype=self.dtype, shared=shared)
             experts.append(expert)
         del module._parameters[parameter]
         packed = ExpertStack(experts, transposed=transposed, mode=self.mode, dtype=self.dtype)
         module.add_module(parameter, packed)
 
     def tie(self, head: str, source: str) -> None:
-        found, target = self.require(source), self.require(head)
-        if found is None or target is None:
+        """Make the module `head` use the weight of the packed embedding `source`."""
+        embedding, target = self.require(source), self.require(head)
+        if embedding is None or target is None:
             return
-        if not isinstance(found[1], CompressedEmbedding) or not isinstance(target[1], nn.Linear):
-            raise UserError(f"config.json ties {head!r} to {source!r}, which is no head and packed embedding")
-        tie_head(target[1], found[1])
+        if not isinstance(embedding[1], CompressedEmbedding) or not isinstance(target[1], nn.Linear):
+            raise UserError(f"config.json ties {head!r} to {source!r}; expected a head and a packed embedding")
+        self.replace(target[1], tie_head(target[1], embedding[1]))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -131,28 +140,28 @@ def _as_linear(module: Conv1D) -> nn.Linear:
 
 
 def install(model: PreTrainedModel, record: QuantizationRecord, dtype: torch.dtype) -> None:
-    """Replace every module that `record` names by its packed kind with empty fields, on the current default device.
+    """Replace every module that `record` names by its packed kind, which computes in `dtype`.
 
-    Raises UserError for a name the model lacks or a module that cannot be packed. Run it under torch.device("meta")
-    or on a meta model to allocate nothing.
+    The fields are uninitialised and on the current default device: run this under torch.device("meta") or on a meta
+    model to allocate nothing. Raises UserError for a name that the model lacks or a module that cannot be packed.
     """
-    work = _Replacement(model, record, dtype)
+    installer = _Installer(model, record, dtype)
     stacks: dict[str, dict[int, Format]] = defaultdict(dict)
     for matrix, fmt in record.matrices():
-        expert = work.stack_of(matrix)
+        expert = installer.stack_of(matrix)
         if expert is None:
-            work.plain(matrix, fmt)
+            installer.pack(matrix, fmt)
         else:
             stacks[expert[0]][expert[1]] = fmt
     for stack, formats in stacks.items():
-        work.stack(stack, formats)
+        installer.pack_stack(stack, formats)
     for head, source in record.tied.items():
-        work.tie(head, source)
-    link_input_groups(work.linears)
+        installer.tie(head, source)
+    link_input_groups(installer.linears)
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, Packed]]:
-    """Every packed matrix of `model` by the name its fields start with."""
+    """Every packed matrix of `model`, with the prefix of its fields' names."""
     for name, module in model.named_modules():
         if isinstance(module, Packed):
             yield name, module
@@ -172,11 +181,11 @@ def set_decode_mode(model: nn.Module, mode: DecodeMode) -> None:
     for module in model.modules():
         if isinstance(module, Decoding) and not isinstance(module, PackedExpert):
             module.mode = mode
-            module.forget()
+            module.drop_cache()
 
 
 def prepare(model: nn.Module) -> None:
-    """Build kernels and decode what is to be kept now, not at the first use."""
+    """Build native kernels and decode the weights to be kept now, rather than at their first use."""
     for module in model.modules():
         if isinstance(module, Decoding) and not isinstance(module, PackedExpert):
             module.prepare()

@@ -1,4 +1,4 @@
-"""Load an artifact: verified first, then through transformers, ready to run."""
+"""Load an artifact: verify it, then build the model with transformers, ready to run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reallm.artifacts.bundled_adapters import find_adapter
 from reallm.artifacts.directory import is_artifact, read_config
 from reallm.artifacts.peft_files import read_adapter
+from reallm.artifacts.quantization_config import DecodeMode
 from reallm.artifacts.verify import verify as verify_artifact
 from reallm.errors import UserError
 from reallm.models.source import load_tokenizer, locate
 
 from .attach_adapter import attach_adapter
 from .install import prepare, set_decode_mode
-from .packed import DecodeMode
 
 __all__ = ["is_artifact", "load"]
 
@@ -31,26 +31,53 @@ def load(
     verify: bool = True,
     adapter: Path | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model in evaluation mode, and its tokenizer if the artifact has one.
+    """Load an artifact as a transformers model, ready to run.
 
-    `dtype` is what it computes in (default: the dtype it was compiled from). On the CPU
-    matrices are multiplied as they are packed; where that cannot be done, `decode` "load" keeps the decoded weights, as
-    large as the original model, and "call" keeps only the packed ones and decodes at every call. `verify` hashes every
-    byte first; without it only headers and sizes are checked. `adapter` is a LoRA or DoRA adapter to run it with
-    (`adapters`): its folder, or its name in the artifact's own folder of adapters, where it is looked for first.
-    Nothing in the folders is executed. Raises UserError.
+    Parameters
+    ----------
+    path
+        The folder that `reallm compile` or `reallm finetune` wrote. No code in it is executed.
+    device
+        Where the model goes, such as "cpu" or "cuda:0".
+    dtype
+        The dtype it computes in, and in which unpacked tensors are kept; by default the dtype it was compiled from.
+    decode
+        What to do where packed matrices cannot be multiplied as they are stored (without a compiler on the CPU, or
+        without Triton on a GPU): "load" keeps the decoded weights, which are as large as the original model; "call"
+        decodes at every call, which is slower and keeps only the packed weights.
+    verify
+        Hash every byte of the artifact first; otherwise only headers and sizes are checked.
+    adapter
+        A LoRA or DoRA adapter to attach: the name of one inside the artifact, or else the folder of one.
+
+    Returns
+    -------
+    model : PreTrainedModel
+        In evaluation mode.
+    tokenizer : PreTrainedTokenizerBase or None
+        None if the artifact has no tokenizer.
+
+    Raises
+    ------
+    UserError
+        If `path` is not an artifact, is damaged or was changed, or if the adapter does not fit it.
+
+    Examples
+    --------
+    >>> model, tokenizer = reallm.load("out/", device="cuda")  # doctest: +SKIP
+    >>> model.generate(**tokenizer("The capital of France is", return_tensors="pt").to("cuda"))  # doctest: +SKIP
     """
     folder = Path(path)
     if not is_artifact(folder):
-        raise UserError(f"{folder} is no artifact of reallm; `reallm compile` writes one")
-    place = None if adapter is None else find_adapter(folder, adapter)
+        raise UserError(f"{folder} is not a reallm artifact; `reallm compile` writes one")
+    adapter_folder = None if adapter is None else find_adapter(folder, adapter)
     if verify:
         verify_artifact(folder, adapters=False)
     model: PreTrainedModel = _model_class(folder).from_pretrained(
         folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
     )
-    if place is not None:
-        attach_adapter(model, read_adapter(place), str(place), folder)
+    if adapter_folder is not None:
+        attach_adapter(model, read_adapter(adapter_folder), str(adapter_folder), folder)
     set_decode_mode(model, decode)
     model.to(torch.device(device)).eval()
     prepare(model)
@@ -58,10 +85,13 @@ def load(
 
 
 def _model_class(folder: Path) -> type[PreTrainedModel]:
-    """The transformers class that config.json names. Raises UserError for none, or one from elsewhere."""
+    """The class of transformers that config.json names. Raises UserError if transformers has no such model."""
     names = read_config(folder).get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
-        raise UserError(f"{folder}/config.json names the architecture {name!r}, which this transformers does not have")
-    return found
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        raise UserError(
+            f"{folder}/config.json names the architecture {name!r}, which transformers {transformers.__version__} does "
+            "not have; install the version that its manifest.json names"
+        )
+    return kind

@@ -1,26 +1,27 @@
-"""Opening whatever the user names for running it: an artifact of ours, or any transformers model."""
+"""Open whatever the user names for running it: an artifact, or any transformers model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reallm.artifacts.directory import is_artifact
 from reallm.errors import UserError
 from reallm.models.loaded import load_model
 from reallm.models.sizes import Sizes, artifact_sizes, model_sizes
+from reallm.system.device import parse_device
+from reallm.system.torch_dtypes import FLOAT_DTYPES, torch_name
 
 from .load import load
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {torch_name(dtype): dtype for dtype in FLOAT_DTYPES.values()}
 
 
 @dataclass(frozen=True)
 class RunnableModel:
-    """A model ready to run, its tokenizer and what it weighs."""
+    """A model ready to run, its tokenizer and its sizes."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -30,32 +31,23 @@ class RunnableModel:
 def open_model(
     path: str | Path, dtype: str | None = "float32", device: str = "cpu", adapter: str | Path | None = None
 ) -> RunnableModel:
-    """The model at `path` in `dtype` ("float32", ...; None: its own) on `device`; an artifact with `adapter`, if given.
+    """Load the model at `path`, which is an artifact, model folder, .gguf file or hub name.
 
-    Raises UserError when it cannot be had, or without a tokenizer, which everything that runs a model needs.
+    `dtype` is "float32", "bfloat16", "float16", or None for the model's own; `adapter` is an adapter to an artifact, as
+    for `load`. Raises UserError if the model cannot be loaded, or has no tokenizer, which running it needs.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
-    kind = DTYPES[dtype] if dtype else None
+    torch_dtype = DTYPES[dtype] if dtype else None
     if is_artifact(path):
-        model, tokenizer = load(path, device=_device(device), dtype=kind, adapter=adapter)
+        model, tokenizer = load(path, device=parse_device(device), dtype=torch_dtype, adapter=adapter)
         sizes = artifact_sizes(Path(path))
     elif adapter is not None:
-        raise UserError(f"--adapter: {path} is no artifact of reallm; load its adapters with peft")
+        raise UserError(f"--adapter: {path} is not a reallm artifact; load its adapters with peft")
     else:
         loaded = load_model(path)
         tokenizer, sizes = loaded.tokenizer, model_sizes(loaded)
-        model = loaded.model.to(device=_device(device), dtype=kind)
+        model = loaded.model.to(device=parse_device(device), dtype=torch_dtype)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer; put its tokenizer files into the folder")
     return RunnableModel(model.eval(), tokenizer, sizes)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); leave it out for the CPU") from None
-    return device

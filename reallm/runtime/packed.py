@@ -1,32 +1,27 @@
-"""The packed matrix as a torch module: its fields are uint8 buffers, its weight is decoded when asked for.
+"""A packed matrix as a torch module: its fields are uint8 buffers, and its weight is decoded on demand.
 
-On the CPU products need no decoded weight (`cpu`); whatever else asks for it decodes it.
-Two ways to decode, with the same result to the bit: "load" keeps the decoded weight from its first use on (a buffer
-that is never saved), "call" decodes at every call and keeps nothing. Casts and moves of the module cannot touch the
-fields' bytes; they drop the kept weight, which is decoded anew in the new dtype and on the new device.
+On the CPU, products do not need a decoded weight (see `cpu`); every other use decodes it.
+There are two decode modes with bit-identical results: "load" keeps the decoded weight from its first use on (in a
+buffer that is never saved), "call" decodes at every call and keeps nothing. Casting or moving the module never changes
+the bytes of the fields; it drops the kept weight, which is then decoded again in the new dtype and on the new device.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from reallm.artifacts.quantization_config import DecodeMode, shared_name
 from reallm.codegen.launch.derived_tensors import Derived
 from reallm.decoding.decode import decode
-from reallm.kernels.formats.codecs import Field
+from reallm.kernels.formats.fields import Field
 from reallm.kernels.formats.formats import Format
 
 from .cpu import NativeMatrix, native_matrix
 from .frozen_weight import REFUSAL, FrozenWeightError, frozen
-
-if TYPE_CHECKING:
-    from .input_groups import InputGroup
-
-DecodeMode = Literal["load", "call"]
 
 
 class Decoding(nn.Module):
@@ -34,47 +29,49 @@ class Decoding(nn.Module):
 
     mode: DecodeMode
     decoded: Tensor
+    """The kept weight in the compute dtype; empty until it is first needed, and always empty in mode "call"."""
 
     def start_decoding(self, mode: DecodeMode, dtype: torch.dtype) -> None:
-        """Set the mode and the compute dtype; call once, before the module gets fields.
-
-        transformers must not initialise the weight; buffers of the class's own (Gemma's scale) it has to, still.
-        """
+        """Set the mode and the compute dtype. Call this once, before the module gets its fields."""
+        # transformers must not initialise the weight, but it must fill buffers of the class (Gemma's embedding scale).
         self._is_hf_initialized = not self._buffers
         self.mode = mode
         self.register_buffer("decoded", torch.empty(0, dtype=dtype), persistent=False)
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
-        """The weight, decoded from the fields."""
+        """Decode the weight from the fields."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in the module's compute dtype, then in `dtype`; not to be written."""
-        kept = self.decoded
+        """The weight, decoded in the module's compute dtype and then cast to `dtype`. Do not write to it."""
+        weight = self.decoded
         if self.mode == "call":
-            kept = self.decode_now(kept.dtype)
-        elif not kept.numel():
+            weight = self.decode_now(weight.dtype)
+        elif not weight.numel():
             with torch.inference_mode(False), torch.no_grad():
-                kept = self.decoded = self.decode_now(kept.dtype)
-        return kept if dtype is None else kept.to(dtype)
+                weight = self.decoded = self.decode_now(weight.dtype)
+        return weight if dtype is None else weight.to(dtype)
 
     def prepare(self) -> None:
-        """Make now what the first use would make and keep."""
+        """Compute now what the first use would compute and keep."""
         if self.mode == "load":
             self.dense()
 
-    def forget(self) -> None:
+    def drop_cache(self) -> None:
         """Drop the kept weight; the next use decodes it again."""
         if self.decoded.numel():
             self.decoded = torch.empty(0, dtype=self.decoded.dtype, device=self.decoded.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.forget()
+        self.drop_cache()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 class SharedCodebooks(nn.Module):
-    """The codebooks that several matrices share: child `key` with one buffer, `codebooks`. Sits at `reallm_shared`."""
+    """The codebooks that several matrices share, at `reallm_shared` in the model.
+
+    Each key is a child module with one uint8 buffer, `codebooks`.
+    """
 
     NAME = "reallm_shared"
 
@@ -92,32 +89,25 @@ class SharedCodebooks(nn.Module):
         return codebooks
 
 
-def shared_name(key: str) -> str:
-    """The module name of a shared codebook's key."""
-    return re.sub(r"[^A-Za-z0-9_]", "_", key)
-
-
 Shared = tuple[SharedCodebooks, str] | None
-"""The container of shared codebooks and a matrix's key in it; a tuple, so that it is no child of the matrix."""
+"""The shared codebooks and a matrix's key in them. A tuple, so that torch does not make them a child of the matrix."""
 
 
 class Packed(Decoding):
-    """One matrix W[rows, cols] as the fields of `format`, each a uint8 buffer of the field's name."""
+    """One matrix W[rows, cols] as the fields of `format`, each a uint8 buffer with the field's name."""
 
     format: Format
     rows: int
     cols: int
-    _shared: Shared
+    shared: Shared
     derived: Derived | None = None
-    """What generated kernels read in place of some fields; made at their first use."""
-    siblings: InputGroup | None = None
-    """The linears that multiply the same x, this one among them; no children of this module."""
+    """Tensors that generated kernels read in place of some fields; computed at their first use."""
     _native: NativeMatrix | Literal[False] | None
-    """Made at its first use; False where there is no kernel."""
+    """Built at its first use; False where there is no kernel."""
     gain_bytes: Tensor | None
-    """The bit pattern of `gain`, which a cast of the module must not touch."""
+    """The bit pattern of `gain`: a cast of the module must not change it."""
 
-    def hold(
+    def allocate_fields(
         self,
         fmt: Format,
         rows: int,
@@ -127,8 +117,8 @@ class Packed(Decoding):
         dtype: torch.dtype,
         shared: Shared = None,
     ) -> None:
-        """Make the (still empty) buffers of a matrix [rows, cols]."""
-        self.format, self.rows, self.cols, self._shared, self._native = fmt, rows, cols, shared, None
+        """Register the uninitialised buffers of a matrix [rows, cols] that computes in `dtype`."""
+        self.format, self.rows, self.cols, self.shared, self._native = fmt, rows, cols, shared, None
         self.start_decoding(mode, dtype)
         self.register_buffer("gain_bytes", None, persistent=False)
         for field in fmt.fields(rows, cols):
@@ -141,19 +131,24 @@ class Packed(Decoding):
 
     @property
     def shared_codebooks(self) -> Tensor | None:
-        """The shared codebooks, uint8, where the format has them."""
-        return None if self._shared is None else self._shared[0][self._shared[1]]
+        """The shared codebooks, uint8, if the format has them."""
+        return None if self.shared is None else self.shared[0][self.shared[1]]
 
     @property
     def gain(self) -> Tensor | None:
-        """What the rows of W_hat are multiplied by after all else, float32 [rows]; in memory only, of linears alone."""
+        """A factor for each row of the decoded W_hat, float32 [rows]. Never saved; only linear modules have one."""
         return None if self.gain_bytes is None else self.gain_bytes.view(torch.float32)
+
+    def set_gain(self, gain: Tensor | None) -> None:
+        """Multiply the rows of W_hat by a copy of `gain` [rows] from now on; None removes the gain."""
+        values = None if gain is None else gain.detach().to(torch.float32, copy=True).contiguous()
+        self.gain_bytes = None if values is None else values.view(torch.uint8)
 
     @property
     def native(self) -> NativeMatrix | None:
-        """The matrix for native kernels, without a bias; None off the CPU and where no kernel can be had.
+        """The matrix for native kernels, without a bias; None off the CPU and where there is no kernel.
 
-        Raises ValueError for fields that contradict themselves.
+        Raises ValueError for fields that contradict each other.
         """
         if self._native is None:
             fields, shared = self.fields, self.shared_codebooks
@@ -165,24 +160,25 @@ class Packed(Decoding):
         return self._native or None
 
     def prepare(self) -> None:
-        """Make now what the first use would make and keep: with a native kernel, no decoded weight."""
+        """Build the native matrix, or decode the weight where there is no native kernel."""
         if self.native is None:
             super().prepare()
 
-    def forget(self) -> None:
-        """Drop the kept weight and what was made of the fields; the next use makes them again."""
-        super().forget()
+    def drop_cache(self) -> None:
+        """Drop the kept weight and everything derived from the fields; the next use computes them again."""
+        super().drop_cache()
         self._native, self.derived = None, None
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
-        """W_hat [rows, cols]."""
+        """Decode W_hat [rows, cols], the gain included."""
         if self.gain is None:
             return self.decode_stored(dtype)
         return (self.decode_stored(torch.float32) * self.gain[:, None]).to(dtype)
 
-    def decode_stored(self, dtype: torch.dtype) -> Tensor:
-        """W_hat [rows, cols] without the gain."""
-        return decode(self.format, self.fields, self.rows, self.cols, dtype=dtype, shared=self.shared_codebooks)
+    def decode_stored(self, dtype: torch.dtype, low_rank: bool = True) -> Tensor:
+        """Decode W_hat [rows, cols] without the gain and, with `low_rank=False`, without the low-rank term."""
+        fields, shared = self.fields, self.shared_codebooks
+        return decode(self.format, fields, self.rows, self.cols, dtype=dtype, shared=shared, low_rank=low_rank)
 
     @property
     def weight(self) -> Tensor:
@@ -190,23 +186,33 @@ class Packed(Decoding):
         return frozen(self.dense())
 
     def write(self, fields: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace fields by uint8 tensors of their exact sizes."""
+        """Replace some fields by uint8 tensors of their exact sizes. Raises ValueError for any other tensor."""
         sizes = {field.name: field.nbytes for field in self.format.fields(self.rows, self.cols)}
         for name, raw in fields:
             if name not in sizes or raw.dtype != torch.uint8 or tuple(raw.shape) != (sizes[name],):
                 raise ValueError(f"field {name!r} takes {sizes.get(name)} bytes, not {raw.dtype} {tuple(raw.shape)}")
             setattr(self, name, raw)
 
+    def replace_fields(self, fmt: Format, fields: Mapping[str, Tensor]) -> None:
+        """Take on a format for the same shape and all of its fields. Raises ValueError if a field does not fit."""
+        for name in self.fields:
+            del self._buffers[name]
+        self.format = fmt
+        for field in fmt.fields(self.rows, self.cols):
+            self.register_buffer(field.name, torch.empty(0, dtype=torch.uint8))
+        self.write(fields.items())
+        self.drop_cache()
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise FrozenWeightError(REFUSAL)
         super().__setattr__(name, value)
         if name in self._buffers and name != "decoded" and "decoded" in self._buffers:
-            self.forget()
+            self.drop_cache()
 
     def _load_from_state_dict(self, *args: Any) -> None:  # torch's own seven arguments
         super()._load_from_state_dict(*args)
-        self.forget()
+        self.drop_cache()
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, cols={self.cols}, format={self.format.name}, decode={self.mode}"

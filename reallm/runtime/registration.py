@@ -1,7 +1,7 @@
-"""Registration with transformers, without importing it: `import reallm` stays cheap for commands that need no model.
+"""Registration with transformers without importing it, so that `import reallm` stays cheap.
 
-transformers has no entry points for quantisation methods, so somebody must call its registry. If its models are loaded
-already, that is done at once; otherwise a finder waits for the one module that all of them need, and registers then.
+transformers has no entry points for quantisation methods, so its registry must be called. If its models are already
+imported, this is done at once. Otherwise an import finder waits for the module that all models need and then registers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _register() -> None:
 
 
 class _RegisteringLoader(Loader):
-    """Loads the module as its own loader would, then registers."""
+    """Loads a module with its own loader, then registers."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -36,12 +36,12 @@ class _RegisteringLoader(Loader):
 
 
 class ModelsFinder(MetaPathFinder):
-    """Waits for one import of transformers; finds nothing else."""
+    """Finds `transformers.modeling_utils` and no other module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's spec with a loader that registers; None for every other module."""
+        """The spec of `transformers.modeling_utils` with a loader that registers; None for every other module."""
         if fullname != MODELS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -51,7 +51,7 @@ class ModelsFinder(MetaPathFinder):
 
 
 def register_with_transformers() -> None:
-    """Register now, or as soon as transformers' models are imported. A second call changes nothing."""
+    """Register now, or as soon as transformers' models are imported. A second call has no effect."""
     if MODELS in sys.modules:
         _register()
     elif not any(isinstance(finder, ModelsFinder) for finder in sys.meta_path):

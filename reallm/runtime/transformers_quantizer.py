@@ -1,8 +1,8 @@
-"""The tie to transformers: `import reallm`, then from_pretrained, generate and save_pretrained on an artifact.
+"""The quantizer for transformers: after `import reallm`, from_pretrained, generate and save_pretrained take artifacts.
 
-transformers builds the model without memory ("meta"), lets the quantizer replace modules, reads the files, and lets it
-look again. Before the reading, the files' headers are held against what the modules expect; after it, every packed
-tensor must have come from a file. Otherwise loading fails: a compiled weight is never random.
+transformers builds the model without allocating memory (on "meta"), lets the quantizer replace modules, reads the files
+and calls the quantizer again. Before reading, the files' headers are compared with what the modules expect; after
+reading, every packed tensor must have come from a file. Otherwise loading fails: a packed weight is never random.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from reallm.artifacts.quantization_config import METHOD, QuantizationRecord, read_quantization
 from reallm.errors import UserError
 from reallm.kernels.storage.layout import LayoutError
-from reallm.kernels.storage.safetensors import StoredTensor, read_header
+from reallm.kernels.storage.safetensors_reader import StoredTensor, read_header
 
 from .install import install, packed_tensors
 
 
 class ReallmConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
-    """`quantization_config` of config.json, checked when it is made."""
+    """`quantization_config` of config.json, checked at construction."""
 
     def __init__(self, record: QuantizationRecord) -> None:
         self.quant_method = METHOD
@@ -34,17 +34,17 @@ class ReallmConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, object], return_unused_kwargs: bool = False, **unused: object) -> Any:
-        """Check and wrap the dictionary. Raises UserError."""
+        """Check and wrap the dictionary of config.json. Raises UserError."""
         config = cls(read_quantization(config_dict))
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The dictionary that config.json holds."""
+        """The dictionary for config.json."""
         return self.record.model_dump(mode="json")
 
 
 class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped here
-    """Replaces the modules an artifact packs, and sees that all of their fields arrive."""
+    """Replaces the packed modules of an artifact, and checks that all of their fields are loaded."""
 
     requires_calibration = True
     quantization_config: ReallmConfig
@@ -58,11 +58,11 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True: norms, biases and low-rank factors train without adapters (see `LowRankTraining`)."""
+        """True: norms, biases and low-rank factors can be trained without adapters (see `runtime.training`)."""
         return True
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """None: an artifact's tensors carry the names of the modules that hold them."""
+        """No conversions: an artifact's tensors have the names of the modules that hold them."""
         return []
 
     def _process_model_before_weight_loading(
@@ -82,16 +82,19 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: object) -> PreTrainedModel:
         for name, raw in packed_tensors(model).items():
             if not getattr(raw, "_is_hf_initialized", False) or raw.is_meta:
-                raise UserError(f"tensor {name!r} was not loaded: its file is incomplete, or it was sent to disk")
+                raise UserError(
+                    f"tensor {name!r} was not loaded: its file is incomplete, or `device_map` sent it to disk; "
+                    "copy the artifact again, or load it without offloading"
+                )
         if model.can_generate():
-            from .step.generate import use_step  # which imports transformers, and this file is loaded amid that
+            from .step.generate import use_step  # imports transformers' models, which import this module
 
             use_step(model)
         return model
 
 
 def _retie(model: PreTrainedModel, record: QuantizationRecord) -> None:
-    """Forget ties whose weights are packed now; keep those of the record's aliases."""
+    """Drop ties of weights that are packed now, and add the record's aliases."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = {**model.all_tied_weights_keys, **record.aliases}
     model.all_tied_weights_keys = {
@@ -100,50 +103,52 @@ def _retie(model: PreTrainedModel, record: QuantizationRecord) -> None:
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """The tensors of all weights files. Raises UserError for a damaged header or a name in two files."""
+    """The tensors of all weights files by name. Raises UserError for a damaged header or a name in two files."""
     stored: dict[str, StoredTensor] = {}
     for file in files:
         try:
             header = read_header(file)
         except LayoutError as error:
             raise UserError(str(error)) from None
-        if twice := stored.keys() & header.keys():
-            raise UserError(f"{file}: tensor {min(twice)!r} stands in another file too")
+        if repeated := stored.keys() & header.keys():
+            raise UserError(f"{file}: tensor {min(repeated)!r} is in another file too; copy the artifact again")
         stored |= header
     return stored
 
 
 def check_headers(model: PreTrainedModel, files: Sequence[Path]) -> None:
-    """Hold the files' headers against the model, before a byte of data is read or allocated.
+    """Compare the files' headers with the model, before any data is read or allocated.
 
-    Every field must be there as U8 of its exact size, every other tensor in its shape. Raises UserError.
+    Raises UserError unless every field is there as U8 of its exact size, and every other tensor in its shape.
     """
     stored = read_headers(files)
     expected = packed_tensors(model)
     for name, raw in expected.items():
-        found = _find(stored, name, model.base_model_prefix)
-        if found is None:
+        tensor = _find(stored, name, model.base_model_prefix)
+        if tensor is None:
             raise UserError(f"{files[0]}: tensor {name!r} is missing; copy or compile the artifact again")
-        if found.dtype != "U8" or found.shape != tuple(raw.shape):
+        if tensor.dtype != "U8" or tensor.shape != tuple(raw.shape):
             raise UserError(
-                f"{found.path}: tensor {name!r} is {found.dtype} {list(found.shape)}, expected U8 {list(raw.shape)}"
+                f"{tensor.path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected U8 {list(raw.shape)}"
             )
-    whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
-    _check_others(model, stored, set(expected), whole)
+    complete = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    _check_others(model, stored, set(expected), complete)
 
 
-def _check_others(model: PreTrainedModel, stored: Mapping[str, StoredTensor], packed: set[str], whole: bool) -> None:
+def _check_others(model: PreTrainedModel, stored: Mapping[str, StoredTensor], packed: set[str], complete: bool) -> None:
+    """Check the tensors that are not packed; unless the model is `complete`, tensors of the artifact may be missing."""
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     for name, tensor in model.state_dict().items():
         if name in packed:
             continue
-        found = _find(stored, name, model.base_model_prefix)
-        if found is None and whole and name not in tied:
+        file_tensor = _find(stored, name, model.base_model_prefix)
+        if file_tensor is None and complete and name not in tied:
             raise UserError(f"tensor {name!r} is missing from the weights; copy or compile the artifact again")
-        if found is not None and (found.shape != tuple(tensor.shape) or not found.dtype.startswith(("F", "BF"))):
-            raise UserError(
-                f"{found.path}: tensor {name!r} is {found.dtype} {list(found.shape)}, expected {list(tensor.shape)}"
-            )
+        if file_tensor is None:
+            continue
+        if file_tensor.shape != tuple(tensor.shape) or not file_tensor.dtype.startswith(("F", "BF")):
+            found = f"{file_tensor.dtype} {list(file_tensor.shape)}"
+            raise UserError(f"{file_tensor.path}: tensor {name!r} is {found}, expected floats {list(tensor.shape)}")
 
 
 def _find(stored: Mapping[str, StoredTensor], name: str, prefix: str) -> StoredTensor | None:
@@ -154,7 +159,7 @@ def _find(stored: Mapping[str, StoredTensor], name: str, prefix: str) -> StoredT
 
 
 def register() -> None:
-    """Make transformers know the method; a second call changes nothing."""
+    """Register the quantisation method with transformers. A second call has no effect."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     if METHOD not in AUTO_QUANTIZER_MAPPING:

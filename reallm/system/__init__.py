@@ -1,1 +1,1 @@
-"""Locks, memory and threads of this machine."""
+"""What reallm needs from this machine: locks, memory, threads, devices, files of tensors and progress bars."""

@@ -1,6 +1,7 @@
-"""One process at a time in a folder; the kernel lets go of the lock when its holder ends, also under kill -9.
+"""A lock that lets one process at a time work in a folder.
 
-On a shared file system the lock holds across machines wherever flock does: NFS on Linux, Lustre mounted with it.
+The kernel releases the lock when its holder ends, also under kill -9. On a shared file system it excludes processes of
+other machines where flock does so: NFS on Linux, and Lustre mounted with the option flock.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import IO
 LOG = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+"""Errors of flock on a file system without locks."""
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if need be); waits, and says so, while another process holds it.
+    """Hold the lock of `folder`, which is created if necessary; waits, with a warning, while another process holds it.
 
-    On a file system without locks it says that nothing else may work there, and goes on.
+    On a file system without locks it warns that nothing else may work in the folder, and continues.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,38 +35,39 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         except FileNotFoundError:
             continue  # its last holder removed the folder
         with stream:
-            _hold(stream, folder)
-            if not _is_at(stream.fileno(), folder / LOCK_FILE):
+            _acquire(stream, folder)
+            if not _is_same_file(stream.fileno(), folder / LOCK_FILE):
                 continue
             yield
             return
 
 
-def _hold(stream: IO[str], folder: Path) -> None:
+def _acquire(stream: IO[str], folder: Path) -> None:
+    """Lock the open file `stream`, waiting if necessary."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        LOG.warning("another process is at work in %s: waiting for it", folder)
+        LOG.warning("another process is working in %s: waiting for it to finish", folder)
         fcntl.flock(stream, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        LOG.warning("%s cannot be locked (%s): let nothing else work in it", folder, error.strerror)
+        LOG.warning("%s cannot be locked (%s): make sure that no other process works in it", folder, error.strerror)
 
 
 def remove_abandoned(folders: Iterable[Path]) -> None:
-    """Remove those of `folders` whose holder has ended."""
+    """Remove those of `folders` that no running process holds."""
     for folder in folders:
         try:
             with (folder / LOCK_FILE).open("w", encoding="utf-8") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)
-        except OSError:  # held, gone meanwhile, or on a file system without locks
+        except OSError:  # held, already removed, or on a file system without locks
             continue
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`, which may have been removed and created again."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

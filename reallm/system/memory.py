@@ -1,4 +1,4 @@
-"""The most memory this process has held."""
+"""The peak memory use of this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ STATUS = Path("/proc/self/status")
 def peak_rss_bytes() -> int:
     """Peak resident set size of this process so far, in bytes.
 
-    Linux: VmHWM, as getrusage counts what a parent held before the exec as well. getrusage: KiB, bytes on macOS.
+    On Linux this is VmHWM: getrusage also counts what the parent process held before the exec. Elsewhere it is
+    getrusage's ru_maxrss, which is in bytes on macOS and in KiB on other systems.
     """
     if STATUS.exists():
         for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():

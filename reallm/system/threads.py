@@ -1,4 +1,4 @@
-"""How many threads torch computes on."""
+"""The number of threads that torch computes on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it torch computes on one thread: the same bytes however many cores there are.
+    """Make torch compute on one thread within the context, so that results do not depend on the number of cores.
 
-    It also leaves the other cores to threads that are not torch's: OpenMP's spin for milliseconds after each loop.
+    It also leaves the other cores to threads that are not torch's: OpenMP's threads spin for milliseconds after a loop.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

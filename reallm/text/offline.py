@@ -1,6 +1,6 @@
 """English prose that every Python installation carries: the language reference and the library's docstrings.
 
-Technical English, good enough to try reallm without a network; text like what the model will read is better.
+This technical English is good enough to try reallm without a network; text like what the model will read is better.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-TEST_EVERY = 5  # one document in five is kept for evaluation
-MIN_WORDS = 8  # shorter paragraphs are headings and signatures
-MIN_PROSE = 0.88  # share of letters and plain punctuation under which a paragraph is code or a table
-LOCAL_MODULES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ from machine to machine
+TEST_EVERY = 5
+"""One document in five is kept for evaluation."""
+MIN_WORDS = 8
+"""Shorter paragraphs are headings and signatures."""
+MIN_PROSE = 0.88
+"""Share of letters and plain punctuation below which a paragraph is code or a table."""
+LOCAL_MODULES = ("_sysconfigdata", "sitecustomize", "usercustomize")
+"""Prefixes of modules that differ from machine to machine."""
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _RULE = re.compile(r"[-=*~^#+|_ ]+")
 _MARKUP = (
@@ -28,17 +32,17 @@ _MARKUP = (
 
 
 def offline_documents(split: str) -> tuple[tuple[str, ...], str]:
-    """The documents of `split`, "train" or "test", which share no paragraph; and their description.
+    """The documents of `split`, "train" or "test", and their description; the two splits share no paragraph.
 
-    The same for the same Python version, in the same order.
+    One Python version always gives the same documents in the same order.
     """
     seen: set[str] = set()
     documents = []
     for raw in (*_topics(), *_docstrings()):
-        fresh = [paragraph for paragraph in prose(raw) if paragraph not in seen]
-        seen.update(fresh)
-        if fresh:
-            documents.append("\n\n".join(dict.fromkeys(fresh)))
+        new = [paragraph for paragraph in prose(raw) if paragraph not in seen]
+        seen.update(new)
+        if new:
+            documents.append("\n\n".join(dict.fromkeys(new)))
     test = documents[TEST_EVERY - 1 :: TEST_EVERY]
     chosen = test if split == "test" else [text for i, text in enumerate(documents, 1) if i % TEST_EVERY]
     what = f"offline default: documentation of Python {platform.python_version()}"
@@ -46,7 +50,7 @@ def offline_documents(split: str) -> tuple[tuple[str, ...], str]:
 
 
 def prose(raw: str) -> Iterator[str]:
-    """The paragraphs of `raw` that are prose, unwrapped, without reStructuredText markup, code and tables."""
+    """The paragraphs of `raw` that are prose, each on one line without reStructuredText markup; no code, no tables."""
     for block in re.split(r"\n\s*\n", raw):
         lines = [line.strip() for line in block.splitlines()]
         if any(line.startswith((">>>", "...", "$ ", "| ")) for line in lines):
@@ -61,12 +65,13 @@ def prose(raw: str) -> Iterator[str]:
 
 
 def _topics() -> Iterator[str]:
+    """The sections of the language reference that `help()` shows."""
     for name in sorted(topics):
         yield topics[name]
 
 
 def _docstrings() -> Iterator[str]:
-    """All docstrings of each module at the top of the standard library; read, not imported."""
+    """The docstrings of each top-level module of the standard library, which is parsed and not imported."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: path.name):
         if path.name.startswith(LOCAL_MODULES):
             continue

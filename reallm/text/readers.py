@@ -10,19 +10,22 @@ from typing import Any
 from reallm.errors import UserError
 
 Message = dict[str, str]
+"""One turn of a conversation: {"role": ..., "content": ...}."""
 Document = str | tuple[Message, ...]
 """Plain text, or a conversation that still needs a chat template."""
 
 TEXT_COLUMN, CHAT_COLUMN = "text", "messages"
-MAX_DATASET_CHARACTERS = 64 * 2**20  # of a `datasets` source, which is streamed: enough for any calibration here
+MAX_DATASET_CHARACTERS = 64 * 2**20
+"""A streamed data set is cut here; it is enough for any calibration."""
 
 
 def read_text_file(path: Path) -> tuple[Document, ...]:
-    """A .txt file as one document."""
+    """Read a .txt file as one document."""
     return (_decoded(path),)
 
 
 def _decoded(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -32,7 +35,7 @@ def _decoded(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> tuple[Document, ...]:
-    """One document a line: an object with `text`, or with `messages`, a list of {"role": ..., "content": ...}."""
+    """Read a .jsonl file with one document per line: an object with `text`, or with `messages`, a list of Message."""
     documents = []
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
@@ -41,21 +44,22 @@ def read_jsonl(path: Path) -> tuple[Document, ...]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({error}); expected one object a line") from None
+            raise UserError(f"{where} is not JSON ({error}); expected one object per line") from None
         documents.append(_document(row, where))
     return tuple(documents)
 
 
 def _document(row: object, where: str) -> Document:
+    """The document in one row; raises UserError, naming the row as `where`, when it has neither text nor messages."""
     if isinstance(row, Mapping):
         text, messages = row.get(TEXT_COLUMN), row.get(CHAT_COLUMN)
         if isinstance(text, str):
             return text
         if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
             return tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    content = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
     expected = f'expected "{TEXT_COLUMN}": a string, or "{CHAT_COLUMN}": a list of {{"role", "content"}}'
-    raise UserError(f"{where} holds {found or 'nothing'}; {expected}")
+    raise UserError(f"{where} holds {content or 'nothing'}; {expected}")
 
 
 def _is_message(value: Any) -> bool:
@@ -63,28 +67,30 @@ def _is_message(value: Any) -> bool:
 
 
 def read_parquet(path: Path) -> tuple[Document, ...]:
-    """One document a row, from the string column `text`."""
+    """Read a .parquet file with one document per row, from the string column `text`."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         names = pyarrow.parquet.read_schema(path).names
         if TEXT_COLUMN not in names:
-            raise UserError(f"{path} has the columns {', '.join(names)}; expected one called {TEXT_COLUMN}: rename it")
+            raise UserError(
+                f"{path} has the columns {', '.join(names)}; expected one called {TEXT_COLUMN}: rename the column"
+            )
         column = pyarrow.parquet.read_table(path, columns=[TEXT_COLUMN])[TEXT_COLUMN].to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} cannot be read as parquet ({reason}); get the file again") from None
     if not all(value is None or isinstance(value, str) for value in column):
-        raise UserError(f"{path} has a column {TEXT_COLUMN} that holds no strings; expected one text a row")
+        raise UserError(f"{path} has a column {TEXT_COLUMN} that holds no strings; expected one text per row")
     return tuple(value or "" for value in column)
 
 
 def read_dataset(source: str, split: str) -> tuple[tuple[Document, ...], str]:
-    """Documents of NAME, NAME:SPLIT or NAME:CONFIG:SPLIT (a hub name or a local folder), and a description.
+    """Read NAME, NAME:SPLIT or NAME:CONFIG:SPLIT (a hub name or a local folder): documents and a description.
 
-    Rows are streamed and cut at MAX_DATASET_CHARACTERS, which the description then says. `split` is used where
-    `source` names none. Raises UserError when the data set, its split or its column cannot be had.
+    Rows are streamed and cut at MAX_DATASET_CHARACTERS, in which case the description says so. `split` is used where
+    `source` names none. Raises UserError when the data set, its split or its column is not available.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -92,10 +98,10 @@ def read_dataset(source: str, split: str) -> tuple[tuple[Document, ...], str]:
     name, *rest = source.split(":")
     if not name or len(rest) > 2 or not all(rest):
         raise UserError(f"--text {source}: expected a file, NAME, NAME:SPLIT or NAME:CONFIG:SPLIT of a data set")
-    chosen = rest[-1] if rest else split
+    split = rest[-1] if rest else split
     config = rest[0] if len(rest) == 2 else None
     try:
-        rows = load_dataset(name, config, split=chosen, streaming=True)
+        rows = load_dataset(name, config, split=split, streaming=True)
         documents, cut = _take(rows, source)
     except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -104,10 +110,11 @@ def read_dataset(source: str, split: str) -> tuple[tuple[Document, ...], str]:
             f"{what}; give a .txt, .jsonl or .parquet file, or check the name and the connection"
         ) from error
     part = f", its first {len(documents)} rows" if cut else ""
-    return documents, f"data set {name}{f' ({config})' if config else ''}, split {chosen}{part}"
+    return documents, f"data set {name}{f' ({config})' if config else ''}, split {split}{part}"
 
 
 def _take(rows: Iterator[Mapping[str, Any]], source: str) -> tuple[tuple[Document, ...], bool]:
+    """(the documents up to MAX_DATASET_CHARACTERS, whether the limit was reached)."""
     documents: list[Document] = []
     characters = 0
     for number, row in enumerate(rows, start=1):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from machine_code.sass import Code, Usage, lint, load_bits, parse_code
 
-from benchmarks.machine_code.sass import Code, Usage, lint, load_bits, parse_code
 from reallm.codegen.ir.operations import CodegenError
 
 GOOD = Usage(registers=40, stack_bytes=0, shared_bytes=0, local_bytes=0)

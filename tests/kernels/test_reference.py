@@ -1,4 +1,4 @@
-"""The reference decode against decodes by hand, and its refusals."""
+"""The reference decode against decodes by hand, and the fields it refuses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_normal_float_codes_are_levels_of_the_table() -> None:
     packed = {"codes": pack_codes(np.arange(16), 4), "scales": f16(2.0)}
     decoded = decode_reference(Format.parse("nf4-g0"), packed, 1, 16)
     assert np.array_equal(decoded[0], 2.0 * table("nf", 4).astype(np.float64))
-    # The table of QLoRA's appendix E, printed there to float32.
+    # The table in appendix E of QLoRA, printed there as float32.
     assert decoded[0, [0, 7, 8, 15]] / 2 == pytest.approx([-1.0, 0.0, 0.07958029955625534, 1.0], abs=1e-6)
 
 

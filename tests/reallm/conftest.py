@@ -1,4 +1,4 @@
-"""What tests of training share: one thread for models this small, and a text of letters."""
+"""Fixtures that tests of training share: a single thread, and a text of letters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tuning import write_letters
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and lose much on a busy machine."""
+    """Compute on one thread: tiny models do not gain from more, and lose much on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -20,5 +20,5 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """40 windows of letters."""
+    """Path of a text with 40 windows of letters."""
     return write_letters(tmp_path_factory.mktemp("text") / "train.txt", 40)

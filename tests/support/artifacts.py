@@ -1,4 +1,4 @@
-"""Tiny artifacts for tests: a tiny model, random codes in a mix of formats, compiled without GPU kernels."""
+"""Tiny artifacts for tests: a tiny model with random codes in a mix of formats, compiled without GPU kernels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from reallm.compilation.compile import compile_plan
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
 from reallm.models.loaded import LoadedModel, Matrix, load_model
-from reallm.planner.problem.tensor_layout import shared_key
+from reallm.planner.tables.tensor_layout import shared_key
 
 MIX = ("int4-g16", "nf3-g8-dq8x8+r2i8", "aq2x4-d4-shared", "uint5-g24+ldl", "tq2.5-l8+ldl2+rot", "aq1x6-d8+r3")
 MIX += ("lm2-g0", "km3+o20", "e8p2+rot+r2i4", "uint4-g16+perm+cs")
 
 
 def mixed(kinds: tuple[str, ...] = ("linear", "embedding", "head", "expert")) -> Callable[[Matrix], str | None]:
-    """Formats of MIX in turn for the matrices of `kinds`, none for the others."""
+    """Assigns the formats of MIX in turn to the matrices of `kinds`, and none to the others."""
     turn = count()
     return lambda matrix: MIX[next(turn) % len(MIX)] if matrix.kind in kinds else None
 
@@ -40,11 +40,11 @@ class Made:
     packed: PackedModel
 
     def again(self, output: Path, force: bool = False) -> Path:
-        """Compile the same plan to another place."""
+        """Compile the same plan into the folder `output`."""
         return compile_plan(self.plan, output, model=self.loaded, codes=Codes(self.packed), kernels=False, force=force)
 
     def reference(self, matrix: Matrix) -> Tensor:
-        """W_hat of a packed matrix by the independent float64 decode, as float32 [rows, cols]."""
+        """W_hat of a packed matrix from the independent float64 decode, as float32 [rows, cols]."""
         fmt = Format.parse(self.packed.names[matrix.name])
         fields: Mapping = self.packed.fields[matrix.name]
         if key := shared_key(fmt, matrix.family):

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine, for tests and the benchmark: a head without cores, and nodes of one core each."""
+"""A Ray cluster on this machine for tests and a benchmark: a head without cores, and nodes with one core each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from unittest import mock
 import psutil
 
 STORE_BYTES = 100 << 20
-"""Object store of a node: what tasks exchange is small."""
+"""Object store of a node; tasks exchange little data."""
 
 
 @contextmanager
 def local_cluster(nodes: int) -> Iterator[tuple[Any, list[Any]]]:
-    """(ray.cluster_utils.Cluster, its nodes besides the head); all of it ends with the context."""
+    """(ray.cluster_utils.Cluster, its nodes without the head); all processes end with the context."""
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     with mock.patch.dict(os.environ, quiet):
         from ray.cluster_utils import Cluster
@@ -34,7 +34,7 @@ def local_cluster(nodes: int) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def encoders() -> list[psutil.Process]:
-    """Processes below this one that run a task now: Ray's by their title, loky's by their command."""
+    """Descendants of this process that run a task: Ray's are recognised by title, loky's by command line."""
     return [child for child in psutil.Process().children(recursive=True) if _encodes(child)]
 
 
@@ -49,7 +49,7 @@ def _encodes(process: psutil.Process) -> bool:
 
 
 def kill_an_encoder() -> bool:
-    """kill -9 one worker that is at a task; False while there is none."""
+    """Kill (-9) one worker that runs a task; False if there is none."""
     for process in encoders()[:1]:
         process.kill()
         return True

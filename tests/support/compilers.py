@@ -1,4 +1,4 @@
-"""Tests of native code need the system's C++ compiler."""
+"""A mark for tests of native code, which need the system's C++ compiler."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import pytest
 
 from reallm.codegen.cpu import compiler as native
 
-needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler here")
+needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler here")

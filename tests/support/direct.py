@@ -1,4 +1,4 @@
-"""Statistics by plain autograd on a whole model in float64: what the streaming calibration is tested against."""
+"""Statistics by plain autograd on a whole model in float64, the reference for the streaming calibration."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from reallm.models.loaded import LoadedModel, discover
 
 Uses = list[tuple[str, Tensor, Tensor]]
-"""(matrix, input [tokens, K], output that keeps its gradient)."""
+"""(matrix name, input [tokens, K], output that keeps its gradient)."""
 
 
 def loaded_tiny(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """A tiny model as `load_model` would give it."""
+    """A tiny model as `load_model` would return it."""
     model = tiny_model(architecture, seed, dtype)
     blocks, matrices = discover(model)
     return LoadedModel(model, tiny_tokenizer(), architecture, f"{architecture}-{seed}", dtype, blocks, matrices)
 
 
 def direct_statistics(loaded: LoadedModel, inputs: Tensor, labels: Tensor, scored: Tensor) -> dict[str, Tensor]:
-    """H, guided H, Fisher, row sums and look-ups by "<kind>/<name>", float64, unnormalised.
+    """The sums of all statistics by "<kind>/<matrix name>", float64, not divided by the number of tokens.
 
-    The loss is the cross-entropy of `labels` summed where `scored`; all [windows, seqlen].
+    The loss is the cross-entropy of `labels`, summed where `scored` is true; all arguments are [windows, seqlen].
     """
     model = copy.deepcopy(loaded.model).double()
     sums: dict[str, Tensor] = {}
@@ -49,6 +49,7 @@ def direct_statistics(loaded: LoadedModel, inputs: Tensor, labels: Tensor, score
 
 
 def _watch(loaded: LoadedModel, model: nn.Module, uses: Uses, embedded: list[tuple[Tensor, Tensor]]) -> list[Any]:
+    """Record all uses of matrices and look-ups of `model` in `uses` and `embedded`; returns the hooks' handles."""
     handles: list[Any] = []
 
     def linear(name: str) -> Callable[..., None]:
@@ -77,7 +78,7 @@ def _watch(loaded: LoadedModel, model: nn.Module, uses: Uses, embedded: list[tup
 
 
 def naive_experts(module: Any, name: str, uses: Uses) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Experts token by token: down(act(gate x) * up x), weighted; every product is noted with its input."""
+    """A forward that computes experts token by token, down(act(gate x) * up x), and records every product in `uses`."""
 
     def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden)
@@ -99,6 +100,7 @@ def naive_experts(module: Any, name: str, uses: Uses) -> Callable[[Tensor, Tenso
 
 
 def _add_uses(loaded: LoadedModel, uses: Uses, sums: dict[str, Tensor]) -> None:
+    """Add the statistics of all recorded products to `sums`."""
     by_name = {m.name: m for m in loaded.matrices}
     for name, value, output in uses:
         matrix = by_name[name]

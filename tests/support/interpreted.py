@@ -1,6 +1,6 @@
-"""Runs generated kernels under Triton's interpreter, in a process of its own.
+"""Runs generated kernels under Triton's interpreter, for a separate process.
 
-TRITON_INTERPRET must be set before Triton is imported, and would change every other test of the session.
+TRITON_INTERPRET must be set before Triton is imported, and would affect all other tests in the process.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from numpy.typing import NDArray
 from packed_fields import Packed, coded_magnitudes, product_bound, random_fields
 
 from reallm.codegen.ir.program import Tile
-from reallm.codegen.launch.launch import DENSE_ROWS, MAX_BATCH
+from reallm.codegen.launch.instances import MAX_BATCH
+from reallm.codegen.launch.launch import DENSE_ROWS
 from reallm.kernels.formats.codecs import TrellisCodec
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
 
 Result = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]
+"""(y, and x and bias as the kernel saw them)."""
 CAST_ERROR = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-7}
-"""Relative error of a cast to the activations' dtype: rounding, but for bfloat16, which the interpreter truncates."""
+"""Relative error of a cast to the activations' dtype, which rounds, except that the interpreter truncates bfloat16."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One y = W_hat x (+ bias): x float32 [batch, cols], rounded to `dtype` before the call."""
+    """One product y = W_hat x (+ bias), with x float32 [batch, cols] rounded to `dtype` before the call."""
 
     format: str
     rows: int
@@ -41,17 +43,18 @@ class Call:
 
 
 def start(cache: Path) -> None:
-    """Initialise the process: the interpreter, and a cache folder of its own."""
+    """Initialise the process: switch the interpreter on and use `cache` as cache folder."""
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["REALLM_CACHE"] = str(cache)
 
 
 def run(call: Call) -> Result:
-    """y, and x and bias as the kernel saw them, in float64."""
+    """Compute `call` under the interpreter; returns float64 arrays."""
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 
-    from reallm.codegen.launch.launch import kernels_for, load_kernel
+    from reallm.codegen.launch.launch import kernels_for
+    from reallm.codegen.launch.source_cache import load_kernel
 
     torch.set_num_threads(1)
     fmt = Format.parse(call.format)
@@ -62,7 +65,7 @@ def run(call: Call) -> Result:
 
 
 def run_on(call: Call, device: str) -> Result:
-    """As `run`, by whatever runs kernels on `device`. The output is filled with NaN before."""
+    """As `run`, on `device`. The output is filled with NaN before the call."""
     import torch
 
     from reallm.codegen.launch.launch import multiply
@@ -79,14 +82,14 @@ def run_on(call: Call, device: str) -> Result:
 
 
 def run_together(calls: tuple[Call, ...]) -> list[Result]:
-    """As `run`, for matrices with one x whose products must be one launch; uninitialised memory is filled with NaN."""
+    """As `run`, for matrices that share x and are multiplied in one launch; uninitialised memory is filled with NaN."""
     import torch
 
+    from reallm.codegen.launch.bindings import StoredMatrix
     from reallm.codegen.launch.grouped import Member, multiply_group
-    from reallm.codegen.launch.launch import StoredMatrix
 
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty makes
+    torch.use_deterministic_algorithms(True)  # torch.empty then fills memory with NaN
     x = torch.from_numpy(calls[0].x).to(getattr(torch, calls[0].dtype))
     members, matrices = [], []
     for name, call in zip(("q_proj", "k_proj", "v_proj"), calls, strict=False):
@@ -108,14 +111,14 @@ def run_together(calls: tuple[Call, ...]) -> list[Result]:
 def assert_matches(
     call: Call, y: NDArray[np.float64], x: NDArray[np.float64], bias: NDArray[np.float64] | None
 ) -> None:
-    """Hold y against the product with the float64 reference decode."""
+    """Compare y with the product with the float64 reference decode, within the derived bound."""
     fmt = Format.parse(call.format)
     shift = np.zeros(call.rows) if bias is None else bias
     expected = x @ decode_reference(fmt, call.packed, call.rows, call.cols).T + shift
     many = len(x) > MAX_BATCH
     half = many and (isinstance(fmt.codec, TrellisCodec) or fmt.transformed)
     bound = product_bound(fmt, call.rows, call.cols, call.packed, x, half, len(x) > DENSE_ROWS)
-    if many and not half and call.dtype != "float32":  # weights are rounded as a decoded weight is; tiny ones by 2^-25
+    if many and not half and call.dtype != "float32":  # weights are rounded like decoded weights, tiny ones by 2^-25
         coded = coded_magnitudes(fmt, call.rows, call.cols, call.packed)
         bound = bound + np.abs(x) @ (CAST_ERROR[call.dtype] * coded + 2.0**-25).T
     bound = bound + np.abs(shift) * (call.cols + 100) * 2.0**-24
@@ -127,6 +130,7 @@ def assert_matches(
 def random_call(
     name: str, rows: int, cols: int, batch: int, dtype: str = "float32", bias: bool = False, tile: Tile | None = None
 ) -> Call:
+    """A call on random fields, x and bias, which depend only on the shape."""
     seed = rows * 1000 + cols * 10 + batch
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(batch, cols)).astype(np.float32)

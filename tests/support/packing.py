@@ -1,4 +1,4 @@
-"""Random packed matrices and plans for tests of what comes after the planner: no encoder and no solver is needed."""
+"""Random packed matrices and plans for tests of the steps after planning, without an encoder or a solver."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import numpy as np
 from consistent import consistent_fields
 from numpy.typing import NDArray
 
-from reallm.compilation.compile import codes_digest
 from reallm.kernels.codes.packing import pack_codes, pad
-from reallm.kernels.formats.codecs import DenseCodec, Field
+from reallm.kernels.codes.stored_fields import codes_sha256
+from reallm.kernels.formats.codecs import DENSE_NAMES, DenseCodec
+from reallm.kernels.formats.fields import Field
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.layout import file_bytes
 from reallm.models.loaded import LoadedModel, Matrix
-from reallm.planner.problem.tensor_layout import DENSE_NAME, dense_nbytes, shared_key, weights_tensors, whole_stacks
 from reallm.planner.tables.plan import Bound, Choice, Plan
 from reallm.planner.tables.records import write_record
+from reallm.planner.tables.tensor_layout import dense_nbytes, shared_key, weights_tensors, whole_stacks
+from reallm.system.torch_dtypes import FLOAT_NAMES
 
 Bytes = NDArray[np.uint8]
-DTYPES = {"torch.float16": "f16", "torch.bfloat16": "bf16", "torch.float32": "f32"}
 
 
 def random_field(field: Field, rng: np.random.Generator, size: float = 1.0) -> Bytes:
-    """Random but valid bytes of a field; floats are normal with deviation `size`."""
+    """Random valid bytes of a field; floats are normal with standard deviation `size`."""
     if field.dtype[0] == "u":
         bits = int(field.dtype[1:])
         return pack_codes(rng.integers(0, 1 << bits, field.count), bits)
@@ -40,7 +41,7 @@ def random_field(field: Field, rng: np.random.Generator, size: float = 1.0) -> B
 
 
 def random_fields(fmt: Format, rows: int, cols: int, seed: int, size: float = 1.0) -> dict[str, Bytes]:
-    """Random bytes of every field of a matrix, a shared codebook included."""
+    """Random bytes of every field of a matrix, including a shared codebook."""
     rng = np.random.default_rng(seed)
     fields = fmt.fields(rows, cols) + ((fmt.shared_field,) if fmt.shared_field else ())
     special = consistent_fields(fmt, rows, cols, rng)
@@ -48,7 +49,7 @@ def random_fields(fmt: Format, rows: int, cols: int, seed: int, size: float = 1.
 
 
 class PackedModel:
-    """Random fields for every matrix that `choose` gives a format, and the plan that fits them."""
+    """Random fields for every matrix to which `choose` assigns a format, and the plan that describes them."""
 
     def __init__(self, loaded: LoadedModel, choose: Callable[[Matrix], str | None]) -> None:
         self.loaded = loaded
@@ -69,7 +70,7 @@ class PackedModel:
         self.fields[matrix.name] = fields
 
     def choice(self, matrix: Matrix) -> Choice:
-        """The plan's line for a matrix."""
+        """The plan's entry for `matrix`."""
         fmt = Format.parse(self.names[matrix.name])
         fields = self.fields.get(matrix.name)
         dense = dense_nbytes(fmt, matrix.rows, matrix.cols)
@@ -83,24 +84,24 @@ class PackedModel:
             family=matrix.family,
             nbytes=fmt.nbytes(matrix.rows, matrix.cols) if dense is None or packed else dense,
             cost=0.25,
-            codes_sha256=codes_digest(fmt, matrix.rows, matrix.cols, fields) if fields else "",
+            codes_sha256=codes_sha256(fmt, matrix.rows, matrix.cols, fields) if fields else "",
         )
 
     def _formats(self) -> dict[str, Format]:
-        own = DENSE_NAME[DTYPES[str(self.loaded.dtype)]]
-        return {matrix.name: Format.parse(self.names.get(matrix.name, own)) for matrix in self.loaded.matrices}
+        own_dtype = DENSE_NAMES[FLOAT_NAMES[self.loaded.dtype]]
+        return {matrix.name: Format.parse(self.names.get(matrix.name, own_dtype)) for matrix in self.loaded.matrices}
 
     def _whole(self) -> set[str]:
         records = [matrix.record() for matrix in self.loaded.matrices]
         return {matrix.name for slices in whole_stacks(records, self._formats()).values() for matrix in slices}
 
     def plan(self) -> Plan:
-        """A plan with these choices, all its bytes exact; costs and bound are made up."""
+        """The plan with these choices; all byte counts are exact, costs and bound are arbitrary."""
         choices = tuple(self.choice(matrix) for matrix in self.loaded.matrices if matrix.name in self.names)
         shared = {key: raw.size for key, raw in self.shared.items()}
         matrices_bytes = sum(choice.nbytes for choice in choices) + sum(shared.values())
         records = [matrix.record() for matrix in self.loaded.matrices]
-        dtype = DTYPES[str(self.loaded.dtype)]
+        dtype = FLOAT_NAMES[self.loaded.dtype]
         specs = weights_tensors(records, self._formats(), shared, self.loaded.other_tensors(), dtype)
         total = sum(choice.cost for choice in choices)
         return Plan(
@@ -138,15 +139,15 @@ class PackedModel:
 
 
 class Codes:
-    """The fields of a PackedModel, as `compile_plan` asks for them."""
+    """The fields of a PackedModel, with the interface that `compile_plan` expects of its `codes`."""
 
     def __init__(self, packed: PackedModel) -> None:
         self.packed = packed
 
     def fields(self, choice: Choice) -> Mapping[str, Bytes]:
-        """Fields of a choice."""
+        """The fields of the matrix of `choice`."""
         return self.packed.fields[choice.matrix]
 
     def shared(self, key: str) -> Bytes:
-        """Codebooks of a shared key."""
+        """The codebooks shared under `key`."""
         return self.packed.shared[key]

@@ -1,4 +1,4 @@
-"""Plans written by hand, for the tests of what comes after planning."""
+"""Plans written by hand, for tests of the steps after planning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOUND = Bound(
 
 
 def plan_of(*rows: tuple[str, str, int, int]) -> Plan:
-    """A plan of (matrix, format, rows, cols), each at no cost; shared codebooks by the last part of the name."""
+    """A plan of (matrix, format, rows, cols) with zero costs; the last part of a name is the family."""
     choices, shared = [], {}
     for name, fmt_name, n, k in rows:
         fmt, family = Format.parse(fmt_name), name.rsplit(".", 1)[-1]

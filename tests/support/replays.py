@@ -1,4 +1,4 @@
-"""Logits of a recorded decode step beside transformers', for a process that has Triton's interpreter, or on a GPU."""
+"""Logits of a recorded decode step and of transformers, under Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Logits = tuple[torch.Tensor, torch.Tensor]
 def logits(
     architecture: str, settings: Mapping[str, object], device: str = "cpu", dtype: str = "float32", share: int = 256
 ) -> Logits:
-    """(the step's, transformers' in float32), [1 + DECODED, vocabulary] after a prompt in two parts and each token."""
+    """(logits of the step, of transformers in float32), each [1 + DECODED, vocabulary].
+
+    The rows follow a prompt, which is read in two parts, and each decoded token.
+    """
     from reallm.runtime.step import cuda_graph as replay
 
     replay.PROMPT_TOKENS, replay.SHARE = 12, share
@@ -24,14 +27,14 @@ def logits(
     step.reserve(len(tokens))
     rows = [step.run(tokens[:PROMPT]).clone()]
     rows += [step.run(tokens[index : index + 1]).clone() for index in range(PROMPT, len(tokens))]
-    model.set_attn_implementation("eager")  # that of 5.17 with sdpa leaves Gemma 2's cap of the scores out
+    model.set_attn_implementation("eager")  # transformers 5.17 ignores Gemma 2's cap of the scores with sdpa
     with torch.no_grad():
         expected = model.float()(tokens[None]).logits[0, PROMPT - 1 :].float()
     return torch.stack(rows).cpu(), expected.cpu()
 
 
 def packed_logits(folder: str, device: str = "cpu") -> Logits:
-    """As `logits`, of the artifact at `folder` with float32 activations, after two tokens and each of two more."""
+    """As `logits`, for the artifact at `folder` with float32 activations, after two tokens and each of two more."""
     import reallm
     from reallm.runtime.step import cuda_graph as replay
 
@@ -40,6 +43,6 @@ def packed_logits(folder: str, device: str = "cpu") -> Logits:
     step = replay.record_step(model)
     step.reserve(len(tokens))
     rows = [step.run(tokens[:2]).clone(), *(step.run(tokens[i : i + 1]).clone() for i in (2, 3))]
-    with torch.enable_grad():  # which takes the decoded weights
+    with torch.enable_grad():  # makes the model use the decoded weights
         expected = model(tokens[None]).logits[0, 1:].float().detach()
     return torch.stack(rows).cpu(), expected.cpu()

@@ -15,18 +15,18 @@ from reallm.kernels.formats.codecs import (
     AdditiveCodec,
     DenseCodec,
     DoubleQuant,
-    Field,
     KMeansCodec,
     LatticeCodec,
     NeuralCodec,
     ScalarCodec,
     TrellisCodec,
 )
+from reallm.kernels.formats.fields import Field
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.formats.terms import LowRank, Sparse
 from reallm.planner.problem.problem import Candidate, Item, Limit, Problem
-from reallm.planner.problem.tensor_layout import shared_key
 from reallm.planner.tables.measured_table import MatrixRecord, MeasuredTable, MeasurementRecord, SharedRecord
+from reallm.planner.tables.tensor_layout import shared_key
 
 shapes = st.tuples(st.integers(1, 41), st.integers(1, 83))
 seeds = st.integers(0, 2**32 - 1)
@@ -75,7 +75,7 @@ formats = st.one_of(
 
 
 def random_field(field: Field, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The packed bytes of random values of one field, small enough that products stay finite."""
+    """The packed bytes of random values of one field, which are small enough for products to stay finite."""
     if field.dtype[0] == "u":
         bits = int(field.dtype[1:])
         return pack_codes(rng.integers(0, 1 << bits, field.count), bits)
@@ -88,7 +88,7 @@ def random_field(field: Field, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def random_packed(fmt: Format, rows: int, cols: int, seed: int) -> dict[str, NDArray[np.uint8]]:
-    """Random fields of a matrix [rows, cols], with the shared codebook where the format has one."""
+    """Random fields of a matrix [rows, cols], including the shared codebook if the format has one."""
     rng = np.random.default_rng(seed)
     fields = fmt.fields(rows, cols) + ((fmt.shared_field,) if fmt.shared_field else ())
     special = consistent_fields(fmt, rows, cols, rng)
@@ -97,7 +97,7 @@ def random_packed(fmt: Format, rows: int, cols: int, seed: int) -> dict[str, NDA
 
 @st.composite
 def problems(draw: st.DrawFn, max_items: int = 4, max_candidates: int = 4) -> Problem:
-    """Small problems, feasible or not, with up to two shared codebooks."""
+    """Small problems, feasible or infeasible, with up to two shared codebooks."""
     keys = draw(st.lists(st.sampled_from(("book", "other")), unique=True))
     items = []
     for i in range(draw(st.integers(1, max_items))):
@@ -113,13 +113,13 @@ def problems(draw: st.DrawFn, max_items: int = 4, max_candidates: int = 4) -> Pr
         ]
         items.append(Item(f"m{i}", tuple(options)))
     sizes = {key: draw(st.integers(1, 40)) * 64 for key in keys}
-    most = sum(max(c.nbytes for c in item.candidates) for item in items) + sum(sizes.values())
-    return Problem(tuple(items), sizes, draw(st.integers(0, most + 64)))
+    largest = sum(max(c.nbytes for c in item.candidates) for item in items) + sum(sizes.values())
+    return Problem(tuple(items), sizes, draw(st.integers(0, largest + 64)))
 
 
 @st.composite
 def limited_problems(draw: st.DrawFn) -> Problem:
-    """Small problems with up to two further limits, and perhaps a most of formats."""
+    """Small problems with up to two further limits, and perhaps a maximum number of formats."""
     problem = draw(problems(max_items=3))
     count = draw(st.integers(0, 2))
     items = tuple(
@@ -131,8 +131,8 @@ def limited_problems(draw: st.DrawFn) -> Problem:
     limits = []
     for n in range(count):
         shared = {key: draw(st.integers(0, 20)) for key in problem.shared if draw(st.booleans())}
-        most = sum(max(c.uses[n] for c in item.candidates) for item in items) + sum(shared.values())
-        limits.append(Limit(f"limit {n}", "bytes", draw(st.integers(0, most + 5)), shared))
+        largest = sum(max(c.uses[n] for c in item.candidates) for item in items) + sum(shared.values())
+        limits.append(Limit(f"limit {n}", "bytes", draw(st.integers(0, largest + 5)), shared))
     return Problem(items, problem.shared, problem.capacity, tuple(limits), draw(st.sampled_from((None, None, 1, 2))))
 
 
@@ -143,7 +143,7 @@ KINDS = ("linear", "linear", "linear", "embedding", "head")
 
 @st.composite
 def tables(draw: st.DrawFn, max_matrices: int = 4, experts: bool = False) -> MeasuredTable:
-    """Small measured tables; every linear matrix has a candidate, embedding and head perhaps none."""
+    """Small measured tables; every linear matrix has a candidate, embedding and head may have none."""
     matrices = []
     for i in range(draw(st.integers(1, max_matrices))):
         rows, cols = draw(st.integers(1, 24)), draw(st.integers(1, 48))
@@ -156,8 +156,8 @@ def tables(draw: st.DrawFn, max_matrices: int = 4, experts: bool = False) -> Mea
         matrices += [_matrix(f"moe.up.{e}", rows, cols, "expert", "up", f"moe{e}") for e in range(count)]
     measurements = []
     for m in matrices:
-        least = 1 if m.kind in ("linear", "expert") else 0
-        names = draw(st.lists(st.sampled_from(MEASURED), unique=True, min_size=least, max_size=4))
+        min_formats = 1 if m.kind in ("linear", "expert") else 0
+        names = draw(st.lists(st.sampled_from(MEASURED), unique=True, min_size=min_formats, max_size=4))
         measurements += [_measurement(m, name, draw(costs)) for name in names]
     return _table(matrices, draw(st.permutations(measurements)))
 
@@ -209,7 +209,7 @@ def _table(matrices: list[MatrixRecord], measurements: list[MeasurementRecord]) 
 
 
 def make_table(*rows: tuple[str, int, int, str, dict[str, float]]) -> MeasuredTable:
-    """A table written by hand: (name, rows, cols, kind, format -> cost) per matrix; family: its last part."""
+    """A table written by hand: (name, rows, cols, kind, format -> cost) per matrix; the last part is the family."""
     matrices = [
         _matrix(name, n, k, kind, name.rsplit(".", 1)[-1], f"{name.rsplit('.', 1)[0]}.input")
         for name, n, k, kind, _ in rows

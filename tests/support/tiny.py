@@ -1,7 +1,8 @@
-"""Tiny random models, one of each architecture reallm is tested on, made on the spot (no download).
+"""Tiny random models, one per architecture that reallm is tested on, created without a download.
 
-Sizes are awkward on purpose: hidden 48 and intermediate 80 are no powers of two, the vocabulary of 261 is odd (256
-bytes and 5 special tokens), three heads of 16 share one key-value head where the architecture allows it. Two blocks.
+Sizes are awkward on purpose: hidden 48 and intermediate 80 are not powers of two, the vocabulary of 261 is odd (256
+bytes and 5 special tokens), and three heads of 16 share one key-value head where the architecture allows it. All models
+have two blocks.
 """
 
 from __future__ import annotations
@@ -106,11 +107,10 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     settings: Mapping[str, object] | None = None,
 ) -> PreTrainedModel:
-    """A random model of `architecture` (one of ARCHITECTURES) in evaluation mode; the same for the same seed.
+    """A random model of `architecture` (one of ARCHITECTURES) in evaluation mode; one seed gives one model.
 
-    `settings` go over those of its configuration.
-
-    Biases and norm weights are random as well, so that a test notices one that is lost.
+    `settings` override values of its configuration. Biases and norm weights are random as well, so that a test notices
+    when one is lost.
     """
     config = _CONFIGS[architecture]()
     if settings:
@@ -127,7 +127,7 @@ def tiny_model(
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, after the special ones; with a chat template."""
+    """A tokenizer with the special tokens and then one token per byte, and a chat template."""
     vocab = {token: i for i, token in enumerate((*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -152,7 +152,7 @@ def save_tiny(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "50GB",
 ) -> Path:
-    """Save `tiny_model` and its tokenizer in `folder` (made if need be); a small `max_shard_size` gives many shards."""
+    """Save `tiny_model` and tokenizer in `folder`, created if needed; a small `max_shard_size` makes many shards."""
     folder = Path(folder)
     tiny_model(architecture, seed, dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer().save_pretrained(folder)

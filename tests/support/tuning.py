@@ -1,4 +1,4 @@
-"""Tiny artifacts to fine-tune, and how near one is to the model it was made from."""
+"""Tiny artifacts to fine-tune, and the divergence of an artifact from the model it was made from."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from reallm.evaluation.evaluate import evaluate
 from reallm.kernels.formats.formats import Format
 from reallm.measurement.encoding import codebook_values
 from reallm.models.loaded import Matrix, load_model
-from reallm.planner.problem.tensor_layout import shared_key
+from reallm.planner.tables.tensor_layout import shared_key
 
 SEQLEN = 32
 
 
 class StopError(Exception):
-    """Stands for a killed process."""
+    """Raised by tests in place of killing the process."""
 
 
 def write_letters(path: Path, windows: int) -> str:
-    """A text of so many windows of SEQLEN letters, the same every time; its path."""
+    """Write a fixed text of `windows` windows of SEQLEN letters to `path`; returns the path as a string."""
     path.write_text("".join(random.Random(1).choices("abcdefgh .", k=windows * SEQLEN)), encoding="utf-8")
     return str(path)
 
 
 def pack(architecture: str, folder: Path, choose: Callable[[Matrix], str | None], seed: int = 0) -> Path:
-    """A tiny model encoded with plain squared error, in the formats that `choose` gives: folder/out."""
+    """Compile a tiny model encoded with plain squared error in the formats of `choose`; returns folder/out."""
     loaded = load_model(save_tiny(architecture, folder / "model", seed=seed))
     packed = PackedModel(loaded, choose)
     for matrix in loaded.matrices:
@@ -48,16 +48,18 @@ def pack(architecture: str, folder: Path, choose: Callable[[Matrix], str | None]
 
 
 def linears(*formats: str) -> Callable[[Matrix], str | None]:
-    """`formats` in turn for the linears."""
+    """Assigns `formats` in turn to the linear layers."""
     turn = iter(formats * 100)
     return lambda matrix: next(turn) if matrix.kind == "linear" else None
 
 
 def kl(artifact: Path, source: Path, text: str) -> float:
-    found = evaluate(artifact, against=source, text=text, seqlen=SEQLEN, progress=False).comparison.divergence
-    assert found is not None
-    return found.mean
+    """Mean KL of `artifact` to the model `source` on `text`, in nats per token."""
+    divergence = evaluate(artifact, against=source, text=text, seqlen=SEQLEN, progress=False).comparison.divergence
+    assert divergence is not None
+    return divergence.mean
 
 
 def files(folder: Path) -> dict[str, bytes]:
+    """Relative path -> content of every file in `folder`."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""Weights and metrics for the tests of codecs."""
+"""Random weights and metrics for the tests of codecs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reallm.codecs.metric import Metric
 
 
 def correlated(rows: int, cols: int, seed: int, scale: float = 1.0) -> tuple[Tensor, Metric]:
-    """W[N, K] float32 and a metric with strongly correlated inputs of uneven size, as in a language model."""
+    """W[N, K] float32, and a metric of strongly correlated inputs with uneven scales, as in a language model."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Additive codebooks (AQLM)."""
+"""Additive codebooks (AQLM): a group of weights is the sum of one word from each codebook."""

@@ -1,10 +1,11 @@
-"""Additive codebooks (AQLM, arXiv 2401.06118), fitted in the metric of H.
+"""The encoder for additive codebooks (AQLM, arXiv 2401.06118), fitted in the metric of H.
 
-1. Words by weighted k-means, then k-means of the residual, for each codebook in turn.
-2. Codes with error feedback over groups of d columns (block LDL; GPTVQ, arXiv 2402.15319), each group by beam search.
-3. Rounds of: words by conjugate gradients on tr(E H E^T), which is quadratic in them; row scales in closed form; codes
-   by beam search one group at a time given all others, the group's optimum being the nearest word to
-   w_g + (E_others H)_g H_gg^-1 in the metric of H_gg. A round that gains under MIN_GAIN is the last; the best is kept.
+1. Words, by weighted k-means for the first codebook and k-means of the residual for each further one.
+2. Codes, with error feedback over groups of d columns (block LDL; GPTVQ, arXiv 2402.15319), each group by beam search.
+3. Rounds of three steps: words by conjugate gradients on tr(E H E^T), which is quadratic in them; codes by beam search,
+   one group at a time given all others, where the best sum of words is the one nearest to
+   w_g + (E_others H)_g H_gg^-1 in the metric of H_gg; row scales in closed form. The rounds end when one gains less
+   than MIN_GAIN, and the best is returned.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reallm.codecs.encoder import CodedMatrix, EncodingContext
 from reallm.codecs.metric import Workspace
 from reallm.codecs.packed_fields import to_half
 from reallm.kernels.formats.codecs import AdditiveCodec
@@ -22,26 +24,29 @@ BEAM = 4
 BLOCK_COLUMNS = 128
 KMEANS_SAMPLES = 1 << 15
 KMEANS_ITERATIONS = 20
-CG_ITERATIONS = 2  # more change nothing: the codes move again anyway
+CG_ITERATIONS = 2  # more make no difference, because the codes move again anyway
 MAX_ROUNDS = 3
-MIN_GAIN = 0.01  # AQLM stops here
+MIN_GAIN = 0.01  # as in AQLM
 
 
 @dataclass
 class AdditiveCodes:
-    """Codes [N, G, M] int64, row scales [N] and codebooks [M, 2^B, d], as stored."""
+    """The codes, scales and codebooks of a matrix."""
 
     codes: Tensor
+    """int64 [N, G, M]"""
     scales: Tensor
+    """One per row, [N], in fp16 values."""
     codebooks: Tensor
+    """[M, 2^B, d], in fp16 values."""
 
-    def values(self, cols: int) -> Tensor:
+    def decode(self, cols: int) -> Tensor:
         """W_hat [N, cols]."""
         return gather_words(self.codes, self.codebooks)[:, :cols] * self.scales[:, None]
 
 
 def gather_words(codes: Tensor, books: Tensor) -> Tensor:
-    """Sum of the chosen words, [N, G d]."""
+    """The sums of the words that `codes` [N, G, M] choose from `books` [M, 2^B, d]: [N, G d]."""
     total = books[0][codes[:, :, 0]]
     for m in range(1, books.shape[0]):
         total = total + books[m][codes[:, :, m]]
@@ -49,7 +54,7 @@ def gather_words(codes: Tensor, books: Tensor) -> Tensor:
 
 
 def normalised_vectors(W: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(row scales [N] as stored, W over its scale cut into vectors [N, G, d], the last padded with zeros)."""
+    """Divide W[N, K] by its row scales: (scales [N] in fp16 values, vectors [N, G, d], the last padded with zeros)."""
     scales = to_half(W.square().mean(1).sqrt())
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     padded = torch.nn.functional.pad(W / scales[:, None], (0, -W.shape[1] % dim))
@@ -57,7 +62,7 @@ def normalised_vectors(W: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def fit_codebooks(vectors: Tensor, weights: Tensor, codec: AdditiveCodec, seed: int) -> Tensor:
-    """Residual k-means of vectors [n, d] with weights [n]: codebooks [M, 2^B, d], rounded to fp16."""
+    """Fit codebooks [M, 2^B, d], rounded to fp16, to vectors [n, d] with weights [n], by residual k-means."""
     generator = torch.Generator().manual_seed(seed)
     count, words = vectors.shape[0], 1 << codec.codebook_bits
     if count > KMEANS_SAMPLES:
@@ -65,13 +70,14 @@ def fit_codebooks(vectors: Tensor, weights: Tensor, codec: AdditiveCodec, seed: 
         vectors, weights = vectors[chosen], weights[chosen]
     residual, books = vectors.clone(), []
     for _ in range(codec.num_codebooks):
-        book, assigned = _kmeans(residual, weights, words, generator)
-        residual = residual - book[assigned]
+        book, nearest = _kmeans(residual, weights, words, generator)
+        residual = residual - book[nearest]
         books.append(book)
     return to_half(torch.stack(books))
 
 
 def _kmeans(vectors: Tensor, weights: Tensor, words: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(codebook [words, d], index of the nearest word to every vector [n])."""
     count = vectors.shape[0]
     start = torch.randperm(count, generator=generator)[:words]
     book = vectors[start].clone()
@@ -84,7 +90,7 @@ def _kmeans(vectors: Tensor, weights: Tensor, words: int, generator: torch.Gener
         total = torch.zeros_like(book).index_add_(0, assigned, vectors * weights[:, None])
         book = torch.where(mass[:, None] > 0, total / mass.clamp_min(1e-30)[:, None], book)
         empty = torch.nonzero(mass == 0).flatten()
-        if len(empty) and count > words:  # split: an unused word starts at the worst-served vectors
+        if len(empty) and count > words:  # unused words restart at the vectors of the largest error
             worst = ((vectors - book[assigned]).square().sum(1) * weights).topk(min(len(empty), count)).indices
             book[empty[: len(worst)]] = vectors[worst]
     return book, _nearest(vectors, book)
@@ -97,9 +103,12 @@ def _nearest(vectors: Tensor, book: Tensor, rows: int = 4096) -> Tensor:
 
 
 def beam_codes(target: Tensor, books: Tensor, row_scales: Tensor) -> Tensor:
-    """Codes [N, M] whose summed words, times the row's scale, come nearest to `target` [N, d] (whitened alike)."""
+    """Search the codes [N, M] whose sum of words, times the row's scale, is nearest to `target` [N, d].
+
+    `target` and the words of `books` [M, 2^B, d] must be whitened by the same matrix.
+    """
     residual = (target / row_scales[:, None])[:, None, :]  # [N, beam, d]
-    distance = torch.zeros(len(target), 1)  # half the squared distance, up to a constant of the row
+    distance = torch.zeros(len(target), 1)  # half the squared distance, up to a constant per row
     paths = torch.zeros(len(target), 1, 0, dtype=torch.long)
     for m, book in enumerate(books):
         norms = 0.5 * book.square().sum(1)
@@ -115,14 +124,17 @@ def beam_codes(target: Tensor, books: Tensor, row_scales: Tensor) -> Tensor:
 
 
 def _smallest(scores: Tensor, width: int) -> Tensor:
-    """Indices [N, width] of the smallest scores of each row, best first; numpy's argmin is 10 times torch's."""
+    """Indices [N, width] of the smallest scores in each row, smallest first.
+
+    Uses numpy's argmin, which is ten times as fast as torch's.
+    """
     if width == 1:
         return torch.from_numpy(scores.numpy().argmin(1)).unsqueeze(1)
-    rest, found = scores.clone(), []
+    remaining, smallest = scores.clone(), []
     for _ in range(width):
-        found.append(torch.from_numpy(rest.numpy().argmin(1)).unsqueeze(1))
-        rest.scatter_(1, found[-1], torch.inf)
-    return torch.cat(found, 1)
+        smallest.append(torch.from_numpy(remaining.numpy().argmin(1)).unsqueeze(1))
+        remaining.scatter_(1, smallest[-1], torch.inf)
+    return torch.cat(smallest, 1)
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
@@ -130,13 +142,13 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 
-class _Fitter:
-    """One matrix while its codes are fitted."""
+class AdditiveFit:
+    """The codes, scales and codebooks of one matrix while they are fitted in turn."""
 
     def __init__(self, W: Tensor, codec: AdditiveCodec, work: Workspace, shared: Tensor | None, seed: int) -> None:
         self.W, self.codec, self.cols = W, codec, W.shape[1]
         self.H = work.hessian32
-        self.groups, self.factor = self._visits(work)
+        self.groups, self.factor = self._feedback_order(work)
         self.fixed_books = shared is not None
         scales, vectors = normalised_vectors(W, codec.dim)
         weight = torch.nn.functional.pad(work.column_weight, (0, -self.cols % codec.dim)).reshape(-1, codec.dim).mean(1)
@@ -147,8 +159,8 @@ class _Fitter:
             torch.zeros(*vectors.shape[:2], codec.num_codebooks, dtype=torch.long), scales, shared
         )
 
-    def _visits(self, work: Workspace) -> tuple[list[int], Tensor]:
-        """Groups by falling mean diagonal of H, and the inverse factor of H in that order of columns."""
+    def _feedback_order(self, work: Workspace) -> tuple[list[int], Tensor]:
+        """(groups by falling mean diagonal of H, the inverse factor of H in this order of columns)."""
         count = -(-self.cols // self.codec.dim)
         weight = [float(work.column_weight[self._span(g)].mean()) for g in range(count)]
         groups = sorted(range(count), key=lambda g: -weight[g])
@@ -159,11 +171,12 @@ class _Fitter:
         return slice(group * self.codec.dim, min((group + 1) * self.codec.dim, self.cols))
 
     def cost(self, state: AdditiveCodes) -> float:
-        error = self.W - state.values(self.cols)
+        """tr(E H E^T) for the given codes."""
+        error = self.W - state.decode(self.cols)
         return float(((error @ self.H) * error).sum(dtype=torch.float64))
 
     def feed_back(self) -> None:
-        """First codes: error feedback, group by group."""
+        """Choose the first codes with error feedback, group by group."""
         state, start = self.state, 0
         targets = torch.cat([self.W[:, self._span(g)] for g in self.groups], 1)
         for group in self.groups:
@@ -178,14 +191,16 @@ class _Fitter:
                 targets[:, start:].addmm_(error, self.factor[span, start:], alpha=-1)
 
     def refit_scales(self) -> None:
+        """Set every row scale to its optimum for the codes."""
         words = gather_words(self.state.codes, self.state.codebooks)[:, : self.cols]
         product = words @ self.H
-        top, bottom = (product * self.W).sum(1), (product * words).sum(1)
-        scales = to_half(torch.where(bottom > 0, top / bottom.clamp_min(1e-30), self.state.scales))
+        numerator, denominator = (product * self.W).sum(1), (product * words).sum(1)
+        optimum = numerator / denominator.clamp_min(1e-30)
+        scales = to_half(torch.where(denominator > 0, optimum, self.state.scales))
         self.state.scales = torch.where(scales == 0, self.state.scales, scales)
 
     def refit_codebooks(self) -> None:
-        """Conjugate gradients on the words, from where they are."""
+        """Improve the words by conjugate gradients; shared codebooks stay as they are."""
         if self.fixed_books:
             return
         state = self.state
@@ -217,12 +232,12 @@ class _Fitter:
         state.codebooks = to_half(books)
 
     def search_codes(self) -> None:
-        """One beam-search pass over the groups, each given all the others; a code is only replaced by a better one.
+        """Search the codes of every group again, given all others; codes are replaced only by better ones.
 
-        With e the error and slope = e H, groups of one block of columns see each other's changes at once; the other
-        blocks see them when the block is done.
+        With e the error and slope = e H, a change is visible at once to the groups in the same block of columns, and to
+        the other blocks when the block is finished.
         """
-        error = self.W - self.state.values(self.cols)
+        error = self.W - self.state.decode(self.cols)
         slope = error @ self.H
         per_block = max(1, BLOCK_COLUMNS // self.codec.dim)
         for first in range(0, self.state.codes.shape[1], per_block):
@@ -238,18 +253,18 @@ class _Fitter:
             slope.addmm_(error[:, block] - before, self.H[block])
 
     def _improve(self, group: int, slope: Tensor) -> Tensor:
-        """Search the codes of one group; returns the change of its error [N, width]."""
+        """Search the codes of one group again; returns by how much its error changes [N, width]."""
         span, state = self._span(group), self.state
         width = span.stop - span.start
         root, failed = torch.linalg.cholesky_ex(self.H[span, span])
-        if int(failed):  # singular in float32: its diagonal will do, and a worse code is not taken
+        if int(failed):  # singular in float32: the diagonal serves as well, because worse codes are rejected below
             root = torch.diag(self.H.diagonal()[span].sqrt())
         old, old_codes = self._group_values(group)[:, :width], state.codes[:, group].clone()
-        wanted = old + torch.cholesky_solve(slope.T, root).T  # the minimiser, all else fixed
-        codes = beam_codes(wanted @ root, state.codebooks[:, :, :width] @ root, state.scales)
+        optimum = old + torch.cholesky_solve(slope.T, root).T  # the minimiser with everything else fixed
+        codes = beam_codes(optimum @ root, state.codebooks[:, :, :width] @ root, state.scales)
         state.codes[:, group] = codes
         new = self._group_values(group)[:, :width]
-        worse = ((wanted - new) @ root).square().sum(1) >= ((wanted - old) @ root).square().sum(1)
+        worse = ((optimum - new) @ root).square().sum(1) >= ((optimum - old) @ root).square().sum(1)
         state.codes[:, group] = torch.where(worse[:, None], old_codes, codes)
         return torch.where(worse[:, None], torch.zeros_like(old), old - new)
 
@@ -259,26 +274,35 @@ class _Fitter:
         return words * self.state.scales[:, None]
 
 
-def encode_additive(
+def encode_additive(W: Tensor, codec: AdditiveCodec, context: EncodingContext) -> CodedMatrix:
+    """Encode W[N, K] float32 in additive codes; see `encoder` for the interface."""
+    fitted = fit_additive_codes(W, codec, context.work, context.shared, context.seed)
+    values = {"codes": fitted.codes, "scales": fitted.scales}
+    if not codec.shared:
+        values["codebooks"] = fitted.codebooks
+    return CodedMatrix(values, fitted.decode(W.shape[1]))
+
+
+def fit_additive_codes(
     W: Tensor, codec: AdditiveCodec, work: Workspace, shared: Tensor | None, seed: int, rounds: int = MAX_ROUNDS
 ) -> AdditiveCodes:
-    """Codes, scales and codebooks of W[N, K] float32; `shared` [M, 2^B, d] are codebooks that may not move."""
-    fitter = _Fitter(W, codec, work, shared, seed)
-    fitter.feed_back()
-    fitter.refit_scales()
-    best, best_cost = _copy(fitter.state), fitter.cost(fitter.state)
+    """Fit codes, scales and codebooks to W[N, K] float32; codebooks `shared` [M, 2^B, d] are used as they are."""
+    fit = AdditiveFit(W, codec, work, shared, seed)
+    fit.feed_back()
+    fit.refit_scales()
+    best, best_cost = _copy(fit.state), fit.cost(fit.state)
     for _ in range(rounds):
-        fitter.refit_codebooks()
-        fitter.search_codes()
-        fitter.refit_scales()
-        cost = fitter.cost(fitter.state)
+        fit.refit_codebooks()
+        fit.search_codes()
+        fit.refit_scales()
+        cost = fit.cost(fit.state)
         gain = 1 - cost / best_cost if best_cost > 0 else 0.0
         if cost < best_cost:
-            best, best_cost = _copy(fitter.state), cost
+            best, best_cost = _copy(fit.state), cost
         if gain < MIN_GAIN:
             break
-    empty = to_half(W.square().mean(1).sqrt()) == 0
-    return AdditiveCodes(best.codes, best.scales.masked_fill(empty, 0.0), best.codebooks)
+    zero_rows = to_half(W.square().mean(1).sqrt()) == 0
+    return AdditiveCodes(best.codes, best.scales.masked_fill(zero_rows, 0.0), best.codebooks)
 
 
 def _copy(state: AdditiveCodes) -> AdditiveCodes:

@@ -1,1 +1,1 @@
-"""E8 lattice codes (QuIP#)."""
+"""E8 lattice codes (QuIP#): a group of eight weights is one word of the E8P codebook."""

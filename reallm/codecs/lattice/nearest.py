@@ -1,10 +1,10 @@
-"""The nearest word of E8P, exactly, from the order of the coordinates' magnitudes.
+"""The exact search for the nearest word of E8P, from the order of the coordinates' magnitudes.
 
-For a shift s and y = x - s, the best word of a given multiset of magnitudes puts the large ones where |y| is large
-(rearrangement inequality) and takes the signs of y; if their parity is wrong, the sign of the smallest |y|, where the
-magnitude is 1/2, is flipped. So 7 multisets stand for the 227 short vectors: up to four entries 3/2, or one 5/2 and up
-to one 3/2. The 29 long vectors are tried one by one, and only where five entries 3/2 on the five largest |y|, which no
-long vector beats, would win. Scores are <y, word> - |word|^2 / 2 of the word without its shift.
+For a shift s and y = x - s, the best word with a given multiset of magnitudes has its large magnitudes where |y| is
+large (rearrangement inequality) and the signs of y. If the parity of these signs is wrong, the sign at the smallest
+|y|, where the magnitude is 1/2, is flipped. So 7 multisets represent the 227 short vectors: up to four entries 3/2, or
+one 5/2 and at most one 3/2. The 29 long vectors are tried one by one, but only where a bound on them would win: five
+entries 3/2 at the five largest |y|. A word's score, without its shift, is <y, word> - |word|^2 / 2.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from reallm.kernels.codes.lattice import DIM, SHIFT, absolute_vectors, root_word
 
 SHORT = 227
 MULTISETS = ((0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (0, 5))
-"""(entries 5/2, entries 3/2); the last bounds the long vectors."""
+"""(number of entries 5/2, number of entries 3/2); the last multiset bounds the long vectors."""
 
 
 @cache
 def _multisets() -> tuple[Tensor, Tensor]:
-    """(magnitudes in falling order [8, 8 multisets], half their squared norms [8])."""
+    """(magnitudes in falling order [8, 8 multisets], half of each squared norm [8])."""
     columns = [[2.5] * five + [1.5] * three + [0.5] * (DIM - five - three) for five, three in MULTISETS]
     sorted_magnitudes = torch.tensor(columns).T.contiguous()
     return sorted_magnitudes, sorted_magnitudes.square().sum(0) / 2
 
 
 @cache
-def _index_of() -> Tensor:
-    """Index of the vector whose entries 1/2, 3/2, 5/2 are the digits 0, 1, 2 of a number to base 3, int64 [3^8]."""
-    result = torch.zeros(3**DIM, dtype=torch.int64)
+def _vector_indices() -> Tensor:
+    """The index of every absolute vector, int64 [3^8], by a number in base 3: digits 0, 1, 2 for 1/2, 3/2, 5/2."""
+    indices = torch.zeros(3**DIM, dtype=torch.int64)
     digits = torch.from_numpy(absolute_vectors() - 0.5).long()
-    result[digits @ 3 ** torch.arange(DIM)] = torch.arange(256)
-    return result
+    indices[digits @ 3 ** torch.arange(DIM)] = torch.arange(256)
+    return indices
 
 
 def nearest_e8p(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int64 [n], words float32 [n, 8]) nearest to x [n, 8]."""
+    """Find the E8P words nearest to x [n, 8]: (codes int64 [n], words float32 [n, 8])."""
     count = len(x)
     y = torch.cat([x + SHIFT, x - SHIFT])
     magnitude, odd = y.abs(), (y < 0).sum(1) % 2 == 1
-    # the lowest three bits of a float, 2^-21 of it, make room for the coordinate
+    # the coordinate's number replaces the lowest three bits of its magnitude, 2^-21 of it, so that it is sorted along
     keys = (magnitude.view(torch.int32) & -8) | torch.arange(DIM, dtype=torch.int32)
     order = torch.from_numpy(np.sort(keys.numpy(), axis=1)).flip(1)
     rank = (order & 7).long()
@@ -54,41 +54,43 @@ def nearest_e8p(x: Tensor) -> tuple[Tensor, Tensor]:
     wrong = odd[:, None] != torch.tensor([three % 2 == 1 for _, three in MULTISETS])
     scores[:, :-1].sub_(falling[:, -1:] * wrong[:, :-1])
     best = torch.from_numpy(scores[:, :-1].numpy().argmax(1))
-    top = scores.gather(1, best[:, None]).squeeze(1)
+    best_score = scores.gather(1, best[:, None]).squeeze(1)
     chosen = torch.empty_like(y).scatter_(1, rank, table.T[best])
     flip = torch.where(wrong.gather(1, best[:, None]).squeeze(1), rank[:, -1], -1)
-    _try_long(magnitude, odd, scores[:, -1], top, chosen, flip)
-    plus = top[count:] > top[:count] - 2 * SHIFT * x.sum(1)  # of |y|^2, -2 <y, word> and |word|^2, with the first
+    _try_long(magnitude, odd, scores[:, -1], best_score, chosen, flip)
+    # the distance is |y|^2 - 2 <y, word> + |word|^2, and |y|^2 differs between the two shifts
+    plus = best_score[count:] > best_score[:count] - 2 * SHIFT * x.sum(1)
     picked = torch.arange(count) + count * plus
     return _assemble(y[picked], chosen[picked], flip[picked], plus)
 
 
-def _try_long(magnitude: Tensor, odd: Tensor, bound: Tensor, top: Tensor, chosen: Tensor, flip: Tensor) -> None:
-    """Put a long vector into `top`, `chosen` and `flip` wherever one scores higher."""
-    rows = torch.nonzero(bound > top).flatten()
+def _try_long(magnitude: Tensor, odd: Tensor, bound: Tensor, best_score: Tensor, chosen: Tensor, flip: Tensor) -> None:
+    """Where a long vector scores higher, write it into `best_score`, `chosen` and `flip`."""
+    rows = torch.nonzero(bound > best_score).flatten()
     if not len(rows):
         return
     vectors = torch.from_numpy(absolute_vectors()[SHORT:].copy()).float()
     products = magnitude[rows][:, None] * vectors
-    wrong = ~odd[rows]  # five entries 3/2 want an odd number of minuses
+    wrong = ~odd[rows]  # with five entries 3/2 the number of minus signs must be odd
     scores = products.sum(2) - 6 - 2 * products.amin(2) * wrong[:, None]
     highest, best = scores.max(1)
-    better = highest > top[rows]
+    better = highest > best_score[rows]
     rows, best, wrong = rows[better], best[better], wrong[better]
-    top[rows], chosen[rows] = highest[better], vectors[best]
+    best_score[rows], chosen[rows] = highest[better], vectors[best]
     flip[rows] = torch.where(wrong, (magnitude[rows] * vectors[best]).argmin(1), -1)
 
 
 def _assemble(y: Tensor, chosen: Tensor, flip: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, words) from the chosen magnitudes, the sign to flip (-1 for none) and the sign of the shift."""
     minus = (y < 0) ^ (torch.arange(DIM) == flip[:, None])
     words = torch.where(minus, -chosen, chosen) + torch.where(plus, SHIFT, -SHIFT)[:, None]
-    index = _index_of()[((chosen - 0.5) @ (3.0 ** torch.arange(DIM))).long()]
+    index = _vector_indices()[((chosen - 0.5) @ (3.0 ** torch.arange(DIM))).long()]
     signs = (minus[:, :-1] * (1 << torch.arange(DIM - 1))).sum(1)
     return (index << 8) | (signs << 1) | plus, words
 
 
 def nearest_root(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int64 [n], words float32 [n, 8]) of the second codebook of three bits, nearest to x [n, 8]."""
+    """Find the nearest words of the residual codebook of three bits: (codes int64 [n], words float32 [n, 8])."""
     book = torch.from_numpy(root_words().copy()).float()
     scores = torch.addmm(-0.5 * book.square().sum(1), x, book.T)
     codes = torch.from_numpy(scores.numpy().argmax(1))

@@ -1,1 +1,1 @@
-"""Codes for a neural decoder that a family of matrices shares (ReALLM)."""
+"""Neural codes (ReALLM): a decoder network shared by a family of matrices turns codes into weights."""

@@ -1,7 +1,8 @@
-"""The search for the cheapest walk through the windows of a neural decoder: native code, or torch without a compiler.
+"""Viterbi search for the codes of whole columns under a given neural decoder (as QTIP does, arXiv 2406.11235).
 
-Each patch of a column is decided by its window of codes, and the next window shifts one code in: a trellis whose states
-are windows, so the codes of a whole column are chosen together, knowing the decoder (Viterbi; QTIP, arXiv 2406.11235).
+A patch is decided by its window of codes, and the window of the next patch shifts in one code. This is a trellis whose
+states are windows, so the best codes of a column form its cheapest walk. The search runs in native code, or in torch
+where there is no C++ compiler.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from reallm.codegen.cpu.compiler import library
 from reallm.kernels.formats.codecs import NeuralCodec
 
 
-def cheapest_walks(codec: NeuralCodec, target: Tensor, values: Tensor) -> Tensor:
-    """Codes int64 [n, steps] whose windows' `values` [2^L, dim] come nearest to `target` [n, steps, dim] float32."""
+def cheapest_codes(codec: NeuralCodec, target: Tensor, values: Tensor) -> Tensor:
+    """Choose the codes, int64 [n, steps], whose decoded patches are nearest to `target` [n, steps, dim] float32.
+
+    `values` [2^L, dim] holds the decoded patch of every window of L bits (see `decoding.neural.window_values`).
+    """
     native = library("neural")
     norms = 0.5 * values.square().sum(1)
     if native is None:
@@ -35,24 +39,24 @@ def cheapest_walks(codec: NeuralCodec, target: Tensor, values: Tensor) -> Tensor
         ctypes.c_void_p(codes.data_ptr()),
     )
     if failed:
-        raise MemoryError if failed == 2 else ValueError(f"no walks for {codec.name}")
+        raise MemoryError if failed == 2 else ValueError(f"the native search does not support {codec.name}")
     return codes.long()
 
 
 def _portable(codec: NeuralCodec, target: Tensor, values: Tensor, norms: Tensor) -> Tensor:
     count, steps, _ = target.shape
     choices = 1 << codec.codebook_bits
-    pasts = len(values) // choices
-    best = torch.full((count, pasts), torch.inf)
+    suffixes = len(values) // choices  # a window without its oldest code, which is what the next window keeps of it
+    best = torch.full((count, suffixes), torch.inf)
     best[:, 0] = 0
-    came = torch.empty(steps, count, pasts, dtype=torch.int64)
+    oldest = torch.empty(steps, count, suffixes, dtype=torch.int64)
     for t in range(steps):
         metric = best.repeat_interleave(choices, 1) + norms - target[:, t] @ values.T
-        best, came[t] = metric.view(count, choices, pasts).min(1)
-    past = best.argmin(1)
+        best, oldest[t] = metric.view(count, choices, suffixes).min(1)
+    suffix = best.argmin(1)
     codes = torch.empty(count, steps, dtype=torch.int64)
     for t in range(steps - 1, -1, -1):
-        window = came[t].gather(1, past[:, None]).squeeze(1) * pasts + past
+        window = oldest[t].gather(1, suffix[:, None]).squeeze(1) * suffixes + suffix
         codes[:, t] = window & (choices - 1)
-        past = window >> codec.codebook_bits
+        suffix = window >> codec.codebook_bits
     return codes

@@ -1,1 +1,1 @@
-"""Scalar codes: one code per weight, levels from a table or a uniform grid."""
+"""Scalar codes: one code per weight, with levels from a table, a uniform grid or a table per row."""

@@ -1,9 +1,10 @@
-"""Learned clipping (OmniQuant, arXiv 2308.13137): where each group's grid ends, by gradient descent on the cost.
+"""Learned clipping (OmniQuant, arXiv 2308.13137): the ends of each group's grid, by gradient descent on the cost.
 
-A group of weights w with grid scale s and zero point z decodes to w_hat = (q(w / s + z) - z) s. Its ends are the ends
-found by search times strengths that start at one: low and high for `uint`, whose s = (high - low) / (2^bits - 1) and
-z = -low / s; a single one times s for the others. Rounding passes gradients on as the identity inside the grid and none
-outside (a straight-through estimator). The gradient of 1/2 tr(E H E^T) in w_hat is -E H.
+A group of weights w with grid scale s and zero point z decodes to w_hat = (q(w / s + z) - z) s. The ends that the
+search found are multiplied by learned strengths, which start at one: one for each end for `uint`, whose s is
+(high - low) / (2^bits - 1) and z = -low / s; a single one on s for the other tables. Rounding passes gradients through
+unchanged inside the grid and stops them outside (a straight-through estimator). The gradient of 1/2 tr(E H E^T) with
+respect to w_hat is -E H.
 """
 
 from __future__ import annotations
@@ -20,23 +21,26 @@ from reallm.kernels.formats.codecs import ScalarCodec
 STEPS = 32
 LEARNING_RATE = 0.06
 BETAS = (0.9, 0.95)
-CHUNK_NUMEL = 1 << 22  # weights whose graph is held at a time
+CHUNK_NUMEL = 1 << 22  # weights whose autograd graph is held in memory at a time
 
 Pull = Callable[[Tensor], Tensor]
-"""E -> E H, or as much of it as the codes answer for."""
+"""E [N, K] -> E H, or the part of it that later feedback will not remove."""
 
 
 def learn_clipping(
     W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None, pull: Pull
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points [N, G] of W[N, K], of every row the best that were met, its start among them."""
+    """Learn scales and zero points [N, G] of W[N, K], starting from `scales` and `zeros`.
+
+    Each row keeps the cheapest ones of all steps, its start included.
+    """
     rows = max(1, CHUNK_NUMEL // W.shape[1])
-    found = [
+    learned = [
         _learn_rows(W[i : i + rows], codec, scales[i : i + rows], None if zeros is None else zeros[i : i + rows], pull)
         for i in range(0, len(W), rows)
     ]
-    shifts = [shift for _, shift in found if shift is not None]
-    return torch.cat([scale for scale, _ in found]), torch.cat(shifts) if shifts else None
+    zero_parts = [zero for _, zero in learned if zero is not None]
+    return torch.cat([scale for scale, _ in learned]), torch.cat(zero_parts) if zero_parts else None
 
 
 def _learn_rows(
@@ -45,7 +49,7 @@ def _learn_rows(
     grid, owner = Grid(codec), torch.arange(W.shape[1]) // codec.group_width(W.shape[1])
     strengths = torch.ones(2 if zeros is not None else 1, *scales.shape, requires_grad=True)
     optimiser = torch.optim.Adam([strengths], lr=LEARNING_RATE, betas=BETAS)
-    best_scales, best_zeros, least = scales, zeros, torch.full((len(W),), torch.inf)
+    best_scales, best_zeros, best_cost = scales, zeros, torch.full((len(W),), torch.inf)
     for step in range(STEPS + 1):
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / (STEPS + 1))
         scale, zero = _ends(scales, zeros, strengths, grid)
@@ -53,21 +57,20 @@ def _learn_rows(
         error = (W - values).detach()
         slope = pull(error)
         cost = (slope * error).sum(1)
-        better = cost < least
-        least = torch.minimum(least, cost)
+        better = cost < best_cost
+        best_cost = torch.minimum(best_cost, cost)
         best_scales = torch.where(better[:, None], scale.detach(), best_scales)
         if zero is not None and best_zeros is not None:
             best_zeros = torch.where(better[:, None], zero.detach(), best_zeros)
         optimiser.zero_grad()
-        torch.autograd.backward(
-            values, -slope / cost.abs().clamp_min(1e-30)[:, None]
-        )  # of half the log of each row's cost
+        # the gradient of half the logarithm of each row's cost
+        torch.autograd.backward(values, -slope / cost.abs().clamp_min(1e-30)[:, None])
         optimiser.step()
     return best_scales, best_zeros
 
 
 def _ends(scales: Tensor, zeros: Tensor | None, strengths: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """(scales, zero points) as stored, differentiable in the strengths."""
+    """(scales, zero points) as they are stored, differentiable in the strengths."""
     if zeros is None:
         return _through(scales * strengths[0], to_half), None
     low, high = -zeros * scales * strengths[0], (grid.top - zeros) * scales * strengths[1]
@@ -77,7 +80,7 @@ def _ends(scales: Tensor, zeros: Tensor | None, strengths: Tensor, grid: Grid) -
 
 
 def _decoded(W: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    """W_hat, differentiable in scale and zero point."""
+    """W_hat, differentiable in the scale and the zero point."""
     position = W / torch.where(scale == 0, torch.inf, scale)
     level = grid.value(grid.code(position.detach(), zero if zero is None else zero.detach()), zero)
     low = grid.levels[0] if zero is None else -zero
@@ -87,5 +90,5 @@ def _decoded(W: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tenso
 
 
 def _through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`change` of the values, with the gradient of the values themselves."""
+    """`change(values)` with the gradient of `values` itself (straight-through)."""
     return values + (change(values.detach()) - values.detach())

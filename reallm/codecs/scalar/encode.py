@@ -1,10 +1,10 @@
-"""Scalar codes: choosing the scales, the codes, and the scales again.
+"""The scalar encoder: it chooses the scales, then the codes, then refits the scales.
 
-1. Scales of every group, chosen on W itself by least weighted squared error over a grid of clipping ratios, then by
-   least squares given the codes; where the format says so, learned from there (OmniQuant; `clipping`).
-2. Codes: the nearest level, or error feedback in the metric of H (GPTQ), columns visited by falling diagonal of H while
-   groups stay in storage order (static groups), so the order is free.
-3. Scales refitted jointly for each row: with the codes fixed, 1/2 e H e^T is quadratic in the row's scales.
+1. Scales of every group, chosen on W by the least weighted squared error over a grid of clipping ratios, then by least
+   squares given the codes. With `+lwc` they are then learned (OmniQuant; `clipping`).
+2. Codes: the nearest level, or error feedback in the metric of H (GPTQ). Feedback visits the columns by falling
+   diagonal of H, but groups are those of storage order (static groups), so the order need not be stored.
+3. Scales, jointly for each row: with the codes fixed, 1/2 e H e^T is quadratic in the row's scales.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reallm.codecs.encoder import CodedMatrix, EncodingContext
 from reallm.codecs.feedback import descend, feed_back
 from reallm.codecs.grid import Grid, inverse
 from reallm.codecs.metric import Workspace
@@ -25,24 +26,24 @@ from .clipping import learn_clipping
 CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 LEAST_SQUARES_STEPS = 2
 DESCENTS = 2
-REFIT_BYTES = 1 << 28  # of the rows' systems held at a time
-REFIT_RIDGE = 1e-4  # towards the scale there was, in units of the mean curvature
+REFIT_BYTES = 1 << 28  # memory for the linear systems of the rows that are solved at a time
+REFIT_RIDGE = 1e-4  # towards the previous scale, in units of the mean curvature
 
 
 @dataclass
 class ScalarCodes:
-    """Codes and scales of W[N, K]; `scales` are what the stored ones decode to."""
+    """Codes and scales of W[N, K]."""
 
     codes: Tensor
     """int64 [N, K]"""
     scales: Tensor
-    """float32 [N, G]"""
+    """What the stored scales decode to, float32 [N, G]."""
     zeros: Tensor | None
-    """float32 [N, G], for `uint` only."""
+    """Zero points, float32 [N, G]; for `uint` only."""
     stored: dict[str, Tensor]
-    """The scale fields by name."""
+    """The values of the scale fields, by field name."""
 
-    def values(self, codec: ScalarCodec) -> Tensor:
+    def decode(self, codec: ScalarCodec) -> Tensor:
         """W_hat [N, K]."""
         owner = torch.arange(self.codes.shape[1]) // codec.group_width(self.codes.shape[1])
         zero = None if self.zeros is None else self.zeros[:, owner]
@@ -50,14 +51,14 @@ class ScalarCodes:
 
 
 def _grouped(values: Tensor, width: int) -> Tensor:
-    """[..., K] -> [..., G, width], the last group padded with zeros."""
+    """Cut the last dimension into groups, [..., K] -> [..., G, width]; the last group is padded with zeros."""
     missing = -values.shape[-1] % width
     padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
     return padded.reshape(*values.shape[:-1], -1, width)
 
 
-class _Searcher:
-    """Weighted least-squares scales of the groups of W."""
+class _ScaleSearch:
+    """The search for the scale of every group of W by the least weighted squared error."""
 
     def __init__(self, codec: ScalarCodec, W: Tensor, weight: Tensor) -> None:
         self.codec, self.grid, self.cols = codec, Grid(codec), W.shape[1]
@@ -65,7 +66,7 @@ class _Searcher:
         self.W, self.h = _grouped(W, self.width), _grouped(weight, self.width)
 
     def candidates(self, ratio: float) -> tuple[Tensor, Tensor | None]:
-        """Scales [N, G] (and zero points) that clip at `ratio` of the group's range."""
+        """Scales [N, G] and zero points whose grid ends at `ratio` of the group's range."""
         if self.codec.table == "uint":
             low = self.W.amin(-1).clamp_max(0) * ratio
             high = self.W.amax(-1).clamp_min(0) * ratio
@@ -73,9 +74,9 @@ class _Searcher:
             return scale, (-low * inverse(scale)).round().clamp(0, self.grid.top)
         peak = self.W.gather(-1, self.W.abs().argmax(-1, keepdim=True)).squeeze(-1)
         if self.codec.table == "lm" or self.codec.double_quant is not None:
-            peak = peak.abs()  # a symmetric table, or scales that are stored shifted by their minimum
+            peak = peak.abs()  # the table is symmetric, or scales are stored as offsets from their minimum
         elif self.codec.table == "int":
-            peak = -peak  # the extra level of two's complement goes to the side of the peak
+            peak = -peak  # puts the extra level of two's complement on the side of the peak
         return to_half(peak * ratio), None
 
     def quantise(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ class _Searcher:
         return level, error
 
     def search(self) -> tuple[Tensor, Tensor | None]:
-        """The best scales and zero points of the grid, then of least squares."""
+        """The best scales and zero points [N, G] among the clipping ratios, then improved by least squares."""
         best_scale, best_zero = self.candidates(1.0)
         best_level, best_error = self.quantise(best_scale, best_zero)
         for ratio in CLIP_RATIOS[1:]:
@@ -112,7 +113,10 @@ class _Searcher:
 
 
 def store_scales(scales: Tensor, double: DoubleQuant | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """(what the stored scales decode to [N, G], the fields) for fp16 or double-quantised scales."""
+    """Quantise scales [N, G] to fp16 or, if `double` is given, to codes.
+
+    Returns what the stored scales decode to, [N, G], and the values of the scale fields by field name.
+    """
     if double is None:
         rounded = to_half(scales)
         return rounded, {"scales": rounded}
@@ -127,7 +131,10 @@ def store_scales(scales: Tensor, double: DoubleQuant | None) -> tuple[Tensor, di
 
 
 def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian: Tensor) -> Tensor:
-    """Scales [N, G] minimising e H e^T row by row, e = w - sum_g s_g levels_g, with a small ridge towards `scales`."""
+    """Fit scales [N, G] that minimise e H e^T for each row, e = w - sum_g s_g levels_g.
+
+    `levels` [N, K] are the levels of the codes, `scales` the previous scales, towards which a small ridge pulls.
+    """
     rows, cols = W.shape
     starts = range(0, cols, width)
     if rows > 1 and 8 * rows * len(starts) ** 2 > REFIT_BYTES:
@@ -146,8 +153,11 @@ def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian:
     return torch.where(usable, solved.squeeze(-1).float(), scales)
 
 
-class _Fit:
-    """One matrix while codes and scales are fitted in turn; everything transposed and in the order of feedback."""
+class _FeedbackFit:
+    """The codes and scales of one matrix while they are fitted in turn with error feedback.
+
+    Rows of `codes` and `scale_rows` are columns of the matrix; `codes` are in the order of feedback.
+    """
 
     def __init__(self, W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None, work: Workspace) -> None:
         self.W, self.codec, self.grid, self.work, self.zeros = W, codec, Grid(codec), work, zeros
@@ -164,7 +174,7 @@ class _Fit:
         self.inverse_rows = inverse(self.scale_rows)
 
     def quantise(self, position: int, target: Tensor) -> Tensor:
-        """Round the column at `position` of the order to `target` [N]; returns what it decodes to."""
+        """Choose the codes of the column at `position` for `target` [N]; returns what they decode to."""
         group = self.groups[position]
         zero = None if self.zero_rows is None else self.zero_rows[group]
         code = self.grid.code(target * self.inverse_rows[group], zero)
@@ -175,7 +185,7 @@ class _Fit:
         feed_back(self.W.T[self.work.order].contiguous(), self.work.ordered_factor, self.quantise)
 
     def descend(self) -> None:
-        columns, values = self.W.T[self.work.order].contiguous(), self.result().values(self.codec)
+        columns, values = self.W.T[self.work.order].contiguous(), self.result().decode(self.codec)
         descend(columns, values.T[self.work.order].contiguous(), self.work.ordered_hessian, self.quantise)
 
     def refit(self) -> None:
@@ -190,42 +200,49 @@ class _Fit:
         return ScalarCodes(stored.T.long().contiguous(), self.scales, self.zeros, fields)
 
 
-def encode_scalar(
-    W: Tensor, codec: ScalarCodec, feedback: bool, work: Workspace, clipping: bool = False
+def encode_scalar(W: Tensor, codec: ScalarCodec, context: EncodingContext) -> CodedMatrix:
+    """Encode W[N, K] float32 in scalar codes; see `encoder` for the interface."""
+    fmt = context.fmt
+    chosen = choose_scalar_codes(W, codec, context.work, feedback=bool(fmt.feedback), clipping=fmt.clipping)
+    return CodedMatrix({"codes": chosen.codes, **chosen.stored}, chosen.decode(codec))
+
+
+def choose_scalar_codes(
+    W: Tensor, codec: ScalarCodec, work: Workspace, *, feedback: bool, clipping: bool
 ) -> ScalarCodes:
-    """Codes and scales of W[N, K] float32; with `clipping` the grids learn where to clip first (OmniQuant)."""
+    """Choose codes and scales of W[N, K] float32, with error feedback and learned clipping (OmniQuant) on request."""
     if not feedback:
-        found = round_scalar(W, codec, work.column_weight)
+        rounded = round_scalar(W, codec, work.column_weight)
         if not clipping:
-            return found
-        ends = learn_clipping(W, codec, found.scales, found.zeros, lambda error: error @ work.hessian32)
-        learned = _nearest_codes(W, codec, *ends)
-        return min(found, learned, key=lambda codes: _cost(W, codes, codec, work))
-    scales, zeros = _Searcher(codec, W, work.feedback_weight).search()
+            return rounded
+        grid_ends = learn_clipping(W, codec, rounded.scales, rounded.zeros, lambda error: error @ work.hessian32)
+        learned = _nearest_codes(W, codec, *grid_ends)
+        return min(rounded, learned, key=lambda codes: _cost(W, codes, codec, work))
+    scales, zeros = _ScaleSearch(codec, W, work.feedback_weight).search()
     if clipping:
         scales, zeros = learn_clipping(W, codec, scales, zeros, lambda error: error * work.feedback_weight)
-    fit = _Fit(W, codec, scales, zeros, work)
+    fit = _FeedbackFit(W, codec, scales, zeros, work)
     fit.feed_back()
     best = fit.result()
-    lowest = _cost(W, best, codec, work)
+    best_cost = _cost(W, best, codec, work)
     for _ in range(DESCENTS):
         fit.refit()
         fit.descend()
-        found = fit.result()
-        cost = _cost(W, found, codec, work)
-        if cost < lowest:
-            best, lowest = found, cost
+        candidate = fit.result()
+        cost = _cost(W, candidate, codec, work)
+        if cost < best_cost:
+            best, best_cost = candidate, cost
     return best
 
 
-def _cost(W: Tensor, found: ScalarCodes, codec: ScalarCodec, work: Workspace) -> float:
-    error = W - found.values(codec)
+def _cost(W: Tensor, codes: ScalarCodes, codec: ScalarCodec, work: Workspace) -> float:
+    error = W - codes.decode(codec)
     return float(((error @ work.hessian32) * error).sum(dtype=torch.float64))
 
 
 def round_scalar(W: Tensor, codec: ScalarCodec, weight: Tensor) -> ScalarCodes:
-    """Codes and scales of W[N, K] without feedback, a squared error of column k counting `weight` [K]."""
-    return _nearest_codes(W, codec, *_Searcher(codec, W, weight).search())
+    """Round W[N, K] to the nearest codes, without feedback; `weight` [K] is what a squared error of a column counts."""
+    return _nearest_codes(W, codec, *_ScaleSearch(codec, W, weight).search())
 
 
 def _nearest_codes(W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None) -> ScalarCodes:

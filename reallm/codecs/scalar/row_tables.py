@@ -1,10 +1,12 @@
-"""A table of levels for every row, by weighted k-means (SqueezeLLM, arXiv 2306.07629), and with error feedback.
+"""The encoder for row tables: every row has its own table of levels (SqueezeLLM, arXiv 2306.07629).
 
-1. Levels: for each row the least of sum_k h_k (w_k - level of its cell)^2 that Lloyd's iterations reach from several
-   starts. On a sorted row a cell is a run, so prefix sums of h, h w give all means in O(2^bits log K) an iteration.
-2. Codes: the nearest level, or error feedback in the metric of H on the row's own table (GPTQ, arXiv 2210.17323).
-3. With feedback, levels refitted to the codes: with A[K, 2^bits] the one-hot codes of a row, e = w - A levels, so
-   e H e^T is least where (A^T H A) levels = A^T H w. Then descents; each row keeps its best round.
+1. Levels, by weighted k-means: for each row the least sum_k h_k (w_k - level of its cell)^2 that Lloyd's iterations
+   reach from several starts. In a sorted row each cell is a contiguous run, so prefix sums of h and h w give all means
+   in O(2^bits log K) per iteration.
+2. Codes: the nearest level, or error feedback in the metric of H on the row's table (GPTQ, arXiv 2210.17323).
+3. With feedback, levels are refitted to the codes: with A[K, 2^bits] the one-hot codes of a row, e = w - A levels, so
+   e H e^T is least where (A^T H A) levels = A^T H w. A pass of coordinate descent follows; each row keeps its best
+   round.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reallm.codecs.encoder import CodedMatrix, EncodingContext
 from reallm.codecs.feedback import descend, feed_back
 from reallm.codecs.metric import Workspace
 from reallm.codecs.packed_fields import to_half
@@ -22,29 +25,27 @@ from reallm.kernels.formats.codecs import KMeansCodec
 ITERATIONS = 50
 DESCENTS = 2
 START_POWERS = (1.0, 1 / 3)
-"""Starts are quantiles of h^p's mass; cells of equal h^(1/3)-mass are what many levels tend to (Panter and Dite)."""
-REFIT_RIDGE = 1e-4  # towards the level there was, in units of the mean curvature
+"""Starts are quantiles of the mass of h^p. For many levels the best cells have equal mass of h^(1/3) (Panter/Dite)."""
+REFIT_RIDGE = 1e-4  # towards the previous level, in units of the mean curvature
 
 
 @dataclass(frozen=True)
 class RowTables:
-    """Codes int64 [N, K] and the rows' tables as stored, float32 [N, 2^bits] in rising order."""
+    """The codes and tables of a matrix."""
 
     codes: Tensor
+    """int64 [N, K]"""
     levels: Tensor
+    """The table of each row, float32 [N, 2^bits], rising, in fp16 values."""
 
     @property
-    def values(self) -> Tensor:
+    def decoded(self) -> Tensor:
         """W_hat [N, K]."""
         return self.levels.gather(1, self.codes)
 
-    @property
-    def fields(self) -> dict[str, Tensor]:
-        return {"codes": self.codes, "levels": self.levels}
-
 
 class _SortedRows:
-    """Rows of W in rising order with prefix sums of their weights: weighted cells in time that K hardly enters."""
+    """The rows of W sorted, with prefix sums of their weights, so that sums over cells take O(log K)."""
 
     def __init__(self, W: Tensor, weight: Tensor) -> None:
         self.values, order = W.sort(1)
@@ -52,19 +53,19 @@ class _SortedRows:
         self.mass, self.moment = _prefix(self.weight), _prefix(self.weight * self.values)
 
     def quantiles(self, power: float, count: int) -> Tensor:
-        """Levels [N, count] at the middles of `count` shares of the mass of weight^power."""
-        share = self.weight.pow(power).cumsum(1)
-        wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * share[:, -1:]
-        found = torch.searchsorted(share, wanted).clamp_max(self.values.shape[1] - 1)
-        return self.values.gather(1, found)
+        """Levels [N, count] at the middles of `count` equal shares of the mass of weight^power."""
+        mass = self.weight.pow(power).cumsum(1)
+        middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count * mass[:, -1:]
+        positions = torch.searchsorted(mass, middles).clamp_max(self.values.shape[1] - 1)
+        return self.values.gather(1, positions)
 
     def spread(self, count: int) -> Tensor:
-        """Levels [N, count] in the middles of equal parts of the row's range."""
+        """Levels [N, count] at the middles of `count` equal parts of the row's range."""
         low, high = self.values[:, :1], self.values[:, -1:]
         return low + (high - low) * (torch.arange(count) + 0.5) / count
 
     def cells(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """(mass, weighted sum) [N, count] of the weights nearest to each level."""
+        """(mass, weighted sum) [N, count] of the entries nearest to each level."""
         inner = torch.searchsorted(self.values, _edges(levels))
         ends = torch.nn.functional.pad(inner, (0, 1), value=self.values.shape[1])
         starts = torch.nn.functional.pad(inner, (1, 0))
@@ -74,7 +75,10 @@ class _SortedRows:
         )
 
     def lloyd(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """(levels [N, count] in fp16, their weighted squared error [N] less that of zeros) after Lloyd's iterations."""
+        """Run Lloyd's iterations from `levels` [N, count].
+
+        Returns levels [N, count] rounded to fp16, and their weighted squared error [N] minus that of all zeros.
+        """
         for _ in range(ITERATIONS):
             mass, moment = self.cells(levels)
             moved = torch.where(mass > 0, (moment / mass.clamp_min(1e-300)).float(), levels).sort(1).values
@@ -95,24 +99,30 @@ def _edges(levels: Tensor) -> Tensor:
 
 
 def fit_levels(W: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Levels [N, count] of every row of W[N, K], rising, as fp16 stores them; `weight` is [K] or [N, K], positive."""
+    """Fit the table of every row of W[N, K]: levels [N, count], rising, in fp16 values.
+
+    `weight`, [K] or [N, K], is what a squared error counts; positive.
+    """
     rows = _SortedRows(W, weight)
-    best, least = rows.lloyd(rows.spread(count))
+    best, best_error = rows.lloyd(rows.spread(count))
     for power in START_POWERS:
         levels, error = rows.lloyd(rows.quantiles(power, count))
-        best = torch.where((error < least)[:, None], levels, best)
-        least = torch.minimum(least, error)
+        best = torch.where((error < best_error)[:, None], levels, best)
+        best_error = torch.minimum(best_error, error)
     return best
 
 
 def round_kmeans(W: Tensor, codec: KMeansCodec, weight: Tensor) -> RowTables:
-    """Tables and nearest codes of W[N, K], a squared error of column k counting `weight` [K]."""
+    """Fit tables to W[N, K] and round to the nearest codes; `weight` [K] is what a squared error of a column counts."""
     levels = fit_levels(W, weight, 1 << codec.bits)
     return RowTables(torch.searchsorted(_edges(levels), W.contiguous()), levels)
 
 
 def refit_levels(W: Tensor, tables: RowTables, hessian: Tensor) -> Tensor:
-    """Levels [N, 2^bits] minimising e H e^T row by row for the codes there are, with a small ridge towards the old."""
+    """Fit levels [N, 2^bits] that minimise e H e^T for each row, given its codes.
+
+    A small ridge pulls towards the previous levels.
+    """
     count = tables.levels.shape[1]
     right = torch.zeros_like(tables.levels).scatter_add_(1, tables.codes, W @ hessian).double()
     gram = torch.empty(len(W), count, count, dtype=torch.float64)
@@ -126,8 +136,8 @@ def refit_levels(W: Tensor, tables: RowTables, hessian: Tensor) -> Tensor:
     return to_half(torch.where(usable, solved.float(), tables.levels))
 
 
-class _Fit:
-    """One matrix while codes and levels are fitted in turn; columns in the order of feedback."""
+class _FeedbackFit:
+    """The codes and levels of one matrix while they are fitted in turn; columns are in the order of feedback."""
 
     def __init__(self, W: Tensor, levels: Tensor, work: Workspace) -> None:
         self.W, self.work = W, work
@@ -140,7 +150,7 @@ class _Fit:
         self.edges = _edges(self.levels)
 
     def quantise(self, position: int, target: Tensor) -> Tensor:
-        """Round the column at `position` of the order to `target` [N]; returns what it decodes to."""
+        """Choose the codes of the column at `position` for `target` [N]; returns what they decode to."""
         codes = torch.searchsorted(self.edges, target[:, None])
         self.codes[position] = codes[:, 0]
         return self.levels.gather(1, codes)[:, 0]
@@ -149,7 +159,7 @@ class _Fit:
         feed_back(self.columns.clone(), self.work.ordered_factor, self.quantise)
 
     def improve(self) -> None:
-        """Refit the levels to the codes, then one pass of descent."""
+        """Refit the levels to the codes, then run one pass of coordinate descent."""
         refitted = refit_levels(self.W, self.result(), self.work.hessian32)
         before = refitted.gather(1, self.result().codes)
         self.set_levels(refitted)
@@ -162,24 +172,25 @@ class _Fit:
 
 
 def _row_costs(W: Tensor, tables: RowTables, work: Workspace) -> Tensor:
-    error = W - tables.values
+    error = W - tables.decoded
     return ((error @ work.hessian32) * error).sum(1, dtype=torch.float64)
 
 
 def _better(first: RowTables, second: RowTables, W: Tensor, work: Workspace) -> RowTables:
-    """Of every row the cheaper one, the first if alike."""
-    taken = (_row_costs(W, second, work) < _row_costs(W, first, work))[:, None]
-    return RowTables(torch.where(taken, second.codes, first.codes), torch.where(taken, second.levels, first.levels))
+    """Take the cheaper codes and table for every row; the first in a tie."""
+    cheaper = (_row_costs(W, second, work) < _row_costs(W, first, work))[:, None]
+    return RowTables(torch.where(cheaper, second.codes, first.codes), torch.where(cheaper, second.levels, first.levels))
 
 
-def encode_kmeans(W: Tensor, codec: KMeansCodec, feedback: bool, work: Workspace) -> tuple[dict[str, Tensor], Tensor]:
-    """(fields, what they decode to) for W[N, K] float32."""
+def encode_kmeans(W: Tensor, codec: KMeansCodec, context: EncodingContext) -> CodedMatrix:
+    """Encode W[N, K] float32 with a table for every row; see `encoder` for the interface."""
+    work = context.work
     best = round_kmeans(W, codec, work.column_weight)
-    if feedback:
-        fit = _Fit(W, fit_levels(W, work.feedback_weight, 1 << codec.bits), work)
+    if context.fmt.feedback:
+        fit = _FeedbackFit(W, fit_levels(W, work.feedback_weight, 1 << codec.bits), work)
         fit.feed_back()
         best = _better(best, fit.result(), W, work)
         for _ in range(DESCENTS):
             fit.improve()
             best = _better(best, fit.result(), W, work)
-    return best.fields, best.values
+    return CodedMatrix({"codes": best.codes, "levels": best.levels}, best.decoded)

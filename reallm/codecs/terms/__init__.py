@@ -1,1 +1,1 @@
-"""Terms added to the decoded codes: low-rank factors and sparse outliers."""
+"""The terms that are added to the decoded codes: low-rank factors and sparse outliers."""

@@ -1,9 +1,13 @@
-"""The low-rank term: weighted truncated SVD, and factors in the precision they are stored in.
+"""The low-rank term: a weighted truncated SVD, and factors in the precision in which they are stored.
 
-Three metrics. LQ-LoRA's diagonal one, SVD of D_row (W - Q) D_col with D the roots of the row and column means of the
-Fisher (arXiv 2311.12023). That of H, SVD of B^T E C with H = C C^T, and G = B B^T for two-sided feedback, else B = I:
-optimal for tr(G E H E^T) once codes are given. And the plain one, for a start before codes with feedback: their cost is
-about the power of what they code times the geometric mean of H's pivots, which no choice of factors changes.
+There are three metrics, with E = W - Q the residual that the codes leave.
+
+- LQ-LoRA's diagonal metric: the SVD of D_row E D_col, D the roots of the row and column means of the Fisher
+  (arXiv 2311.12023).
+- The metric of H: the SVD of B^T E C with H = C C^T, and G = B B^T for two-sided feedback, otherwise B = I. Optimal for
+  tr(G E H E^T) once the codes are given.
+- The plain metric, for the first factors when the codes that follow use feedback: the cost of such codes is about the
+  power of the matrix they code times the geometric mean of H's pivots, and the factors change only the power.
 """
 
 from __future__ import annotations
@@ -21,17 +25,22 @@ from reallm.kernels.formats.terms import LowRank
 OVERSAMPLING = 8
 POWER_ITERATIONS = 3
 CLIPS = {"i8": (1.0,), "i4": (1.0, 0.9, 0.8, 0.7, 0.6)}
-"""Shares of a component's largest entry that its largest code may stand for; the one of least squared error is kept."""
-EPSILON = 1e-3  # of the largest weight: a dead row is not to be divided by as little as the SVD's own rounding
+"""Shares of a component's largest entry that the largest code may stand for; the one of least squared error is used."""
+
+EPSILON = 1e-3
+"""Least weight of a row or column relative to the largest, so that dead rows are not divided by rounding errors."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """L[N, r] and R[r, K]: what is stored, and what that decodes to."""
+    """Low-rank factors L[N, r] and R[r, K]."""
 
     stored: dict[str, Tensor]
+    """The values of the term's fields, by field name."""
     left: Tensor
+    """L as the stored values decode, float32 [N, r]."""
     right: Tensor
+    """R as the stored values decode, float32 [r, K]."""
 
     @cached_property
     def product(self) -> Tensor:
@@ -40,7 +49,7 @@ class Factors:
 
 
 def _svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading `rank` singular triplets; randomised (Halko et al., arXiv 0909.4061) when that is cheaper."""
+    """The leading `rank` singular triplets; a randomised SVD (Halko et al., arXiv 0909.4061) where that is cheaper."""
     small = min(matrix.shape)
     if rank + OVERSAMPLING > small // 3:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -58,7 +67,7 @@ def _root_means(fisher: Tensor, dim: int) -> Tensor:
 
 
 def strongest(residual: Tensor, term: LowRank, seed: int) -> Factors:
-    """Best rank-r approximation of `residual` [N, K] in plain squared error, rounded to the stored precision."""
+    """The best low-rank approximation of `residual` [N, K] in plain squared error, in the precision of `term`."""
     U, S, Vh = _svd(residual, min(term.rank, *residual.shape), seed)
     return store_factors(U * S, Vh, term)
 
@@ -66,14 +75,17 @@ def strongest(residual: Tensor, term: LowRank, seed: int) -> Factors:
 def factorise(
     residual: Tensor, term: LowRank, work: Workspace, in_hessian: bool, seed: int, two_sided: bool = False
 ) -> Factors:
-    """Best rank-r approximation of `residual` [N, K] in the metric, rounded to the stored precision."""
+    """The best low-rank approximation of `residual` [N, K] in the metric of `work`, in the precision of `term`.
+
+    `in_hessian` selects the metric of H, with `two_sided` also that of G; otherwise it is LQ-LoRA's diagonal metric.
+    """
     rank = min(term.rank, *residual.shape)
     if in_hessian:
-        outer = work.output_root if two_sided else None
+        output_root = work.output_root if two_sided else None
         weighted = residual @ work.root
-        U, S, Vh = _svd(weighted if outer is None else outer.T @ weighted, rank, seed)
+        U, S, Vh = _svd(weighted if output_root is None else output_root.T @ weighted, rank, seed)
         right = torch.linalg.solve_triangular(work.root, Vh, upper=False, left=False)
-        left = U * S if outer is None else torch.linalg.solve_triangular(outer.T, U * S, upper=True)
+        left = U * S if output_root is None else torch.linalg.solve_triangular(output_root.T, U * S, upper=True)
     else:
         rows, cols = _root_means(work.fisher, 1), _root_means(work.fisher, 0)
         U, S, Vh = _svd(rows[:, None] * residual * cols, rank, seed)
@@ -82,13 +94,17 @@ def factorise(
 
 
 def store_factors(left: Tensor, right: Tensor, term: LowRank) -> Factors:
-    """Round L and R to fp16, or to integers with one scale per component; each component balanced between the two."""
+    """Round L [N, r'] and R [r', K], r' <= rank, to fp16, or to integers with one scale per component and side.
+
+    Missing components are zero. Each component is first scaled so that its largest entries in L and R are equal.
+    """
     missing = term.rank - left.shape[1]
     if missing:
         left = torch.nn.functional.pad(left, (0, missing))
         right = torch.nn.functional.pad(right, (0, 0, 0, missing))
-    up, down = left.abs().amax(0), right.abs().amax(1)
-    balance = torch.where((up > 0) & (down > 0), (down / up.clamp_min(1e-30)).sqrt(), torch.ones_like(up))
+    left_peak, right_peak = left.abs().amax(0), right.abs().amax(1)
+    ratio = (right_peak / left_peak.clamp_min(1e-30)).sqrt()
+    balance = torch.where((left_peak > 0) & (right_peak > 0), ratio, torch.ones_like(left_peak))
     left, right = left * balance, right / balance[:, None]
     if term.dtype == "f16":
         left, right = to_half(left), to_half(right)
@@ -101,10 +117,11 @@ def store_factors(left: Tensor, right: Tensor, term: LowRank) -> Factors:
 
 
 def _rounded(factor: Tensor, dim: int, term: LowRank) -> tuple[Tensor, Tensor]:
-    """Codes (whole numbers) of `factor`, and the scale of each component, whose entries lie along `dim`."""
-    levels = term.largest_code
+    """(integer codes of `factor`, scale of each component); the entries of a component lie along `dim`."""
+    largest = term.largest_code
     peak = factor.abs().amax(dim, keepdim=True)
-    tried = torch.stack([to_half(clip * peak / levels).clamp_min(2.0**-24) for clip in CLIPS[term.dtype]])
-    errors = (factor - (factor / tried).round().clamp(-levels, levels) * tried).square().sum(dim + 1, keepdim=True)
-    scales = tried.gather(0, errors.argmin(0, keepdim=True))[0]
-    return (factor / scales).round().clamp(-levels, levels), scales.squeeze(dim)
+    candidates = torch.stack([to_half(clip * peak / largest).clamp_min(2.0**-24) for clip in CLIPS[term.dtype]])
+    rounded = (factor / candidates).round().clamp(-largest, largest) * candidates
+    errors = (factor - rounded).square().sum(dim + 1, keepdim=True)
+    scales = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+    return (factor / scales).round().clamp(-largest, largest), scales.squeeze(dim)

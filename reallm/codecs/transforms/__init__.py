@@ -1,1 +1,1 @@
-"""Transforms applied to a matrix before it is coded: rotations, permutations, channel scales."""
+"""Transforms of a matrix before it is coded: channel scales, a permutation of the columns, rotations."""

@@ -1,7 +1,8 @@
-"""Transforms: the matrix that is coded instead of W, the metric of its errors, and the way back.
+"""The matrix that is coded in place of W, the metric of its errors, and the way back to W.
 
-In order: a scale per column, W diag(s) (AWQ); a permutation of the columns (ReALLM); a rotation of both sides (QuIP#).
-An error E' of the coded matrix is E = E' T^-1, so H becomes T^-1 H T^-T; the cost is the same in both frames.
+The transforms are, in order, a scale per column, W diag(s) (AWQ); a permutation of the columns (ReALLM); a rotation of
+both sides (QuIP#). An error E' of the transformed matrix is an error E = E' T^-1 of W, so H becomes T^-1 H T^-T and the
+cost is the same in both frames.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ class Frame:
     """A transformed matrix."""
 
     weight: Tensor
-    """What the codec codes, float32 [N, K]."""
+    """The transformed matrix that the codec encodes, float32 [N, K]."""
     work: Workspace
+    """Its metric."""
     stored: dict[str, Tensor]
-    """Fields of the transform."""
+    """The values of the transform's fields, by field name."""
     rotated: bool
 
     def undo(self, decoded: Tensor) -> Tensor:
-        """What decoded codes [N, K] stand for: W_hat without its sparse and low-rank terms."""
+        """Transform decoded codes [N, K] back: W_hat without its sparse and low-rank terms."""
         if self.rotated:
             decoded = unrotate_both(decoded)
         if (order := self.stored.get("permutation")) is not None:
@@ -42,23 +44,23 @@ class Frame:
 
 
 def transform(W: Tensor, fmt: Format, work: Workspace) -> Frame:
-    """The frame in which `fmt` codes W[N, K] float32."""
+    """Apply the transforms of `fmt` to W[N, K] float32."""
     stored: dict[str, Tensor] = {}
     if fmt.channel_scales:
-        scales = find_channel_scales(W, fmt, work)  # what decoded columns are multiplied by, as stored
+        scales = find_channel_scales(W, fmt, work)  # decoded columns are multiplied by them
         stored["channel_scales"], W = scales, W / scales
-        work = _child(work, work.hessian * scales.double() * scales.double()[:, None])
+        work = _with_hessian(work, work.hessian * scales.double() * scales.double()[:, None])
     if fmt.permuted:
         order = similar_columns(W, fmt, work)
         stored["permutation"], W = order, W[:, order].contiguous()
-        work = _child(work, work.hessian[order][:, order])
+        work = _with_hessian(work, work.hessian[order][:, order])
     if fmt.rotated:
         W, work = rotate_both(W).contiguous(), work.rotated
     return Frame(W, work, stored, fmt.rotated)
 
 
-def _child(work: Workspace, hessian: Tensor) -> Workspace:
-    """The workspace of the same rows in another frame of columns."""
+def _with_hessian(work: Workspace, hessian: Tensor) -> Workspace:
+    """The workspace after a transform of the columns alone: `hessian` replaces that of `work`."""
     mean = hessian.diagonal().mean()
     child = Workspace(work.metric, torch.ldexp(hessian, -torch.frexp(mean).exponent), work.output_hessian)
     child.notes = work.notes

@@ -1,11 +1,12 @@
-"""A permutation of the columns that puts similar ones side by side (ReALLM, arXiv 2405.13155).
+"""A permutation of the columns that puts similar columns next to each other (ReALLM, arXiv 2405.13155).
 
-A greedy chain: after the column of the largest norm, always the one nearest to the mean of the last RUN placed.
-Distances are taken between random projections of the columns on PROJECTIONS axes, which keep them within a few tenths
-(Johnson and Lindenstrauss), so that K columns take O(K^2 PROJECTIONS). For scales by group the chain is taken only
-where it rounds better than columns sorted by norm, and either only where better than columns as they are. For the
-trellis, whose blocks of columns get bits by what their errors cost, columns alike in that are the similar ones: falling
-diagonal of H. Other codecs gain nothing measurable from an order (docs/log.md) and keep theirs.
+For scalar codecs with scales per group, three orders are compared by what rounding in them costs: storage order,
+columns sorted by falling norm, and a greedy chain. The chain starts at the column of the largest norm and always
+continues with the column nearest to the mean of the last RUN. Distances are taken between random projections of the
+columns on PROJECTIONS axes, which change them by a few tenths at most (Johnson and Lindenstrauss), so that K columns
+take O(K^2 PROJECTIONS). The trellis assigns bits to blocks of columns by what their errors cost, so its columns are
+sorted by falling diagonal of H. Other codecs gain nothing measurable from reordering (docs/log.md) and keep storage
+order.
 """
 
 from __future__ import annotations
@@ -21,37 +22,39 @@ from reallm.kernels.formats.codecs import ScalarCodec, TrellisCodec
 from reallm.kernels.formats.formats import Format
 
 PROJECTIONS = 64
-RUN = 16  # ReALLM's
+RUN = 16  # as in ReALLM
 
 
 def similar_columns(W: Tensor, fmt: Format, work: Workspace) -> Tensor:
-    """Columns of W[N, K] in coding order, int64 [K]."""
+    """Choose the order in which `fmt` codes the columns of W[N, K]: int64 [K]."""
     natural = torch.arange(W.shape[1])
     if isinstance(fmt.codec, TrellisCodec):
         return work.order
-    if not isinstance(fmt.codec, ScalarCodec) or not RoundingCost.knows(fmt):
+    if not isinstance(fmt.codec, ScalarCodec) or not RoundingCost.supports(fmt):
         return natural
     orders = (natural, column_chain(W), W.square().sum(0).argsort(descending=True, stable=True))
-    judge = RoundingCost(fmt, work)
+    rounding = RoundingCost(fmt, work)
 
     def cost(order: Tensor) -> float:
-        error = judge.error(W[:, order].contiguous(), judge.weight[order])
-        return judge.cost(error[:, order.argsort()])
+        error = rounding.error(W[:, order].contiguous(), rounding.weight[order])
+        return rounding.cost(error[:, order.argsort()])
 
     return min(orders, key=cost)
 
 
 def column_chain(W: Tensor) -> Tensor:
-    """The greedy chain of the columns of W[N, K], int64 [K]; the same for the same W."""
+    """The greedy chain of the columns of W[N, K], int64 [K]; deterministic."""
     columns = W.T.contiguous()
     if len(W) > PROJECTIONS:
         axes = torch.randn(len(W), PROJECTIONS, generator=torch.Generator().manual_seed(0))
         columns = columns @ (axes / math.sqrt(PROJECTIONS))
     half_norms = columns.square().sum(1) / 2
     order = [int(half_norms.argmax())]
-    half_norms[order[0]] = torch.inf  # placed
+    half_norms[order[0]] = torch.inf  # already in the chain
     for _ in range(1, len(columns)):
         target = columns[order[-RUN:]].mean(0)
-        order.append(int(torch.addmv(half_norms, columns, target, alpha=-1).numpy().argmin()))  # torch's is slower
+        scores = torch.addmv(half_norms, columns, target, alpha=-1)
+        order.append(int(scores.numpy().argmin()))  # faster than torch.argmin
+
         half_norms[order[-1]] = torch.inf
     return torch.tensor(order)

@@ -1,12 +1,12 @@
-"""The trellis encoder: block error feedback, bits shared out among columns, Viterbi search of every tile (QTIP).
+"""The trellis encoder: bits assigned to blocks of columns, block error feedback, Viterbi search of every tile (QTIP).
 
-1. Bits. With H^-1 = U^T U a block b of 16 columns costs D_b times the code's error, log D_b = -2 mean log U_jj: the
-   geometric mean is the determinant's, whatever the order. Reverse water-filling gives every block its width: from the
-   narrowest, always widen the block that gains most a bit.
-2. Codes. Blocks in storage order, each after the errors of those before it were spread onto it (block LDL; QuIP#, arXiv
-   2402.04396). With two-sided feedback a tile also takes up the errors of the tiles above it, in the metric of the
+1. Bits. With H^-1 = U^T U, a block b of 16 columns costs D_b times the code's error, log D_b = -2 mean log U_jj. The
+   geometric mean of D is that of the determinant, in whatever order the columns stand. Reverse water-filling assigns
+   the widths: from the narrowest one, the block that gains most per bit is widened repeatedly.
+2. Codes. Blocks are coded in storage order, each compensating for the errors of the blocks before it (block LDL; QuIP#,
+   arXiv 2402.04396). With two-sided feedback a tile also compensates for the tiles above it, in the metric of the
    output's gradients: tr(G E H E^T) separates, so the same elimination serves both sides (YAQA, arXiv 2505.22988).
-3. Scales. One a block, first from the block's power, at last all together by least squares in the metric.
+3. Scales. One per block, first set from the block's power, finally all fitted jointly by least squares in the metric.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reallm.codecs.block_scales import padded, refit_block_scales
+from reallm.codecs.encoder import CodedMatrix, EncodingContext
 from reallm.codecs.metric import Workspace
 from reallm.codecs.packed_fields import to_half
 from reallm.kernels.codes.trellis import CODE_STD, CODE_UNIT, pack_states, step_shape
@@ -33,58 +34,61 @@ GAUSSIAN_ERROR: dict[int, dict[int, float]] = {
     10: {2: 0.2885, 3: 0.1555, 4: 0.0779, 5: 0.0483, 6: 0.0205, 8: 0.0055, 10: 0.00169, 12: 0.00058},
     12: {2: 0.2835, 3: 0.1462, 4: 0.0728, 5: 0.041, 6: 0.0191, 8: 0.0051, 10: 0.00139, 12: 0.00043},
 }
-"""Mean squared error of a unit normal source by state bits and width (half bits a weight), measured. Widths that two
-neighbours mixed would beat (3.5 bits; 2.5 with few states) are left out."""
+"""Measured mean squared error of a unit normal source, by state bits and width (half bits per weight). Widths that a
+mixture of their two neighbours would beat (3.5 bits; 2.5 bits with few states) are left out."""
 SCALES = {2: 0.90, 3: 0.96, 4: 1.05, 5: 1.10, 6: 1.13, 8: 1.20, 10: 1.27, 12: 1.28}
-"""Best ratio of the source's deviation to the code's, by width."""
+"""Best ratio of the scale to the source's standard deviation, by width."""
 CLIPS = {2: 5.0, 3: 5.2, 4: 4.0, 5: 3.4, 6: 2.6, 8: 1.6, 10: 1.0, 12: 0.6}
-"""Distances are clipped there, in deviations of the code; no surviving path goes so far."""
+"""Upper bound of a distance in the search, in standard deviations of the code; no surviving path gets that far."""
 
 
 @dataclass(frozen=True)
 class TrellisCodes:
-    """Per block of columns: walks, width and scale as stored."""
+    """The walks, width and scale of every block of columns."""
 
     walks: list[NDArray[np.uint16]]
-    """[tiles down, steps] each"""
+    """The states of each block's walks, [tiles down, steps]."""
     widths: list[int]
+    """Half bits per weight of each block."""
     scales: Tensor
-    """float32 [blocks], what codes times CODE_UNIT are multiplied by."""
+    """float32 [blocks], in fp16 values: W_hat is the code times CODE_UNIT times the scale."""
 
 
 def error_table(state_bits: int) -> dict[int, float]:
-    """The row of GAUSSIAN_ERROR for the largest tabled number of state bits that is not over `state_bits`."""
+    """The row of GAUSSIAN_ERROR for the largest tabulated number of state bits up to `state_bits`."""
     return GAUSSIAN_ERROR[max(bits for bits in GAUSSIAN_ERROR if bits <= state_bits)]
 
 
 def share_widths(importance: list[float], total: int, state_bits: int) -> list[int]:
-    """Widths of blocks whose error counts `importance` times, in all at most `total` half bits a row.
+    """Assign widths to blocks of columns, at most `total` half bits in sum.
 
-    Greedy on the lower convex hull of the error table, which is optimal for each total it passes through.
+    `importance` is the factor by which each block's error counts. Greedy on the lower convex hull of the error table,
+    which is optimal for every total that it passes through. Raises ValueError if `total` is below the least widths.
     """
     levels = sorted(error_table(state_bits).items())
     widths, errors = [w for w, _ in levels], [e for _, e in levels]
-    chosen, left = [0] * len(importance), total - widths[0] * len(importance)
-    if left < 0:
+    chosen, remaining = [0] * len(importance), total - widths[0] * len(importance)
+    if remaining < 0:
         raise ValueError(f"{total} half bits are fewer than {widths[0]} for each of {len(importance)} blocks")
 
-    def entry(block: int) -> tuple[float, int] | None:
+    def next_step(block: int) -> tuple[float, int] | None:
+        """(minus the gain per half bit, block), to be taken from a heap; None at the largest width."""
         level = chosen[block]
         if level + 1 == len(widths):
             return None
         gain = importance[block] * (errors[level] - errors[level + 1]) / (widths[level + 1] - widths[level])
         return -gain, block
 
-    heap = [e for block in range(len(importance)) if (e := entry(block))]
+    heap = [step for block in range(len(importance)) if (step := next_step(block))]
     heapq.heapify(heap)
     while heap:
         _, block = heapq.heappop(heap)
-        step = widths[chosen[block] + 1] - widths[chosen[block]]
-        if step > left:
+        increase = widths[chosen[block] + 1] - widths[chosen[block]]
+        if increase > remaining:
             continue
-        left -= step
+        remaining -= increase
         chosen[block] += 1
-        if following := entry(block):
+        if following := next_step(block):
             heapq.heappush(heap, following)
     return [widths[level] for level in chosen]
 
@@ -103,35 +107,38 @@ class _Encoder:
         self.G = None
         if feedback == "ldl2" and G is not None and work.output_factor is not None:
             self.G = padded(G.float(), rows)
-            self.below = _spread_below(padded(work.output_factor, rows))
+            self.below = feedback_below(padded(work.output_factor, rows))
 
     def importance(self) -> list[float]:
-        """D of every block of columns."""
+        """The cost factor D of every block of columns."""
         diagonal = self.H.diagonal() if self.factor is None else self.factor.diagonal().square().reciprocal()
         return diagonal.reshape(-1, TILE).double().log().mean(1).exp().tolist()
 
     def encode(self) -> tuple[TrellisCodes, Tensor]:
         """(codes, what they decode to [N, K])."""
         widths = share_widths(self.importance(), self.codec.total_width(self.shape[1]), self.codec.state_bits)
-        targets, plain = self.W.clone(), torch.zeros_like(self.W)
+        targets, unscaled = self.W.clone(), torch.zeros_like(self.W)
         scales, walks = torch.zeros(self.across), []
         for block, width in enumerate(widths):
             span = slice(block * TILE, (block + 1) * TILE)
             target = targets[:, span].contiguous()
-            power = float(target[: self.shape[0], : self.shape[1] - span.start].square().mean().sqrt())  # no padding
+            power = float(
+                target[: self.shape[0], : self.shape[1] - span.start].square().mean().sqrt()
+            )  # without padding
             scale = SCALES[width] * power
             values, states = closed_walks(
                 target / (scale or 1.0), self.codec.state_bits, width, CLIPS[width], self.below
             )
             walks.append(states)
-            scales[block], plain[:, span] = scale, values
-            self._spread(targets, target - scale * values, span)
-        plain[self.shape[0] :], plain[:, self.shape[1] :] = 0, 0  # what padding decodes to is nobody's error
-        stored = to_half(refit_block_scales(self.W, plain, scales, self.H, self.G) / (CODE_STD * CODE_UNIT))
-        decoded = plain * (stored * (CODE_STD * CODE_UNIT)).repeat_interleave(TILE)
+            scales[block], unscaled[:, span] = scale, values
+            self._feed_back(targets, target - scale * values, span)
+        unscaled[self.shape[0] :], unscaled[:, self.shape[1] :] = 0, 0  # the decoded padding is not an error
+        stored = to_half(refit_block_scales(self.W, unscaled, scales, self.H, self.G) / (CODE_STD * CODE_UNIT))
+        decoded = unscaled * (stored * (CODE_STD * CODE_UNIT)).repeat_interleave(TILE)
         return TrellisCodes(walks, widths, stored), decoded[: self.shape[0], : self.shape[1]]
 
-    def _spread(self, targets: Tensor, error: Tensor, span: slice) -> None:
+    def _feed_back(self, targets: Tensor, error: Tensor, span: slice) -> None:
+        """Add the correction for the error of the columns `span` to the targets of the columns behind them."""
         if self.factor is None or span.stop == targets.shape[1]:
             return
         corner = self.factor[span, span]
@@ -139,8 +146,8 @@ class _Encoder:
         targets[:, span.stop :].addmm_(whitened, self.factor[span, span.stop :], alpha=-1)
 
 
-def _spread_below(factor: Tensor) -> Tensor:
-    """[tiles, N, TILE]: what the error of a tile takes off the rows below it."""
+def feedback_below(factor: Tensor) -> Tensor:
+    """What the error of each tile takes off the rows below it: [tiles, N, TILE], from the output's factor [N, N]."""
     result = torch.zeros(len(factor) // TILE, len(factor), TILE)
     for tile in range(len(result)):
         span = slice(tile * TILE, (tile + 1) * TILE)
@@ -150,15 +157,13 @@ def _spread_below(factor: Tensor) -> Tensor:
     return result
 
 
-def encode_trellis(
-    W: Tensor, codec: TrellisCodec, feedback: Feedback, work: Workspace
-) -> tuple[dict[str, Tensor], Tensor]:
-    """(fields, what they decode to [N, K]) for W[N, K] float32."""
-    codes, decoded = _Encoder(W, codec, feedback, work).encode()
+def encode_trellis(W: Tensor, codec: TrellisCodec, context: EncodingContext) -> CodedMatrix:
+    """Encode W[N, K] float32 in trellis codes; see `encoder` for the interface."""
+    codes, decoded = _Encoder(W, codec, context.fmt.feedback, context.work).encode()
     bits = [step_shape(width)[1] for width in codes.widths]
     rings = [pack_states(walk, k).reshape(-1) for walk, k in zip(codes.walks, bits, strict=True)]
     words = np.zeros(codec.fields(*W.shape)[0].count, dtype=np.int64)
-    filled = np.concatenate(rings)
-    words[: len(filled)] = filled
-    fields = {"words": torch.from_numpy(words), "widths": torch.tensor(codes.widths), "scales": codes.scales}
-    return fields, decoded
+    used = np.concatenate(rings)
+    words[: len(used)] = used
+    values = {"words": torch.from_numpy(words), "widths": torch.tensor(codes.widths), "scales": codes.scales}
+    return CodedMatrix(values, decoded)

@@ -1,8 +1,9 @@
-"""The search for the closed walks of one block of columns: native code, or torch where there is no compiler.
+"""Viterbi search for the closed walks of one block of columns, in native code, or in torch without a C++ compiler.
 
-Both minimise the squared error of every tile over all walks that end where they began, in two passes: a free one around
-the tile's ends to find the bits both share, then one held to them (QTIP, arXiv 2406.11235). The portable one keeps its
-metrics in float32, so its walks can differ from the native ones where two are equally good.
+Both searches minimise the squared error of every tile over the walks that end where they began, in two passes: a free
+walk around the tile's seam finds the bits that its two ends share, and a second search is constrained to these bits
+(QTIP, arXiv 2406.11235). The torch search keeps its path metrics in float32, so its walks can differ from the native
+ones where two are equally good.
 """
 
 from __future__ import annotations
@@ -19,22 +20,25 @@ from reallm.kernels.codes.trellis import CODE_STD, code_table, step_shape
 from reallm.kernels.formats.codecs import TILE
 
 SEAM = 128
+"""Steps of the first pass, half of them on each side of the seam."""
 
 
 def closed_walks(
     target: Tensor, state_bits: int, width: int, clip: float, below: Tensor | None
 ) -> tuple[Tensor, NDArray[np.uint16]]:
-    """(values [16 t, 16], walks [t, n]) for the tiles of `target` [16 t, 16], in deviations of the code.
+    """Find the walks for the t tiles of `target` [16 t, 16], in units of the code's standard deviation.
 
-    `below` [t, 16 t, 16] spreads the error of a tile onto the rows below it; `clip` bounds the distances of the search.
+    `width` is the number of half bits per weight. `clip` bounds the distances in the native search. `below`
+    [t, 16 t, 16] says what the error of a tile takes off the rows below it; None for no feedback between tiles.
+    Returns the decoded values [16 t, 16] and the states of the walks [t, steps].
     """
     native = library("trellis")
     if native is None:
         return _portable(target, state_bits, width, below)
-    values_a_step, _, steps = step_shape(width)
+    values_per_step, _, steps = step_shape(width)
     tiles = len(target) // TILE
     states, values = np.empty((tiles, steps), dtype=np.uint16), torch.empty_like(target)
-    code = code_table(state_bits, values_a_step)
+    code = code_table(state_bits, values_per_step)
     failed = native.reallm_trellis_block(
         ctypes.c_void_p(target.contiguous().data_ptr()),
         ctypes.c_int64(tiles),
@@ -48,30 +52,30 @@ def closed_walks(
         ctypes.c_void_p(states.ctypes.data),
     )
     if failed:
-        raise MemoryError if failed == 2 else ValueError(f"no trellis of {state_bits} state bits and width {width}")
+        what = f"the native search does not support a trellis of {state_bits} state bits and width {width}"
+        raise MemoryError if failed == 2 else ValueError(what)
     return values, states
 
 
 def _portable(target: Tensor, state_bits: int, width: int, below: Tensor | None) -> tuple[Tensor, NDArray[np.uint16]]:
     per_step, bits, steps = step_shape(width)
     code = torch.from_numpy(code_table(state_bits, per_step).copy()).float() / CODE_STD
-    rest, values = target.clone(), torch.empty_like(target)
+    remaining, values = target.clone(), torch.empty_like(target)
     tiles = len(target) // TILE
-    together = 1 if below is not None else tiles
+    batch = 1 if below is not None else tiles
     walks = np.empty((tiles, steps), dtype=np.uint16)
-    for first in range(0, tiles, together):
-        span = slice(first * TILE, (first + together) * TILE)
-        x = rest[span].reshape(together, steps, per_step)
-        found = search(x, code, bits)
-        walks[first : first + together] = found.numpy().astype(np.uint16)
-        values[span] = code[found].reshape(-1, TILE)
+    for first in range(0, tiles, batch):
+        span = slice(first * TILE, (first + batch) * TILE)
+        states = search(remaining[span].reshape(batch, steps, per_step), code, bits)
+        walks[first : first + batch] = states.numpy().astype(np.uint16)
+        values[span] = code[states].reshape(-1, TILE)
         if below is not None:
-            rest[span.stop :] -= below[first, span.stop :] @ (rest[span] - values[span])
+            remaining[span.stop :] -= below[first, span.stop :] @ (remaining[span] - values[span])
     return values, walks
 
 
 def search(x: Tensor, code: Tensor, bits: int) -> Tensor:
-    """Closed walks [t, n] for x [t, n, V] over `code` [2^L, V]."""
+    """Find closed walks [t, n] for x [t, n, V], in states of `code` [2^L, V], with `bits` new bits per step."""
     steps, half = x.shape[1], min(SEAM, x.shape[1]) // 2
     around = torch.cat([x[:, steps - half :], x[:, :half]], 1)
     shared = _viterbi(around, code, bits, None)[:, half] >> bits
@@ -79,16 +83,17 @@ def search(x: Tensor, code: Tensor, bits: int) -> Tensor:
 
 
 def _viterbi(x: Tensor, code: Tensor, bits: int, shared: Tensor | None) -> Tensor:
+    """The cheapest walks [t, n]; `shared` [t] fixes the bits that the first and the last state have in common."""
     tiles, steps, _ = x.shape
     states, branches = len(code), 1 << bits
     groups = states // branches
     best, metric = torch.zeros(tiles, groups), torch.empty(0)
     if shared is not None:
         best = torch.full_like(best, torch.inf).scatter_(1, shared[:, None], 0.0)
-    came = torch.zeros(steps, tiles, groups, dtype=torch.int64)
+    branch = torch.zeros(steps, tiles, groups, dtype=torch.int64)
     for t in range(steps):
         if t:
-            best, came[t] = metric.reshape(tiles, branches, groups).min(1)
+            best, branch[t] = metric.reshape(tiles, branches, groups).min(1)
         distance = (x[:, t, None, :] - code).square().sum(2)
         metric = best.repeat_interleave(branches, 1) + distance
     if shared is not None:
@@ -100,5 +105,5 @@ def _viterbi(x: Tensor, code: Tensor, bits: int, shared: Tensor | None) -> Tenso
         walk[:, t] = state
         if t:
             group = state >> bits
-            state = came[t].gather(1, group[:, None]).squeeze(1) * groups + group
+            state = branch[t].gather(1, group[:, None]).squeeze(1) * groups + group
     return walk

@@ -1,1 +1,1 @@
-"""Where encoding tasks run: this process, local processes or a Ray cluster."""
+"""Where tasks run: in this process, in processes of this machine, or on a Ray cluster."""

@@ -1,8 +1,8 @@
-"""Where tasks run: in this process, in worker processes of this machine, or on a Ray cluster, behind one interface.
+"""Running tasks on workers of either backend, with retries when a worker dies.
 
-A worker that dies loses the one task it was at, which is started again, RETRIES times at most. joblib's own backends do
-not give that: its pool of processes breaks as a whole when one is killed, and Ray's (`ray.util.joblib`) fails the call
-when one of its actors dies. So processes are pools of one, and the cluster gets plain Ray tasks.
+A worker that dies loses only its current task, which is run again, up to RETRIES times. joblib's own backends cannot do
+this: its process pool breaks as a whole when one process is killed, and `ray.util.joblib` fails the whole call when one
+of its actors dies. So local processes are pools of one process each, and the cluster runs plain Ray tasks.
 """
 
 from __future__ import annotations
@@ -24,37 +24,39 @@ R = TypeVar("R")
 
 
 def run_all(workers: Workers, tasks: Iterable[Task[R]]) -> Iterator[R]:
-    """Results in the order in which they come; one task more than are under way is drawn from `tasks`.
+    """Run all tasks and yield their results in the order in which they end.
 
-    Raises UserError, naming the task, when its worker has died 1 + RETRIES times.
+    `tasks` is read lazily, at most one task ahead of those that are running. Raises UserError with the name of a task
+    whose worker has died 1 + RETRIES times, and whatever a task raises.
     """
-    source, deaths, under_way = iter(tasks), Counter[str](), 0
-    ahead = next(source, None)
-    while ahead is not None or under_way:
-        while ahead is not None and under_way < workers.slots:
-            workers.start(ahead)
-            under_way += 1
-            ahead = next(source, None)
-        ended = workers.wait()
-        if ended.death is None:
-            under_way -= 1
-            yield ended.result
+    source, deaths, running = iter(tasks), Counter[str](), 0
+    following = next(source, None)
+    while following is not None or running:
+        while following is not None and running < workers.slots:
+            workers.start(following)
+            running += 1
+            following = next(source, None)
+        outcome = workers.wait()
+        if outcome.death is None:
+            running -= 1
+            yield outcome.result
             continue
-        name = ended.task.name
+        name = outcome.task.name
         deaths[name] += 1
         if deaths[name] > RETRIES:
-            what = f"{name}: its worker died {deaths[name]} times, at last with {ended.death} (out of memory?)"
-            raise UserError(f"{what}; use fewer --jobs: the same command goes on where it stopped")
-        LOG.warning("%s: its worker died (%s); started again, %d of %d", name, ended.death, deaths[name], RETRIES)
-        workers.start(ended.task)
+            what = f"{name}: its worker died {deaths[name]} times, the last time with {outcome.death} (out of memory?)"
+            raise UserError(f"{what}; use fewer --jobs: the same command resumes where it stopped")
+        LOG.warning("%s: its worker died (%s); retry %d of %d", name, outcome.death, deaths[name], RETRIES)
+        workers.start(outcome.task)
 
 
 @contextmanager
 def open_workers(backend: Backend, jobs: int, ray_address: str | None = None) -> Iterator[Workers]:
-    """The workers of `backend`, which end with the context.
+    """Open the workers of `backend`, which end with the context.
 
-    `jobs` tasks at once; -1 for one a core of this machine, or of the cluster. One process is this very one. Raises
-    UserError for a backend that is unknown, not installed or not there.
+    `jobs` tasks run at the same time; -1 means one per core, of this machine or of the cluster. With one local job the
+    tasks run in this process. `ray_address` is for the backend "ray" alone. Raises UserError for a backend that is
+    unknown, not installed or not reachable.
     """
     if backend not in get_args(Backend):
         raise UserError(f"--backend {backend}: expected {' or '.join(get_args(Backend))}")
@@ -66,9 +68,9 @@ def open_workers(backend: Backend, jobs: int, ray_address: str | None = None) ->
 
         workers = connect(ray_address, jobs)
     else:
-        from .processes import local
+        from .processes import local_workers
 
-        workers = local(jobs)
+        workers = local_workers(jobs)
     try:
         yield workers
     finally:

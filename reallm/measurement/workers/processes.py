@@ -1,4 +1,4 @@
-"""Worker processes of this machine: pools of one process each (joblib's loky), so that a dead one breaks no other."""
+"""Workers on this machine: one process per pool (joblib's loky), so that a dead process affects no other."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoo
 from .task import Task, TaskOutcome, Workers
 
 IDLE_SECONDS = 300.0
-"""After so long without a task a process ends by itself: none outlives a caller that was killed."""
+"""A process without a task for this long ends by itself, so that none outlives a caller that was killed."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
-def local(jobs: int) -> Workers:
-    """`jobs` processes, -1 for one a core; for one, this process itself."""
+def local_workers(jobs: int) -> Workers:
+    """`jobs` worker processes, or one per core for -1; a single worker is this process itself."""
     count = joblib.cpu_count() if jobs < 0 else max(jobs, 1)
     return InProcessWorkers() if count == 1 else Processes(count)
 
 
 class InProcessWorkers:
-    """This process: one task after the other."""
+    """Runs one task at a time in this process."""
 
     slots = 1
 
     def __init__(self) -> None:
-        self._next: list[Task[Any]] = []
+        self._started: list[Task[Any]] = []
 
     def start(self, task: Task[Any]) -> None:
-        """Begin `task`."""
-        self._next.append(task)
+        """Take `task`; it runs in `wait`."""
+        self._started.append(task)
 
     def wait(self) -> TaskOutcome:
         """Run the task that was started."""
-        task = self._next.pop()
+        task = self._started.pop()
         return TaskOutcome(task, task.call())
 
     def stop(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: no task runs outside `wait`."""
 
 
 class Processes:
-    """So many processes, each started when it is first needed."""
+    """Up to `slots` worker processes, each started when it is first needed."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -53,12 +53,12 @@ class Processes:
         self._busy: dict[Future[Any], tuple[Task[Any], ProcessPoolExecutor]] = {}
 
     def start(self, task: Task[Any]) -> None:
-        """Begin `task` in an idle process or a new one."""
+        """Start `task` in an idle process or a new one."""
         while self._idle:
             pool = self._idle.pop()
             try:
                 self._busy[pool.submit(task.call)] = (task, pool)
-            except BrokenProcessPool:  # killed while it was idle
+            except BrokenProcessPool:  # the process was killed while idle
                 self._end(pool)
             else:
                 return
@@ -67,7 +67,7 @@ class Processes:
         self._busy[pool.submit(task.call)] = (task, pool)
 
     def wait(self) -> TaskOutcome:
-        """Until any process is done with its task, or dead."""
+        """Wait until any process has finished its task or has died."""
         done, _ = wait(self._busy, return_when=FIRST_COMPLETED)
         future = done.pop()
         task, pool = self._busy.pop(future)

@@ -1,4 +1,4 @@
-"""A task, its outcome, and the interface of whatever runs tasks."""
+"""The interface between tasks and the workers that run them."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Task(Generic[R]):
-    """A call that a worker can make: picklable, and harmless when made twice."""
+    """A call for a worker: it must be picklable, and running it twice must do no harm."""
 
     name: str
-    """What the user knows it by."""
+    """The name of the task in messages."""
     call: Callable[[], R]
 
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """A task that is no longer under way."""
+    """How a task ended: with a result, or with the death of its worker."""
 
     task: Task[Any]
     result: Any = None
     death: str | None = None
-    """How its worker died; then there is no result."""
+    """Why the worker died, such as a signal; None if there is a result."""
 
 
 class Workers(Protocol):
-    """What runs tasks."""
+    """A set of workers that run tasks."""
 
     @property
     def slots(self) -> int:
-        """How many tasks may be under way now."""
+        """How many tasks may run at the same time now."""
 
     def start(self, task: Task[Any]) -> None:
-        """Begin `task`."""
+        """Start `task`; no more than `slots` may be running."""
 
     def wait(self) -> TaskOutcome:
-        """Until any task ends; raises what the task raised."""
+        """Wait until any task ends, and return how it ended; an exception of the task is raised here."""
 
     def stop(self) -> None:
-        """End everything at once, whatever is under way."""
+        """End all workers at once, with whatever they are running."""

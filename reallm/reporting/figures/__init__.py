@@ -1,1 +1,1 @@
-"""The figures of a plan and of a sweep: drawn once with matplotlib, as SVG inside a page, SVG alone, or PNG."""
+"""The figures of a plan and of a sweep, drawn with matplotlib: as SVG within a page, as an SVG file, or as PNG."""

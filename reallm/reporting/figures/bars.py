@@ -1,4 +1,4 @@
-"""Bars: where the bytes go, the dearest matrices, and predicted against measured loss."""
+"""Bar charts: where the bytes go, the costliest matrices, and predicted against measured loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reallm.planner.results.breakdown import CODES, DENSE, FACTORS, OUTLIERS, PA
 from reallm.planner.tables.plan import Choice
 from reallm.planner.tables.units import bytes_text
 
-from .canvas import box, canvas, key, text_width, write
+from .canvas import box, canvas, legend, text_width, write
 from .paint import Drawing, Paint, shortened
 
 ROLE: Mapping[str, str] = {
@@ -21,13 +21,13 @@ ROLE: Mapping[str, str] = {
     TRANSFORMS: "transforms",
     DENSE: "dense",
 }
-"""Part of the bytes -> its colour."""
+"""Part of the bytes -> the role of its colour in `Paint`."""
 
 
 def bytes_bars(families: Mapping[str, Mapping[str, int]]) -> Drawing:
-    """A bar a family, as long as its bytes, cut into what they are for."""
+    """One bar per family, as long as its bytes, divided by purpose."""
     totals = {family: sum(parts.values()) for family, parts in families.items()}
-    whole, longest, names = sum(totals.values()), max(totals.values()), short_names(families)
+    total_bytes, longest, names = sum(totals.values()), max(totals.values()), short_names(families)
     present = [part for part in PARTS if any(part in parts for parts in families.values())]
 
     def draw(paint: Paint, width: int) -> Figure:
@@ -38,10 +38,10 @@ def bytes_bars(families: Mapping[str, Mapping[str, int]]) -> Drawing:
         lines = 1 + sum(30 + text_width(part, 11) for part in present) // width
         top = 18 * lines + 12
         figure, axes = canvas(width, top + each * len(totals) + 2)
-        key(axes, 0, 8, width, paint, [(ROLE[part], part) for part in present])
+        legend(axes, 0, 8, width, paint, [(ROLE[part], part) for part in present])
         for index, (family, total) in enumerate(totals.items()):
             y, x = top + each * index, gutter
-            amount = f"{bytes_text(total)}, {total / whole:.1%}"
+            amount = f"{bytes_text(total)}, {total / total_bytes:.1%}"
             name = shortened(names[family], 32)
             if above:
                 write(axes, 0, y + 8, name, paint["ink"])
@@ -60,8 +60,8 @@ def bytes_bars(families: Mapping[str, Mapping[str, int]]) -> Drawing:
     return draw
 
 
-def costliest_bars(choices: Sequence[Choice], whole: float) -> Drawing:
-    """A bar a matrix, as long as its share of the predicted loss `whole`, with its format and its runner-up."""
+def costliest_bars(choices: Sequence[Choice], total_loss: float) -> Drawing:
+    """One bar per matrix, as long as its share of the predicted loss `total_loss`, with its format and runner-up."""
     longest = max(choice.cost for choice in choices)
 
     def draw(paint: Paint, width: int) -> Figure:
@@ -70,7 +70,7 @@ def costliest_bars(choices: Sequence[Choice], whole: float) -> Drawing:
         figure, axes = canvas(width, each * len(choices))
         for index, choice in enumerate(choices):
             y = each * index
-            share = f"{choice.cost:.4g}" + (f", {choice.cost / whole:.1%}" if whole else "")
+            share = f"{choice.cost:.4g}" + (f", {choice.cost / total_loss:.1%}" if total_loss else "")
             formats = choice.format if choice.runner_up is None else f"{choice.format}, runner-up {choice.runner_up}"
             name = shortened(choice.matrix, 34 if narrow else 60)
             write(axes, 0, y + 8, name, paint["ink"])
@@ -88,14 +88,14 @@ def costliest_bars(choices: Sequence[Choice], whole: float) -> Drawing:
 
 
 def measured_bars(tried: Sequence[tuple[str, float, float]]) -> Drawing:
-    """A line a plan, from its predicted to its measured loss, (name, predicted, measured) each."""
-    most = max(max(predicted, measured) for _, predicted, measured in tried) or 1.0
+    """One line per plan, from its predicted to its measured loss; `tried` has (name, predicted, measured)."""
+    largest = max(max(predicted, measured) for _, predicted, measured in tried) or 1.0
 
     def draw(paint: Paint, width: int) -> Figure:
         narrow = width < 500
         top, each = 30.0, 66.0 if narrow else 50.0
         figure, axes = canvas(width, top + each * len(tried))
-        key(axes, 0, 8, width, paint, [("accent", "predicted"), ("warm", "measured")])
+        legend(axes, 0, 8, width, paint, [("accent", "predicted"), ("warm", "measured")])
         left, room = 6.0, width - 12.0
         for index, (name, predicted, measured) in enumerate(tried):
             y = top + each * index
@@ -107,11 +107,11 @@ def measured_bars(tried: Sequence[tuple[str, float, float]]) -> Drawing:
             else:
                 write(axes, width, y + 8, values, paint["muted"], align="right")
             line = y + (42 if narrow else 26)
-            places = [left + room * value / most for value in (predicted, measured)]
+            ends = [left + room * value / largest for value in (predicted, measured)]
             box(axes, left, line - 0.5, room, 1, paint["line"])
-            box(axes, min(places), line - 1.5, abs(places[1] - places[0]), 3, paint["muted"])
-            for place, role in zip(places, ("accent", "warm"), strict=True):
-                axes.scatter([place], [line], s=64, color=paint[role], linewidth=0, clip_on=False)
+            box(axes, min(ends), line - 1.5, abs(ends[1] - ends[0]), 3, paint["muted"])
+            for x, role in zip(ends, ("accent", "warm"), strict=True):
+                axes.scatter([x], [line], s=64, color=paint[role], linewidth=0, clip_on=False)
         return figure
 
     return draw

@@ -1,4 +1,4 @@
-"""A figure one draws on in pixels, y downwards: rectangles, text, and a key of colours."""
+"""A figure with pixel coordinates, y pointing down: rectangles, text, and a legend of colours."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from matplotlib.patches import Rectangle
 from .paint import Paint, plain
 
 CHARACTER = 0.6
-"""Width of a character over the size of its font, a little more than the mean of DejaVu Sans."""
+"""Width of a character / font size: slightly more than the mean of DejaVu Sans."""
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty figure of `width` x `height` pixels, and what to draw on."""
+    """An empty figure of `width` x `height` pixels, and its axes."""
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
@@ -26,7 +26,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str) -> None:
-    """A filled rectangle."""
+    """Draw a filled rectangle."""
     axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, linewidth=0, clip_on=False))
 
 
@@ -40,7 +40,7 @@ def write(
     align: Literal["left", "center", "right"] = "left",
     rotation: float = 0,
 ) -> None:
-    """One line of text: `y` is its middle, or where it begins if it stands upright (`rotation` 90)."""
+    """Draw one line of text; `y` is its vertical middle, or where vertical text (`rotation` 90) begins."""
     axes.text(
         x,
         y,
@@ -55,12 +55,12 @@ def write(
 
 
 def text_width(text: str, size: float) -> float:
-    """About how many pixels `text` takes."""
+    """Approximate width of `text` in pixels."""
     return len(text) * size * CHARACTER
 
 
-def key(axes: Axes, x: float, y: float, width: float, paint: Paint, entries: Sequence[tuple[str, str]]) -> float:
-    """Swatches with names, (role, name) each, in as many lines as `width` asks for; the y below them."""
+def legend(axes: Axes, x: float, y: float, width: float, paint: Paint, entries: Sequence[tuple[str, str]]) -> float:
+    """Draw colour swatches with names, `entries` of (role, name), in as many lines as needed; returns the y below."""
     left = x
     for role, name in entries:
         needed = 16 + text_width(name, 11) + 14

@@ -1,9 +1,10 @@
-"""The Pareto curve: predicted loss against size, the plan on it, and one format everywhere as dots."""
+"""The Pareto curve: predicted loss against size for the best plans, with single formats as dots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor, log, log10
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,25 +19,30 @@ from .paint import Drawing, Paint, shortened
 
 MIB, GIB = 1 << 20, 1 << 30
 HEADROOM = 4.0
-"""Uniform formats that lose more than this times the curve's largest loss are not drawn."""
+"""Single formats that lose more than this multiple of the curve's largest loss are not drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What is drawn: losses above zero only, as the scale is logarithmic."""
+    """What is drawn: only losses above zero, because the scale is logarithmic."""
 
     points: tuple[tuple[float, float], ...]
-    """(size, loss) of the best plans, rising in size."""
+    """(size, loss) of the best plans, by rising size."""
     uniforms: tuple[tuple[float, float, str], ...]
-    """(size, loss, format) that the figure shows."""
+    """(size, loss, format) of the single formats that are drawn."""
     beyond: int
-    """Uniform formats outside of it."""
+    """Number of single formats outside the drawn range."""
     unit: str
+    """Unit of the sizes, as the label of the axis."""
     plan: tuple[float, float] | None
+    """(size, loss) of the plan to mark, or None."""
 
 
 def curve_of(points: Sequence[Point], uniforms: Sequence[UniformPoint], scope: Scope, plan: Plan | None) -> Curve:
-    """The curve of a sweep that loses something; sizes in bits per weight, MiB or GiB of the file, as `scope` says."""
+    """The curve of a sweep with at least one loss above zero.
+
+    Sizes are in bits per weight, or in MiB or GiB of the weights file, as `scope` says.
+    """
     large = max(point.counted_bytes for point in points) >= 4 * GIB
     unit, scale = ("GiB", GIB) if large else ("MiB", MIB)
 
@@ -50,20 +56,20 @@ def curve_of(points: Sequence[Point], uniforms: Sequence[UniformPoint], scope: S
         x = size(u.counted_bytes, u.bits_per_weight)
         if drawn[0][0] * 0.98 <= x <= drawn[-1][0] * 1.02 and 0 < u.predicted_loss <= HEADROOM * drawn[0][1]:
             shown.append((x, u.predicted_loss, u.format))
-    mine = None
+    marked = None
     if plan is not None and plan.predicted_loss > 0:
-        mine = size(plan.counted_bytes, plan.bits_per_weight), plan.predicted_loss
+        marked = size(plan.counted_bytes, plan.bits_per_weight), plan.predicted_loss
     return Curve(
         points=tuple(drawn),
         uniforms=tuple(shown),
         beyond=len(uniforms) - len(shown),
         unit="bits per weight" if scope == "matrices" else f"{unit} of the weights file",
-        plan=mine,
+        plan=marked,
     )
 
 
 def pareto(curve: Curve) -> Drawing:
-    """The drawing of `curve`, which has one point or more."""
+    """The drawing of `curve`, which must have at least one point."""
 
     def draw(paint: Paint, width: int) -> Figure:
         height = 330.0 if width < 500 else 440.0
@@ -121,8 +127,8 @@ def _style(axes: Axes, paint: Paint) -> None:
 
 
 def _limits(axes: Axes, curve: Curve) -> None:
-    places = [*curve.points, *((x, y) for x, y, _ in curve.uniforms), *([curve.plan] if curve.plan else [])]
-    xs, ys = [x for x, _ in places], [y for _, y in places]
+    dots = [*curve.points, *((x, y) for x, y, _ in curve.uniforms), *([curve.plan] if curve.plan else [])]
+    xs, ys = [x for x, _ in dots], [y for _, y in dots]
     margin = 0.04 * (max(xs) - min(xs)) or 0.25 * max(xs)
     low, high = min(ys) / 1.5, max(ys) * 1.6
     axes.set_xlim(min(xs) - margin, max(xs) + margin)
@@ -134,9 +140,7 @@ def _limits(axes: Axes, curve: Curve) -> None:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values between, 1, 2 and 5 times powers of ten, or the powers alone where those are many."""
-    from math import floor, log10
-
+    """Round values from `low` to `high`: 1, 2 and 5 times powers of ten, or only the powers if those were too many."""
     decades = range(floor(log10(low)), floor(log10(high)) + 1)
     ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
     inside = [tick for tick in ticks if low <= tick <= high]
@@ -144,9 +148,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _name_uniforms(axes: Axes, curve: Curve, paint: Paint, size: tuple[float, float]) -> None:
-    """Names beside the uniform formats that no other one beats, where there is room."""
-    from math import log
-
+    """Write names beside the single formats that no smaller one beats, where there is room."""
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
 
     def pixel(x: float, y: float) -> tuple[float, float]:
@@ -162,10 +164,10 @@ def _name_uniforms(axes: Axes, curve: Curve, paint: Paint, size: tuple[float, fl
         best, text = y, shortened(name, 26)
         left, below = pixel(x, y)
         left, below = left + 6, below + 5
-        place = (left, below, left + len(text) * 10 * CHARACTER, below + 11)
-        if place[2] > size[0] or place[3] > size[1] or any(_overlap(place, other) for other in taken):
+        label = (left, below, left + len(text) * 10 * CHARACTER, below + 11)
+        if label[2] > size[0] or label[3] > size[1] or any(_overlap(label, other) for other in taken):
             continue
-        taken.append(place)
+        taken.append(label)
         axes.annotate(
             text, (x, y), (6, 5), textcoords="offset points", color=paint["muted"], fontsize=10, va="bottom", zorder=2
         )

@@ -1,4 +1,4 @@
-"""Bits per weight by layer and role, as a heat map: layers across on a desk, down on a phone."""
+"""A heat map of bits per weight by layer and role: layers in columns on a wide screen, in rows on a narrow one."""
 
 from __future__ import annotations
 
@@ -14,48 +14,52 @@ from .canvas import box, canvas, text_width, write
 from .paint import STEPS, Drawing, Paint, shortened, steps
 
 _OUTSIDE = 24.0
-"""Height of a cell outside the layers."""
+"""Height in pixels of a cell for a matrix outside the layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """Where the cells are, in pixels."""
 
-    upright: bool
-    across: list[str]
-    down: list[str]
+    layers_in_rows: bool
+    columns: list[str]
+    """Names of the columns."""
+    rows: list[str]
+    """Names of the rows."""
     gutter: float
-    cell: float
-    tall: float
-    turned: bool
-    """Whether the names of the columns stand upright."""
+    """Width of the row names."""
+    cell_width: float
+    cell_height: float
+    vertical_names: bool
+    """Whether the names of the columns are written vertically."""
     top: float
+    """Height of the column names."""
 
     @property
     def below(self) -> float:
-        """Where the cells of the layers end."""
-        return self.top + self.tall * len(self.down) + (10 if self.down else 0)
+        """The y below the cells of the layers."""
+        return self.top + self.cell_height * len(self.rows) + (10 if self.rows else 0)
 
-    def place(self, layer: int, family: int) -> tuple[float, float]:
-        """The corner of the cell of the `layer`-th layer and the `family`-th family."""
-        column, row = (family, layer) if self.upright else (layer, family)
-        return self.gutter + self.cell * column, self.top + self.tall * row
+    def corner(self, layer: int, family: int) -> tuple[float, float]:
+        """The upper left corner of the cell for the layer and the family with these indices."""
+        column, row = (family, layer) if self.layers_in_rows else (layer, family)
+        return self.gutter + self.cell_width * column, self.top + self.cell_height * row
 
 
 def _layout(layers: list[str], families: list[str], width: int) -> _Layout:
-    upright = width < 500
-    across, down = (families, layers) if upright else (layers, families)
-    gutter = max([text_width(label, 11) for label in down] + [text_width("layer", 11)]) + 8
-    cell = min((width - gutter) / max(len(across), 1), 46.0 if upright else 40.0)
-    longest = max((text_width(label, 11) for label in across), default=0.0)
-    turned = upright and longest > cell
-    tall = 26.0 if not upright else 20.0 if len(down) <= 48 else 11.0
-    top = 0.0 if not across else (longest if turned else 12.0) + 8
-    return _Layout(upright, across, down, gutter, cell, tall, turned, top)
+    layers_in_rows = width < 500
+    columns, rows = (families, layers) if layers_in_rows else (layers, families)
+    gutter = max([text_width(label, 11) for label in rows] + [text_width("layer", 11)]) + 8
+    cell_width = min((width - gutter) / max(len(columns), 1), 46.0 if layers_in_rows else 40.0)
+    longest = max((text_width(label, 11) for label in columns), default=0.0)
+    vertical_names = layers_in_rows and longest > cell_width
+    cell_height = 26.0 if not layers_in_rows else 20.0 if len(rows) <= 48 else 11.0
+    top = 0.0 if not columns else (longest if vertical_names else 12.0) + 8
+    return _Layout(layers_in_rows, columns, rows, gutter, cell_width, cell_height, vertical_names, top)
 
 
 def heat_map(grid: Grid) -> Drawing:
-    """The drawing of `grid`, which holds one family or more."""
+    """The drawing of `grid`, which must have at least one family."""
     bits = [tally.bits for tally in (*grid.cells.values(), *grid.outside.values())]
     shades = steps(bits)
     inside, outside = shades[: len(grid.cells)], shades[len(grid.cells) :]
@@ -70,10 +74,10 @@ def heat_map(grid: Grid) -> Drawing:
         figure, axes = canvas(width, scale + 46)
         _labels(axes, layout, paint)
         for ((layer, family), tally), shade in zip(grid.cells.items(), inside, strict=True):
-            x, y = layout.place(row[layer], column[family])
-            _cell(axes, (x, y, layout.cell, layout.tall), tally.bits, shade, paint)
+            x, y = layout.corner(row[layer], column[family])
+            _cell(axes, (x, y, layout.cell_width, layout.cell_height), tally.bits, shade, paint)
         for index, ((family, tally), shade) in enumerate(zip(grid.outside.items(), outside, strict=True)):
-            y, wide = layout.below + _OUTSIDE * index, max(layout.cell, 40.0)
+            y, wide = layout.below + _OUTSIDE * index, max(layout.cell_width, 40.0)
             _cell(axes, (layout.gutter, y, wide, _OUTSIDE), tally.bits, shade, paint)
             name = shortened(names[family], int((width - layout.gutter - wide - 8) / 7))
             write(axes, layout.gutter + wide + 8, y + _OUTSIDE / 2, name, paint["muted"])
@@ -84,23 +88,24 @@ def heat_map(grid: Grid) -> Drawing:
 
 
 def _labels(axes: Axes, layout: _Layout, paint: Paint) -> None:
-    gutter, cell, top, colour = layout.gutter, layout.cell, layout.top, paint["muted"]
-    if layout.across:
+    gutter, cell, top, colour = layout.gutter, layout.cell_width, layout.top, paint["muted"]
+    if layout.columns:
         write(axes, gutter - 8, top - 9, "layer", colour, align="right")
-    every = 1 if layout.upright else ceil(max(text_width(label, 11) + 4 for label in ("", *layout.across)) / cell)
-    for index, label in enumerate(layout.across):
-        if layout.turned:
+    widest = max(text_width(label, 11) + 4 for label in ("", *layout.columns))
+    every = 1 if layout.layers_in_rows else ceil(widest / cell)
+    for index, label in enumerate(layout.columns):
+        if layout.vertical_names:
             write(axes, gutter + cell * (index + 0.5), top - 6, label, colour, rotation=90)
         elif index % every == 0:
             write(axes, gutter + cell * (index + 0.5), top - 9, label, colour, align="center")
-    every = 1 if layout.tall > 12 else 2
-    for index, label in enumerate(layout.down):
+    every = 1 if layout.cell_height > 12 else 2
+    for index, label in enumerate(layout.rows):
         if index % every == 0:
-            write(axes, gutter - 8, top + layout.tall * (index + 0.5), label, colour, align="right")
+            write(axes, gutter - 8, top + layout.cell_height * (index + 0.5), label, colour, align="right")
 
 
-def _cell(axes: Axes, place: tuple[float, float, float, float], value: float, shade: int, paint: Paint) -> None:
-    x, y, width, height = place
+def _cell(axes: Axes, bounds: tuple[float, float, float, float], value: float, shade: int, paint: Paint) -> None:
+    x, y, width, height = bounds
     gap = 1.5 if min(width, height) > 8 else 0.5
     box(axes, x, y, width - gap, height - gap, paint[f"heat{shade}"])
     text = f"{value:.2f}" if value < 10 else f"{value:.1f}"
@@ -110,7 +115,7 @@ def _cell(axes: Axes, place: tuple[float, float, float, float], value: float, sh
 
 
 def _scale(axes: Axes, x: float, y: float, width: float, ends: tuple[float, float], paint: Paint) -> None:
-    """The key of the shades, `ends` the least and the most bits."""
+    """Draw the legend of the shades; `ends` are the fewest and the most bits."""
     low, high = ends
     each = width / STEPS
     for step in range(STEPS if high > low else 1):

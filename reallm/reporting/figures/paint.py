@@ -1,10 +1,11 @@
-"""Colours by role, in a light and a dark scheme, and figures turned into SVG and PNG with them.
+"""Colours by role, in a light and a dark scheme, and the conversion of drawings to SVG and PNG.
 
-A drawing is a function of the colours and a width in pixels, so that one is drawn for a phone and one for a desk. SVG
-for a page is drawn with a placeholder for every role, which becomes `var(--role)`: the page's style sheet then decides,
-and one file serves both schemes. Its text stays text.
+A drawing is a function of the colours and a width in pixels, so it can be drawn once for a phone and once for a wide
+screen. For a page, the SVG is drawn with a placeholder for every role, which then becomes `var(--role)`: the page's
+style sheet sets the colour, and one file serves both schemes. Text in it stays text.
 
-The same drawing gives the same bytes: settings are matplotlib's own, whatever the user's are, and no file has a date.
+The same drawing gives the same bytes: matplotlib's default settings are used instead of the user's, and files have no
+date.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from matplotlib.figure import Figure
 Paint = Mapping[str, str]
 """Role -> colour as #rrggbb."""
 Drawing = Callable[[Paint, int], Figure]
+"""(colours, width in pixels) -> figure."""
 NARROW, WIDE = 350, 880
-"""Pixels; at 72 dots an inch a point is one too."""
+"""Widths in pixels; figures have 72 dots per inch, so a pixel is a point."""
 STEPS = 12
-"""Shades of the heat map."""
+"""Number of shades of the heat map."""
 _PNG_DPI = 180
 _SETTINGS: dict[str, Any] = {
     "figure.dpi": 72,
@@ -41,29 +43,29 @@ def _rgb(colour: str) -> tuple[int, ...]:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance as WCAG 2 defines it, 0 to 1."""
+    """Relative luminance as defined in WCAG 2, from 0 to 1."""
     channels = [c / 255 for c in _rgb(colour)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(one: str, other: str) -> float:
-    """Contrast ratio of two colours, 1 to 21 (WCAG 2)."""
+    """Contrast ratio of two colours as defined in WCAG 2, from 1 to 21."""
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
 def _ramp(anchors: tuple[str, ...]) -> Paint:
-    """STEPS shades through `anchors` as heat0, heat1, ..., and the ink that reads best on each as on0, on1, ..."""
-    found = {}
+    """STEPS shades through `anchors` as heat0, heat1, ..., and the text colour with most contrast as on0, on1, ..."""
+    ramp = {}
     for step in range(STEPS):
-        place = step / (STEPS - 1) * (len(anchors) - 1)
-        index = min(int(place), len(anchors) - 2)
+        position = step / (STEPS - 1) * (len(anchors) - 1)
+        index = min(int(position), len(anchors) - 2)
         ends = zip(_rgb(anchors[index]), _rgb(anchors[index + 1]), strict=True)
-        shade = "#" + "".join(f"{round(low + (high - low) * (place - index)):02x}" for low, high in ends)
-        found[f"heat{step}"] = shade
-        found[f"on{step}"] = _ink_on(shade)
-    return found
+        shade = "#" + "".join(f"{round(low + (high - low) * (position - index)):02x}" for low, high in ends)
+        ramp[f"heat{step}"] = shade
+        ramp[f"on{step}"] = _ink_on(shade)
+    return ramp
 
 
 def _ink_on(shade: str) -> str:
@@ -84,7 +86,7 @@ DARK: Paint = {
     **{"transforms": "#2f5560", "dense": "#6c767c"},
     **_ramp(("#1c3137", "#22606f", "#3f9a9d", "#9ad0b4", "#f4f5d6")),
 }
-"""Both ramps are monotone in luminance, so they read in greyscale; more bits stand out more from the paper."""
+"""Both ramps are monotone in luminance, so they work in greyscale; more bits contrast more with the paper."""
 _PLACEHOLDERS: Paint = {role: f"#01{index:02x}fe" for index, role in enumerate(LIGHT)}
 _ROLES = tuple(LIGHT)
 
@@ -95,14 +97,14 @@ def variables(paint: Paint) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` with a sign in place of every character that cannot be printed (controls, changes of direction)."""
+    """`text` with a replacement sign for every unprintable character (controls, changes of direction)."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def shortened(text: str, most: int) -> str:
-    """At most `most` characters of `text`, the middle left out."""
-    text, tail = plain(text), (most - 1) // 2
-    return text if len(text) <= most else f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+def shortened(text: str, max_length: int) -> str:
+    """`text` with its middle left out if it is longer than `max_length`."""
+    text, tail = plain(text), (max_length - 1) // 2
+    return text if len(text) <= max_length else f"{text[: max_length - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def _save(drawing: Drawing, paint: Paint, width: int, settings: Mapping[str, Any], **options: Any) -> bytes:
@@ -116,20 +118,20 @@ _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 def png(drawing: Drawing) -> bytes:
-    """The wide figure on white."""
+    """The wide figure on white, as a PNG file."""
     return _save(drawing, LIGHT, WIDE, {}, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
 
 
 def svg(drawing: Drawing) -> bytes:
-    """The wide figure on white, its text as outlines, so that it looks the same everywhere."""
+    """The wide figure on white, as an SVG file with its text as outlines, so that it looks the same everywhere."""
     settings = {"svg.fonttype": "path", "svg.hashsalt": "reallm"}
     return _save(drawing, LIGHT, WIDE, settings, format="svg", facecolor="white", metadata=_NO_METADATA)
 
 
 def inline_svg(drawing: Drawing, name: str, label: str, width: int) -> str:
-    """An element to put into a page: in the page's colours and font, `label` read out in its place.
+    """The figure as an SVG element for a page, in the page's colours and font.
 
-    `name` keeps its ids apart from those of the page's other figures.
+    `name` prefixes all ids, so that they differ from those of other figures; screen readers read `label`.
     """
     settings = {"svg.fonttype": "none", "svg.hashsalt": name}
     data = _save(drawing, _PLACEHOLDERS, width, settings, format="svg", facecolor="none", metadata=_NO_METADATA)
@@ -145,7 +147,7 @@ def inline_svg(drawing: Drawing, name: str, label: str, width: int) -> str:
 
 
 def _local(name: str) -> str:
-    """A name without its namespace, which HTML knows by itself."""
+    """A name without its namespace, which is implied within HTML."""
     return name.rpartition("}")[2]
 
 
@@ -155,10 +157,10 @@ def _themed(value: str, name: str, key: str) -> str:
     if _local(key) == "href":
         return value.replace("#", f"#{name}-", 1)
     value = value.replace("url(#", f"url(#{name}-")
-    return re.sub(r"#01([0-9a-f]{2})fe", lambda found: f"var(--{_ROLES[int(found[1], 16)]})", value)
+    return re.sub(r"#01([0-9a-f]{2})fe", lambda match: f"var(--{_ROLES[int(match[1], 16)]})", value)
 
 
 def steps(values: Sequence[float]) -> list[int]:
-    """The shade of every value, on a logarithmic scale from the least to the largest; all above zero."""
+    """The shade of each value, on a logarithmic scale from the smallest to the largest; values must be above zero."""
     low, high = log(min(values)), log(max(values))
     return [min(int(STEPS * (log(value) - low) / (high - low)), STEPS - 1) if high > low else 0 for value in values]

@@ -1,12 +1,12 @@
-"""The compiled decode step of a loaded model: its weights bound, the cache of one text, logits for the next token.
+"""The compiled decode step of a loaded model on the CPU, with the key-value cache of one text.
 
     step = compile_step(model)          # raises StepUnsupportedError with the reason
     step.reserve(300)
-    logits = step.run(prompt)           # the prompt at once
+    logits = step.run(prompt)           # logits of the next token, after the whole prompt
     logits = step.run(token)            # then token by token
 
-The source is generated from the model's dataflow graph (`codegen.step`) and built once by `codegen.native`. Packed
-matrices are read as they are stored, through the kernels of `runtime.cpu`; uncompressed ones where torch keeps them.
+The source is generated from the model's dataflow graph (`codegen.decode_step`) and built once (`codegen.cpu.compiler`).
+Packed matrices are read as they are stored, by the kernels of `runtime.cpu`, and uncompressed ones from torch's memory.
 Activations and sums are float32 whatever the model's dtype.
 """
 
@@ -21,32 +21,33 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reallm.codegen.cpu.compiler import generated
+from reallm.codegen.cpu.compiler import generated_library
 from reallm.codegen.decode_step.emit_cpp import CacheDtype, StepProgram, emit_step
-from reallm.codegen.decode_step.graph import Weight
+from reallm.codegen.decode_step.operations import Weight
 from reallm.codegen.decode_step.passes import CPU_PASSES, run_step_passes
+from reallm.kernels.formats.codecs import DENSE_NAMES
 from reallm.kernels.formats.formats import Format
-from reallm.runtime.cpu import NativeMatrix, Operand, native_matrix
+from reallm.runtime.cpu import NativeMatrix, native_matrix
 from reallm.runtime.modules import TiedHead
+from reallm.runtime.operand import Operand
 from reallm.runtime.packed import Packed
+from reallm.system.torch_dtypes import FLOAT_DTYPES, FLOAT_NAMES
 
 from .model_reader import StepUnsupportedError, read_step, rotary_table
 
 POSITION_UNIT = 64
-"""Capacities are multiples of it; the source wants multiples of 16."""
+"""Capacities are multiples of this; the generated source needs multiples of 16."""
 PROMPT_TOKENS = 512
-"""Tokens of a prompt that go through at once; scratch memory grows with it."""
-NO_NATIVE = "there is no native code to be had"
-_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+"""Tokens of a prompt that are processed at once; scratch memory is proportional to it."""
+NO_NATIVE = "native code cannot be built here"
 
 
 class CacheOverflowError(ValueError):
-    """More positions than the cache has."""
+    """A text needs more positions than the cache has."""
 
 
 class _Run(ctypes.Structure):
-    """`Run` of kernels/native/step.hpp."""
+    """`Run` of kernels/native/step/step.hpp."""
 
     _fields_ = (
         ("operands", ctypes.c_void_p),
@@ -64,7 +65,7 @@ class _Run(ctypes.Structure):
 
 
 class Step:
-    """One model's step and the cache of one text; not for several threads at once."""
+    """The step of one model and the cache of one text. Use it in one thread at a time."""
 
     def __init__(self, model: PreTrainedModel, program: StepProgram, native: ctypes.CDLL) -> None:
         self.model, self.program, self.native = model, program, native
@@ -77,15 +78,15 @@ class Step:
         self._identity = list(identities(model))
 
     def _bind(self) -> None:
-        """Point at the model's matrices."""
-        self._held: list[object] = []
+        """Collect the operands of the model's matrices."""
+        self._kept_alive: list[object] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         count = len(self.program.weights)
         operands, self._orders_at = (Operand * count)(), (ctypes.c_void_p * count)()
         for index, weight in enumerate(self.program.weights):
             operands[index] = self._operand(weight)
             if weight.ordered:
-                self._orders_at[index] = self._fold(weight, operands[index])
+                self._orders_at[index] = self._reorder(weight, operands[index])
         self._operands = operands
         self._prepared = max(operand.prepared for operand in operands)
         self._scratch = torch.empty(0)
@@ -104,30 +105,33 @@ class Step:
                 operand.bias = self._biases[weight.name].data_ptr()
 
     def _operand(self, weight: Weight) -> Operand:
-        """The Operand of a matrix as it is stored; of one that native kernels cannot read so, of its decoded weight."""
+        """The operand of a matrix as it is stored, or of its decoded weight if native kernels cannot read it."""
         module: Any = self.model.get_submodule(weight.name)
-        holder = module._source[0] if isinstance(module, TiedHead) else module
+        holder = module.source if isinstance(module, TiedHead) else module
         native = holder.native if isinstance(holder, Packed) else None
         if native is None or (isinstance(module, nn.Embedding) and not native.looks_up):
             native = self._dense(holder.dense() if isinstance(holder, Packed) else holder.weight.detach())
-        self._held.append(native)
+        self._kept_alive.append(native)
         return Operand.from_buffer_copy(native.operand)
 
-    def _fold(self, weight: Weight, operand: Operand) -> int:
-        """Let `operand` take its input in the order of its stored columns; the address of the places in that order."""
+    def _reorder(self, weight: Weight, operand: Operand) -> int:
+        """Let `operand` take its input in the order of its stored columns.
+
+        Returns the address of the columns' positions in that order, int32 [cols], for the kernel that makes the input.
+        """
         order = np.ctypeslib.as_array((ctypes.c_int32 * weight.cols).from_address(operand.permutation))
-        places = torch.from_numpy(np.argsort(order).astype(np.int32))
+        positions = torch.from_numpy(np.argsort(order).astype(np.int32))
         if operand.channel_scales:
             scales = np.ctypeslib.as_array((ctypes.c_float * weight.cols).from_address(operand.channel_scales))
-            self._held.append(moved := torch.from_numpy(scales[order]))
-            operand.channel_scales = moved.data_ptr()
-        operand.permutation, operand.input_key = None, operand.input_key ^ 2  # another xc is made of that input
-        self._held.append(places)
-        return places.data_ptr()
+            self._kept_alive.append(reordered := torch.from_numpy(scales[order]))
+            operand.channel_scales = reordered.data_ptr()
+        operand.permutation, operand.input_key = None, operand.input_key ^ 2  # that input is prepared differently
+        self._kept_alive.append(positions)
+        return positions.data_ptr()
 
     def _dense(self, weight: Tensor) -> NativeMatrix:
-        """The uncompressed matrix where it lies; if its bytes are no whole field, a copy that `refresh` renews."""
-        fmt, (rows, cols) = Format.parse(_FORMATS[weight.dtype]), weight.shape
+        """The uncompressed matrix in torch's memory, or a padded copy of it that `refresh` updates."""
+        fmt, (rows, cols) = Format.parse(DENSE_NAMES[FLOAT_NAMES[weight.dtype]]), weight.shape
         raw = weight.contiguous().view(torch.uint8).reshape(-1)
         if missing := fmt.nbytes(rows, cols) - raw.numel():
             padded = torch.cat([raw, raw.new_zeros(missing)])
@@ -139,38 +143,38 @@ class Step:
         return native
 
     def outdated(self) -> bool:
-        """Whether a module or tensor of the model was replaced, moved, or hooked on to since the step was compiled."""
+        """Whether a module or tensor of the model was replaced, moved or hooked since the step was compiled."""
         return self._identity != list(identities(self.model))
 
     def reserve(self, positions: int) -> None:
-        """Start a new text of at most `positions` tokens, to be read on as many threads as torch has now."""
+        """Start a new text of at most `positions` tokens, on as many threads as torch uses now."""
         self.position, self.threads = 0, torch.get_num_threads()
-        wanted = -(-positions // POSITION_UNIT) * POSITION_UNIT
-        if wanted <= self.capacity:
+        capacity = -(-positions // POSITION_UNIT) * POSITION_UNIT
+        if capacity <= self.capacity:
             return
         stride = -(-self.program.head_dim // 16) * 16
-        dtype = _CACHE_DTYPES[self.program.cache]
-        shape = (self.program.layers, self.program.kv_heads, wanted * stride)
+        dtype = FLOAT_DTYPES[self.program.cache]
+        shape = (self.program.layers, self.program.kv_heads, capacity * stride)
         self._keys, self._values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-        self._angles = [each for name in self.program.tables for each in rotary_table(self.model, name, wanted)]
+        self._angles = [each for name in self.program.tables for each in rotary_table(self.model, name, capacity)]
         self._angles_at = _pointers(self._angles)
-        self.capacity = wanted
+        self.capacity = capacity
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> Tensor:
-        """Read int64 `tokens` [n] after those read before; logits of the next, float32 [vocabulary].
+        """Append int64 `tokens` [n] to the text and return the logits of the next token, float32 [vocabulary].
 
-        Raises CacheOverflowError where the cache has not as many positions left, ValueError for no token or one that
+        Raises CacheOverflowError if the cache has too few positions left, and ValueError for no tokens or a token that
         is not in the vocabulary.
         """
         tokens = tokens.to(torch.int64).contiguous()
         count = tokens.numel()
         if count == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.program.weights[0].rows:
-            raise ValueError(f"expected tokens below {self.program.weights[0].rows}, at least one")
+            raise ValueError(f"expected at least one token, all tokens below {self.program.weights[0].rows}")
         if self.position + count > self.capacity:
             raise CacheOverflowError(
                 f"{self.position} + {count} tokens are more than the {self.capacity} positions of the cache; "
-                "reserve more before the text begins"
+                "reserve more before the text starts"
             )
         logits = torch.empty(self.vocabulary)
         for start in range(0, count, PROMPT_TOKENS):
@@ -202,15 +206,15 @@ class Step:
 
 
 def compile_step(model: PreTrainedModel, cache: CacheDtype = "f32") -> Step:
-    """The compiled step of `model`, with its weights bound. Raises StepUnsupportedError, saying why there is none."""
+    """Compile the step of `model` and bind its weights. Raises StepUnsupportedError, with the reason."""
     program = emit_step(run_step_passes(read_step(model), CPU_PASSES), cache)
-    native = generated("step", program.source)
+    native = generated_library("step", program.source)
     if native is None:
         raise StepUnsupportedError(NO_NATIVE)
     native.reallm_step_abi.restype = ctypes.c_int64
     native.reallm_step.restype = None
     if native.reallm_step_abi() != ctypes.sizeof(_Run) * 65536 + ctypes.sizeof(Operand):
-        raise StepUnsupportedError("its C++ and Python disagree about the layout of a run")
+        raise StepUnsupportedError("the C++ and Python layouts of its arguments differ")
     return Step(model, program, native)
 
 
@@ -220,12 +224,12 @@ def _pointers(tensors: list[Tensor]) -> Any:
 
 
 def identities(model: PreTrainedModel) -> Iterator[object]:
-    """What must stay as it is for a compiled step to stay valid."""
+    """Everything of the model that must not change while a compiled step is used."""
     for name, module in model.named_modules():
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         yield name, type(module), bool(hooked), module.training, "prepare_inputs_for_generation" in vars(module)
         if isinstance(module, Packed):
-            yield id(module.native), module.decoded.dtype  # made anew when a field is replaced
+            yield id(module.native), module.decoded.dtype  # a new one is built when a field is replaced
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not name.endswith(".decoded"):
             yield name, tensor.data_ptr(), tensor.dtype, tensor.shape

@@ -1,13 +1,14 @@
-"""The decode step of a model on a GPU: its dataflow graph as a few launches, recorded once and replayed for each token.
+"""The decode step of a model on a GPU: its dataflow graph as a few launches, recorded once, replayed for each token.
 
     step = record_step(model)           # raises StepUnsupportedError with the reason
     step.reserve(300)
-    logits = step.run(prompt)           # the prompt at once, launch by launch
-    logits = step.run(token)            # then token by token: one CUDA graph
+    logits = step.run(prompt)           # the whole prompt, launch by launch
+    logits = step.run(token)            # then token by token, by one CUDA graph
 
-Products are those of the model's own modules, packed or not; norms, gates and attention are `codegen.step_kernels`.
-The graph is `step_model`'s, after `step_passes.PASSES`. The sum of the blocks' outputs
-is kept in float32; everything else has the dtype the model computes in, keys and values too.
+Products are computed by the model's own modules, packed or not; norms, gates and attention by the kernels of
+`codegen.decode_step.triton_kernels`. The graph is that of `model_reader`, after the passes of
+`codegen.decode_step.passes`. The sum of the blocks' outputs is kept in float32; everything else, keys and values
+included, has the dtype the model computes in.
 """
 
 from __future__ import annotations
@@ -20,21 +21,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from reallm.codegen.decode_step.graph import (
-    Add,
-    Attend,
-    Embed,
-    Gate,
-    Linear,
-    Norm,
-    Residual,
-    Softcap,
-    StepGraph,
-    Token,
-    Value,
-)
+from reallm.codegen.decode_step.graph import StepGraph, Value
+from reallm.codegen.decode_step.operations import Add, Attend, Embed, Gate, Linear, Norm, Residual, Softcap, Token
 from reallm.codegen.decode_step.passes import run_step_passes
-from reallm.codegen.ir.program import has_kernel
+from reallm.codegen.ir.lower import has_kernel
 from reallm.codegen.launch.launch import on_device
 from reallm.runtime.modules import CompressedLinear
 from reallm.runtime.packed import Packed
@@ -44,19 +34,19 @@ from .cpu import CacheOverflowError, identities
 from .model_reader import StepUnsupportedError, read_step, rotary_table
 
 POSITION_UNIT = 64
-"""Capacities are multiples of it."""
+"""Capacities are multiples of this."""
 PROMPT_TOKENS = 2048
-"""Tokens of a prompt that go through at once."""
+"""Tokens of a prompt that are processed at once."""
 SHARE = 256
-"""Positions that one instance of `attend` reads, about, of a full cache; no more shares than MOST_SHARES."""
-MOST_SHARES = 16
+"""About as many positions of a full cache are read by one instance of `attend`, in at most MAX_SHARES shares."""
+MAX_SHARES = 16
 ATTEND_BLOCK = 32
-"""Positions whose keys are in registers together."""
+"""Positions whose keys are in registers at the same time."""
 GATE_BLOCK = 1024
 
 
 class RecordedStep:
-    """One model's step and the cache of one text; not for several threads at once."""
+    """The step of one model and the cache of one text. Use it in one thread at a time."""
 
     def __init__(self, model: PreTrainedModel, graph: StepGraph) -> None:
         from reallm.codegen.decode_step import triton_kernels as step_kernels
@@ -75,63 +65,66 @@ class RecordedStep:
         self._identity = list(identities(model))
 
     def refresh(self) -> None:
-        """Nothing is copied from the model: what is trained in place is seen."""
+        """Do nothing: the step copies nothing from the model, so it sees values that are changed in place."""
 
     def outdated(self) -> bool:
-        """Whether a module or tensor of the model was replaced, moved, or hooked on to since the step was made, or has
-        made anew what a recording reads."""
-        kept = all(m.derived is derived and m.decoded is decoded for m, derived, decoded in self._read)
-        return not kept or self._identity != list(identities(self.model))
+        """Whether the recording is no longer valid.
+
+        That is so if a module or tensor of the model was replaced, moved or hooked since the step was built, or if a
+        packed module has computed again what the recording reads.
+        """
+        unchanged = all(m.derived is derived and m.decoded is decoded for m, derived, decoded in self._read)
+        return not unchanged or self._identity != list(identities(self.model))
 
     @torch.inference_mode(False)
     def reserve(self, positions: int) -> None:
-        """Start a new text of at most `positions` tokens. Raises StepUnsupportedError where they do not fit."""
+        """Start a new text of at most `positions` tokens. Raises StepUnsupportedError if the cache does not fit."""
         self.position = 0
-        wanted = -(-positions // POSITION_UNIT) * POSITION_UNIT
-        if wanted <= self.capacity:
+        capacity = -(-positions // POSITION_UNIT) * POSITION_UNIT
+        if capacity <= self.capacity:
             return
         self.capacity, self._recorded, self._keys, self._values = 0, None, {}, {}
         try:
-            self._allocate(wanted)
+            self._allocate(capacity)
         except torch.OutOfMemoryError:
             self._keys, self._values = {}, {}
-            raise StepUnsupportedError(f"keys and values of {wanted} positions do not fit into memory") from None
-        self.capacity = wanted
+            raise StepUnsupportedError(f"keys and values of {capacity} positions do not fit into memory") from None
+        self.capacity = capacity
 
-    def _allocate(self, wanted: int) -> None:
+    def _allocate(self, capacity: int) -> None:
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         for _, op in self.graph:
             if isinstance(op, Attend):
                 inner = op.attention
-                shape = (inner.kv_heads, wanted, inner.head_dim)
+                shape = (inner.kv_heads, capacity, inner.head_dim)
                 self._keys[inner.layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
                 self._values[inner.layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-                self._tables[op.table] = self._tables.get(op.table) or rotary_table(self.model, op.table, wanted)
+                self._tables[op.table] = self._tables.get(op.table) or rotary_table(self.model, op.table, capacity)
         self._token = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._now = torch.zeros((), dtype=torch.int64, device=self.device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, tokens: Tensor) -> Tensor:
-        """Read int64 `tokens` [n] after those read before; logits of the next, float32 [vocabulary].
+        """Append int64 `tokens` [n] to the text and return the logits of the next token, float32 [vocabulary].
 
-        Raises CacheOverflowError where the cache has not as many positions left, ValueError for no token or, in a
-        prompt, one that is not in the vocabulary.
+        Raises CacheOverflowError if the cache has too few positions left, and ValueError for no tokens or, in a prompt,
+        a token that is not in the vocabulary.
         """
         tokens = tokens.to(self.device, torch.int64, copy=True)
         count, first = tokens.numel(), not self.position
         if count == 0 or ((count > 1 or first) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary):
-            raise ValueError(f"expected tokens below {self.vocabulary}, at least one")
+            raise ValueError(f"expected at least one token, all tokens below {self.vocabulary}")
         if self.position + count > self.capacity:
             raise CacheOverflowError(
                 f"{self.position} + {count} tokens are more than the {self.capacity} positions of the cache; "
-                "reserve more before the text begins"
+                "reserve more before the text starts"
             )
         with on_device(self._token):
             return self._next(tokens).clone() if count == 1 and not first else self._prompt_of(tokens)
 
     def _prompt_of(self, tokens: Tensor) -> Tensor:
-        """The logits after several tokens, walked."""
+        """The logits after several tokens, launch by launch."""
         for start in range(0, tokens.numel(), PROMPT_TOKENS):
             part = tokens[start : start + PROMPT_TOKENS]
             logits = self._walk(part)
@@ -140,7 +133,7 @@ class RecordedStep:
         return logits
 
     def _next(self, token: Tensor) -> Tensor:
-        """The logits after one token: replayed, or walked where nothing can be recorded."""
+        """The logits after one token, by replaying the recording, or launch by launch where there is none."""
         self._token.copy_(token)
         if self._recorded is None and self.device.type == "cuda":
             self._record()
@@ -153,8 +146,10 @@ class RecordedStep:
         return self._logits
 
     def _record(self) -> None:
-        """Record the walk of one token and the step to the next position. A first walk compiles and allocates what is
-        kept; it writes the key and value that the replay writes again."""
+        """Record the launches for one token and the increment of the position.
+
+        They run once before, to compile kernels and allocate what is kept; the replay writes the same key and value.
+        """
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -169,34 +164,37 @@ class RecordedStep:
         self._recorded = recorded
 
     def _walk(self, tokens: Tensor, now: Tensor | None = None) -> Tensor:
-        """The graph for `tokens` [n], in order; logits of the last. `now`, the position in memory, is for one alone."""
+        """Run the graph for `tokens` [n] in order; return the logits of the last.
+
+        `now` holds the position on the device and is given for a single token only.
+        """
         values: dict[Value, Tensor] = {}
         for name, op in self.graph:
-            given = [values[value] for value in self.graph.inputs(name)]
-            made: tuple[Tensor, ...]
+            inputs = [values[value] for value in self.graph.inputs(name)]
+            outputs: tuple[Tensor, ...]
             match op:
                 case Token():
-                    made = (tokens,)
+                    outputs = (tokens,)
                 case Embed(weight):
-                    made = (self._module(weight.name)(given[0]),)
+                    outputs = (self._module(weight.name)(inputs[0]),)
                 case Norm():
-                    made = self._norm(op, None, given[0], None)[1:]
+                    outputs = self._norm(op, None, inputs[0], None)[1:]
                 case Residual(norm, post):
-                    made = self._norm(norm, post, *given)
+                    outputs = self._norm(norm, post, *inputs)
                 case Add():
-                    made = (given[0].float() + given[1],)
+                    outputs = (inputs[0].float() + inputs[1],)
                 case Linear(weights):
-                    x = given[0][-1:] if Value(name) == self.graph.logits or self._before_cap(name) else given[0]
-                    made = tuple(self._module(weight.name)(x) for weight in weights)
+                    x = inputs[0][-1:] if Value(name) == self.graph.logits or self._before_cap(name) else inputs[0]
+                    outputs = tuple(self._module(weight.name)(x) for weight in weights)
                 case Gate(activation):
-                    made = (self._gate(activation, *given),)
+                    outputs = (self._gate(activation, *inputs),)
                 case Attend():
-                    made = (self._prompt(op, *given) if now is None else self._attend(op, now, *given),)
+                    outputs = (self._prompt(op, *inputs) if now is None else self._attend(op, now, *inputs),)
                 case Softcap(_, cap):
-                    made = (cap * torch.tanh(given[0].float() / cap),)
+                    outputs = (cap * torch.tanh(inputs[0].float() / cap),)
                 case _:
-                    raise StepUnsupportedError(f"nothing runs {name} = {op}")
-            values |= {Value(name, port): tensor for port, tensor in enumerate(made)}
+                    raise StepUnsupportedError(f"there is no kernel for {name} = {op}")
+            values |= {Value(name, port): tensor for port, tensor in enumerate(outputs)}
         return values[self.graph.logits].float()[-1]
 
     def _before_cap(self, name: str) -> bool:
@@ -206,7 +204,7 @@ class RecordedStep:
         return self.model.get_submodule(name)
 
     def _norm(self, norm: Norm, post: Norm | None, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(h + y or h + post(y) in float32, its norm)."""
+        """(h + y, or h + post(y), in float32; the norm of that sum)."""
         weight = self._module(norm.weight).weight
         after = weight if post is None else self._module(post.weight).weight
         normed = torch.empty(h.shape, dtype=self.dtype, device=h.device)
@@ -227,9 +225,9 @@ class RecordedStep:
         return y
 
     def _attend(self, op: Attend, now: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Of one token, at the position `now`."""
+        """Attention of one token at the position `now`."""
         inner = op.attention
-        shares = min(MOST_SHARES, 1 << (-(-self.capacity // SHARE) - 1).bit_length())
+        shares = min(MAX_SHARES, 1 << (-(-self.capacity // SHARE) - 1).bit_length())
         y = torch.empty_like(q)
         part = torch.empty(inner.heads, shares, inner.head_dim, device=q.device)
         ends = torch.empty(inner.heads, shares, 2, device=q.device)
@@ -253,42 +251,42 @@ class RecordedStep:
         return y
 
     def _prompt(self, op: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Of n tokens from `position` on, by torch."""
+        """Attention of n tokens from `position` on, by torch."""
         inner, count = op.attention, q.shape[0]
-        place = slice(self.position, self.position + count)
-        cosines, sines = (table[place, None] for table in self._tables[op.table])
-        turned = []
+        span = slice(self.position, self.position + count)
+        cosines, sines = (table[span, None] for table in self._tables[op.table])
+        rotated = []
         for x, norm in ((q, op.query_norm), (k, op.key_norm)):
             heads = x.reshape(count, -1, inner.head_dim)
             if norm:
                 flat = heads.reshape(-1, inner.head_dim)
                 heads = self._norm(norm, None, flat, None)[1].view_as(heads)
             first, second = heads.float().chunk(2, -1)
-            turned.append(torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1))
+            rotated.append(torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1))
         keys, values = self._keys[inner.layer], self._values[inner.layer]
-        keys[:, place] = turned[1].transpose(0, 1).to(self.dtype)
-        values[:, place] = v.view(count, -1, inner.head_dim).transpose(0, 1)
-        seen = self.position + count
-        query = turned[0].transpose(0, 1).to(self.dtype)
-        at = torch.arange(seen, device=q.device)
-        behind = at[self.position :, None] - at
-        mask = (behind >= 0) & (behind < (inner.window or seen))
+        keys[:, span] = rotated[1].transpose(0, 1).to(self.dtype)
+        values[:, span] = v.view(count, -1, inner.head_dim).transpose(0, 1)
+        length = self.position + count
+        query = rotated[0].transpose(0, 1).to(self.dtype)
+        index = torch.arange(length, device=q.device)
+        distance = index[self.position :, None] - index
+        mask = (distance >= 0) & (distance < (inner.window or length))
         if inner.softcap:
             groups = query.reshape(inner.kv_heads, -1, count, inner.head_dim).float()
-            scores = groups @ keys[:, None, :seen].float().transpose(-1, -2) * inner.scale
+            scores = groups @ keys[:, None, :length].float().transpose(-1, -2) * inner.scale
             scores = inner.softcap * torch.tanh(scores / inner.softcap)
             weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-            mixed = (weights @ values[:, None, :seen].float()).reshape(inner.heads, count, inner.head_dim)
+            mixed = (weights @ values[:, None, :length].float()).reshape(inner.heads, count, inner.head_dim)
         else:
             mixed = scaled_dot_product_attention(
-                *(query[None], keys[None, :, :seen], values[None, :, :seen]),
+                *(query[None], keys[None, :, :length], values[None, :, :length]),
                 attn_mask=mask, scale=inner.scale, enable_gqa=inner.heads != inner.kv_heads,
             )[0]  # fmt: skip
         return mixed.transpose(0, 1).reshape(count, -1).to(self.dtype)
 
 
 def record_step(model: PreTrainedModel) -> RecordedStep:
-    """The step of a model on a GPU. Raises StepUnsupportedError, saying why there is none."""
+    """The step of a model on a GPU, recorded at its first token. Raises StepUnsupportedError, with the reason."""
     if importlib.util.find_spec("triton") is None:
         raise StepUnsupportedError("Triton is not installed")
     if model.device.type == "cuda" and not kernels_work(model.device, PROBES[0]):

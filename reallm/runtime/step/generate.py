@@ -1,10 +1,8 @@
-"""`model.generate` through the decode step, for one text drawn or taken greedily; all else as before.
+"""`model.generate` by the decode step, for a single text with sampling or greedy decoding.
 
-On the CPU the step is compiled, on a GPU recorded.
-
-transformers prepares everything (settings, processors of logits, criteria to stop) and is handed another decoding loop,
-which asks the step for logits and nothing else. Whatever the step cannot do goes through transformers' own loop, and a
-log line says why, once for each reason.
+The step is compiled on the CPU and recorded as a CUDA graph on a GPU. transformers still prepares everything (settings,
+logits processors, stopping criteria); it is given another decoding loop, which only takes logits from the step.
+Whatever the step does not support uses transformers' own loop, and the log says why, once for each reason.
 """
 
 from __future__ import annotations
@@ -30,31 +28,38 @@ from .model_reader import StepUnsupportedError
 
 LOG = logging.getLogger(__name__)
 _OWN_LOOPS = ("custom_generate", "assistant_model", "tokenizer", "negative_prompt_ids", "synced_gpus")
-"""Arguments of `generate` that bring another decoding loop, or more than one model."""
+"""Arguments of `generate` that need another decoding loop, or more than one model."""
 _EXPECTED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-"""What transformers hands to a decoding loop for a text alone."""
+"""Arguments that transformers gives to a decoding loop for text without other inputs."""
+_EXTRA_OUTPUTS = (
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+)
+"""Settings that ask for more than the text."""
 
 
 class StepGenerate:
-    """Stands in the place of `model.generate`; compiles the step at its first use."""
+    """Replaces `model.generate`; builds the step at its first use."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.step: Step | RecordedStep | None = None
-        self.bound: object = None
-        self.said: set[str] = set()
+        self.logged: set[str] = set()
         self.lock = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StepGenerate, (self.model,)  # a copy or an unpickled model compiles its own
+        return StepGenerate, (self.model,)  # a copied or unpickled model builds its own step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `GenerationMixin.generate`."""
+        """Generate as `GenerationMixin.generate` does, with the same arguments and result."""
         generate = type(self.model).generate
         streamer = kwargs.get("streamer")
-        other = next((name for name in _OWN_LOOPS if kwargs.get(name) is not None), None)
-        if other is not None:
-            self.say(f"generate was given {other}")
+        argument = next((name for name in _OWN_LOOPS if kwargs.get(name) is not None), None)
+        if argument is not None:
+            self.log_once(f"the step does not support generate({argument}=...)")
             return generate(self.model, *args, **kwargs)
 
         def decode(
@@ -67,12 +72,12 @@ class StepGenerate:
         ) -> Any:
             step = None
             mode = generation_config.get_generation_mode()
-            reason = _unsuited(input_ids, self.model.device, generation_config, mode, model_kwargs)
+            reason = _unsupported(input_ids, self.model.device, generation_config, mode, model_kwargs)
             if reason is None and self.lock.acquire(blocking=False):
                 try:
                     step = self.ready()
                     step.reserve(max(_limit(stopping_criteria, generation_config), input_ids.shape[1] + 1))
-                    with one_thread():  # what torch does between two tokens is little, and its threads would spin on
+                    with one_thread():  # torch does little between two tokens, and its idle threads would spin
                         return _decode(
                             step, input_ids, logits_processor, stopping_criteria, generation_config, streamer
                         )
@@ -80,74 +85,73 @@ class StepGenerate:
                     reason = str(error)
                 finally:
                     self.lock.release()
-            self.say(reason or "another thread is generating")
+            self.log_once(reason or "another thread is generating")
             loop = getattr(type(model), GENERATION_MODES_MAPPING[mode])
-            given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+            options = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
             if streamer is not None:
-                given["streamer"] = streamer
-            return loop(model, input_ids, generation_config=generation_config, **given, **model_kwargs)
+                options["streamer"] = streamer
+            return loop(model, input_ids, generation_config=generation_config, **options, **model_kwargs)
 
         return generate(self.model, *args, custom_generate=decode, **kwargs)
 
     def ready(self) -> Step | RecordedStep:
-        """The step, compiled or recorded anew if the model has changed. Raises StepUnsupportedError."""
+        """The step, built again if the model has changed. Raises StepUnsupportedError."""
         if self.step is None or self.step.outdated():
             self.step = None
             self.step = record_step(self.model) if self.model.device.type == "cuda" else compile_step(self.model)
         self.step.refresh()
         return self.step
 
-    def say(self, reason: str) -> None:
-        """Log once that transformers' loop is taken, and why."""
-        if reason not in self.said:
-            self.said.add(reason)
-            LOG.warning("generating without the decode step of its own: %s", reason)
+    def log_once(self, reason: str) -> None:
+        """Log that transformers' loop is used, and why; a reason that was logged before is left out."""
+        if reason not in self.logged:
+            self.logged.add(reason)
+            LOG.warning("using transformers' decoding loop, which is slower than the reallm decode step: %s", reason)
 
 
 def use_step(model: PreTrainedModel) -> StepGenerate:
-    """Let `model.generate` use the compiled decode step where it can; what stands in its place from now on."""
-    found = vars(model).get("generate")
-    if not isinstance(found, StepGenerate):
-        model.generate = found = StepGenerate(model)
-    return found
+    """Replace `model.generate` by one that uses the decode step where it can, and return it."""
+    generate = vars(model).get("generate")
+    if not isinstance(generate, StepGenerate):
+        model.generate = generate = StepGenerate(model)
+    return generate
 
 
-def _unsuited(
+def _unsupported(
     input_ids: Tensor,
     device: torch.device,
     config: GenerationConfig,
     mode: GenerationMode,
     model_kwargs: Mapping[str, Any],
 ) -> str | None:
-    """Why the step cannot do what was asked for; None if it can."""
+    """Why the step does not support this call; None if it does."""
     mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
-    wanted = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
-    asked = next((name for name in wanted if getattr(config, name, None)), None)
+    requested = next((name for name in _EXTRA_OUTPUTS if getattr(config, name, None)), None)
     unexpected = {name for name, value in model_kwargs.items() if value is not None} - _EXPECTED
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"the generation mode is {mode.value}"
     if input_ids.shape[0] != 1:
-        return f"{input_ids.shape[0]} texts at once"
+        return f"the step supports batch size 1, the batch size is {input_ids.shape[0]}"
     if input_ids.shape[1] == 0 or input_ids.device != device:
         return "the prompt is empty" if input_ids.shape[1] == 0 else f"the prompt is on {input_ids.device}"
-    if asked or not model_kwargs.get("use_cache", True):
-        return f"{asked} was asked for" if asked else "use_cache is off"
+    if requested or not model_kwargs.get("use_cache", True):
+        return f"{requested} is set" if requested else "use_cache is off"
     if unexpected:
-        return f"the model is given {min(unexpected)}"
+        return f"the model is given the argument {min(unexpected)}"
     if mask is not None and not bool(mask.all()):
         return "part of the prompt is masked"
     if cache is not None and cache.get_seq_length():
-        return "there is a cache of an earlier text"
+        return "past_key_values holds an earlier text"
     return None
 
 
 def _limit(stopping_criteria: StoppingCriteriaList, config: GenerationConfig) -> int:
-    """Tokens of the longest text there may be."""
+    """The maximum number of tokens of the text."""
     return stopping_criteria.max_length or config.max_length or 0
 
 
-def _likeliest(scores: Tensor) -> Tensor:
-    """The index of the largest of each row; on a CPU by numpy, in a tenth of the time."""
+def _most_likely(scores: Tensor) -> Tensor:
+    """The index of the largest score of each row; on a CPU by numpy, which takes a tenth of torch's time."""
     return scores.argmax(-1) if scores.is_cuda else torch.from_numpy(scores.numpy().argmax(-1))
 
 
@@ -160,14 +164,14 @@ def _decode(
     generation_config: GenerationConfig,
     streamer: Any,
 ) -> Tensor:
-    """The text [1, tokens] continued until a criterion stops it; `step` has room for it."""
+    """Continue the text [1, tokens] until a criterion stops it; `step` has reserved enough positions."""
     logits = step.run(input_ids[0])
     while True:
         scores = logits_processor(input_ids, logits[None])
         if generation_config.do_sample:
             chosen = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
         else:
-            chosen = _likeliest(scores)
+            chosen = _most_likely(scores)
         input_ids = torch.cat([input_ids, chosen[:, None]], dim=-1)
         if streamer is not None:
             streamer.put(chosen.cpu())

@@ -1,8 +1,8 @@
-"""Reading the decode step off a transformers model: `codegen.graph.StepGraph`, or the reason why not.
+"""Read the decode step of a transformers model as a dataflow graph (`codegen.decode_step.graph.StepGraph`).
 
-Nothing is taken from a name alone: the classes must be transformers' own of a family listed here, every module must
-have exactly the children and parameters the graph accounts for, norms and activations are run on a few numbers and
-compared with the formula the graph will use, and rotations come from the model's own module.
+Names alone are not trusted. The classes must be transformers' own, of an architecture listed here; every module must
+have exactly the children and parameters that the graph covers; norms and activations are run on a few numbers and
+compared with the formula that the graph will use; and rotary tables are computed by the model's own module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 from transformers import PreTrainedModel
 
-from reallm.codegen.decode_step.graph import (
+from reallm.codegen.decode_step.graph import StepGraph, Value
+from reallm.codegen.decode_step.operations import (
     Activation,
     Add,
     Attention,
@@ -26,35 +27,33 @@ from reallm.codegen.decode_step.graph import (
     Norm,
     Rotary,
     Softcap,
-    StepGraph,
     Token,
-    Value,
     Weight,
 )
 from reallm.runtime.modules import CompressedEmbedding, CompressedLinear, TiedHead
-from reallm.runtime.packed import Packed
+from reallm.runtime.packed import Packed, SharedCodebooks
+from reallm.system.torch_dtypes import FLOAT_NAMES
 
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _CHANGING_ROPE = ("dynamic", "longrope")
-"""Rotations whose angles depend on how long the text has become."""
+"""Kinds of rotary embedding whose angles depend on the length of the text."""
 
 
 class StepUnsupportedError(Exception):
-    """The model's decode step cannot be compiled; the message says why."""
+    """The decode step does not support the model, for the reason in the message."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the architectures we know differ in, where it cannot be seen in their modules."""
+    """How the supported architectures differ in ways that their modules do not show."""
 
     window: Literal["", "config", "layers"] = ""
-    """Sliding windows: none, one in the configuration for all layers, or for the layers it lists as sliding."""
+    """Sliding windows: none, one for all layers, or one for the layers that the configuration lists as sliding."""
     sandwich: bool = False
-    """Norms after attention and MLP too, before their sums."""
+    """Whether there are norms after attention and MLP too, before their outputs are added."""
     softcap: bool = False
-    """Attention scores are capped by attn_logit_softcapping."""
+    """Whether attention scores are capped by attn_logit_softcapping."""
     rope_by_layer: bool = False
-    """The rotation depends on the kind of the layer."""
+    """Whether the rotary embedding depends on the kind of the layer."""
 
 
 FAMILIES = {
@@ -73,7 +72,7 @@ def read_step(model: PreTrainedModel) -> StepGraph:
     family = FAMILIES.get(type(model).__name__)
     if family is None or not type(model).__module__.startswith("transformers.models."):
         known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
-        _refuse(f"{type(model).__name__} is none of the architectures it knows ({known})")
+        _refuse(f"{type(model).__name__} is not among the supported architectures ({known})")
     _check_plain(model)
     return _Reader(model, family).read()
 
@@ -83,21 +82,21 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _check_plain(model: PreTrainedModel) -> None:
-    """Nobody hangs on the modules or has replaced a method, and all of it is in memory here."""
+    """Refuse a model with hooks or replaced methods, in training mode, or spread over devices."""
     if model.training:
         _refuse("the model is in training mode")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             _refuse(f"{name or 'the model'} has a hook")
     if replaced := {"prepare_inputs_for_generation", "__call__"} & vars(model).keys():
-        _refuse(f"its {min(replaced)} was replaced")
+        _refuse(f"{min(replaced)} of the model was replaced")
     devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or not min(devices).startswith(("cpu", "cuda")):
-        _refuse(f"it is on {', '.join(sorted(devices))}")
+        _refuse(f"the model is on {', '.join(sorted(devices))}; expected one device, a CPU or a CUDA GPU")
 
 
 class _Reader:
-    """One pass over a model of `family`."""
+    """Builds the graph of a model of `family`."""
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self.model, self.family, self.config = model, family, model.config
@@ -148,7 +147,7 @@ class _Reader:
         q, k, v = (self.linear(f"{path}.{name}_proj", hidden) for name in "qkv")
         heads, kv_heads = q.rows // head_dim, k.rows // head_dim
         if (q.rows, k.rows, v.rows) != (heads * head_dim, kv_heads * head_dim, k.rows) or heads % kv_heads:
-            _refuse(f"{path} projects to {q.rows}, {k.rows} and {v.rows}, no whole heads of {head_dim}")
+            _refuse(f"{path} projects to {q.rows}, {k.rows} and {v.rows}, which are not whole heads of {head_dim}")
         if heads // kv_heads != module.num_key_value_groups:
             _refuse(f"{path} shares a key among {module.num_key_value_groups} heads, not {heads // kv_heads}")
         values = {
@@ -181,19 +180,18 @@ class _Reader:
         return len(list(self.module(path).children()))
 
     def children(self, path: str, expected: Iterable[str]) -> None:
-        """`path` is a class of the model's own file with these children, no other, and no parameter itself."""
+        """Check that `path` has just these children and no parameters, and is of a class of the model's own file."""
         module, label = self.module(path), path or type(self.model).__name__
         if type(module).__module__ != self.package:
             _refuse(f"{label} is a {type(module).__name__} from {type(module).__module__}")
-        found = dict(module.named_children())
-        found = {name: child for name, child in found.items() if name != "reallm_shared"}
-        if set(found) != set(expected):
-            _refuse(f"{label} has the parts {', '.join(sorted(set(found) ^ set(expected)))} too many or too few")
+        names = {name for name, _ in module.named_children() if name != SharedCodebooks.NAME}
+        if difference := names ^ set(expected):
+            _refuse(f"{label} has additional or missing parts: {', '.join(sorted(difference))}")
         if list(module.parameters(recurse=False)):
-            _refuse(f"{label} has a parameter of its own")
+            _refuse(f"{label} has parameters itself, not only in its parts")
 
     def norm(self, name: str, path: str, width: int, x: Value, groups: int = 1) -> Value:
-        """Add a norm, after trying on a few numbers which formula the module follows."""
+        """Add a norm, after testing on a few numbers which formula the module follows."""
         module: Any = self.module(path)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if (
@@ -201,42 +199,42 @@ class _Reader:
             or [n for n, _ in module.named_parameters()] != ["weight"]
             or not eps
         ):
-            _refuse(f"{path} is no norm it knows, but a {type(module).__name__}")
+            _refuse(f"{path} is a {type(module).__name__}, not a supported norm")
         weight = module.weight.detach().float()
         if tuple(weight.shape) != (width,):
             _refuse(f"{path} has weights of shape {tuple(weight.shape)}, not [{width}]")
         probe = torch.linspace(-2, 3, width, device=weight.device)
         with torch.no_grad():
-            found = module(probe).float()
+            output = module(probe).float()
         scaled = probe * torch.rsqrt(probe.square().mean() + eps)
         for plus_one in (False, True):
-            if torch.allclose(found, scaled * (weight + plus_one), rtol=1e-4, atol=1e-5):
+            if torch.allclose(output, scaled * (weight + plus_one), rtol=1e-4, atol=1e-5):
                 return self.graph.add(name, Norm(path, width, float(eps), plus_one, groups), x)
-        _refuse(f"{path}, a {type(module).__name__}, is no root mean square norm")
+        _refuse(f"{path}, a {type(module).__name__}, does not compute a root mean square norm")
 
     def linear(self, path: str, cols: int) -> Weight:
         module: Any = self.module(path)
         if type(module) not in (nn.Linear, CompressedLinear, TiedHead):
-            _refuse(f"{path} is a {type(module).__name__}, no linear it knows")
+            _refuse(f"{path} is a {type(module).__name__}, not a supported linear module")
         if isinstance(module, CompressedLinear) and module.in_training:
-            _refuse(f"the low-rank factors of {path} are being trained")
+            _refuse(f"parts of {path} are being trained")
         weight = _weight(path, module, module.bias is not None)
         if weight.cols != cols:
             _refuse(f"{path} reads {weight.cols} values, not {cols}")
         return weight
 
     def embedding(self, path: str) -> tuple[float, Weight]:
-        """(what its rows are multiplied by, the matrix)."""
+        """(the factor of its rows, its matrix)."""
         module: Any = self.module(path)
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-            _refuse(f"{path} is a {type(module).__name__}, no embedding it knows")
+            _refuse(f"{path} is a {type(module).__name__}, not a supported embedding")
         weight = _weight(path, module, False)
         if type(module) in (nn.Embedding, CompressedEmbedding):
             return 1.0, weight
-        own = [base for base in type(module).__mro__ if base.__module__ == self.package]
+        model_classes = [base for base in type(module).__mro__ if base.__module__ == self.package]
         dtype = module.decoded.dtype if isinstance(module, Packed) else module.weight.dtype
-        if len(own) != 1 or not hasattr(module, "embed_scale"):
-            _refuse(f"{path} is a {type(module).__name__}, no embedding it knows")
+        if len(model_classes) != 1 or not hasattr(module, "embed_scale"):
+            _refuse(f"{path} is a {type(module).__name__}, not a supported embedding")
         scale: Any = module.embed_scale
         return float(scale.to(dtype)), weight
 
@@ -244,11 +242,11 @@ class _Reader:
         module, probe = self.module(path), torch.linspace(-4, 4, 33)
         known: dict[Activation, Tensor] = {"silu": silu(probe), "gelu_tanh": gelu(probe, approximate="tanh")}
         with torch.no_grad():
-            found = module(probe)
+            output = module(probe)
         for name, values in known.items():
-            if torch.allclose(found, values, rtol=1e-5, atol=1e-6):
+            if torch.allclose(output, values, rtol=1e-5, atol=1e-6):
                 return name
-        _refuse(f"{path}, a {type(module).__name__}, is neither silu nor gelu by tanh")
+        _refuse(f"{path}, a {type(module).__name__}, is neither silu nor gelu with tanh")
 
     def window(self, index: int) -> int | None:
         kinds = getattr(self.config, "layer_types", None)
@@ -259,29 +257,29 @@ class _Reader:
         return int(size) if sliding and size else None
 
     def rotation(self, index: int, head_dim: int) -> str:
-        """The name of the layer's table of angles: "rope", or "rope.<kind of layer>"."""
+        """The name of the layer's rotary table: "rope", or "rope.<kind of layer>"."""
         module: Any = self.module("model.rotary_emb")
         kind = self.config.layer_types[index] if self.family.rope_by_layer else ""
         rope = module.rope_type[kind] if kind else module.rope_type
         if rope in _CHANGING_ROPE:
-            _refuse(f"its rotation is {rope!r}, which changes with the length of the text")
+            _refuse(f"its rotary embedding is {rope!r}, which changes with the length of the text")
         name = f"rope.{kind}" if kind else "rope"
         cosines, sines = rotary_table(self.model, name, 2)
         half = head_dim // 2
         if type(module).__module__ != self.package or cosines.shape != (2, half) or sines.shape != (2, half):
-            _refuse(f"its rotation turns {2 * cosines.shape[1]} of the {head_dim} values of a head")
+            _refuse(f"its rotary embedding rotates {2 * cosines.shape[1]} of the {head_dim} values of a head")
         return name
 
 
 def _weight(path: str, module: Any, bias: bool) -> Weight:
-    holder = module._source[0] if isinstance(module, TiedHead) else module
+    holder = module.source if isinstance(module, TiedHead) else module
     if isinstance(holder, Packed):
         native = holder.native
         transform = f"{native.operand.input_key:016x}" if native else ""
         fmt = holder.format
         permuted = native is not None and fmt.permuted and not fmt.sparse and not fmt.low_rank
         return Weight(path, holder.rows, holder.cols, fmt.name, bias, transform, permuted)
-    kind = DTYPES.get(holder.weight.dtype)
+    kind = FLOAT_NAMES.get(holder.weight.dtype)
     if kind is None:
         _refuse(f"{path} is {holder.weight.dtype}")
     rows, cols = holder.weight.shape
@@ -289,7 +287,7 @@ def _weight(path: str, module: Any, bias: bool) -> Weight:
 
 
 def rotary_table(model: PreTrainedModel, name: str, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [positions, head_dim / 2], by the model's own module for the rotation `name`.
+    """Cosines and sines of the rotary table `name`, float32 [positions, head_dim / 2], by the model's own module.
 
     Raises StepUnsupportedError.
     """
@@ -301,5 +299,5 @@ def rotary_table(model: PreTrainedModel, name: str, positions: int) -> tuple[Ten
         cosines, sines = module(dtype, index, kind) if kind else module(dtype, index)
     half = cosines.shape[-1] // 2
     if not all(torch.equal(each[..., :half], each[..., half:]) for each in (cosines, sines)):
-        _refuse("its rotation turns the two halves of a head by different angles")
+        _refuse("its rotary embedding rotates the two halves of a head by different angles")
     return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()

@@ -43,9 +43,9 @@ def test_without_native_code_there_is_one_warning_and_none(
     if trouble == "off":
         monkeypatch.setenv("REALLM_NATIVE", "off")
     elif trouble == "no compiler":
-        monkeypatch.setattr(native, "_compiler", lambda: None)
+        monkeypatch.setattr(native, "find_compiler", lambda: None)
     else:
-        monkeypatch.setattr(native, "_compiler", lambda: "/bin/false")
+        monkeypatch.setattr(native, "find_compiler", lambda: "/bin/false")
     with caplog.at_level(logging.WARNING):
         assert library("trellis") is None and library("trellis") is None
     assert len(caplog.records) == (0 if trouble == "off" else 1)

@@ -9,19 +9,10 @@ import pytest
 from tiny import tiny_model
 
 from reallm.codegen.decode_step.emit_cpp import emit_step
-from reallm.codegen.decode_step.graph import (
-    Add,
-    Embed,
-    Gate,
-    Linear,
-    Norm,
-    StepGraph,
-    Token,
-    Value,
-    Weight,
-    verify_step,
-)
+from reallm.codegen.decode_step.graph import StepGraph, Value
+from reallm.codegen.decode_step.operations import Add, Embed, Gate, Linear, Norm, Token, Weight
 from reallm.codegen.decode_step.passes import CPU_PASSES, fold_permutations, group_linears, run_step_passes
+from reallm.codegen.decode_step.verify import verify_step
 from reallm.codegen.ir.operations import CodegenError
 from reallm.runtime.step.model_reader import read_step
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plans import plan_of
 from strategies import formats
 
+from reallm.codegen.ir.lower import has_kernel, lower, lower_plan
 from reallm.codegen.ir.operations import (
     AddLowRank,
     CodegenError,
@@ -25,8 +26,12 @@ from reallm.codegen.ir.operations import (
     Store,
     Unpack,
 )
-from reallm.codegen.ir.program import MatrixProgram, Program, Tile, has_kernel, lower, lower_plan, verify_program
-from reallm.codegen.passes.run import PASSES, hoist_row_scales, run_passes, share_inputs, tile_for
+from reallm.codegen.ir.program import MatrixProgram, Program, Tile
+from reallm.codegen.ir.verify import verify_program
+from reallm.codegen.passes.choose_tiles import chunk_tile
+from reallm.codegen.passes.hoist_row_scales import hoist_row_scales
+from reallm.codegen.passes.run import PASSES, run_passes
+from reallm.codegen.passes.share_inputs import share_inputs
 from reallm.codegen.triton.emit import DERIVED, emit, pointers
 from reallm.kernels.formats.formats import Format
 
@@ -182,7 +187,7 @@ def test_equal_specifications_share_a_kernel() -> None:
 
 @pytest.mark.parametrize("name", ["aq2x8-d8", "e8p3", "km4", "uint5-g24"])
 def test_a_thread_of_a_product_by_chunks_has_eight_or_sixteen_weights(name: str) -> None:
-    tile = tile_for(lower(Format.parse(name)))
+    tile = chunk_tile(lower(Format.parse(name)))
     assert tile.block_n * tile.block_k in (256 * tile.num_warps, 512 * tile.num_warps)
 
 

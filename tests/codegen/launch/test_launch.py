@@ -9,7 +9,8 @@ import torch
 from packed_fields import random_fields
 
 from reallm.codegen.ir.operations import CodegenError
-from reallm.codegen.launch.launch import kernels_for, load_kernel, multiply
+from reallm.codegen.launch.launch import kernels_for, multiply
+from reallm.codegen.launch.source_cache import load_kernel
 from reallm.kernels.formats.formats import Format
 
 pytest.importorskip("triton", reason="Triton is an extra")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import interpreted
@@ -22,18 +21,16 @@ from reallm.kernels.reference import decode_reference
 pytest.importorskip("triton", reason="Triton is an extra")
 
 CAST_ERROR = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-7}
-"""Relative error of a cast to the activations' dtype: rounding, but for bfloat16, which the interpreter truncates."""
+"""Relative error of a cast to the dtype of the activations: rounding, except for bfloat16, which the interpreter
+truncates."""
 HALF_SUBNORMAL = 2.0**-25
 SMALL = Tile(2, 64, 1)
 Check = Callable[[interpreted.Call], None]
 
 
 @pytest.fixture(scope="module")
-def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
-    cache = tmp_path_factory.mktemp("cache")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=interpreted.start, initargs=(cache,)) as pool:
-        yield lambda call: assert_matches_reference(call, pool)
+def check(interpreter: ProcessPoolExecutor) -> Check:
+    return lambda call: assert_matches_reference(call, interpreter)
 
 
 def assert_matches_reference(call: interpreted.Call, pool: ProcessPoolExecutor) -> None:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
-import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import interpreted
 import pytest
+from gpu_objects import gpu_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreted import random_call
+from machine_code.cost import product_cost
+from machine_code.sass import lint, read_code
 from plans import plan_of
 from strategies import kmeans_codecs, lattice_codecs, sparse_terms
 
-from benchmarks.machine_code.cost import product_cost
-from benchmarks.machine_code.sass import lint, read_code
-from reallm.codegen.artifact.build import TARGETS, compile_kernels, emit_kernels
+from reallm.codegen.artifact.build import emit_kernels
+from reallm.codegen.ir.lower import lower_plan
 from reallm.codegen.ir.operations import CodegenError
-from reallm.codegen.ir.program import KernelSpec, Program, lower_plan, verify_program
+from reallm.codegen.ir.program import Program
+from reallm.codegen.ir.verify import verify_program
+from reallm.codegen.launch.bindings import StoredMatrix
 from reallm.codegen.launch.grouped import MAX_ROWS, Member, group_of_leader, multiply_group, program_of
-from reallm.codegen.launch.launch import MAX_BATCH, StoredMatrix
-from reallm.codegen.passes.run import cut, run_passes, trellis_tile
+from reallm.codegen.launch.instances import MAX_BATCH
+from reallm.codegen.passes.choose_tiles import trellis_tile
+from reallm.codegen.passes.run import run_passes
+from reallm.codegen.passes.share_kernels import cut
 from reallm.codegen.triton.emit import emit
 from reallm.kernels.formats.codecs import AdditiveCodec, AnyCodec, ScalarCodec, TrellisCodec
 from reallm.kernels.formats.formats import Format
@@ -138,22 +142,17 @@ Check = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
-    cache = tmp_path_factory.mktemp("cache")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=interpreted.start, initargs=(cache,)) as pool:
+def check(interpreter: ProcessPoolExecutor) -> Check:
+    def matches(
+        names: list[str], rows: list[int], cols: int, batch: int, dtype: str = "float32", bias: bool = False
+    ) -> None:
+        made = [random_call(name, n, cols, batch, dtype, bias) for name, n in zip(names, rows, strict=True)]
+        calls = tuple(replace(call, x=made[0].x) for call in made)
+        results = interpreter.submit(interpreted.run_together, calls).result(timeout=300)
+        for call, result in zip(calls, results, strict=True):
+            interpreted.assert_matches(call, *result)
 
-        def matches(
-            names: list[str], rows: list[int], cols: int, batch: int, dtype: str = "float32", bias: bool = False
-        ) -> None:
-            made = [random_call(name, n, cols, batch, dtype, bias) for name, n in zip(names, rows, strict=True)]
-            calls = tuple(replace(call, x=made[0].x) for call in made)
-            for call, found in zip(
-                calls, pool.submit(interpreted.run_together, calls).result(timeout=300), strict=True
-            ):
-                interpreted.assert_matches(call, *found)
-
-        yield matches
+    return matches
 
 
 @pytest.mark.parametrize(
@@ -197,46 +196,39 @@ def test_any_format_and_shapes(
     check([fmt.name] * len(rows), rows, cols, batch, known, bias)
 
 
-def built(place: Path, specs: list[KernelSpec], targets: list[str]) -> None:
-    for spec in specs:
-        (place / f"{spec.name}.py").write_text(emit(spec))
-    compile_kernels(specs, place, targets, "bf16")
-
-
 @pytest.mark.parametrize("name", [TRELLIS, "lm3-g64-dq6x64+r8", "aq2x8-d8"])
-def test_the_code_is_clean_and_no_longer_than_a_matrix_by_itself_by_a_tenth(tmp_path: Path, name: str) -> None:
+def test_the_code_is_clean_and_at_most_a_tenth_longer_than_for_a_single_matrix(name: str) -> None:
     rows, cols = (4096, 1024, 1024), 4096
     program = program_of(members(name, rows, cols), prefill=False)
     group = program.groups[0].kernel
     joined = replace(program.matrices[0], rows=sum(rows), tile=group.tile)
     single = next(kernel for kernel in cut(joined) if kernel.function == "gemv")
     assert replace(group, members=1) == single
-    built(tmp_path, [group, single], ["sm_80"])
-    code = {spec: read_code(tmp_path / f"{spec.name}.sm_80.cubin") for spec in (group, single)}
+    objects = gpu_objects([group, single])
+    code = {spec: read_code(objects[spec, "sm_80"]) for spec in (group, single)}
     assert lint(code[group]) == ()
     assert len(code[group].loops) == len(code[single].loops)
     if group.widths or group.span:
         width = 4 if group.widths else 0
-        own, alone = (
+        together, alone = (
             product_cost(spec, code[spec], Format.parse(name), sum(rows), cols, width=width).instructions_per_weight
             for spec in (group, single)
         )
-        assert own <= 1.1 * alone
+        assert together <= 1.1 * alone
 
 
-def test_a_group_compiles_for_every_target_and_its_code_is_clean(tmp_path: Path) -> None:
+def test_a_group_compiles_for_nvidia_and_amd_and_its_code_is_clean() -> None:
     specs = [group.kernel for group in program_of(members(TRELLIS, (576, 192), 576), prefill=False).groups]
     assert [spec.function for spec in specs] == ["gemv", "finish"]
-    built(tmp_path, specs, list(TARGETS))
+    objects = gpu_objects(specs, ("sm_80", "sm_90", "gfx942"))
     for spec in specs:
-        assert (tmp_path / f"{spec.name}.gfx942.hsaco").read_bytes()[:4] == b"\x7fELF"
+        assert objects[spec, "gfx942"].read_bytes()[:4] == b"\x7fELF"
         for target in ("sm_80", "sm_90"):
-            code = read_code(tmp_path / f"{spec.name}.{target}.cubin")
+            code = read_code(objects[spec, target])
             assert lint(code, product=spec.function == "gemv") == ()
 
 
-def test_the_manifest_names_groups_and_their_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no objects
+def test_the_manifest_names_groups_and_their_kernels(tmp_path: Path) -> None:
     manifest = emit_kernels(BLOCK, tmp_path)
     groups = run_passes(lower_plan(BLOCK)).groups
     expected = [{"matrices": list(group.matrices), "kernel": group.kernel.name} for group in groups]
@@ -244,8 +236,7 @@ def test_the_manifest_names_groups_and_their_kernels(tmp_path: Path, monkeypatch
     assert {f"{group['kernel']}.py" for group in expected} <= set(manifest["files"])
 
 
-def test_the_code_of_a_group_of_gemms_is_clean(tmp_path: Path) -> None:
+def test_the_code_of_a_group_of_gemms_is_clean() -> None:
     program = program_of(members(TRELLIS, (4096, 1024, 1024), 4096), prefill=True)
     spec = replace(program.groups[0].kernel, batch=MAX_ROWS)
-    built(tmp_path, [spec], ["sm_80"])
-    assert lint(read_code(tmp_path / f"{spec.name}.sm_80.cubin")) == ()
+    assert lint(read_code(gpu_objects([spec])[spec, "sm_80"])) == ()

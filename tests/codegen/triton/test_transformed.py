@@ -1,9 +1,8 @@
-"""Generated kernels of trellis, lattice, table, rotated and sparse formats compute the reference's product."""
+"""Generated kernels of trellis, lattice, row-table, rotated and sparse formats compute the reference's product."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import interpreted
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from interpreted import random_call
 from strategies import kmeans_codecs, lattice_codecs, sparse_terms
 
-from reallm.codegen.launch.launch import MAX_BATCH
+from reallm.codegen.launch.instances import MAX_BATCH
 from reallm.kernels.formats.codecs import AnyCodec, ScalarCodec, TrellisCodec
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.formats.terms import LowRank
@@ -24,11 +23,8 @@ Check = Callable[[interpreted.Call], None]
 
 
 @pytest.fixture(scope="module")
-def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
-    cache = tmp_path_factory.mktemp("cache")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=interpreted.start, initargs=(cache,)) as pool:
-        yield lambda call: assert_matches_reference(call, pool)
+def check(interpreter: ProcessPoolExecutor) -> Check:
+    return lambda call: assert_matches_reference(call, interpreter)
 
 
 def assert_matches_reference(call: interpreted.Call, pool: ProcessPoolExecutor) -> None:
@@ -64,16 +60,16 @@ def test_every_codec_and_many_rows_of_x(check: Check, name: str) -> None:
     "name", ["tq3-l12+rot", "tq1.5-l16+o5+r8", "int4-g32+rot", "e8p3+perm", "km3+rot+o5", "aq2x8-d8+cs"]
 )
 def test_values_that_are_decoded_for_a_library(check: Check, name: str) -> None:
-    check(random_call(name, 40, 77, 34))
-    check(random_call(name, 24, 96, 40, "float16", bias=True))
+    check(random_call(name, 20, 45, 33))
+    check(random_call(name, 24, 48, 33, "float16", bias=True))
 
 
 @pytest.mark.parametrize("name", ["uint4-g32", "uint3-g0", "lm3-g24-dq6x64", "aq2x8-d8-shared", "e8p4", "km4"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_values_that_are_decoded_whole(check: Check, name: str, dtype: str) -> None:
-    check(random_call(name, 40, 77, 34, dtype, bias=True))
-    if dtype == "float16":  # a GEMM, which the interpreter gets wrong in bfloat16
-        check(random_call(name + "+r3", 24, 96, 34, dtype))
+def test_values_that_are_decoded_to_memory(check: Check, name: str, dtype: str) -> None:
+    check(random_call(name, 20, 45, 33, dtype, bias=True))
+    if dtype == "float16":  # a GEMM, whose bfloat16 products the interpreter gets wrong
+        check(random_call(name + "+r3", 24, 48, 33, dtype))
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "lm3-g64-dq6x64", "aq2x8-d8", "tq2-l12", "e8p2"])
@@ -84,7 +80,7 @@ def test_every_transform(check: Check, name: str, transform: str) -> None:
 
 @pytest.mark.parametrize("name", ["int4-g32", "lm3-g64-dq6x64", "uint2-g16", "nf4-g128", "lm6-g64", "uint8-g0"])
 def test_rows_of_whole_spans_behind_a_transform(check: Check, name: str) -> None:
-    check(random_call(name + "+perm+rot+r8i8", 9, 96, 3, bias=True))
+    check(random_call(name + "+perm+rot+r8i8", 3, 96, 3, bias=True))
 
 
 @pytest.mark.parametrize("name", ["e8p2", "e8p3", "e8p4", "km2", "km3", "km4"])
@@ -133,8 +129,8 @@ low_ranks = st.none() | st.builds(LowRank, st.integers(1, 20), st.sampled_from([
         rotated=st.booleans(),
         sparse=sparse_terms,
     ),
-    st.integers(1, 40),
-    st.integers(1, 90),
+    st.integers(1, 34),
+    st.integers(1, 50),
     st.sampled_from([1, 2, 4, 7, 17]),
     st.sampled_from(["float16", "bfloat16", "float32"]),
     st.booleans(),

@@ -1,4 +1,4 @@
-"""Rotations are orthogonal and flat in every dimension, and the same everywhere."""
+"""Rotations are orthogonal with flat entries in every dimension, and identical on every machine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reallm.kernels.codes.hadamard import MAX_PALEY, factors, hartley, paley, rotation, signs, sylvester
+from reallm.kernels.codes.hadamard import MAX_PALEY_ORDER, factors, hartley, paley, rotation, signs, sylvester
 
 
 @given(st.integers(1, 300))
 def test_rotations_are_orthogonal_and_flat(n: int) -> None:
     R = rotation(n)
-    # n products, each off by at most a few roundings of cosines and square roots
+    # n products, each with an error of a few roundings of cosines and square roots
     np.testing.assert_allclose(R @ R.T, np.eye(n), rtol=0, atol=16 * n * np.finfo(float).eps)
     assert np.abs(R).max() <= np.sqrt(2 / n) * (1 + 1e-12)
 
@@ -37,7 +37,7 @@ def test_paley_gives_hadamard_matrices_or_nothing(order: int) -> None:
 
 def test_a_prime_without_a_small_paley_order_takes_the_hartley_matrix() -> None:
     base, power = factors(43 * 4)
-    assert power == 4 and np.array_equal(base, hartley(43)) and MAX_PALEY < 43 * 128
+    assert power == 4 and np.array_equal(base, hartley(43)) and MAX_PALEY_ORDER < 43 * 128
 
 
 @pytest.mark.parametrize("n", [0, -3])
@@ -47,9 +47,9 @@ def test_orders_below_one_are_refused(n: int) -> None:
 
 
 def test_signs_are_fixed_and_balanced() -> None:
-    found = signs(4096)
-    assert abs(found.sum()) < 4 * 64  # four standard deviations of a sum of 4096 fair signs
-    assert hashlib.sha256(np.packbits(found > 0).tobytes()).hexdigest()[:16] == SIGNS_4096
+    values = signs(4096)
+    assert abs(values.sum()) < 4 * 64  # four standard deviations of a sum of 4096 fair signs
+    assert hashlib.sha256(np.packbits(values > 0).tobytes()).hexdigest()[:16] == SIGNS_4096
     assert not np.array_equal(signs(64), signs(65)[:64])
 
 

@@ -1,4 +1,4 @@
-"""The E8 codebooks: they are the lattices they are said to be, and codes decode by hand."""
+"""The E8 codebooks: their words are the documented lattice points, and codes decode as computed by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reallm.kernels.codes.lattice import (
     absolute_vectors,
     decode_lattice,
     e8p_words,
-    odd_minuses,
+    odd_sign_parity,
     root_words,
 )
 
@@ -28,7 +28,7 @@ def test_there_are_227_short_vectors_and_29_long_ones() -> None:
     norms = (absolute_vectors() ** 2).sum(1)
     assert (norms[:227] <= 10).all() and (norms[227:] == 12).all() and len(norms) == 256
     assert len(np.unique(absolute_vectors(), axis=0)) == 256
-    # the choice of long ones is part of the format
+    # the choice of long vectors is part of the format
     assert absolute_vectors()[227].tolist() == [0.5, 0.5, 0.5, 1.5, 1.5, 1.5, 1.5, 1.5]
     assert absolute_vectors()[254:].tolist() == [[1.5, 1.5, 1.5, 1.5, 0.5, 1.5, 0.5, 0.5], [1.5] * 5 + [0.5] * 3]
 
@@ -47,11 +47,11 @@ def test_the_second_codebook_holds_all_roots() -> None:
 
 
 def test_codes_decode_by_hand() -> None:
-    # index 0 is eight halves; minuses at coordinates 0 and 2; shift +1/4: an even number, so the eighth has none.
+    # Index 0 is eight halves; minus signs at coordinates 0 and 2; shift +1/4. Two is even, so the eighth sign is plus.
     assert e8p_words(np.array(0b1011))[()].tolist() == [-0.25, 0.75, -0.25, 0.75, 0.75, 0.75, 0.75, 0.75]
-    # one minus at coordinate 1, shift -1/4: the eighth takes one too
+    # One minus sign at coordinate 1, shift -1/4: the eighth sign is minus too.
     assert e8p_words(np.array(0b100)).tolist() == [0.25, -0.75, 0.25, 0.25, 0.25, 0.25, 0.25, -0.75]
-    assert absolute_vectors()[1].tolist() == [0.5] * 7 + [1.5] and odd_minuses()[1]
+    assert absolute_vectors()[1].tolist() == [0.5] * 7 + [1.5] and odd_sign_parity()[1]
     assert e8p_words(np.array(1 << 8)).tolist() == [0.25] * 7 + [-1.75]
 
 

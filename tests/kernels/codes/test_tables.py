@@ -1,4 +1,4 @@
-"""Scalar tables: shape, order, and the property that defines each."""
+"""Tables of scalar codecs: shape, order, and the defining property of each."""
 
 from __future__ import annotations
 

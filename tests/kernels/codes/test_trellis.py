@@ -1,4 +1,4 @@
-"""The trellis: rings of bits, their states and values, against walks by hand."""
+"""The trellis: rings of bits, their states and values, compared to walks by hand."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
 
 
 def closed_walk(rng: np.random.Generator, tiles: int, bits: int, state_bits: int, steps: int) -> np.ndarray:
-    """Walks that close: run the shift register once around to find where it starts, then again."""
-    fresh = rng.integers(0, 1 << bits, (tiles, steps))
+    """Random closed walks: the first round of the shift register finds the state in which the second starts."""
+    new_bits = rng.integers(0, 1 << bits, (tiles, steps))
     state = np.zeros(tiles, dtype=np.int64)
     walk = np.empty((tiles, steps), dtype=np.int64)
     for _ in range(2):
         for t in range(steps):
-            state = (state << bits | fresh[:, t]) & ((1 << state_bits) - 1)
+            state = (state << bits | new_bits[:, t]) & ((1 << state_bits) - 1)
             walk[:, t] = state
     return walk
 
@@ -45,7 +45,7 @@ def test_a_closed_walk_comes_back_from_its_ring(width: int, state_bits: int, see
 
 
 def test_a_ring_by_hand() -> None:
-    # One bit a step, 256 steps; only step 0 is new bit 1: position 255 of the ring, the last bit of the last word.
+    # One bit per step, 256 steps; only step 0 shifts in a 1: position 255 of the ring, the last bit of the last word.
     walk = np.zeros((1, 256), dtype=np.int64)
     for t in range(8):
         walk[0, t] = 1 << t
@@ -66,13 +66,13 @@ def test_values_are_byte_sums_of_products() -> None:
 def test_values_look_normal(state_bits: int) -> None:
     values = code_table(state_bits, 2).astype(float) / CODE_STD
     assert np.abs(values.mean(0)).max() < 0.02 and np.abs(values.std(0) - 1).max() < 0.02
-    spread = 4 * (24 / 2**state_bits) ** 0.5  # four standard errors of a kurtosis
+    spread = 4 * (24 / 2**state_bits) ** 0.5  # four standard errors of the kurtosis
     assert np.abs((values**4).mean(0) - 2.7).max() < spread  # four uniform bytes: 3 - 1.2 / 4
     assert abs(np.corrcoef(values.T)[0, 1]) < 4 / 2 ** (state_bits / 2)  # as independent as random draws
 
 
-def test_blocks_lie_one_after_another_and_an_edge_is_cut() -> None:
-    codec, rng = TrellisCodec(16, 8), np.random.default_rng(0)  # 2 bits a weight
+def test_blocks_follow_each_other_and_edges_are_cut() -> None:
+    codec, rng = TrellisCodec(16, 8), np.random.default_rng(0)  # 2 bits per weight
     rows, cols = 20, 40
     down, across = codec.grid(rows, cols)
     widths = np.array([2, 0, 7])
@@ -95,7 +95,7 @@ def test_widths_over_the_total_or_the_state_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         check_widths(codec, np.array([4, 5]), 32)
     with pytest.raises(ValueError, match="do not fit"):
-        check_widths(TrellisCodec(48, 8), np.array([11]), 16)  # 11 bits a step of two: more than the state has
+        check_widths(TrellisCodec(48, 8), np.array([11]), 16)  # 11 bits per step of two values: more than the state has
 
 
 def test_sizes_by_hand() -> None:

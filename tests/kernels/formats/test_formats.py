@@ -1,4 +1,4 @@
-"""Formats: names round-trip, sizes are the sizes of the bytes, nonsense is refused."""
+"""Formats: names round-trip, sizes equal those of the stored bytes, and impossible formats are refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import formats, random_packed, seeds, shapes
 
-from reallm.kernels.codes.packing import ALIGN_BYTES
-from reallm.kernels.formats.codecs import FormatError
+from reallm.kernels.formats.fields import FormatError
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.alignment import ALIGN_BYTES
 
 
 @given(formats)
@@ -83,7 +83,7 @@ def test_field_sizes_are_the_sizes_of_the_bytes(fmt: Format, shape: tuple[int, i
 def test_sizes_by_hand() -> None:
     # 576 x 576 in 3 bits: 331776 codes -> planes of 82944 and 41472 bytes; 5184 scales of 2 bytes; all multiples of 64.
     assert Format.parse("int3-g64").nbytes(576, 576) == 82944 + 41472 + 10368
-    # Asymmetric: 5184 three-bit zero points more, 1296 + 648 bytes -> 1984 with padding.
+    # Asymmetric: also 5184 three-bit zero points, 1296 + 648 bytes -> 1984 with padding.
     assert Format.parse("uint3-g64").nbytes(576, 576) == 82944 + 41472 + 10368 + 1984
     # Double quantisation: 5184 bytes of scale codes, 21 ranges of 2 bytes -> 64, one float -> 64.
     assert Format.parse("nf4-g64-dq8x256").nbytes(576, 576) == 165888 + 5184 + 64 + 64
@@ -92,12 +92,12 @@ def test_sizes_by_hand() -> None:
     # Two codebooks of 256 words of 8: 5 * 10 * 2 one-byte codes -> 128, 5 scales -> 64, 2 * 256 * 8 * 2 bytes.
     assert Format.parse("aq2x8-d8").nbytes(5, 77) == 128 + 64 + 8192
     assert Format.parse("aq2x8-d8-shared").nbytes(5, 77) == 128 + 64
-    # Rank 3 int8 factors of 5 x 77: 15 -> 64, 231 -> 256, and two runs of 3 scales -> 64 each.
+    # Rank 3 int8 factors of 5 x 77: 15 -> 64, 231 -> 256, and two fields of 3 scales -> 64 each.
     assert Format.parse("int4-g64+r3i8").nbytes(5, 77) == 320 + 64 + 256 + 64 + 64
     assert Format.parse("bf16").nbytes(5, 7) == 128
 
 
 @given(formats, shapes)
-def test_feedback_changes_no_byte(fmt: Format, shape: tuple[int, int]) -> None:
+def test_feedback_does_not_change_the_fields(fmt: Format, shape: tuple[int, int]) -> None:
     if fmt.feedback:
         assert replace(fmt, feedback="").fields(*shape) == fmt.fields(*shape)

@@ -1,4 +1,4 @@
-"""Weights files: read back by us and by the safetensors package, never half written, damage always noticed."""
+"""Weights files: reallm and the safetensors package read them back, they are never half written, damage is noticed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import safetensors.torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from reallm.kernels.storage.layout import INDEX_FILE, SINGLE_FILE, LayoutError, TensorSpec, file_bytes
-from reallm.kernels.storage.safetensors import read_folder, read_header, write_weights
+from reallm.kernels.storage.layout import INDEX_FILE, WEIGHTS_FILE, LayoutError, TensorSpec, file_bytes
+from reallm.kernels.storage.safetensors_reader import read_folder, read_header
+from reallm.kernels.storage.safetensors_writer import write_weights
 
 DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.float16, "F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
 tensors = st.dictionaries(
@@ -43,20 +44,20 @@ def example_tensors() -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 @settings(max_examples=50)
 @given(tensors, st.sampled_from((1, 300, 4 << 30)))
 def test_what_is_written_is_what_was_planned_and_reads_back(
-    content: dict[str, tuple[str, np.ndarray]], most: int
+    content: dict[str, tuple[str, np.ndarray]], max_bytes: int
 ) -> None:
     payloads = {name: (dtype, array.shape, array) for name, (dtype, array) in content.items()}
     specs = [TensorSpec(name, dtype, shape) for name, (dtype, shape, _) in payloads.items()]
     with tempfile.TemporaryDirectory() as folder:
-        files = write_weights(Path(folder), payloads, max_shard_bytes=most)
-        assert sum(path.stat().st_size for path in files) == file_bytes(specs, max_shard_bytes=most)
-        found = read_folder(Path(folder)) if content else read_header(files[0])
-        assert {(n, t.dtype, t.shape) for n, t in found.items()} == {(s.name, s.dtype, s.shape) for s in specs}
+        files = write_weights(Path(folder), payloads, max_shard_bytes=max_bytes)
+        assert sum(path.stat().st_size for path in files) == file_bytes(specs, max_shard_bytes=max_bytes)
+        headers = read_folder(Path(folder)) if content else read_header(files[0])
+        assert {(n, t.dtype, t.shape) for n, t in headers.items()} == {(s.name, s.dtype, s.shape) for s in specs}
         loaded: dict[str, np.ndarray] = {}
         for path in files:
             loaded |= safetensors.numpy.load_file(path)
         for name, (_, array) in content.items():
-            stored = found[name]
+            stored = headers[name]
             with stored.path.open("rb") as stream:
                 stream.seek(stored.start)
                 assert stream.read(stored.stop - stored.start) == array.tobytes()
@@ -106,9 +107,9 @@ def interrupted() -> bytes:
 @pytest.mark.parametrize(("failing", "error"), [(no_space, OSError), (interrupted, KeyboardInterrupt)])
 def test_a_failure_leaves_nothing(tmp_path: Path, failing: Callable[[], bytes], error: type[BaseException]) -> None:
     content = {**example_tensors(), "x.late": ("U8", (64,), failing)}
-    for most in (64, 4 << 30):
+    for max_bytes in (64, 4 << 30):
         with pytest.raises(error):
-            write_weights(tmp_path, content, max_shard_bytes=most)
+            write_weights(tmp_path, content, max_shard_bytes=max_bytes)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -118,11 +119,11 @@ def test_a_full_disk_on_sync_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", lambda _: no_space())
     with pytest.raises(OSError, match="No space left"):
         write_weights(tmp_path, {"new": ("U8", (64,), bytes(64))})
-    assert [p.name for p in tmp_path.iterdir()] == [SINGLE_FILE]
+    assert [p.name for p in tmp_path.iterdir()] == [WEIGHTS_FILE]
     assert path.read_bytes() == before
 
 
-def test_wrong_payloads_and_strangers_are_refused(tmp_path: Path) -> None:
+def test_wrong_payloads_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="'a' of U8 \\[64\\] takes 64 contiguous bytes, got 63"):
         write_weights(tmp_path, {"a": ("U8", (64,), bytes(63))})
     strided = np.zeros((64, 2), np.uint8)[:, 0]
@@ -134,9 +135,9 @@ def test_wrong_payloads_and_strangers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_changed_header_is_noticed_or_moves_no_tensor(tmp_path: Path) -> None:
-    """Every fifth bit of the header: one clear error, or tensors that lie where they lay.
+    """Flip every fifth bit of the header: either one clear error, or tensors at unchanged places.
 
-    What a header alone cannot show (a letter in a name, U8 read as I8, a space for a tab) is for the manifest's hashes.
+    The hashes of the manifest find what a header cannot show: a letter in a name, U8 read as I8, a tab for a space.
     """
     (path,) = write_weights(tmp_path, example_tensors())
     original, spans = path.read_bytes(), sorted((t.start, t.stop) for t in read_header(path).values())
@@ -148,12 +149,12 @@ def test_a_changed_header_is_noticed_or_moves_no_tensor(tmp_path: Path) -> None:
         content[bit // 8] ^= 1 << bit % 8
         damaged.write_bytes(content)
         try:
-            found = read_header(damaged)
+            headers = read_header(damaged)
         except LayoutError as error:
             assert "\n" not in str(error) and str(damaged) in str(error)
             noticed += 1
         else:
-            assert sorted((t.start, t.stop) for t in found.values()) == spans
+            assert sorted((t.start, t.stop) for t in headers.values()) == spans
     assert noticed > 8 * data_start // 5 // 2
 
 
@@ -169,19 +170,23 @@ def test_trailing_bytes_are_noticed(tmp_path: Path) -> None:
     (path,) = write_weights(tmp_path, example_tensors())
     size = path.stat().st_size
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(LayoutError, match=f"has {size + 1} bytes, its header describes {size}"):
+    with pytest.raises(LayoutError, match=f"the file has {size + 1} bytes, its header describes {size}"):
         read_header(path)
 
 
 ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 HOSTILE: dict[str, tuple[str, str]] = {
+    "an entry that is a number": (json.dumps({"a": 7}), "exactly dtype"),
+    "a dtype that is a list": (json.dumps({"a": {**ENTRY, "dtype": ["U8"]}}), "cannot be read"),
+    "an entry without a shape": (json.dumps({"a": {"dtype": "U8", "data_offsets": [0, 2]}}), "exactly dtype"),
+    "half a byte": (json.dumps({"a": {**ENTRY, "dtype": "F4", "shape": [3]}}), "be stored"),
     "not an object": ("[1, 2]", "not a JSON object"),
     "leading space": (" {}", "not a JSON object"),
-    "twice the same name": ('{"a": 1, "a": 2}', "a key stands twice"),
-    "no number": (json.dumps({"a": {**ENTRY, "shape": [2.0]}}), "cannot be read"),
+    "a repeated name": ('{"a": 1, "a": 2}', "a key appears twice"),
+    "not an integer": (json.dumps({"a": {**ENTRY, "shape": [2.0]}}), "cannot be read"),
     "a truth value": (json.dumps({"a": {**ENTRY, "shape": [True]}}), "cannot be read"),
     "negative": (json.dumps({"a": {**ENTRY, "shape": [-2]}}), "cannot be read"),
-    "unknown dtype": (json.dumps({"a": {**ENTRY, "dtype": "U3"}}), "is none of"),
+    "unknown dtype": (json.dumps({"a": {**ENTRY, "dtype": "U3"}}), "unknown dtype"),
     "extra key": (json.dumps({"a": {**ENTRY, "code": "x"}}), "exactly dtype"),
     "huge shape": (json.dumps({"a": {**ENTRY, "shape": [2**62, 2**62]}}), "its offsets give 2"),
     "three offsets": (json.dumps({"a": {**ENTRY, "data_offsets": [0, 1, 2]}}), "offsets that cannot be read"),
@@ -209,8 +214,29 @@ def test_hostile_headers_get_one_line(tmp_path: Path, case: str) -> None:
 def test_a_giant_header_length_allocates_nothing(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
-    with pytest.raises(LayoutError, match=f"a header of {2**63} announced"):
+    with pytest.raises(LayoutError, match=f"its header should take {2**63} bytes"):
         read_header(path)
+
+
+@given(data=st.binary(max_size=200))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_bytes_never_crash_the_header_reader(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for content in (data, len(data).to_bytes(8, "little") + data):
+        path.write_bytes(content)
+        try:
+            tensors = read_header(path)
+        except LayoutError as error:
+            assert "truncated or damaged" in str(error)
+        else:
+            assert tensors == {}  # the only header that 200 random bytes can spell is an empty one
+
+
+def test_four_bit_floats_take_half_a_byte_each(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    header = json.dumps({"a": {"dtype": "F4", "shape": [3, 2], "data_offsets": [0, 3]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"xyz")
+    assert read_header(path)["a"].nbytes == 3
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
@@ -231,15 +257,30 @@ def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
     ("change", "expected"),
     [
         (lambda where: where.update(ghost="model-00001-of-00002.safetensors"), "names tensor 'ghost'"),
-        (lambda where: where.pop("c"), "'c' lies in"),
-        (lambda where: where.update(c="../model-00002-of-00002.safetensors"), "expected a .safetensors file beside it"),
-        (lambda where: where.update(c="model-00009-of-00002.safetensors"), "which is missing"),
+        (lambda where: where.pop("c"), "'c' is in"),
+        (
+            lambda where: where.update(c="../model-00002-of-00002.safetensors"),
+            "expected a .safetensors file beside the index",
+        ),
+        (
+            lambda where: where.update(c="model-00009-of-00002.safetensors"),
+            "lacks the shard model-00009-of-00002.safetensors",
+        ),
         (lambda where: where.clear(), "has no weight_map"),
     ],
 )
-def test_an_index_that_lies_is_refused(tmp_path: Path, change: Callable[[dict[str, str]], None], expected: str) -> None:
+def test_a_wrong_index_is_refused(tmp_path: Path, change: Callable[[dict[str, str]], None], expected: str) -> None:
     assert len(write_weights(tmp_path, example_tensors(), max_shard_bytes=128)) == 2
     assert set(read_folder(tmp_path)) == set(example_tensors())
     edit_index(tmp_path, change)
     with pytest.raises(LayoutError, match=expected):
         read_folder(tmp_path)
+
+
+def test_tensors_that_the_index_does_not_list_are_read_if_allowed(tmp_path: Path) -> None:
+    write_weights(tmp_path, example_tensors(), max_shard_bytes=128)
+    edit_index(tmp_path, lambda where: where.pop("c"))
+    assert set(read_folder(tmp_path, allow_unlisted=True)) == set(example_tensors())
+    edit_index(tmp_path, lambda where: where.update(c="model-00001-of-00002.safetensors"))
+    with pytest.raises(LayoutError, match="'c' is in"):
+        read_folder(tmp_path, allow_unlisted=True)

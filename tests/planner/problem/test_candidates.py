@@ -1,11 +1,14 @@
-"""Pins, exclusions, formats and ties: what they do, and one line for each mistake."""
+"""Pins, exclusions, formats and ties: what they do, and a one-line error for each mistake."""
 
 from __future__ import annotations
+
+from typing import Unpack
 
 import pytest
 from strategies import make_table
 
 from reallm.kernels.formats.formats import Format
+from reallm.planner.problem.plan_options import PlanKeywords
 from reallm.planner.results.allocate import solve
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.units import PlanError
@@ -24,11 +27,12 @@ def table() -> MeasuredTable:
     )
 
 
-def chosen(table: MeasuredTable, budget: str, **plan_options: object) -> dict[str, str]:
-    return {c.matrix: c.format for c in solve(table, budget, **plan_options).choices}  # type: ignore[arg-type]  # by name
+def chosen(table: MeasuredTable, budget: str, **options: Unpack[PlanKeywords]) -> dict[str, str]:
+    """Matrix -> format of the plan with these options."""
+    return {c.matrix: c.format for c in solve(table, budget, **options).choices}
 
 
-def test_a_pin_is_kept_at_any_cost(table: MeasuredTable) -> None:
+def test_a_pin_holds_at_any_cost(table: MeasuredTable) -> None:
     assert chosen(table, "32bpw", pins=[r"\.0\.q=INT2-g8"]) == {"l.0.k": "bf16", "l.0.q": "int2-g8", "l.10.q": "bf16"}
 
 
@@ -69,28 +73,28 @@ def test_ties_make_matrices_agree(table: MeasuredTable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan_options", "expected"),
+    ("options", "expected"),
     [
         ({"pins": ["lm_haed=int4-g8"]}, "matches none of the 5 matrices, such as l.0.q"),
         ({"pins": ["lm_head"]}, "expected 'regex=format'"),
         ({"pins": ["=int4-g8"]}, "expected 'regex=format'"),
         ({"pins": ["lm_head="]}, "expected 'regex=format'"),
-        ({"pins": ["lm_(head=int4-g8"]}, "is no regular expression"),
-        ({"pins": ["lm_head=int9"]}, "no format is called 'int9'"),
-        ({"pins": ["lm_head=nf3-g16"]}, "lm_head was not measured in nf3-g16; there are bf16, int4-g8"),
+        ({"pins": ["lm_(head=int4-g8"]}, "is not a regular expression"),
+        ({"pins": ["lm_head=int9"]}, "unknown format 'int9'"),
+        ({"pins": ["lm_head=nf3-g16"]}, "lm_head was not measured in nf3-g16; expected one of bf16, int4-g8"),
         ({"pins": ["l.0=int2-g8", "q=int4-g8"]}, "contradict each other over l.0.q"),
         ({"pins": ["l.0.q=int2-g8"], "exclude": ["l.0"]}, "both pinned and excluded"),
         ({"pins": ["l.0.q=nf3-g16"], "ties": "inputs"}, "no format in common"),
         ({"exclude": ["nothing"]}, "--exclude 'nothing' matches none"),
         ({"exclude": ["l."]}, "no matrix takes part"),
-        ({"formats": ["int8-g0"]}, "--format 'int8-g0' was not measured; there are aq1x4-d4-shared, bf16"),
+        ({"formats": ["int8-g0"]}, "--format 'int8-g0' was not measured; expected one of aq1x4-d4-shared, bf16"),
         ({"formats": ["int8*"]}, "--format 'int8\\*' was not measured"),
-        ({"formats": ["int8"]}, "no format is called"),
+        ({"formats": ["int8"]}, "unknown format"),
     ],
 )
-def test_each_mistake_gets_its_line(table: MeasuredTable, plan_options: dict[str, object], expected: str) -> None:
+def test_each_mistake_has_a_one_line_error(table: MeasuredTable, options: PlanKeywords, expected: str) -> None:
     with pytest.raises(PlanError, match=expected) as caught:
-        chosen(table, "8bpw", **plan_options)
+        chosen(table, "8bpw", **options)
     assert "\n" not in str(caught.value)
 
 
@@ -101,7 +105,7 @@ def test_a_table_that_contradicts_itself_is_refused(table: MeasuredTable) -> Non
         "no such matrix": {"measurements": (first.model_copy(update={"matrix": "ghost"}),)},
         "was measured twice": {"measurements": (first, first)},
         "this version stores": {"measurements": (first.model_copy(update={"nbytes": first.nbytes + 64}),)},
-        "no format is called": {"measurements": (first.model_copy(update={"format": "int4"}),)},
+        "unknown format": {"measurements": (first.model_copy(update={"format": "int4"}),)},
         "shared codebook 'aq1x4-d4-shared@embed' is missing": {"measurements": (book,), "shared": ()},
         "source bytes": {"matrices": (table.matrices[0].model_copy(update={"source_bytes": 5}), *table.matrices[1:])},
     }
@@ -112,16 +116,16 @@ def test_a_table_that_contradicts_itself_is_refused(table: MeasuredTable) -> Non
 
 @pytest.mark.parametrize(("count", "neural"), [(6, False), (7, True)])
 def test_a_neural_decoder_is_charged_once_for_a_family(count: int, neural: bool) -> None:
-    """Seven matrices save its bytes together, six do not; the budget is what the cheaper way takes, exactly."""
+    """The decoder pays off for seven matrices, not for six; the budget is exactly what the smaller way takes."""
     name, other = "nd1x4-d2-c32x4-t2-w8", "int4-g8"
     fmt = Format.parse(name)
     assert fmt.shared_field is not None
-    own, once, plain = fmt.nbytes(24, 48), fmt.shared_field.nbytes, Format.parse(other).nbytes(24, 48)
+    codes, codebook, plain = fmt.nbytes(24, 48), fmt.shared_field.nbytes, Format.parse(other).nbytes(24, 48)
     rows = ((f"l.{i}.q", 24, 48, "linear", {name: 1.0, other: 0.5}) for i in range(count))
-    shared, alone = count * own + once, count * plain
+    shared, alone = count * codes + codebook, count * plain
     assert (shared < alone) == neural
     numel = count * 24 * 48
     plan = solve(make_table(*rows), f"{(min(shared, alone) + 0.5) * 8 / numel:.6f}bpw")
     assert {choice.format for choice in plan.choices} == {name if neural else other}
-    assert plan.shared == ({f"{name}@q": once} if neural else {})
+    assert plan.shared == ({f"{name}@q": codebook} if neural else {})
     assert plan.matrices_bytes == min(shared, alone)

@@ -1,4 +1,4 @@
-"""Further limits and a most of formats: equal to brute force, with bounds that hold and explanations that are true."""
+"""Limits and a maximum number of formats: equal to brute force, with bounds that hold and true explanations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reallm.planner.solvers.solve import OPTIMAL_GAP, least_stretch, optimise
 
 
 def brute_force(problem: Problem) -> float | None:
-    """The least cost of any choice that keeps everything, by trying all."""
+    """The lowest cost of any choice that keeps all limits, by trying all."""
     choices = product(*(item.candidates for item in problem.items))
     return min((problem.cost(chosen) for chosen in choices if problem.fits(chosen)), default=None)
 
@@ -44,21 +44,21 @@ def test_the_bound_holds_at_all_prices(problem: Problem, price: float, prices: l
 @settings(max_examples=60)
 @given(limited_problems())
 def test_the_least_stretch_is_the_least(problem: Problem) -> None:
-    """By brute force: the smallest share that all capacities grow by for some choice to keep them."""
+    """By brute force: the smallest share by which all capacities must grow so that some choice keeps them."""
 
     def share(chosen: tuple[Candidate, ...]) -> float:
         taken = [(problem.nbytes(chosen), problem.capacity)]
-        taken += [(problem.used(chosen, n), limit.capacity) for n, limit in enumerate(problem.limits)]
+        taken += [(problem.limit_use(chosen, n), limit.capacity) for n, limit in enumerate(problem.limits)]
         return max(0.0, *(used / max(capacity, 1) - 1 for used, capacity in taken))
 
-    most = problem.max_formats
+    limit = problem.max_formats
     choices = product(*(item.candidates for item in problem.items))
-    least = min((share(c) for c in choices if most is None or len({x.format for x in c}) <= most), default=None)
-    found = least_stretch(problem)
-    assert (found is None) == (least is None)
-    if found is not None and least is not None:
-        # a capacity of 0 stretches by nothing, so it is taken for 1; HiGHS keeps rows to 1e-9 of a unit
-        assert found.share == pytest.approx(least, rel=1e-6, abs=1e-6)
+    expected = min((share(c) for c in choices if limit is None or len({x.format for x in c}) <= limit), default=None)
+    stretch = least_stretch(problem)
+    assert (stretch is None) == (expected is None)
+    if stretch is not None and expected is not None:
+        # a capacity of 0 cannot be stretched, so it counts as 1; HiGHS keeps constraints to 1e-9 of a unit
+        assert stretch.share == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_a_limit_changes_the_plan_only_where_it_binds() -> None:
@@ -68,7 +68,7 @@ def test_a_limit_changes_the_plan_only_where_it_binds() -> None:
     assert roomy is not None and roomy.chosen == [heavy] * 4 and roomy.prices == (0.0,)
     tight = optimise(Problem(items, {}, 80, (Limit("pool a", "bytes", 12),)))
     assert tight is not None and sorted(c.format for c in tight.chosen) == ["heavy", "heavy", "light", "light"]
-    assert tight.prices[0] == pytest.approx(0.9 / 4, rel=2e-3)  # what one more unit would save, by the relaxation
+    assert tight.prices[0] == pytest.approx(0.9 / 4, rel=2e-3)  # what one more unit saves in the relaxation
 
 
 def test_few_formats_are_the_best_few() -> None:
@@ -77,14 +77,14 @@ def test_few_formats_are_the_best_few() -> None:
 
     items = (item("a", 0.0, 9.0, 3.0), item("b", 9.0, 1.0, 3.0), item("c", 5.0, 5.0, 1.0))
     chosen = {}
-    for most in (1, 2, 3):
-        solution = optimise(Problem(items, {}, 3, max_formats=most))
+    for count in (1, 2, 3):
+        solution = optimise(Problem(items, {}, 3, max_formats=count))
         assert solution is not None
-        chosen[most] = [c.format for c in solution.chosen]
+        chosen[count] = [c.format for c in solution.chosen]
     assert chosen == {1: ["f2", "f2", "f2"], 2: ["f0", "f2", "f2"], 3: ["f0", "f1", "f2"]}
 
 
-def test_every_constraint_has_its_name() -> None:
+def test_every_constraint_is_named() -> None:
     candidates = (Candidate(4, 1.0, "x", ("book",), (1,)), Candidate(8, 0.5, "y", (), (2,)))
     limits = (Limit("latency", "ns", 4, {"book": 1}),)
     model, _ = build(Problem((Item("m", candidates),), {"book": 4}, 8, limits, 1))
@@ -92,8 +92,8 @@ def test_every_constraint_has_its_name() -> None:
     assert set(model.constraints) == names
 
 
-def test_what_a_problem_must_say() -> None:
+def test_invalid_problems_and_candidates_are_refused() -> None:
     with pytest.raises(ValueError, match="what it uses of each limit"):
         Problem((Item("m", (Candidate(1, 0.0, "x"),)),), {}, 1, (Limit("latency", "ns", 1),))
-    with pytest.raises(ValueError, match="cannot be"):
+    with pytest.raises(ValueError, match="expected finite numbers"):
         Candidate(1, 0.0, "x", (), (-1,))

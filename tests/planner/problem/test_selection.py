@@ -1,4 +1,4 @@
-"""What a budget in bytes leaves for the matrices, across the sizes at which one more file may be needed."""
+"""What a budget in bytes leaves for the matrices, around the sizes at which one more file may be needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import make_table
 
 from reallm.kernels.storage.layout import MAX_SHARD_BYTES, file_overhead, max_files
-from reallm.planner.problem.candidates import PlanOptions
+from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.problem.selection import Selection, select
 
 near_boundaries = st.builds(
@@ -30,19 +30,19 @@ def test_what_is_left_always_fits_the_files(nbytes: int) -> None:
     chosen = selection()
     left = chosen.problem(nbytes).capacity
     if left > 0:
-        # The dearest case: as many files as this much data can fill.
+        # The most expensive case: as many files as this much data can fill.
         used = left + sum(spec_bytes(chosen))
         assert used + file_overhead() * max_files(used) <= nbytes
 
 
 @given(near_boundaries)
-def test_the_smallest_budget_leaves_just_enough(wanted: int) -> None:
+def test_the_smallest_budget_leaves_just_enough(item_bytes: int) -> None:
     chosen = selection()
-    least = chosen.smallest_budget(wanted)
-    assert chosen.problem(least).capacity >= wanted > chosen.problem(least - 1).capacity
+    smallest = chosen.smallest_budget(item_bytes)
+    assert chosen.problem(smallest).capacity >= item_bytes > chosen.problem(smallest - 1).capacity
 
 
 def spec_bytes(chosen: Selection) -> list[int]:
-    """Data and header bytes of norm.weight bf16 [17] and blocks.0.norm.weight bf16 [3, 5], which every file holds."""
+    """Data and header bytes of norm.weight bf16 [17] and blocks.0.norm.weight bf16 [3, 5], which every file has."""
     assert dict(chosen.table.other_tensors) == {"norm.weight": (17,), "blocks.0.norm.weight": (3, 5)}
     return [34 + 128, 30 + 128]

@@ -1,4 +1,4 @@
-"""Plans from tables: exact bytes, budgets kept, equal to brute force over the real files, the same to the byte."""
+"""Plans from tables: exact bytes, within budget, equal to brute force over the real files, reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.atomic import canonical_json
 from reallm.kernels.storage.layout import TensorSpec, file_bytes
 from reallm.planner.problem.candidates import dense_format
-from reallm.planner.problem.tensor_layout import matrix_tensors, shared_key, shared_tensor, weights_tensors
 from reallm.planner.results.allocate import solve
 from reallm.planner.results.uniform import uniform_plan
 from reallm.planner.solvers.solve import OPTIMAL_GAP
@@ -24,6 +23,7 @@ from reallm.planner.tables.budget import parse_budget
 from reallm.planner.tables.measured_table import MatrixRecord, MeasuredTable
 from reallm.planner.tables.plan import Plan, Ties
 from reallm.planner.tables.records import read_record, write_record
+from reallm.planner.tables.tensor_layout import matrix_tensors, shared_key, shared_tensor, weights_tensors
 from reallm.planner.tables.units import PlanError
 
 budgets = st.one_of(
@@ -42,7 +42,7 @@ def choices_of(table: MeasuredTable, matrix: MatrixRecord) -> dict[str, float]:
 
 
 def file_tensors(table: MeasuredTable, formats: dict[str, Format]) -> list[TensorSpec]:
-    """The tensors of a file, written out here once more; no expert stacks."""
+    """The tensors of a file without expert stacks, independently of the code under test."""
     books = {}
     tensors = [TensorSpec(name, "BF16", shape) for name, shape in table.other_tensors.items()]
     for m in table.matrices:
@@ -57,7 +57,7 @@ def file_tensors(table: MeasuredTable, formats: dict[str, Format]) -> list[Tenso
 
 
 def brute_force(table: MeasuredTable, budget: str, ties: Ties) -> float | None:
-    """The least cost of any assignment whose bytes, counted on the tensors themselves, fit the budget."""
+    """The lowest cost of any assignment whose bytes, counted over its tensors, fit the budget."""
     parsed = parse_budget(budget)
     matrices = taking(table, parsed.scope)
     limit = parsed.nbytes(sum(m.numel for m in matrices))
@@ -71,9 +71,9 @@ def brute_force(table: MeasuredTable, budget: str, ties: Ties) -> float | None:
         if parsed.scope == "file":
             nbytes = file_bytes(tensors)
         else:
-            own = (*(f"{m.name}." for m in matrices), "reallm_shared.")
+            prefixes = (*(f"{m.name}." for m in matrices), "reallm_shared.")
             others = set(table.other_tensors)
-            nbytes = sum(t.nbytes for t in tensors if t.name.startswith(own) and t.name not in others)
+            nbytes = sum(t.nbytes for t in tensors if t.name.startswith(prefixes) and t.name not in others)
         cost = sum(choices_of(table, m)[name] for m, name in zip(matrices, names, strict=True))
         if nbytes <= limit and (best is None or cost < best):
             best = cost
@@ -107,10 +107,12 @@ def test_plans_never_exceed_the_budget_and_their_bytes_are_the_files(table: Meas
     formats = {m.name: chosen.get(m.name, dense_format(m, table.dtype)) for m in table.matrices}
     tensors = weights_tensors(table.matrices, formats, plan.shared, table.other_tensors, table.dtype)
     assert plan.file_bytes == file_bytes(tensors)
-    parts = (*(f"{c.matrix}." for c in plan.choices), "reallm_shared.")
+    prefixes = (*(f"{c.matrix}." for c in plan.choices), "reallm_shared.")
     whole = {t.name for t in tensors if t.name.startswith("moe.") and len(t.shape) == 3}
-    mine = [t for t in tensors if (t.name.startswith(parts) and t.name not in table.other_tensors) or t.name in whole]
-    assert plan.matrices_bytes == sum(t.nbytes for t in mine)
+    counted = [
+        t for t in tensors if (t.name.startswith(prefixes) and t.name not in table.other_tensors) or t.name in whole
+    ]
+    assert plan.matrices_bytes == sum(t.nbytes for t in counted)
     assert plan.counted_bytes == (plan.file_bytes if plan.scope == "file" else plan.matrices_bytes)
     numel = sum(c.rows * c.cols for c in plan.choices)
     assert plan.counted_bytes <= plan.budget_bytes == parse_budget(budget).nbytes(numel)
@@ -128,11 +130,11 @@ def test_an_infeasible_budget_names_the_smallest_feasible_one(table: MeasuredTab
         assert "\n" not in str(error)
         assert smallest.endswith("bpw") == budget.endswith("bpw")
         plan = solve(table, smallest)
-        least = int(str(error).split("takes ")[1].split(":")[0])
-        assert plan.counted_bytes <= least <= plan.budget_bytes
+        smallest_bytes = int(str(error).split("takes ")[1].split(":")[0])
+        assert plan.counted_bytes <= smallest_bytes <= plan.budget_bytes
         if budget.endswith("B"):
             with pytest.raises(PlanError, match="smallest plan takes"):
-                solve(table, f"{least - 1}B")
+                solve(table, f"{smallest_bytes - 1}B")
 
 
 @settings(max_examples=60)
@@ -159,7 +161,7 @@ def test_the_same_inputs_in_any_order_give_the_same_plan(table: MeasuredTable, b
 
 
 def two_matrices() -> MeasuredTable:
-    """Two alike, the second ten times as sensitive, and an embedding."""
+    """Two matrices of equal shape, the second ten times as sensitive, and an embedding."""
     return make_table(
         ("m.0.a", 16, 64, "linear", {"int2-g8": 8.0, "nf3-g16": 2.0, "int4-g8": 0.5}),
         ("m.0.b", 16, 64, "linear", {"int2-g8": 80.0, "nf3-g16": 20.0, "int4-g8": 5.0}),
@@ -168,16 +170,16 @@ def two_matrices() -> MeasuredTable:
 
 
 def test_bits_go_to_the_sensitive_matrix() -> None:
-    # With scales, int2-g8 takes 4 bits a weight (256 + 256 bytes), nf3-g16 4 (384 + 128), int4-g8 6 (512 + 256).
+    # With scales, int2-g8 takes 4 bits per weight (256 + 256 bytes), nf3-g16 4 (384 + 128), int4-g8 6 (512 + 256).
     plan = solve(two_matrices(), "5bpw", work="w")
     assert {c.matrix: c.format for c in plan.choices} == {"m.0.a": "nf3-g16", "m.0.b": "int4-g8"}
     assert (plan.counted_bytes, plan.matrices_bytes, plan.bits_per_weight) == (1280, 1280, 5.0)
     assert plan.predicted_loss == 7.0 and plan.dense == ("embed",) and plan.work == "w"
     assert plan.uniform is not None
     assert (plan.uniform.format, plan.uniform.nbytes, plan.uniform.cost) == ("nf3-g16", 1024, 22.0)
-    # The next bytes would buy 1.5 for 256 (a), the last ones bought 15 for 256 (b): the price is the lower end.
+    # The next 256 bytes would save 1.5 (in a), the last 256 saved 15 (in b): the price is the lower of the two.
     assert plan.bound.shadow_price / 2**20 == pytest.approx(1.5 / 256, rel=1e-9)
-    # At that price b costs 9.5 as it is, 12 in bf16 (2048 bytes), 23 in nf3-g16.
+    # At that price b costs 9.5 as planned, 12 in bf16 (2048 bytes), 23 in nf3-g16.
     assert [c.runner_up for c in plan.choices] == ["int4-g8", "bf16"]
 
 
@@ -210,7 +212,7 @@ def test_a_stack_left_dense_stays_one_parameter() -> None:
     assert [c.nbytes for c in mixed.choices] == [320, 320, 192, 320]
 
 
-def test_experts_are_told_apart_from_their_stack() -> None:
+def test_an_expert_is_named_after_its_stack_and_index() -> None:
     table = make_table(("moe.up.0", 3, 5, "expert", {"int4-g8": 1.0}))
     names = [t.name for t in matrix_tensors(table.matrices[0], Format.parse("bf16"))]
     assert names == ["moe.up.0.values"]
@@ -225,21 +227,21 @@ def test_a_uniform_plan_is_one_format_everywhere() -> None:
     assert solve(table, "4bpw").predicted_loss <= plan.predicted_loss
     whole = uniform_plan(table, "NF3-g16", scope="file")
     assert {c.matrix: c.format for c in whole.choices}["embed"] == "bf16"
-    with pytest.raises(PlanError, match=r"m\.0\.a was not measured in it; there are bf16, int2-g8"):
+    with pytest.raises(PlanError, match=r"m\.0\.a was not measured in it; expected one of bf16, int2-g8"):
         uniform_plan(table, "int8-g0+r1")
 
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=5), st.integers(450, 1700))
 def test_the_plan_is_never_worse_than_the_best_uniform_one(costs: list[tuple[float, ...]], hundredths: int) -> None:
-    names = ("int2-g8", "int4-g8", "int8-g8")  # 4, 6 and 10 bits a weight
-    rows = [(f"l.{i}.q", 16, 32 + 8 * i, "linear", dict(zip(names, own, strict=True))) for i, own in enumerate(costs)]
+    names = ("int2-g8", "int4-g8", "int8-g8")  # 4, 6 and 10 bits per weight
+    rows = [(f"l.{i}.q", 16, 32 + 8 * i, "linear", dict(zip(names, row, strict=True))) for i, row in enumerate(costs)]
     plan = solve(make_table(*rows), f"{hundredths / 100}bpw")
     assert plan.uniform is not None and plan.uniform.nbytes <= plan.budget_bytes
     assert plan.predicted_loss <= plan.uniform.cost * (1 + OPTIMAL_GAP)
 
 
-def test_plans_read_back_and_know_their_table(tmp_path: Path) -> None:
+def test_plans_read_back_and_record_their_table(tmp_path: Path) -> None:
     table = two_matrices()
     plan = solve(table, "5bpw")
     path = tmp_path / "plan.json"
@@ -248,7 +250,7 @@ def test_plans_read_back_and_know_their_table(tmp_path: Path) -> None:
     assert plan.table_sha256 == table.digest()
 
 
-def test_other_costs_are_used_and_said() -> None:
+def test_other_costs_are_used_and_noted() -> None:
     plan = solve(two_matrices(), "5bpw", cost="fisher")
     assert plan.predicted_loss == 14.0
     assert any("fisher" in note for note in plan.notes)

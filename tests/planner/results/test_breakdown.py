@@ -1,4 +1,4 @@
-"""A plan added up: every byte has one part, every matrix one cell, and names stay apart when they are shortened."""
+"""Sums over a plan: every byte has one part, every matrix one cell, and shortened names stay different."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from plans import plan_of
 from strategies import formats, shapes, tables
 
 from reallm.kernels.formats.formats import Format
-from reallm.planner.problem.tensor_layout import stored_nbytes
 from reallm.planner.results.allocate import solve
 from reallm.planner.results.breakdown import (
     REST,
@@ -24,6 +23,7 @@ from reallm.planner.results.breakdown import (
 )
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Choice
+from reallm.planner.tables.tensor_layout import stored_nbytes
 from reallm.planner.tables.units import PlanError
 
 
@@ -60,7 +60,7 @@ def test_nothing_is_lost_in_the_sums(table: MeasuredTable, budget: str) -> None:
     assert {family for _, family in grid.cells} == set(grid.families)
 
 
-def test_shared_codebooks_and_the_rest_of_the_file_have_rows_of_their_own() -> None:
+def test_shared_codebooks_and_the_rest_of_the_file_are_listed_apart() -> None:
     plan = plan_of(("layers.0.q", "aq1x4-d4-shared", 64, 64), ("layers.1.q", "int4-g64", 64, 64))
     plan = plan.model_copy(update={"file_bytes": plan.matrices_bytes + 1000})
     families = by_family(plan)
@@ -79,7 +79,7 @@ def test_shared_codebooks_and_the_rest_of_the_file_have_rows_of_their_own() -> N
         ("layers.\N{SUPERSCRIPT TWO}.q", "linear", None),
     ],
 )
-def test_the_layer_is_the_first_number_of_the_name_but_no_experts(name: str, kind: str, layer: int | None) -> None:
+def test_the_layer_is_the_first_number_that_is_not_an_expert(name: str, kind: str, layer: int | None) -> None:
     assert layer_of(choice(name, "bf16", kind=kind)) == layer
 
 
@@ -92,12 +92,12 @@ def test_the_experts_of_a_layer_are_one_cell() -> None:
     assert grid.cells[0, "up"].bits == pytest.approx(16 / 3, rel=0.1)  # 8, 4 and 4 bits, and scales
 
 
-def test_the_dearest_come_first_and_equals_in_natural_order() -> None:
+def test_the_costliest_come_first_and_equals_in_natural_order() -> None:
     plan = plan_of(*((f"layers.{i}.q", "int4-g64", 64, 64) for i in range(12)))
     costs = [0.1, 0.3, *[0.2] * 10]
     choices = tuple(c.model_copy(update={"cost": cost}) for c, cost in zip(plan.choices, costs, strict=True))
-    found = costliest(plan.model_copy(update={"choices": choices}), 4)
-    assert [c.matrix for c in found] == ["layers.1.q", "layers.2.q", "layers.3.q", "layers.4.q"]
+    top = costliest(plan.model_copy(update={"choices": choices}), 4)
+    assert [c.matrix for c in top] == ["layers.1.q", "layers.2.q", "layers.3.q", "layers.4.q"]
 
 
 @pytest.mark.parametrize(
@@ -111,5 +111,5 @@ def test_the_dearest_come_first_and_equals_in_natural_order() -> None:
         ([], []),
     ],
 )
-def test_short_names_stay_apart(names: list[str], short: list[str]) -> None:
+def test_short_names_stay_different(names: list[str], short: list[str]) -> None:
     assert list(short_names(names).values()) == short

@@ -1,4 +1,4 @@
-"""Plans explained: the k best against brute force, differences that add up, regrets that are never negative."""
+"""Plans explained: the k best equal brute force, differences add up, regrets are never negative."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 from strategies import make_table
 
-from reallm.planner.problem.candidates import PlanOptions
+from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.results.allocate import best_plans, solve
-from reallm.planner.results.explain import alternatives, differences, next_bytes
+from reallm.planner.results.explain import alternatives, differences, larger_plan
 from reallm.planner.tables.units import PlanError
 
 COSTS = {"uint4-g64+ldl": 0.1, "uint2-g64+ldl": 0.9, "tq4-l12+ldl2+rot": 0.01, "int8-g64": 0.001}
@@ -21,8 +21,7 @@ TABLE = make_table(
 
 
 def test_the_best_plans_in_order() -> None:
-    plan_options = PlanOptions(formats=tuple(COSTS))
-    plans = best_plans(TABLE, "5bpw", plan_options, 6)
+    plans = best_plans(TABLE, "5bpw", PlanOptions(formats=tuple(COSTS)), 6)
     sizes = [{c.format: c.nbytes for c in solve(TABLE, "30bpw", pins=[f".={f}"]).choices} for f in COSTS]
     nbytes = {name: size for one in sizes for name, size in one.items()}
     every = [
@@ -54,28 +53,28 @@ def test_plans_of_two_models_are_not_compared() -> None:
 
 def test_the_chosen_candidate_has_no_regret_and_none_has_less() -> None:
     plan = solve(TABLE, "4.7bpw")
-    found = alternatives(TABLE, plan, r"blocks\.[01]")
-    assert len(found) == 2 * (len(COSTS) + 1)
-    assert {(a.matrix, a.format) for a in found if a.chosen} == {(c.matrix, c.format) for c in plan.choices[:2]}
-    assert all(a.regret == 0 for a in found if a.chosen)
-    gap = plan.bound.objective - plan.bound.lagrangian_bound  # what the relaxed choice could gain at this price
-    assert all(a.regret >= -gap * (1 + 1e-9) for a in found)
+    options = alternatives(TABLE, plan, r"blocks\.[01]")
+    assert len(options) == 2 * (len(COSTS) + 1)
+    assert {(a.matrix, a.format) for a in options if a.chosen} == {(c.matrix, c.format) for c in plan.choices[:2]}
+    assert all(a.regret == 0 for a in options if a.chosen)
+    gap = plan.bound.objective - plan.bound.lagrangian_bound  # what the relaxed choice can gain at this price
+    assert all(a.regret >= -gap * (1 + 1e-9) for a in options)
 
 
-def test_what_more_bytes_buy_keeps_what_was_asked() -> None:
+def test_a_larger_plan_keeps_the_options() -> None:
     plan = solve(TABLE, "4bpw", pins=["blocks.0=uint2-g64+ldl"])
-    richer = next_bytes(TABLE, plan, more=6000)
+    richer = larger_plan(TABLE, plan, extra_bytes=6000)
     assert richer.pins == plan.pins and richer.budget_bytes == plan.budget_bytes + 6000
     assert richer.choices[0].format == "uint2-g64+ldl" and richer.predicted_loss < plan.predicted_loss
 
 
-@pytest.mark.parametrize(("matrix", "message"), [("nothing", "finds no matrix"), ("(", "no regular expression")])
-def test_a_matrix_that_is_not_there_is_named(matrix: str, message: str) -> None:
+@pytest.mark.parametrize(("matrix", "message"), [("nothing", "matches no matrix"), ("(", "not a regular expression")])
+def test_a_regex_that_matches_nothing_is_refused(matrix: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         alternatives(TABLE, solve(TABLE, "4bpw"), matrix)
 
 
 def test_another_table_is_refused() -> None:
     other = TABLE.model_copy(update={"model_sha256": "2" * 64})
-    with pytest.raises(PlanError, match="another table"):
-        next_bytes(other, solve(TABLE, "4bpw"))
+    with pytest.raises(PlanError, match="another measured table"):
+        larger_plan(other, solve(TABLE, "4bpw"))

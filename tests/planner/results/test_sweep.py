@@ -1,4 +1,4 @@
-"""A sweep: every point is the plan of its budget, losses fall, ends may be swapped."""
+"""A sweep: every point is the plan for its budget, losses fall, and the ends may be swapped."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from strategies import make_table, tables
 
-from reallm.planner.problem.candidates import PlanOptions
+from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.results.allocate import solve
-from reallm.planner.results.sweep import as_csv, spaced, sweep
+from reallm.planner.results.sweep import as_csv, spaced_budgets, sweep
 from reallm.planner.solvers.solve import OPTIMAL_GAP
 from reallm.planner.tables.budget import parse_budget
 from reallm.planner.tables.measured_table import MeasuredTable
@@ -24,8 +24,8 @@ TABLE = make_table(("blocks.0.q", 64, 128, "linear", COSTS), ("blocks.1.q", 64, 
 
 @settings(max_examples=40)
 @given(tables())
-def test_every_point_is_the_plan_of_its_budget(table: MeasuredTable) -> None:
-    budgets = spaced("1bpw", "17bpw", 5)
+def test_every_point_is_the_plan_for_its_budget(table: MeasuredTable) -> None:
+    budgets = spaced_budgets("1bpw", "17bpw", 5)
     try:
         points = sweep(table, budgets, PlanOptions())
     except PlanError:
@@ -46,22 +46,22 @@ def test_every_point_is_the_plan_of_its_budget(table: MeasuredTable) -> None:
 
 
 def test_swapped_ends_are_the_same_sweep() -> None:
-    assert spaced("5bpw", "2bpw", 4) == spaced("2bpw", "5bpw", 4)
-    assert [budget.text for budget in spaced("2bpw", "5bpw", 4)] == ["2bpw", "3bpw", "4bpw", "5bpw"]
+    assert spaced_budgets("5bpw", "2bpw", 4) == spaced_budgets("2bpw", "5bpw", 4)
+    assert [budget.text for budget in spaced_budgets("2bpw", "5bpw", 4)] == ["2bpw", "3bpw", "4bpw", "5bpw"]
 
 
-def test_budgets_that_nothing_fits_are_left_out_and_none_at_all_is_an_error() -> None:
-    assert len(sweep(TABLE, spaced("1bpw", "5bpw", 5), PlanOptions())) == 3
+def test_budgets_without_a_plan_are_left_out_and_none_left_is_an_error() -> None:
+    assert len(sweep(TABLE, spaced_budgets("1bpw", "5bpw", 5), PlanOptions())) == 3
     with pytest.raises(
         PlanError, match=r"--budget 2bpw is 4096 bytes, the smallest plan takes .* ask for 2\.\d+bpw or more"
     ):
-        sweep(TABLE, spaced("1bpw", "2bpw", 3), PlanOptions())
+        sweep(TABLE, spaced_budgets("1bpw", "2bpw", 3), PlanOptions())
 
 
 @pytest.mark.parametrize(("first", "last", "points"), [("2bpw", "3MiB", 5), ("2bpw", "5bpw", 1), ("x", "5bpw", 2)])
-def test_sweeps_that_cannot_be_are_refused(first: str, last: str, points: int) -> None:
+def test_impossible_sweeps_are_refused(first: str, last: str, points: int) -> None:
     with pytest.raises(PlanError):
-        spaced(first, last, points)
+        spaced_budgets(first, last, points)
 
 
 def test_csv_reads_back() -> None:

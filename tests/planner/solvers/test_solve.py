@@ -1,4 +1,4 @@
-"""Optimisation: equal to brute force, with bounds that hold, whatever the order of the input."""
+"""Optimisation: equal to brute force, with bounds that hold, in any order of the input."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import problems
 
-from reallm.planner.problem.problem import Candidate, Item, Limit, Problem, needed
+from reallm.planner.problem.problem import Candidate, Item, Limit, Problem, needed_codebooks
 from reallm.planner.solvers.branching import NO, YES, Node, Search
 from reallm.planner.solvers.ilp import build, solve_ilp
-from reallm.planner.solvers.lagrangian import incumbent, reduced, relax, runners_up, shadow_price
-from reallm.planner.solvers.solve import CORE, OPTIMAL_GAP, optimise, optimise_all, smallest_bytes
+from reallm.planner.solvers.lagrangian import incumbent, reduced_problem, relax, runners_up, shadow_price
+from reallm.planner.solvers.solve import CORE, OPTIMAL_GAP, cheapest_solutions, optimise, smallest_bytes
 
 # Solver and brute force may differ by the gap that still counts as optimal; sums of four floats add 4 ulp.
 REL = OPTIMAL_GAP
 
 
 def brute_force(problem: Problem) -> float | None:
-    """The least cost of any choice that fits, by trying all."""
+    """The lowest cost of any choice that fits, by trying all."""
     return min(all_costs(problem), default=None)
 
 
@@ -51,28 +51,30 @@ def test_equal_to_brute_force_and_proved(problem: Problem) -> None:
 
 @settings(max_examples=150)
 @given(problems(), st.integers(1, 4), st.integers(1, 5))
-def test_the_cheapest_choices_with_shared_codebooks_and_few_formats(problem: Problem, most: int, count: int) -> None:
-    problem = replace(problem, max_formats=most)
-    costs, found = sorted(all_costs(problem)), optimise_all(problem, count)
+def test_the_cheapest_choices_equal_brute_force(problem: Problem, max_formats: int, count: int) -> None:
+    problem = replace(problem, max_formats=max_formats)
+    costs, solutions = sorted(all_costs(problem)), cheapest_solutions(problem, count)
     if not costs:
-        assert found == [None]
+        assert solutions == [None]
         return
-    assert [problem.cost(solution.chosen) for solution in found] == pytest.approx(costs[:count], rel=REL, abs=1e-300)
-    assert len({tuple(c.format for c in solution.chosen) for solution in found}) == len(found)
-    for solution in found:
+    assert [problem.cost(solution.chosen) for solution in solutions] == pytest.approx(
+        costs[:count], rel=REL, abs=1e-300
+    )
+    assert len({tuple(c.format for c in solution.chosen) for solution in solutions}) == len(solutions)
+    for solution in solutions:
         assert problem.fits(solution.chosen) and solution.finished
         assert solution.lagrangian_bound <= costs[0] and solution.best_bound == pytest.approx(costs[0], rel=REL)
 
 
 @settings(max_examples=50)
 @given(problems(), st.integers(1, 4))
-def test_every_bound_of_the_search_holds(problem: Problem, most: int) -> None:
-    """No node has a cheaper choice than its bound, and none that is dropped has one better than the best known."""
-    problem = replace(problem, max_formats=most)
+def test_every_bound_of_the_search_holds(problem: Problem, max_formats: int) -> None:
+    """No node has a choice below its bound, and no dropped node has a better choice than the best known."""
+    problem = replace(problem, max_formats=max_formats)
     search = Search(problem)
     choices = [c for c in product(*(item.candidates for item in problem.items)) if problem.fits(c)]
 
-    def least(node: Node) -> float:
+    def lowest_cost(node: Node) -> float:
         formats = {name for name, state in zip(search.names, node.formats, strict=True) if state != NO}
         counted = {name for name, state in zip(search.names, node.formats, strict=True) if state == YES}
         books = {key for key, state in zip(search.keys, node.books, strict=True) if state != NO}
@@ -80,10 +82,10 @@ def test_every_bound_of_the_search_holds(problem: Problem, most: int) -> None:
         costs = []
         for chosen in choices:
             stored = {key for c in chosen for key in c.shared}
-            more = sum(problem.shared[key] for key in paid - stored)
+            unused = sum(problem.shared[key] for key in paid - stored)
             used = {c.format for c in chosen}
-            inside = stored <= books and used <= formats and len(used | counted) <= most
-            if inside and problem.nbytes(chosen) + more <= problem.capacity:
+            inside = stored <= books and used <= formats and len(used | counted) <= max_formats
+            if inside and problem.nbytes(chosen) + unused <= problem.capacity:
                 costs.append(problem.cost(chosen))
         return min(costs, default=inf)
 
@@ -92,7 +94,7 @@ def test_every_bound_of_the_search_holds(problem: Problem, most: int) -> None:
     nodes += [root.with_format(f, state) for f in range(len(search.names)) for state in (YES, NO)]
     for node in (root, *nodes):
         bounded = search.bounded(node)
-        assert (bounded.bound if bounded else search.ceiling) <= least(node) * (1 + REL)
+        assert (bounded.bound if bounded else search.ceiling) <= lowest_cost(node) * (1 + REL)
 
 
 @given(problems(), st.floats(0, 1e3))
@@ -110,7 +112,7 @@ def test_first_solutions_are_feasible_and_nothing_better_is_dropped(problem: Pro
     first = incumbent(relaxation, price)
     assume(first is not None)
     assert problem.nbytes(first) <= problem.capacity
-    rest = reduced(relaxation, price, problem.cost(first))
+    rest = reduced_problem(relaxation, price, problem.cost(first))
     assert brute_force(rest) == brute_force(problem)
 
 
@@ -150,7 +152,7 @@ def test_order_does_not_matter(problem: Problem, shuffle: random.Random) -> None
 
 @settings(max_examples=50)
 @given(problems())
-def test_core_and_integer_programme_agree(problem: Problem) -> None:
+def test_core_and_integer_program_agree(problem: Problem) -> None:
     problem = Problem(
         tuple(Item(i.name, tuple(replace(c, shared=()) for c in i.candidates)) for i in problem.items),
         {},
@@ -177,7 +179,7 @@ def test_a_shared_codebook_is_paid_for_once() -> None:
 
 
 def test_costs_of_any_magnitude_are_solved_exactly() -> None:
-    """Absolute tolerances of the solver mean nothing: the same problem with costs scaled by 1e-12 and 1e6."""
+    """The solver's absolute tolerances have no effect: the same problem with costs scaled by 1e-12 and 1e6."""
     shuffle = random.Random(3)
     base = [[(shuffle.randrange(1, 500) * 64, shuffle.random()) for _ in range(5)] for _ in range(7)]
     for scale in (1e-12, 1.0, 1e6):
@@ -193,7 +195,7 @@ def test_costs_of_any_magnitude_are_solved_exactly() -> None:
 
 
 def test_the_price_is_what_a_byte_saves() -> None:
-    # Each kilobyte more buys the next item, cheapest saving last: 8, 4, 2, 1 per kilobyte.
+    # Each further kilobyte buys the next item; they save 8, 4, 2 and 1 per kilobyte.
     items = tuple(Item(f"m{i}", (Candidate(0, float(8 >> i), "low"), Candidate(1024, 0.0, "high"))) for i in range(4))
     relaxation = relax(Problem(items, {}, 2048))
     price = shadow_price(relaxation) * 1024
@@ -249,13 +251,13 @@ def test_no_time_is_not_taken_for_no_plan() -> None:
         for i in range(20)
     )
     problem = Problem(items, {"b": 50}, 900)
-    assert optimise_all(problem, 2, time_limit_s=0.0) == []
+    assert cheapest_solutions(problem, 2, time_limit_s=0.0) == []
     hurried, best = optimise(problem, time_limit_s=0.0), optimise(problem)
     assert hurried is not None and problem.fits(hurried.chosen) and best is not None and best.finished
     assert problem.cost(best.chosen) <= problem.cost(hurried.chosen)
 
 
-def test_the_programme_reads_as_documented() -> None:
+def test_the_integer_program_is_as_documented() -> None:
     book = Candidate(64, 1.0, "shared", ("book",))
     problem = Problem((Item("a", (book, Candidate(128, 0.5, "alone"))), Item("b", (book,))), {"book": 640}, 1000)
     model, x = build(problem)
@@ -267,13 +269,13 @@ def test_the_programme_reads_as_documented() -> None:
 
 @pytest.mark.parametrize("bad", [{"nbytes": -1}, {"cost": -1.0}, {"cost": float("nan")}, {"cost": float("inf")}])
 def test_impossible_candidates_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="cannot be"):
+    with pytest.raises(ValueError, match="expected finite numbers"):
         Candidate(**{"nbytes": 1, "cost": 1.0, "format": "f", **bad})
 
 
 def test_impossible_problems_are_refused() -> None:
     one = Candidate(1, 1.0, "f")
-    with pytest.raises(ValueError, match="one candidate or more"):
+    with pytest.raises(ValueError, match="expected at least one"):
         Item("m", ())
     with pytest.raises(ValueError, match="each format once"):
         Item("m", (one, Candidate(2, 0.5, "f")))
@@ -281,4 +283,4 @@ def test_impossible_problems_are_refused() -> None:
         Problem((Item("m", (one,)), Item("m", (one,))), {}, 1)
     with pytest.raises(ValueError, match="'book' has no size"):
         Problem((Item("m", (Candidate(1, 1.0, "f", ("book",)),)),), {}, 1)
-    assert needed([one]) == set()
+    assert needed_codebooks([one]) == set()

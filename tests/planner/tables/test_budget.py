@@ -1,4 +1,4 @@
-"""Budgets: what is read, what is refused, and the smallest budget that would do."""
+"""Budgets: what is parsed, what is refused, and the smallest budget that is enough."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from reallm.planner.tables.units import PlanError
         ("50331648B", "file", 50331648),
     ],
 )
-def test_budgets_are_read_exactly(text: str, scope: str, nbytes: int) -> None:
+def test_budgets_are_parsed_exactly(text: str, scope: str, nbytes: int) -> None:
     budget = parse_budget(text)
     assert (budget.scope, budget.nbytes(1000)) == (scope, nbytes)
     assert budget.text == text.strip()
@@ -39,9 +39,9 @@ def test_budgets_are_read_exactly(text: str, scope: str, nbytes: int) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("0", "nothing at all"),
-        ("0bpw", "nothing at all"),
-        ("0.0MiB", "nothing at all"),
+        ("0", "is zero"),
+        ("0bpw", "is zero"),
+        ("0.0MiB", "is zero"),
         ("3 bananas", "expected a number with a unit"),
         ("3", "expected a number with a unit"),
         ("", "expected a number with a unit"),
@@ -51,21 +51,21 @@ def test_budgets_are_read_exactly(text: str, scope: str, nbytes: int) -> None:
         ("nanbpw", "expected a number with a unit"),
         ("٣bpw", "expected a number with a unit"),
         ("3.0bpw 4", "expected a number with a unit"),
-        ("40bpw", "above 0 and at most 32"),
-        ("32.01bpw", "above 0 and at most 32"),
+        ("40bpw", "more than 0 and at most 32bpw"),
+        ("32.01bpw", "more than 0 and at most 32bpw"),
         ("0.5B", "less than one byte"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(text: str, expected: str) -> None:
+def test_invalid_budgets_are_refused_in_one_line(text: str, expected: str) -> None:
     with pytest.raises(PlanError, match=expected) as caught:
         parse_budget(text)
     assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @given(st.sampled_from(["bpw", *UNIT_BYTES]), st.integers(1, 10**12), st.integers(1, 10**12))
-def test_the_smallest_budget_named_is_enough_and_hardly_more(unit: str, nbytes: int, numel: int) -> None:
+def test_the_smallest_budget_is_enough_and_hardly_larger(unit: str, nbytes: int, numel: int) -> None:
     budget = parse_budget(f"1{unit}")
-    text = budget.smallest(nbytes, numel)
+    text = budget.smallest_text(nbytes, numel)
     amount = Fraction(text.removesuffix(unit))
     per_unit = Fraction(numel, 8) if unit == "bpw" else Fraction(UNIT_BYTES[unit])
     assert int(amount * per_unit) >= nbytes

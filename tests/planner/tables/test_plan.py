@@ -1,4 +1,4 @@
-"""A plan from disk is distrusted: bytes, costs and names must add up."""
+"""A plan read from disk is checked: bytes, costs and names must add up."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from reallm.planner.tables.records import RecordError, read_record, write_record
 
 
 def damaged(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A plan.json to which `change` was applied."""
     table = make_table(
         ("l.0.q", 16, 64, "linear", {"int2-g8": 8.0, "int4-g8": 0.5}),
         ("l.0.k", 16, 64, "linear", {"int2-g8": 2.0, "aq1x4-d4-shared": 1.0}),
@@ -28,7 +29,7 @@ def damaged(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return path
 
 
-def test_an_honest_plan_is_read(tmp_path: Path) -> None:
+def test_a_valid_plan_is_read(tmp_path: Path) -> None:
     assert len(read_record(damaged(tmp_path, lambda plan: None), Plan, "plan").choices) == 2
 
 
@@ -39,7 +40,7 @@ def test_an_honest_plan_is_read(tmp_path: Path) -> None:
         (lambda p: p.update(counted_bytes=p["budget_bytes"] + 1), "bytes do not add up"),
         (lambda p: p.update(predicted_loss=p["predicted_loss"] + 1), "costs do not add up"),
         (lambda p: p["choices"][0].update(nbytes=1), "takes [0-9]+ bytes, not 1"),
-        (lambda p: p["choices"][0].update(format="int3"), "no format is called 'int3'"),
+        (lambda p: p["choices"][0].update(format="int3"), "unknown format 'int3'"),
         (lambda p: p["choices"][0].update(rows=10**15), "takes [0-9]+ bytes"),
         (lambda p: p["choices"].append(p["choices"][0]), "twice"),
         (lambda p: p.update(dense=[p["choices"][0]["matrix"]]), "twice"),

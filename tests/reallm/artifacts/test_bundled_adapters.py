@@ -86,7 +86,7 @@ def test_adapters_are_switched_by_name(artifact: Path, monkeypatch: pytest.Monke
     (tmp_path / "chat").mkdir()  # not the one that is meant
     monkeypatch.chdir(tmp_path)
     torch.testing.assert_close(logits(artifact, "chat"), chat, rtol=0, atol=0)
-    with pytest.raises(UserError, match="chat is no adapter"):
+    with pytest.raises(UserError, match="chat is not an adapter"):
         load(artifact, adapter="./chat")
 
 
@@ -98,7 +98,7 @@ def test_an_unknown_name_lists_those_that_are_there(artifact: Path) -> None:
     refused = run("generate", artifact, "abc", "--adapter", "other")
     assert refused.exit_code == 2
     assert [line for line in refused.stderr.splitlines() if line.startswith("reallm: ")] == [
-        f"reallm: there is no adapter 'other': it is no folder, and the adapters inside {artifact} are: chat, code"
+        f"reallm: there is no adapter 'other': it is not a folder, and the adapters inside {artifact} are: chat, code"
     ]
 
 
@@ -121,8 +121,8 @@ def test_commands_list_them(artifact: Path, tmp_path: Path) -> None:
     add(artifact, "code", dora=True)
     checked = run("verify", artifact, "--json", tmp_path / "report.json")
     assert checked.exit_code == 0
-    assert "its adapter chat is whole: LoRA of rank 3, 2 matrices" in checked.stdout
-    assert "its adapter code is whole: DoRA of rank 3, 2 matrices" in checked.stdout
+    assert "adapter chat is intact: LoRA of rank 3, 2 matrices" in checked.stdout
+    assert "adapter code is intact: DoRA of rank 3, 2 matrices" in checked.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert [view["name"] for view in report["adapters"]] == ["chat", "code"]
     shown = run("inspect", artifact)
@@ -162,14 +162,14 @@ def test_one_that_cannot_be_used_is_named_and_stops_nobody_else(artifact: Path, 
         message = rf"another model: {QUERY} is \[48, 48\] in .*, not \[47, 48\]"
     elif damage == "no linear":
         spoil(folder, **{f"{PREFIX}x{LEFT}": torch.zeros(4, 1), f"{PREFIX}x{RIGHT}": torch.zeros(1, 4)})
-        message = "another model: x is no linear module in"
+        message = "another model: x is not a linear module in"
     elif damage == "type":
         spoil(folder, {"peft_type": "IA3"}, **{tensor + LEFT: gone})
         message = "worse is a PEFT adapter of type IA3"
     else:
         shutil.rmtree(folder)
         folder.mkdir()
-        message = "worse is no adapter: it has no readable adapter_config.json"
+        message = "worse is not an adapter: it has no readable adapter_config.json"
     with pytest.raises(UserError, match=message):
         verify(artifact, deep=False)
     with pytest.raises(UserError):
@@ -195,7 +195,7 @@ def test_a_file_among_them_is_refused_and_a_run_in_progress_is_not(artifact: Pat
     (artifact / "adapters" / ".code.17.partial").mkdir()
     assert [view.name for view in verify(artifact).adapters] == ["chat"]
     (artifact / "adapters" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"adapters/notes.txt is no folder of an adapter; remove it"):
+    with pytest.raises(UserError, match=r"adapters/notes.txt is not the folder of an adapter; remove it"):
         verify(artifact)
 
 

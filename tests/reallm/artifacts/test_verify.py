@@ -25,8 +25,10 @@ from reallm.artifacts.quantization_config import read_quantization
 from reallm.artifacts.verify import read_bytes, verify
 from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
-from reallm.kernels.storage import safetensors as weights_module
-from reallm.kernels.storage.safetensors import read_folder, write_weights
+from reallm.kernels.storage import safetensors_writer as weights_module
+from reallm.kernels.storage.safetensors_reader import read_folder
+from reallm.kernels.storage.safetensors_writer import write_weights
+from reallm.planner.tables.records import RecordError
 from reallm.runtime.load import load
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -58,7 +60,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 @given(data=st.data())
 @settings(max_examples=120, deadline=None)
 def test_any_single_flipped_bit_is_found(made: Made, data: st.DataObject) -> None:
-    files = [path for path in sorted(made.folder.rglob("*")) if path.is_file()]
+    files = [path for _, path in artifact_files(made.folder)] + [made.folder / MANIFEST_FILE]
     path = data.draw(st.sampled_from(files))
     content = path.read_bytes()
     bit = data.draw(st.integers(0, 8 * len(content) - 1))
@@ -97,7 +99,7 @@ def test_verify_counts_what_it_checked(made: Made) -> None:
 @pytest.mark.parametrize("damage", ["missing", "extra", "cut", "no manifest", "nothing"])
 def test_a_folder_that_is_not_whole_is_refused_without_reading_tensors(copied: Path, damage: str) -> None:
     if damage == "missing":
-        (copied / "README.md").unlink()
+        (copied / "tokenizer_config.json").unlink()
     elif damage == "extra":
         (copied / "adapter_config.json").write_text("{}")
     elif damage == "cut":
@@ -120,12 +122,12 @@ def test_a_folder_that_is_not_whole_is_refused_without_reading_tensors(copied: P
         ({"formats": {"bogus": [QUERY]}}, "bogus"),
         ({"formats": {"INT4-g16": [QUERY]}}, "canonically"),
         ({"formats": {"int4-g16": ["model.layers.7.self_attn.q_proj"]}}, "does not have"),
-        ({"formats": {"int4-g16": ["model.norm"]}}, "no linear or embedding"),
+        ({"formats": {"int4-g16": ["model.norm"]}}, "neither a linear nor an embedding"),
         ({"formats": {"int4-g16": ["__class__"]}}, "does not have"),
         ({"formats": {"int4-g16": [QUERY, QUERY]}}, "twice"),
         ({"formats": {"aq2x4-d4-shared": [QUERY]}, "shared": {}}, "shared codebooks"),
         ({"formats": {"int4-g16": [QUERY]}, "shared": {"aq2x4-d4-shared@x": [QUERY]}}, "cannot use"),
-        ({"tied": {"lm_head": "model.norm"}}, "no head"),
+        ({"tied": {"lm_head": "model.norm"}}, "expected a head"),
         ({"version": 2}, "version"),
         ({"surprise": 1}, "surprise"),
         ({"decode": "eval"}, "decode"),
@@ -204,7 +206,7 @@ def test_an_existing_folder_is_kept_unless_it_is_an_artifact_and_forced(made: Ma
     taken.mkdir()
     (taken / "thesis.txt").write_text("mine")
     for force in (False, True):
-        with pytest.raises(UserError, match="no artifact"):
+        with pytest.raises(UserError, match="not a reallm artifact"):
             made.again(taken, force=force)
     assert (taken / "thesis.txt").read_text() == "mine"
     out = made.again(tmp_path / "out")
@@ -251,9 +253,9 @@ def test_an_interrupt_leaves_nothing(made: Made, tmp_path: Path, monkeypatch: py
 def test_a_damaged_plan_is_refused(made: Made, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(made.plan.read_text()[:-40])
-    with pytest.raises(UserError, match="plan"):
+    with pytest.raises(RecordError, match="plan"):
         compile_plan(plan, tmp_path / "out", model=made.loaded, codes=Codes(made.packed))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(RecordError, match="does not exist"):
         compile_plan(tmp_path / "none.json", tmp_path / "out", model=made.loaded, codes=Codes(made.packed))
 
 
@@ -280,5 +282,5 @@ def test_load_takes_dtype_decode_and_device(made: Made) -> None:
     model, tokenizer = load(made.folder, dtype=torch.bfloat16, decode="call", device="cpu")
     assert model.dtype == torch.bfloat16 and not model.training and tokenizer is not None
     assert len(tokenizer("abc")["input_ids"]) == 3
-    with pytest.raises(UserError, match="no artifact"):
+    with pytest.raises(UserError, match="not a reallm artifact"):
         load(made.source)

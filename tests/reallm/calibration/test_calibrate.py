@@ -1,10 +1,13 @@
-"""The streaming calibration equals plain autograd on the whole model, resumes, and refuses what it cannot do."""
+"""The streaming calibration equals plain autograd on the whole model, resumes, and refuses what it cannot stream."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,20 +17,24 @@ from safetensors.torch import load_file
 from tiny import ARCHITECTURES, VOCAB
 from torch import Tensor
 
-from reallm.calibration.block_streaming import MASK_SHARE, Streamer
-from reallm.calibration.calibrate import calibrate, read_statistics, statistics_path
+from reallm.calibration.block_streaming import BlockStreamer
+from reallm.calibration.calibrate import calibrate
 from reallm.calibration.hidden_states import HiddenStates
 from reallm.calibration.hooks import StatisticsHooks
+from reallm.calibration.statistics import read_statistics, statistics_path
 from reallm.errors import UserError
-from reallm.measurement.encoding import metric_of
+from reallm.measurement.encoding import matrix_metric
 from reallm.models.loaded import LoadedModel
+from reallm.text.masking import MASK_SHARE
 
 SEED = 3
-WINDOWS = torch.randint(5, VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))  # over gemma's window of 32
+WINDOWS = torch.randint(
+    5, VOCAB, (3, 40), generator=torch.Generator().manual_seed(1)
+)  # longer than gemma's sliding window of 32
 
 
 def labels_of(loaded: LoadedModel) -> tuple[Tensor, Tensor, Tensor]:
-    """(inputs, labels sampled from the model, where the loss is taken), drawn here on its own."""
+    """(inputs, labels sampled from the model, where the loss is taken), computed independently of the calibration."""
     inputs, scored = WINDOWS, torch.ones_like(WINDOWS, dtype=torch.bool)
     if loaded.is_encoder:
         scored = torch.rand(WINDOWS.shape, generator=torch.Generator().manual_seed(SEED)) < MASK_SHARE
@@ -42,6 +49,7 @@ def labels_of(loaded: LoadedModel) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored(folder: Path, loaded: LoadedModel) -> dict[str, Tensor]:
+    """All statistics in `folder`, by key."""
     tensors: dict[str, Tensor] = {}
     for block in (None, *range(len(loaded.blocks))):
         tensors |= load_file(statistics_path(folder, block))
@@ -57,16 +65,17 @@ def test_statistics_equal_plain_autograd(architecture: str, tmp_path: Path) -> N
     loaded = loaded_tiny(architecture)
     report = calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
     assert report.tokens == WINDOWS.numel() and report.perplexity > 1
-    found, expected = stored(tmp_path, loaded), direct_statistics(loaded, *labels_of(loaded))
-    assert set(found) == set(expected)
+    actual, expected = stored(tmp_path, loaded), direct_statistics(loaded, *labels_of(loaded))
+    assert set(actual) == set(expected)
     for key, value in expected.items():
         kind = key.split("/", 1)[0]
         value = value / value.mean() if kind == "row_weight" else value / WINDOWS.numel()
-        # Float32 against float64: a relative error of about 2^-24 times the root of the some thousand operations behind
-        # a gradient is 4e-6, and squares double it; ten times that of the largest entry. bf16 rounds each by 2^-9.
+        # Float32 against float64: the relative error of a gradient is about 2^-24 times the root of the thousands of
+        # operations behind it, 4e-6, and squaring doubles it; allowed is ten times that of the largest entry. bf16
+        # rounds each entry by 2^-9.
         rounding = 2.0**-8 if kind in ("fisher", "lookup", "gram") else 0.0
-        assert torch.allclose(found[key].double(), value, rtol=rounding, atol=1e-4 * float(value.max())), key
-        assert float(value.max()) > 0, f"{key} is all zero: nothing was compared"
+        assert torch.allclose(actual[key].double(), value, rtol=rounding, atol=1e-4 * float(value.max())), key
+        assert float(value.max()) > 0, f"{key} is all zero, so nothing was compared"
 
 
 def test_every_matrix_has_a_metric(tmp_path: Path) -> None:
@@ -74,7 +83,7 @@ def test_every_matrix_has_a_metric(tmp_path: Path) -> None:
         loaded = loaded_tiny(architecture)
         calibrate(loaded, WINDOWS, tmp_path / architecture, seed=SEED)
         for matrix in loaded.matrices:
-            metric = metric_of(matrix, read_statistics(tmp_path / architecture, matrix.block, [matrix]))
+            metric = matrix_metric(matrix, read_statistics(tmp_path / architecture, matrix.block, [matrix]))
             assert metric.hessian.shape == (matrix.cols, matrix.cols)
             is_head = matrix.kind == "head" or bool(matrix.tied)
             assert (metric.row_weight is not None) == is_head
@@ -90,24 +99,24 @@ def test_experts_without_tokens_are_named_and_have_no_statistics(tmp_path: Path)
     for name, parameter in loaded.model.named_parameters():
         if name.endswith("gate.weight") or "router" in name:
             with torch.no_grad():
-                parameter.zero_()  # equal scores: top-k takes the same two of three experts for every token
+                parameter.zero_()  # equal scores: top-k chooses the same two of three experts for every token
     report = calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
     empty = [m for m in loaded.matrices if f"guided/{m.name}" not in stored(tmp_path, loaded) and m.kind == "expert"]
     assert len(empty) == 4  # gate_up and down of one expert in each of two blocks
     assert any(f"4 of {len(loaded.matrices)}" in note and empty[0].name in note for note in report.notes)
-    metric = metric_of(empty[0], read_statistics(tmp_path, empty[0].block, [empty[0]]))
+    metric = matrix_metric(empty[0], read_statistics(tmp_path, empty[0].block, [empty[0]]))
     assert not metric.hessian.any() and not metric.fisher.any()
 
 
 STEPS = ("store_inputs", "run_tail", "run_block", "run_front")
 
 
-@pytest.mark.parametrize("stopped_at", [*STEPS, "window", "keep_gradient", "collected"])
+@pytest.mark.parametrize("stopped_at", [*STEPS, "window", "store_gradient", "statistics"])
 def test_an_interrupted_pass_resumes_to_the_same_bytes(
     stopped_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = loaded_tiny("llama-tied", dtype=torch.bfloat16)
-    whole = calibrate(loaded, WINDOWS, tmp_path / "whole", seed=SEED)
+    uninterrupted = calibrate(loaded, WINDOWS, tmp_path / "uninterrupted", seed=SEED)
     calls = 0
 
     def interrupt(owner: type, name: str, at: int) -> None:
@@ -122,37 +131,42 @@ def test_an_interrupted_pass_resumes_to_the_same_bytes(
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    owners = {"window": (HiddenStates, "append"), "keep_gradient": (HiddenStates, "keep_gradient")}
-    owners["collected"] = (StatisticsHooks, "collected")
-    owner, name = owners.get(stopped_at, (Streamer, stopped_at))
-    interrupt(owner, name, {"window": 5, "run_block": 2, "keep_gradient": 3, "collected": 3}.get(stopped_at, 1))
+    owners = {"window": (HiddenStates, "append"), "store_gradient": (HiddenStates, "store_gradient")}
+    owners["statistics"] = (StatisticsHooks, "statistics")
+    owner, name = owners.get(stopped_at, (BlockStreamer, stopped_at))
+    interrupt(owner, name, {"window": 5, "run_block": 2, "store_gradient": 3, "statistics": 3}.get(stopped_at, 1))
     with pytest.raises(KeyboardInterrupt):
-        calibrate(loaded, WINDOWS, tmp_path / "cut", seed=SEED)
-    resumed = calibrate(loaded, WINDOWS, tmp_path / "cut", seed=SEED)
-    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
-    assert (resumed.tokens, resumed.perplexity, resumed.notes) == (whole.tokens, whole.perplexity, whole.notes)
-    assert not (tmp_path / "cut" / "partial").exists()
+        calibrate(loaded, WINDOWS, tmp_path / "interrupted", seed=SEED)
+    resumed = calibrate(loaded, WINDOWS, tmp_path / "interrupted", seed=SEED)
+    assert digests(tmp_path / "interrupted") == digests(tmp_path / "uninterrupted")
+    assert replace(resumed, seconds=0.0) == replace(uninterrupted, seconds=0.0)
+    assert not (tmp_path / "interrupted" / "partial").exists()
 
 
-def test_a_finished_pass_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_pass_is_not_repeated(tmp_path: Path) -> None:
+    @contextmanager
+    def entered() -> Iterator[None]:
+        pytest.fail("statistics are gathered again")
+        yield
+
     loaded = loaded_tiny("llama")
     first = calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
-    monkeypatch.setattr(Streamer, "store_inputs", None)
-    assert calibrate(loaded, WINDOWS, tmp_path, seed=SEED) == first
+    loaded.model.register_forward_pre_hook(lambda *_: pytest.fail("the model is run again"))
+    assert calibrate(loaded, WINDOWS, tmp_path, seed=SEED, weights=entered()) == first
 
 
 def test_a_finished_block_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, ran = loaded_tiny("llama"), []
-    original = Streamer.run_block
+    original = BlockStreamer.run_block
 
-    def counted(self: Streamer, number: int, taps: StatisticsHooks) -> Tensor:
+    def counted(self: BlockStreamer, number: int, hooks: StatisticsHooks) -> Tensor:
         if ran == [1]:
             ran.append(-1)
             raise KeyboardInterrupt
         ran.append(number)
-        return original(self, number, taps)
+        return original(self, number, hooks)
 
-    monkeypatch.setattr(Streamer, "run_block", counted)
+    monkeypatch.setattr(BlockStreamer, "run_block", counted)
     with pytest.raises(KeyboardInterrupt):
         calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
     calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
@@ -181,7 +195,7 @@ def test_activations_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 class _HugeGradient(torch.autograd.Function):
-    """The identity, whose gradient overflows."""
+    """The identity function with a gradient that overflows."""
 
     @staticmethod
     def forward(_ctx: object, x: Tensor) -> Tensor:
@@ -211,19 +225,19 @@ _ROW = WINDOWS[0, 1:2]
 
 
 @pytest.mark.parametrize("twist", ["call", "token"])
-def test_blocks_that_form_no_chain_are_refused(twist: str, tmp_path: Path) -> None:
+def test_blocks_that_do_not_form_a_chain_are_refused(twist: str, tmp_path: Path) -> None:
     loaded = loaded_tiny("llama")
     layers = loaded.model.model.layers
-    if twist == "call":  # a block that gives another answer the next time
+    if twist == "call":  # a block whose output changes from call to call
         layers[0].register_forward_hook(_Counting())
-    else:  # a block that is told something about the tokens that the hidden state does not hold
+    else:  # a block that knows something about the tokens that is not in the hidden state
         loaded.model.model.register_forward_pre_hook(_TokenSecret(layers[1]), with_kwargs=True)
     with pytest.raises(UserError, match=r"llama: model\.layers\.[01] run alone differs .* cannot be streamed"):
         calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
 
 
 class _Counting:
-    """A hook that adds a number which changes with every call."""
+    """A hook that adds a number that grows with every call."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -234,7 +248,7 @@ class _Counting:
 
 
 class _TokenSecret:
-    """Tells a block the sum of the token ids behind the model's back."""
+    """Passes the sum of the token ids to a block without the model knowing."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.secret = 0.0
@@ -245,19 +259,19 @@ class _TokenSecret:
 
 
 def test_memory_holds_the_statistics_of_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, watched = loaded_tiny("llama"), []
+    loaded, blocks_together = loaded_tiny("llama"), []
     original = StatisticsHooks.__init__
 
     def noted(self: StatisticsHooks, model: LoadedModel, matrices: list, tokens: int) -> None:
-        watched.append({m.block for m in matrices})
+        blocks_together.append({m.block for m in matrices})
         original(self, model, matrices, tokens)
 
     monkeypatch.setattr(StatisticsHooks, "__init__", noted)
     calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
-    assert watched == [{None}, {1}, {0}, {None}]
+    assert blocks_together == [{None}, {1}, {0}, {None}]
 
 
-def test_a_second_process_waits_and_finds_the_result(tmp_path: Path) -> None:
+def test_a_second_process_waits_and_reads_the_result(tmp_path: Path) -> None:
     loaded = loaded_tiny("llama")
     other = copy.deepcopy(loaded)
     with ThreadPoolExecutor(2) as pool:  # a lock on another open file excludes threads as it does processes

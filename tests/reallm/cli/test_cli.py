@@ -85,7 +85,7 @@ def table(tmp_path: Path) -> Path:
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom reallm.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom reallm.cli.main import app\n"
         "print(CliRunner().invoke(app, ['--help']).output)\n"
         "heavy = {'torch', 'transformers', 'datasets', 'pulp', 'matplotlib', 'jinja2'}\n"
         "print('heavy:', sorted(heavy & set(sys.modules)))"
@@ -130,7 +130,7 @@ def test_eval_without_against_gives_perplexity_alone(folder: Path) -> None:
     result = run("eval", folder / "model", "--text", folder / "text.txt", "--seqlen", "64", "--windows", "2")
     assert result.exit_code == 0
     assert "perplexity" in result.stdout
-    assert "KL to the base" not in result.stdout
+    assert "KL to the original" not in result.stdout
 
 
 def test_inspect_shows_plan_and_bytes_of_an_artifact_and_of_a_plan(folder: Path) -> None:
@@ -297,7 +297,7 @@ def test_ctrl_c_during_measure_resumes_to_the_same_table(folder: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, *arguments], stderr=subprocess.PIPE, text=True)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
-    assert stderr.splitlines()[-1] == "reallm: interrupted; the same command goes on where it stopped"
+    assert stderr.splitlines()[-1] == "reallm: interrupted; the same command continues where it stopped"
     assert not (folder / "stopped" / TABLE_FILE).exists()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "stopped").glob("cache/*/*.json")}
     assert run(*measuring(folder, work="stopped")).exit_code == 0
@@ -312,7 +312,7 @@ def test_ctrl_c_during_measure_resumes_to_the_same_table(folder: Path) -> None:
 
 def test_sweep_prints_and_writes_every_budget(table: Path) -> None:
     result = run("sweep", table, "--from", "9bpw", "--to", "3bpw", "--points", "3", "-o", table / "pareto.csv")
-    assert result.exit_code == 0 and "1 of 3 budgets are smaller than any plan" in result.stderr, result.output
+    assert result.exit_code == 0 and "1 of 3 budgets are smaller than the smallest plan" in result.stderr, result.output
     lines = (table / "pareto.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["budget", "6bpw", "9bpw"]
     assert all(line.split(",")[0] in result.stdout for line in lines[1:])
@@ -331,8 +331,8 @@ def test_a_plan_keeps_what_is_asked_beside_the_budget(table: Path) -> None:
     plan = read_record(path, Plan, "plan")
     assert [limit.name for limit in plan.limits] == ["pool a", "latency"] and plan.reserved.workspace_bytes == 10240
     assert "no such device or file" in refusal("plan", table, "-b", "1MiB", "-o", path, "--device", "abacus")
-    assert "no such target" in refusal("plan", table, "-b", "1MiB", "-o", path, "--target", "abacus")
-    assert "knows no cache" in refusal("plan", table, "-b", "1MiB", "-o", path, "--context", "10")
+    assert "unknown target" in refusal("plan", table, "-b", "1MiB", "-o", path, "--target", "abacus")
+    assert "has no KV-cache measurement" in refusal("plan", table, "-b", "1MiB", "-o", path, "--context", "10")
     (table / "slow.json").write_text(
         '{"name": "slow", "bytes_per_second": 1e9, "weights_per_second": {"scalar": 1e9}, "launch_seconds": 0}'
     )
@@ -344,18 +344,18 @@ def test_plans_are_explained_and_compared(table: Path) -> None:
     small, large = table / "small.json", table / "large.json"
     assert run("plan", table, "-b", "4.5bpw", "-o", small).exit_code == 0
     shown = run("plan", table, "-b", "9bpw", "-o", large, "--best", "2")
-    assert shown.exit_code == 0 and "plan 2 of the best" in shown.stdout
+    assert shown.exit_code == 0 and "plan 2 of the 2 best" in shown.stdout
     compared = run("diff", small, large)
     assert compared.exit_code == 0 and "2 of 2 matrices" in compared.stdout
     explained = run("explain", small, "block.1")
     assert explained.exit_code == 0 and "int4-g64 *" in explained.stdout and "block.0" not in explained.stdout
-    assert "what a MiB more would buy" in run("explain", small).stdout
-    assert "finds no matrix" in refusal("explain", small, "nothing")
+    assert "what one more MiB would buy" in run("explain", small).stdout
+    assert "matches no matrix" in refusal("explain", small, "nothing")
     assert "name one with --text" in refusal("plan", table, "-b", "5bpw", "-o", table / "none.json", "--refit", "1")
     assert "give --refit" in refusal("plan", table, "-b", "5bpw", "-o", table / "none.json", "--text", "held.txt")
     assert not (table / "none.json").exists()
     write_record(table / TABLE_FILE, make_table(("other", 64, 64, "linear", {"int4-g64": 0.1})))
-    assert "made from another table" in refusal("explain", small)
+    assert "made from another measured table" in refusal("explain", small)
 
 
 def test_a_plan_is_reported_and_a_sweep_drawn(table: Path) -> None:

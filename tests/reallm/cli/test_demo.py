@@ -1,4 +1,4 @@
-"""The demo: what it runs, what it runs again, and what it says when it cannot begin."""
+"""The demo: which stages it runs, which it skips in a second run, and its messages when it cannot start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def console() -> Console:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the stages that ran; "fail" among them makes the stage of the next name fail."""
+    """Names of the stages that ran; adding "fail NAME" to the list makes that stage fail."""
     names: list[str] = []
 
     def record(name: str, arguments: Sequence[str], keep_output: bool = False) -> Stage:
@@ -53,7 +53,7 @@ def test_a_second_run_repeats_nothing(ran: list[str], tmp_path: Path, console: C
     assert ran == EVERY_STAGE
 
 
-def test_another_budget_measures_nothing_anew(ran: list[str], tmp_path: Path, console: Console) -> None:
+def test_another_budget_does_not_measure_again(ran: list[str], tmp_path: Path, console: Console) -> None:
     demo(tmp_path, console=console)
     ran.clear()
     demo(tmp_path, budget="4.0bpw", console=console)
@@ -72,7 +72,7 @@ def test_a_failed_stage_ends_the_demo_and_the_next_run_begins_there(
     assert ran == EVERY_STAGE[2:]
 
 
-def test_a_torn_record_of_stages_is_no_record(ran: list[str], tmp_path: Path, console: Console) -> None:
+def test_a_damaged_record_of_stages_is_ignored(ran: list[str], tmp_path: Path, console: Console) -> None:
     demo(tmp_path, console=console)
     (tmp_path / module.STAGES_FILE).write_text('[{"name": "mea')
     ran.clear()
@@ -113,6 +113,15 @@ def test_a_failing_download_says_what_to_do(tmp_path: Path, console: Console, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_it_opens_with_every_stage_and_its_duration(ran: list[str], tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    demo(tmp_path, console=console)
+    assert isinstance(console.file, io.StringIO)
+    opening = console.file.getvalue().partition("$ reallm")[0]
+    assert module.BUDGET in opening and all(name in opening for name in EVERY_STAGE)
+    assert all(duration in opening for _, duration in module.STAGES.values())
+
+
 def test_the_summary_shows_stages_and_what_eval_wrote(tmp_path: Path) -> None:
     """Plan and evaluation are written as the stages write them, so that a renamed field is noticed here."""
     table = make_table(("block.0.up", 64, 64, "linear", {"int4-g64": 0.1, "int8-g64": 0.001}))
@@ -120,7 +129,7 @@ def test_the_summary_shows_stages_and_what_eval_wrote(tmp_path: Path) -> None:
     plan(tmp_path, budget="8bpw", output=tmp_path / "plan.json")
     divergence = Divergence(0.1234, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.875)
     comparison = Comparison(8, 1024, 8184, 35.5, 29.25, divergence)
-    small, large = Sizes(100, 200, 300, 400, 3 << 20), Sizes(100, 200, 8 << 20, 400, 9 << 20)
+    small, large = Sizes(100, 200, 300, 400, 4 << 20), Sizes(100, 200, 8 << 20, 400, 9 << 20)
     found = Evaluation("out", "m", "text.txt", "0", "float32", comparison, small, large, 1.0, 1, (), {})
     (tmp_path / "eval.json").write_text(found.to_json())
     console = Console(file=io.StringIO(), width=200)
@@ -128,5 +137,5 @@ def test_the_summary_shows_stages_and_what_eval_wrote(tmp_path: Path) -> None:
     module._print_summary(tmp_path, stages, console)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
-    for part in ("61.5", "64.0", "2.00 GiB", "8.00 MiB -> 3.00 MiB", "29.250 -> 35.500", "0.1234", "87.5%", "Paris."):
+    for part in ("61.5", "64.0", "2.00 GiB", "9.00 MiB", "4.00 MiB", "29.25", "35.50", "0.123", "87.5%", "Paris."):
         assert part in shown, part

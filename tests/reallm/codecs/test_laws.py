@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from weights import correlated
 
-from reallm.codecs.additive.encode import BEAM, _Fitter, beam_codes, encode_additive, fit_codebooks
+from reallm.codecs.additive.encode import BEAM, AdditiveFit, beam_codes, fit_additive_codes, fit_codebooks
 from reallm.codecs.feedback import BLOCK_COLUMNS, descend, feed_back
 from reallm.codecs.metric import DAMPING, Metric, Workspace
 from reallm.codecs.packed_fields import to_half
@@ -122,9 +122,9 @@ def test_a_beam_as_wide_as_its_choices_finds_the_nearest_sum(books: int, words: 
     assert torch.allclose((target - found).square().sum(1), distances.amin(1), rtol=0, atol=1e-5)
 
 
-def fitter(seed: int, codec: AdditiveCodec, cols: int = 37) -> _Fitter:
+def fitter(seed: int, codec: AdditiveCodec, cols: int = 37) -> AdditiveFit:
     W, metric = correlated(20, cols, seed=seed)
-    result = _Fitter(W, codec, Workspace(metric), None, seed)
+    result = AdditiveFit(W, codec, Workspace(metric), None, seed)
     result.feed_back()
     return result
 
@@ -156,7 +156,9 @@ def test_refitted_words_approach_the_least_squares_ones(monkeypatch: pytest.Monk
 def test_the_best_round_is_kept() -> None:
     W, metric = correlated(16, 40, seed=6)
     work, codec = Workspace(metric), AdditiveCodec(2, 3, 4)
-    costs = [cost(W - encode_additive(W, codec, work, None, 0, rounds).values(40), work.hessian) for rounds in range(4)]
+    costs = [
+        cost(W - fit_additive_codes(W, codec, work, None, 0, rounds).decode(40), work.hessian) for rounds in range(4)
+    ]
     assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
 
 

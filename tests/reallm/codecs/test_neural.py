@@ -11,19 +11,19 @@ from consistent import random_decoder
 from torch import Tensor
 from weights import correlated
 
-from reallm.codecs.additive.shared_codebooks import fit_shared_codebooks
 from reallm.codecs.encode import encode
 from reallm.codecs.metric import Metric, Workspace
 from reallm.codecs.neural import fit as neural_fit
-from reallm.codecs.neural import viterbi as walks
+from reallm.codecs.neural import viterbi
 from reallm.codecs.neural.encode import _Encoder, patches
+from reallm.codecs.shared_codebooks import fit_shared_codebooks
 from reallm.decoding.decode import decode
 from reallm.decoding.neural import stored_values, windows_of
 from reallm.kernels.codes.neural import pack_tensors
 from reallm.kernels.formats.codecs import NeuralCodec
 from reallm.kernels.formats.formats import Format
 from reallm.measurement.encoding import codebook_bytes, codebook_values
-from reallm.planner.problem.tensor_layout import shared_key
+from reallm.planner.tables.tensor_layout import shared_key
 
 NAME = "nd1x4-d2-c8x1-t2-w8"
 
@@ -38,14 +38,14 @@ def cost(W: Tensor, metric: Metric, fmt: Format, books: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("bits", "taps", "dim"), [(2, 2, 2), (1, 4, 4), (2, 3, 1), (3, 1, 8)])
-def test_the_search_finds_the_cheapest_of_all_walks(bits: int, taps: int, dim: int) -> None:
+def test_the_search_finds_the_cheapest_of_all_codes(bits: int, taps: int, dim: int) -> None:
     codec = NeuralCodec(bits, dim, 5, 1, taps, 8)
     values = values_of(codec)
     target = torch.randn(3, 5, dim, generator=torch.Generator().manual_seed(1))
     choices = torch.tensor(list(itertools.product(range(1 << bits), repeat=5)))
     tried = values[windows_of(codec, choices.T).T]
     best = (target[:, None] - tried).square().sum((2, 3)).amin(1)
-    found = values[windows_of(codec, walks.cheapest_walks(codec, target, values).T).T]
+    found = values[windows_of(codec, viterbi.cheapest_codes(codec, target, values).T).T]
     # metrics in float32 of at most 5 steps of 8 values near one
     torch.testing.assert_close((target - found).square().sum((1, 2)), best, rtol=1e-5, atol=1e-5)
 
@@ -56,11 +56,11 @@ def test_native_and_portable_searches_agree(bits: int, taps: int, dim: int, monk
     values, target = values_of(codec), torch.randn(2, 40, dim, generator=torch.Generator().manual_seed(2))
 
     def error() -> Tensor:
-        codes = walks.cheapest_walks(codec, target, values)
+        codes = viterbi.cheapest_codes(codec, target, values)
         return (target - values[windows_of(codec, codes.T).T]).square().sum((1, 2))
 
     native = error()
-    monkeypatch.setattr(walks, "library", lambda name: None)
+    monkeypatch.setattr(viterbi, "library", lambda name: None)
     torch.testing.assert_close(error(), native, rtol=1e-5, atol=0)  # sums of 40 steps in float32; ties may fall apart
 
 

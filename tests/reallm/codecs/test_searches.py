@@ -14,7 +14,7 @@ from reallm.codecs.encode import encode
 from reallm.codecs.metric import Metric, Workspace
 from reallm.codecs.packed_fields import to_half
 from reallm.codecs.scalar.clipping import learn_clipping
-from reallm.codecs.scalar.encode import encode_scalar, round_scalar
+from reallm.codecs.scalar.encode import choose_scalar_codes, round_scalar
 from reallm.codecs.scalar.row_tables import fit_levels, refit_levels, round_kmeans
 from reallm.codecs.terms.low_rank import strongest
 from reallm.codecs.terms.outliers import find_outliers
@@ -70,7 +70,7 @@ def test_four_levels_are_near_the_best_partition_of_a_row() -> None:
 def test_rows_of_few_values_are_exact(values: list[float]) -> None:
     W = torch.tensor(values).repeat(12)[None].repeat(3, 1)
     tables = round_kmeans(W, KMeansCodec(2), torch.ones(W.shape[1]))
-    assert torch.equal(tables.values, W)
+    assert torch.equal(tables.decoded, W)
 
 
 def test_levels_follow_the_weights() -> None:
@@ -78,7 +78,7 @@ def test_levels_follow_the_weights() -> None:
     W, _ = correlated(8, 64, seed=1)
     weight = torch.ones(64)
     weight[5] = 1e5
-    error = W - round_kmeans(W, KMeansCodec(2), weight).values
+    error = W - round_kmeans(W, KMeansCodec(2), weight).decoded
     assert float(error[:, 5].abs().max()) < 0.01 < float(error.abs().mean())
 
 
@@ -156,8 +156,8 @@ def test_channel_scales_find_the_loud_input() -> None:
 def test_learned_clipping_never_costs_more_than_its_start(codec: ScalarCodec) -> None:
     W, metric = correlated(16, 96, seed=7)
     work = Workspace(metric)
-    start = metric.guided(W - round_scalar(W, codec, work.column_weight).values(codec))
-    learned = metric.guided(W - encode_scalar(W, codec, False, work, clipping=True).values(codec))
+    start = metric.guided(W - round_scalar(W, codec, work.column_weight).decode(codec))
+    learned = metric.guided(W - choose_scalar_codes(W, codec, work, feedback=False, clipping=True).decode(codec))
     assert learned < 0.95 * start
 
 

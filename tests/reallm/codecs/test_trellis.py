@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reallm.codecs.encode import encode
 from reallm.codecs.metric import Metric, Workspace
-from reallm.codecs.trellis.encode import CLIPS, SCALES, _spread_below, error_table, share_widths
+from reallm.codecs.trellis.encode import CLIPS, SCALES, error_table, feedback_below, share_widths
 from reallm.codecs.trellis.viterbi import closed_walks
 from reallm.codegen.cpu.compiler import library
 from reallm.kernels.codes.trellis import code_table, pack_states, step_shape, unpack_states
@@ -101,10 +101,10 @@ def test_two_sided_feedback_without_gradients_is_one_sided() -> None:
 
 
 def test_errors_spread_downwards_as_elimination_does() -> None:
-    """Coding rows in turn with `_spread_below` minimises tr(E^T G E) greedily: D of G = L D L^T is all that is left."""
+    """Coding rows in turn with `feedback_below` minimises tr(E^T G E) greedily: only D of G = L D L^T is left."""
     G = correlated(48).double()
     factor = torch.linalg.cholesky(torch.linalg.inv(G), upper=True)
-    below = _spread_below(factor.float())
+    below = feedback_below(factor.float())
     error, rest = torch.randn(48, 16, dtype=torch.float64), torch.zeros(48, 16, dtype=torch.float64)
     for tile in range(3):  # each tile's own error is free: its target is what the tiles above left
         span = slice(16 * tile, 16 * (tile + 1))

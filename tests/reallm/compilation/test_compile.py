@@ -19,7 +19,7 @@ from reallm.artifacts.inspect import inspect
 from reallm.artifacts.verify import read_bytes, verify
 from reallm.compilation.compile import biased_matrices, compile_plan
 from reallm.errors import UserError
-from reallm.kernels.storage.safetensors import read_folder
+from reallm.kernels.storage.safetensors_reader import read_folder
 from reallm.models.loaded import load_model
 from reallm.models.sizes import artifact_sizes
 from reallm.planner.tables.plan import Plan

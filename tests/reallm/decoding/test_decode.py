@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import random_fields
 
-from reallm.decoding.decode import decode, decode_factors, unpack
+from reallm.decoding.decode import decode, decode_factors
+from reallm.decoding.unpack import unpack
 from reallm.kernels.codes.hadamard import rotation
 from reallm.kernels.codes.packing import pack_codes
 from reallm.kernels.formats.codecs import SCALAR_BITS, AdditiveCodec

@@ -1,4 +1,4 @@
-"""Evaluation of one loaded model against another: the figures, by independent formulas, and the refusals."""
+"""Evaluation of one loaded model against another: the figures against independent formulas, and the errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from reallm.errors import UserError
-from reallm.evaluation.compare import MASK_SHARE, causal_window, compare_models, mask_window
+from reallm.evaluation.compare import compare_models
+from reallm.text.masking import MASK_SHARE
 
 VOCAB, MASK = 261, 4
 
@@ -37,8 +38,8 @@ def test_figures_equal_their_definitions_in_float64(windows: torch.Tensor) -> No
     with torch.inference_mode():
         log_p, log_q = (m(windows).logits[:, :-1].double().log_softmax(-1) for m in (base, model))
     kl = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).flatten()
-    # A float32 log_softmax of V = 261 logits under 10 in size errs by about 10 eps = 1e-6 an entry; p sums to one, so
-    # the KL of a token errs by a few times that.
+    # A float32 log_softmax of V = 261 logits below 10 in magnitude errs by about 10 eps = 1e-6 per entry; p sums
+    # to one, so the KL of a token has a few times that.
     near = 1e-5
     assert result.divergence is not None
     assert result.divergence.mean == pytest.approx(float(kl.mean()), abs=near)
@@ -63,7 +64,7 @@ def test_percentiles_are_ordered_and_the_direction_matters(windows: torch.Tensor
 
 
 def test_long_windows_are_scored_like_short_ones_row_by_row() -> None:
-    """200 positions exceed the rows taken at once; the split must lose none and repeat none."""
+    """200 positions are more than the rows processed at once; none may be lost or repeated."""
     window = torch.randint(5, VOCAB, (1, 201), generator=torch.Generator().manual_seed(2))
     model = tiny_model("llama")
     with torch.inference_mode():
@@ -73,24 +74,6 @@ def test_long_windows_are_scored_like_short_ones_row_by_row() -> None:
     assert math.log(result.perplexity) == pytest.approx(float(loss), abs=1e-5)  # float32 sums, as above
     assert result.divergence is None
     assert result.base_perplexity is None
-
-
-def test_causal_window_predicts_each_token_from_those_before() -> None:
-    scored = causal_window(torch.tensor([7, 8, 9]))
-    assert scored.inputs.tolist() == [[7, 8, 9]]
-    assert scored.positions.tolist() == [0, 1]
-    assert scored.targets.tolist() == [8, 9]
-
-
-def test_masked_window_hides_what_is_to_be_predicted() -> None:
-    window = torch.arange(10, 110)
-    scored = mask_window(window, MASK, seed=3)
-    assert scored.positions.numel() == round(MASK_SHARE * 100)
-    assert (scored.inputs[0, scored.positions] == MASK).all()
-    assert torch.equal(scored.targets, window[scored.positions])
-    assert int((scored.inputs[0] != window).sum()) == scored.positions.numel()
-    assert torch.equal(mask_window(window, MASK, seed=3).positions, scored.positions)
-    assert not torch.equal(mask_window(window, MASK, seed=4).positions, scored.positions)
 
 
 def test_encoder_is_scored_on_masked_tokens_only(windows: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation from the disk: protocol, sizes and refusals, for plain models and artifacts."""
+"""Evaluation of models on disk: protocol, sizes and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEQLEN = 32
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """300 letters and spaces: the tiny tokenizer makes 300 tokens of them."""
+    """300 letters and spaces, which are 300 tokens of the tiny tokenizer."""
     path = tmp_path_factory.mktemp("text") / "test.txt"
     path.write_text("".join(random.Random(0).choices("abcdefgh ", k=300)), encoding="utf-8")
     return str(path)
@@ -48,18 +48,20 @@ def test_perplexity_is_that_of_the_model_itself(llama: Path, text: str) -> None:
     assert letters[0] == " "
     with torch.inference_mode():
         loss = float(model(ids, labels=ids).loss)
-    assert math.log(result.comparison.perplexity) == pytest.approx(loss, abs=1e-5)  # two orders of float32 sums
+    assert math.log(result.comparison.perplexity) == pytest.approx(
+        loss, abs=1e-5
+    )  # float32 sums in two different orders
 
 
 def _token_of(letter: str) -> int:
-    """Five special tokens, then the 256 byte characters in order; the space is written as U+0120."""
+    """Id in the tiny vocabulary: five special tokens, then the 256 byte characters in order; a space is U+0120."""
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return 5 + alphabet.index("\u0120" if letter == " " else letter)
 
 
-def test_against_itself_nothing_diverges_and_the_report_is_json(llama: Path, text: str) -> None:
+def test_a_model_does_not_diverge_from_itself_and_the_report_is_json(llama: Path, text: str) -> None:
     result = evaluate(llama, against=llama, text=text, seqlen=SEQLEN, progress=False)
     assert result.comparison.divergence is not None
     assert result.comparison.divergence.mean == 0
@@ -97,25 +99,25 @@ def test_tied_weights_count_once(tmp_path: Path, text: str) -> None:
     assert sizes.weights_bpw == 32
 
 
-def test_encoder_is_evaluated_on_masked_tokens_and_says_so(tmp_path: Path, text: str) -> None:
+def test_an_encoder_is_evaluated_on_masked_tokens_with_a_note(tmp_path: Path, text: str) -> None:
     folder = save_tiny("roberta", tmp_path)
     result = evaluate(folder, text=text, seqlen=SEQLEN, windows=2, progress=False)
     assert result.comparison.tokens == 2 * round(0.15 * SEQLEN)
     assert any("masked" in note for note in result.notes)
 
 
-def test_a_context_longer_than_an_encoder_takes_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_context_longer_than_the_encoder_supports_is_refused(tmp_path: Path, text: str) -> None:
     folder = save_tiny("roberta", tmp_path)
     with pytest.raises(UserError, match="takes 1 to 256 tokens"):
         evaluate(folder, text=text, seqlen=257, progress=False)
 
 
-def test_the_offline_text_is_said_to_be_no_benchmark(llama: Path) -> None:
+def test_a_note_says_that_the_offline_text_is_not_a_benchmark(llama: Path) -> None:
     result = evaluate(llama, seqlen=SEQLEN, windows=1, progress=False)
     assert any("give --text" in note for note in result.notes)
 
 
-def test_what_cannot_be_evaluated_is_refused_in_one_line(llama: Path, text: str, tmp_path: Path) -> None:
+def test_unusable_options_are_refused_in_one_line(llama: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--dtype int7: expected float32"):
         evaluate(llama, text=text, dtype="int7")
     with pytest.raises(UserError, match=r"--seqlen 2 .*expected at least 8"):
@@ -131,8 +133,8 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(llama: Path, text: str,
         evaluate(llama, text=text, seqlen=SEQLEN, device="cuda:77")
 
 
-def test_infinite_activations_are_an_error_and_no_figure(tmp_path: Path, text: str) -> None:
-    """The weights are finite, as `load_model` checks; their product is not."""
+def test_infinite_activations_are_an_error(tmp_path: Path, text: str) -> None:
+    """The weights are finite, as `load_model` checks, but their product is not."""
     folder = save_tiny("llama", tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"].fill_(3e38)

@@ -1,7 +1,8 @@
-"""Block-wise training: its loss is what the docstring says, it helps, it resumes to the byte, it refuses."""
+"""Block-wise training: its loss is the documented one, it lowers the divergence, resumes to the byte, and refuses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,20 @@ import torch
 from tiny import save_tiny
 from tuning import SEQLEN, StopError, files, kl, linears, pack
 
-from reallm.artifacts.verify import read_plan, read_tensors, verify
-from reallm.calibration.block_streaming import Streamer
+from reallm.artifacts.verify import read_tensors, verify
+from reallm.calibration.block_streaming import BlockStreamer
 from reallm.errors import UserError
 from reallm.finetuning import blockwise
-from reallm.finetuning.blockwise import _Block, _token_weights, _Window
+from reallm.finetuning.blockwise import BlockTrainer, BlockWindow, mean_weights
 from reallm.finetuning.chat_windows import SampledWindows
 from reallm.finetuning.run import finetune
 from reallm.kernels.storage.atomic import canonical_json
 from reallm.models.loaded import load_model
+from reallm.planner.tables.plan import read_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUN: dict[str, Any] = {
-    "order": ("blocks",),
+    "stages": ("blocks",),
     "block_windows": 16,
     "block_epochs": 2,
     "steps": 8,
@@ -41,18 +43,32 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(llama: Path, text: str) -> Path:
-    return finetune(llama, text=text, output=llama.parent / "tuned", **RUN)
+def tuned(llama: Path, text: str) -> Callable[..., Path]:
+    """The artifact that the stages given produce; each combination is trained once."""
+    outputs: dict[tuple[str, ...], Path] = {}
+
+    def output_of(*stages: str) -> Path:
+        if stages not in outputs:
+            path = llama.parent / f"tuned-{'-'.join(stages)}"
+            outputs[stages] = finetune(llama, text=text, output=path, **RUN | {"stages": stages})
+        return outputs[stages]
+
+    return output_of
+
+
+@pytest.fixture(scope="module")
+def divergence_before(llama: Path, text: str) -> float:
+    return kl(llama, llama.parent / "model", text)
 
 
 def test_the_loss_is_the_second_order_divergence(tmp_path: Path) -> None:
     """Against the formula in float64, with G from gradients that autograd takes through the whole model."""
     loaded = load_model(save_tiny("llama", tmp_path / "model"), dtype=torch.float32)
     windows = torch.randint(0, 64, (3, SEQLEN), generator=torch.Generator().manual_seed(0))
-    streamer = Streamer(loaded, tmp_path / "states", windows, 7, masked=True)
+    streamer = BlockStreamer(loaded, tmp_path / "states", windows, 7, masked=True)
     streamer.store_inputs()
     loaded.model.requires_grad_(False)
-    moments = blockwise._output_moments(streamer, 7)
+    moments = blockwise.output_moments(streamer, 7)
     generator, gradients = torch.Generator().manual_seed(7), []
     for window in windows:
         states: list[torch.Tensor] = []
@@ -69,53 +85,63 @@ def test_the_loss_is_the_second_order_divergence(tmp_path: Path) -> None:
     G = g.T @ g / len(g)
     G += blockwise.DAMPING * G.diagonal().mean() * torch.eye(len(G), dtype=torch.float64)
     torch.testing.assert_close(moments[0].double(), G, rtol=1e-4, atol=1e-7)
-    dense, weights = streamer.boundaries.read(1)[:1], torch.rand(SEQLEN)
-    own = streamer.boundaries.read(0)[:1] + 0.1
-    block = _Block(streamer, 0, streamer.blocks[0], moments[0])
-    found = block.loss(_Window(own, dense, weights / weights.sum()))
-    d = (streamer.replay(0, own) - dense)[0].double()
+    dense, weights = streamer.hidden_states.read(1)[:1], torch.rand(SEQLEN)
+    student = streamer.hidden_states.read(0)[:1] + 0.1
+    block = BlockTrainer(streamer, 0, streamer.blocks[0], moments[0])
+    loss = block.loss(BlockWindow(student, dense, weights / weights.sum()))
+    d = (streamer.replay(0, student) - dense)[0].double()
     expected = sum(0.5 * w * (e @ G @ e) for w, e in zip(weights.double() / weights.double().sum(), d, strict=True))
-    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_blocks_come_nearer_to_the_dense_ones_for_no_byte(llama: Path, tuned: Path, text: str) -> None:
-    assert verify(tuned).deep
-    assert kl(tuned, llama.parent / "model", text) < 0.9 * kl(llama, llama.parent / "model", text)
-    assert read_plan(tuned).file_bytes == read_plan(llama).file_bytes
-    assert any("block by block for 2 x 16 windows each" in note for note in read_plan(tuned).notes)
-    norms = {n for n in read_tensors(tuned) if "norm" in n}
-    assert {n for n in norms if "layers" not in n}  # one lies behind the blocks
+def test_training_the_blocks_lowers_the_divergence_at_the_same_size(
+    llama: Path, tuned: Callable[..., Path], text: str, divergence_before: float
+) -> None:
+    output = tuned("blocks")
+    assert verify(output).deep
+    assert kl(output, llama.parent / "model", text) < 0.9 * divergence_before
+    assert read_plan(output).file_bytes == read_plan(llama).file_bytes
+    assert any("block by block for 2 x 16 windows each" in note for note in read_plan(output).notes)
+    norms = {n for n in read_tensors(output) if "norm" in n}
+    assert {n for n in norms if "layers" not in n}  # one norm is outside the blocks
 
 
-@pytest.mark.parametrize("order", [("blocks", "end-to-end"), ("end-to-end", "blocks")])
-def test_both_stages_in_either_order(llama: Path, text: str, tmp_path: Path, order: tuple[str, str]) -> None:
-    output = finetune(llama, text=text, output=tmp_path / "tuned", **RUN | {"order": order})
+@pytest.mark.parametrize("stages", [("blocks", "end-to-end"), ("end-to-end", "blocks")])
+def test_both_stages_in_either_order(
+    llama: Path, tuned: Callable[..., Path], text: str, divergence_before: float, stages: tuple[str, str]
+) -> None:
+    output = tuned(*stages)
     verify(output)
-    assert kl(output, llama.parent / "model", text) < 0.9 * kl(llama, llama.parent / "model", text)
+    assert kl(output, llama.parent / "model", text) < 0.9 * divergence_before
     note = next(note for note in read_plan(output).notes if "windows each" in note)
     first, second = (note.index(words) for words in ("block by block", "for 8 steps"))
-    assert (first < second) == (order[0] == "blocks")
+    assert (first < second) == (stages[0] == "blocks")
 
 
-@pytest.mark.parametrize("order", [("blocks",), ("blocks", "end-to-end")])
-def test_an_interrupted_run_goes_on_after_the_last_block(
-    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, ...]
+@pytest.mark.parametrize("stages", [("blocks",), ("blocks", "end-to-end")])
+def test_an_interrupted_run_continues_after_the_last_block(
+    llama: Path,
+    tuned: Callable[..., Path],
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stages: tuple[str, ...],
 ) -> None:
-    run, train, calls = RUN | {"order": order}, _Block.train, [0]
-    whole = finetune(llama, text=text, output=tmp_path / "whole", **run)
+    unbroken = files(tuned(*stages))
+    run, train, calls = RUN | {"stages": stages}, BlockTrainer.train, [0]
 
-    def counting(self: _Block, *arguments: Any) -> None:
+    def counting(self: BlockTrainer, *arguments: Any) -> None:
         calls[0] += 1
         if calls[0] == 2:
             raise StopError
         train(self, *arguments)
 
-    monkeypatch.setattr(_Block, "train", counting)
+    monkeypatch.setattr(BlockTrainer, "train", counting)
     with pytest.raises(StopError):
         finetune(llama, text=text, output=tmp_path / "tuned", **run)
     assert finetune(llama, text=text, output=tmp_path / "tuned", **run) == tmp_path / "tuned"
     assert calls[0] == 1 + 1 + len(load_model(llama.parent / "model").blocks) - 1  # one done, one cut off, the rest
-    assert files(tmp_path / "tuned") == files(whole)
+    assert files(tmp_path / "tuned") == unbroken
 
 
 def test_a_block_that_gets_worse_on_the_held_out_windows_is_put_back(llama: Path, text: str, tmp_path: Path) -> None:
@@ -125,17 +151,17 @@ def test_a_block_that_gets_worse_on_the_held_out_windows_is_put_back(llama: Path
 
 
 def test_factors_and_a_packed_embedding(text: str, tmp_path: Path) -> None:
-    """What the first block gets comes from the compressed model's own embedding."""
+    """The input of the first block comes from the compressed model's embedding."""
     artifact = pack("gemma2", tmp_path, lambda m: "int4-g16" if m.kind == "embedding" else "int2-g16")
     run = RUN | {"train": ("factors",), "rank": 2, "learning_rate": 3e-3}
     output = finetune(artifact, text=text, output=tmp_path / "tuned", **run)
     assert kl(output, tmp_path / "model", text) < kl(artifact, tmp_path / "model", text)
 
 
-def test_what_comes_after_the_last_answer_does_not_count() -> None:
+def test_tokens_after_the_last_answer_have_no_weight() -> None:
     tokens = torch.zeros(2, 5, dtype=torch.int64)
     scored = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
-    first, second = _token_weights(SampledWindows(tokens, torch.arange(2), scored))
+    first, second = mean_weights(SampledWindows(tokens, torch.arange(2), scored))
     assert first.tolist() == [0.25] * 4 + [0.0] and second.tolist() == pytest.approx([0.2] * 5)
 
 
@@ -150,11 +176,11 @@ def test_conversations(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"order": ("layers",)}, "--order layers: expected one or more of codes, blocks, end-to-end"),
-        ({"order": ()}, "--order : expected one or more"),
-        ({"order": ("blocks", "blocks")}, "--order blocks,blocks: expected"),
-        ({"block_windows": 0}, "--block-windows 0 --block-epochs 2: expected at least 1"),
-        ({"loss": "text"}, "--order blocks brings a model nearer to the dense one"),
+        ({"stages": ("layers",)}, "--stages layers: expected one or more of codes, blocks, end-to-end"),
+        ({"stages": ()}, "--stages : expected one or more"),
+        ({"stages": ("blocks", "blocks")}, "--stages blocks,blocks: expected"),
+        ({"block_windows": 0}, "--block-windows 0: expected at least 1 window"),
+        ({"loss": "text"}, "--stages blocks trains towards the dense model"),
     ],
 )
 def test_mistakes(llama: Path, text: str, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tuning of tiny models: nearer to the original, resumed to the byte, refused where it cannot or does not help."""
+"""Fine-tuning of tiny models lowers the loss, resumes to the byte, and is refused where it cannot or does not help."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from tiny import save_tiny
 from tuning import SEQLEN, StopError, files, kl, linears, pack
 from typer.testing import CliRunner
 
-from reallm.artifacts.verify import read_bytes, read_plan, read_tensors, verify
+from reallm.artifacts.verify import read_bytes, read_tensors, verify
 from reallm.cli.main import app
 from reallm.errors import UserError
-from reallm.finetuning import run as stage
-from reallm.finetuning import teacher as original
-from reallm.finetuning.checkpoints import WHOLE_FILE
-from reallm.finetuning.distillation import Distillation, Student, training_order
-from reallm.finetuning.pair import Training, open_pair, open_windows
-from reallm.finetuning.processes import ALONE
-from reallm.finetuning.run import finetune, train_pair
-from reallm.finetuning.trained import Trained
+from reallm.finetuning import run as run_module
+from reallm.finetuning import teacher as teacher_module
+from reallm.finetuning.checkpoints import COMPLETE_FILE
+from reallm.finetuning.distillation import DistillationLoss, DistillationTrainer, training_order
+from reallm.finetuning.processes import SINGLE_PROCESS
+from reallm.finetuning.resolved_settings import ResolvedSettings
+from reallm.finetuning.run import finetune
+from reallm.finetuning.settings import PARTS
+from reallm.finetuning.stages import RunFolders, run_stages
+from reallm.finetuning.student_teacher import open_student, open_training_data
+from reallm.finetuning.trainable_parts import TrainableParts
 from reallm.models.loaded import load_model
+from reallm.planner.tables.plan import read_plan
 from reallm.runtime.install import packed_modules
 from reallm.text.corpus import load_text
 
@@ -52,61 +56,68 @@ def tuned(llama: Path, text: str) -> Path:
     return finetune(llama, text=text, output=llama.parent / "tuned", **RUN)
 
 
+@pytest.fixture(scope="module")
+def divergence_before(llama: Path, text: str) -> float:
+    return kl(llama, llama.parent / "model", text)
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     """Make the training stop in the middle of batch `batches` + 1."""
-    compute, left = Distillation.compute_loss, [batches]
+    compute, left = DistillationTrainer.compute_loss, [batches]
 
-    def stopping(self: Distillation, model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+    def stopping(self: DistillationTrainer, model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
         left[0] -= model.training
         if left[0] < 0:
             raise StopError
         return compute(self, model, *arguments, **options)
 
-    monkeypatch.setattr(Distillation, "compute_loss", stopping)
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", stopping)
 
 
-def test_the_artifact_comes_nearer_to_the_original(llama: Path, tuned: Path, text: str) -> None:
+def test_the_divergence_from_the_dense_model_falls(
+    llama: Path, tuned: Path, text: str, divergence_before: float
+) -> None:
     assert verify(tuned).deep
-    source = llama.parent / "model"
-    assert kl(tuned, source, text) < 0.8 * kl(llama, source, text)  # found: 0.44 of it; fresh factors alone give 0.66
+    assert (
+        kl(tuned, llama.parent / "model", text) < 0.8 * divergence_before
+    )  # measured: 0.44 of it; new factors alone give 0.66
     assert not (tuned.parent / "tuned.partial").exists()
 
 
-def test_training_lowers_the_divergence_beyond_that_of_fresh_factors(llama: Path, text: str, tmp_path: Path) -> None:
-    training = Training(rank=4, steps=12, batch_size=2, seqlen=SEQLEN, learning_rate=3e-3)
-    pair = open_pair(
-        llama, open_windows(llama, read_plan(llama), None, load_text(text), training, "cpu", ALONE), training
-    )
-    trained = Trained(pair.model, pair.modules, training.train, training.term, pair.original.dtype)
-    gain = train_pair(pair, trained, training, tmp_path, None, False, tmp_path)
+def test_training_lowers_the_divergence_beyond_that_of_new_factors(llama: Path, text: str, tmp_path: Path) -> None:
+    settings = ResolvedSettings(rank=4, steps=12, batch_size=2, seqlen=SEQLEN, learning_rate=3e-3)
+    data = open_training_data(llama, read_plan(llama), load_text(text), settings, SINGLE_PROCESS)
+    pair = open_student(llama, data, settings)
+    parts = TrainableParts(pair.student, pair.linears, PARTS[:3], settings.new_factors, pair.dense.dtype)
+    gain = run_stages(pair, parts, settings, RunFolders(tmp_path, tmp_path))
     assert gain.trained < 0.95 * gain.started < 0.95 * gain.before
     assert pair.held_out_loss() == gain.trained  # the trained factors are those in the model
 
 
-def test_the_original_is_not_in_memory_while_it_is_not_needed(
+def test_the_dense_model_is_not_in_memory_while_it_is_not_needed(
     llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its weights are freed for the training and come back for the file; not where its states would not fit."""
-    compute, seen = Distillation.compute_loss, []
+    """Its weights are freed for training and read again for the artifact, if its states fit into the cache."""
+    compute, seen = DistillationTrainer.compute_loss, []
 
-    def watching(self: Distillation, *arguments: Any, **options: Any) -> Any:
-        seen.append(sum(p.numel() for p in self.student.objective.original.runner.parameters()))
+    def watching(self: DistillationTrainer, *arguments: Any, **options: Any) -> Any:
+        seen.append(sum(p.numel() for p in self.distillation_loss.objective.teacher.runner.parameters()))
         return compute(self, *arguments, **options)
 
     def loading(*arguments: Any, **options: Any) -> Any:
-        dense = arguments[1].original.runner
+        dense = arguments[1].teacher.runner
         seen.append(sum(p.numel() for p in dense.parameters()))
         return opening(*arguments, **options)
 
-    opening = stage.open_pair
-    monkeypatch.setattr(stage, "open_pair", loading)  # before the compressed model is there, too
-    monkeypatch.setattr(Distillation, "compute_loss", watching)
+    opening = run_module.open_student
+    monkeypatch.setattr(run_module, "open_student", loading)  # already before the compressed model is loaded
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", watching)
     whole = load_model(llama.parent / "model").model
     head = whole.get_output_embeddings().weight.numel()
     assert files(finetune(llama, text=text, output=tmp_path / "freed", **RUN)) == files(tuned)
     assert set(seen) == {head}
     seen.clear()
-    monkeypatch.setattr(original, "KEPT_BYTES", 1)
+    monkeypatch.setattr(teacher_module, "CACHE_BYTES", 1)
     assert files(finetune(llama, text=text, output=tmp_path / "kept", **RUN)) == files(tuned)
     assert set(seen) == {sum(p.numel() for p in whole.parameters())}
 
@@ -126,7 +137,7 @@ def test_formats_bytes_and_codes_of_the_new_plan(llama: Path, tuned: Path) -> No
 
 
 @pytest.mark.parametrize("fmt", ["tq2-l8+ldl+rot", "int2-g16", "nf2-g16-dq4x16"])
-def test_scales_and_norms_take_not_one_byte_more(fmt: str, text: str, tmp_path: Path) -> None:
+def test_scales_and_norms_do_not_change_the_size(fmt: str, text: str, tmp_path: Path) -> None:
     artifact = pack("llama", tmp_path, linears(fmt))
     parts = ("scales", "norms")
     tuned = finetune(artifact, text=text, output=tmp_path / "tuned", **RUN | {"train": parts, "rank": 0})
@@ -135,13 +146,13 @@ def test_scales_and_norms_take_not_one_byte_more(fmt: str, text: str, tmp_path: 
     assert (new.file_bytes, new.budget, new.bits_per_weight) == (old.file_bytes, old.budget, old.bits_per_weight)
     assert [c.format for c in new.choices] == [c.format for c in old.choices]
     changed = {name.rpartition(".")[2] for name in after if bytes_of(before[name]) != bytes_of(after[name])}
-    assert changed == ({"weight"} if "dq" in fmt else {"weight", "scales"})  # the norms' weights, and no codes
+    assert changed == ({"weight"} if "dq" in fmt else {"weight", "scales"})  # the weights of norms, but no codes
     assert kl(tuned, tmp_path / "model", text) < 0.95 * kl(artifact, tmp_path / "model", text)
     again = finetune(
         tuned, text=text, output=tmp_path / "again", **RUN | {"train": ("factors",), "rank": 1, "steps": 4}
     )
     norms = [name for name in after if name.endswith("norm.weight")]
-    assert norms and all(bytes_of(after[n]) == bytes_of(read_tensors(again)[n]) for n in norms)  # they are carried on
+    assert norms and all(bytes_of(after[n]) == bytes_of(read_tensors(again)[n]) for n in norms)  # they are kept
 
 
 def bytes_of(tensor: Any) -> bytes:
@@ -193,7 +204,7 @@ def test_a_checkpoint_cut_off_is_not_read(
     last = tmp_path / "tuned.partial" / "checkpoint-6"
     state = last / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:-100])
-    assert (last / WHOLE_FILE).exists()
+    assert (last / COMPLETE_FILE).exists()
     finetune(llama, text=text, output=output, **RUN)
     assert files(output) == files(tuned)
 
@@ -205,7 +216,7 @@ def test_stopped_while_writing_it_does_not_train_again(
         raise StopError
 
     with monkeypatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(stage, "write_artifact", full)
+        patch.setattr(run_module, "write_artifact", full)
         finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
     stop_after(monkeypatch, 0)
     assert files(finetune(llama, text=text, output=tmp_path / "tuned", **RUN)) == files(tuned)
@@ -234,7 +245,7 @@ def test_a_full_disk_loses_nothing(
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"resume": False}])
-def test_another_run_starts_anew(
+def test_another_run_starts_from_the_beginning(
     llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Mapping[str, Any]
 ) -> None:
     run = RUN | {"steps": 2}
@@ -251,16 +262,18 @@ def test_another_run_starts_anew(
 def test_gradient_checkpointing_gives_the_same_factors(
     llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no weight of the compressed model decoded for longer than its product takes."""
-    compute, kept = Distillation.compute_loss, []
+    """And no decoded weight of the compressed model outlives its product."""
+    compute, kept = DistillationTrainer.compute_loss, []
 
-    def watching(self: Distillation, *arguments: Any, **options: Any) -> Any:
+    def watching(self: DistillationTrainer, *arguments: Any, **options: Any) -> Any:
         loss = compute(self, *arguments, **options)
-        packed = dict(packed_modules(self.student.objective.model)).values()
-        kept.append(sum(m.decoded.numel() + (0 if m._coded is None else m._coded.numel()) for m in packed))
+        for _, packed in packed_modules(self.distillation_loss.objective.model):
+            products = [] if packed.training_part is None else vars(packed.training_part.scaled_product).values()
+            held = [value for value in (packed.decoded, *products) if isinstance(value, torch.Tensor)]
+            kept.append(sum(value.numel() for value in held))
         return loss
 
-    monkeypatch.setattr(Distillation, "compute_loss", watching)
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", watching)
     output = finetune(llama, text=text, output=tmp_path / "tuned", gradient_checkpointing=True, **RUN)
     assert files(output) == files(tuned)  # the same operations, done twice
     assert kept and not any(kept)
@@ -268,7 +281,7 @@ def test_gradient_checkpointing_gives_the_same_factors(
 
 @pytest.mark.parametrize("architecture", ["gpt2", "roberta", "gemma2", "qwen3_moe"])
 def test_other_architectures(architecture: str, text: str, tmp_path: Path) -> None:
-    """Transposed weights, masked tokens, a packed tied embedding and shared codebooks, experts that stay."""
+    """Transposed weights; masked tokens; a packed tied embedding, shared codebooks; experts, which are not trained."""
     kinds = ("linear", "embedding", "expert") if architecture in ("gemma2", "qwen3_moe") else ("linear",)
     make = mixed(kinds) if architecture == "gemma2" else lambda m: "int2-g16" if m.kind in kinds else None
     artifact = pack(architecture, tmp_path, make)
@@ -280,28 +293,28 @@ def test_other_architectures(architecture: str, text: str, tmp_path: Path) -> No
     }
 
 
-def test_training_that_does_not_help_leaves_the_fresh_factors(
-    llama: Path, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_training_that_does_not_help_leaves_the_new_factors_untrained(
+    llama: Path, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, divergence_before: float
 ) -> None:
     with caplog.at_level(logging.WARNING, "reallm"):
         output = finetune(llama, text=text, output=tmp_path / "tuned", **RUN | {"learning_rate": 0.9})
     assert "training did not help" in caplog.text
     assert any("training did not lower" in note for note in read_plan(output).notes)
     verify(output)
-    assert kl(output, llama.parent / "model", text) < kl(llama, llama.parent / "model", text)
+    assert kl(output, llama.parent / "model", text) < divergence_before
 
 
 def test_training_ends_when_it_no_longer_helps(
     llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every evaluation looks worse than the one before: two after the first end the run, and the first is kept."""
-    compute, calls = Student.forward, [0]
+    """Every evaluation looks worse than the one before: the two after the first end the run, and the first is kept."""
+    compute, calls = DistillationLoss.forward, [0]
 
-    def rising(self: Student, *arguments: Any, **options: Any) -> torch.Tensor:
+    def rising(self: DistillationLoss, *arguments: Any, **options: Any) -> torch.Tensor:
         calls[0] += not self.training
         return compute(self, *arguments, **options) + (0 if self.training else calls[0])
 
-    monkeypatch.setattr(Student, "forward", rising)
+    monkeypatch.setattr(DistillationLoss, "forward", rising)
     run = RUN | {"steps": 40, "patience": 2}
     output = finetune(llama, text=text, output=tmp_path / "tuned", **run)
     assert any("trained for 24 steps" in note for note in read_plan(output).notes)  # evaluated after 8, 16 and 24
@@ -314,21 +327,22 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_last_good_state(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    divergence_before: float,
     bad_step: int,
 ) -> None:
-    compute, left = Student.forward, [bad_step]
+    compute, left = DistillationLoss.forward, [bad_step]
 
-    def failing(self: Student, *arguments: Any, **options: Any) -> torch.Tensor:
+    def failing(self: DistillationLoss, *arguments: Any, **options: Any) -> torch.Tensor:
         left[0] -= self.training
         loss = compute(self, *arguments, **options)
         return loss * torch.nan if self.training and left[0] == 0 else loss
 
-    monkeypatch.setattr(Student, "forward", failing)
+    monkeypatch.setattr(DistillationLoss, "forward", failing)
     with caplog.at_level(logging.WARNING, "reallm"):
         output = finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
     where = "the state before that step" if bad_step == 1 else "checkpoint-"
     assert f"the loss of step {bad_step} is not finite" in caplog.text and where in caplog.text
-    assert kl(output, llama.parent / "model", text) < kl(llama, llama.parent / "model", text)
+    assert kl(output, llama.parent / "model", text) < divergence_before
 
 
 def test_without_any_gain_nothing_is_written(tuned: Path, text: str, tmp_path: Path) -> None:
@@ -337,7 +351,7 @@ def test_without_any_gain_nothing_is_written(tuned: Path, text: str, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_told_before_anything_is_written(llama: Path, text: str, tmp_path: Path) -> None:
+def test_mistakes_are_refused_before_anything_is_written(llama: Path, text: str, tmp_path: Path) -> None:
     other = save_tiny("llama", tmp_path / "other", seed=5)
     short = tmp_path / "short.txt"
     short.write_text("a" * (2 * SEQLEN - 1))
@@ -345,31 +359,31 @@ def test_mistakes_are_told_before_anything_is_written(llama: Path, text: str, tm
     cases: list[tuple[Mapping[str, Any], str]] = [
         ({"teacher": tmp_path / "gone"}, "gone does not exist"),
         ({"teacher": other}, "other is not the model .* was made from; give that one as --teacher"),
-        ({"text": str(short)}, "short.txt: one window of 32 tokens found, two needed"),
+        ({"text": str(short)}, "short.txt has only one window of 32 tokens"),
         ({"text": str(tmp_path / "no.txt")}, "no.txt does not exist"),
         ({"seqlen": 4096}, "--seqlen 4096: this model takes 1 to 256"),
         ({"rank": -1}, "--rank -1: expected 0 to 1024"),
         ({"train": ("factors", "biases")}, "--train biases: expected factors, scales, norms, codebooks, embeddings"),
-        ({"train": ()}, "--train: nothing is to be trained"),
+        ({"train": ()}, "--train names nothing to train"),
         ({"factor_dtype": "f8"}, "--factor-dtype f8: expected f16, i8 or i4"),
         ({"steps": 0}, "--steps 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),
         ({"gain_learning_rate": 1.0}, "--gain-learning-rate 1.0"),
-        ({"patience": -1}, "--patience -1: expected 0 or more"),
-        ({"loss": "mse"}, "--loss mse: expected kl"),
+        ({"patience": -1}, "--patience -1: expected at least 0 evaluations"),
+        ({"loss": "mse"}, "--loss mse: expected kl or text"),
         ({"device": "tpu"}, "--device tpu: expected cpu"),
-        ({"output": other}, "other exists and is no artifact of reallm"),
+        ({"output": other}, "other exists and is no"),
         ({"output": llama}, "exists; give another name, or --force"),
     ]
     for change, message in cases:
         with pytest.raises(UserError, match=message):
             finetune(llama, **{"text": text, "output": output} | RUN | change)
-    with pytest.raises(UserError, match="is no artifact of reallm"):
+    with pytest.raises(UserError, match="is not a reallm artifact"):
         finetune(other, text=text, output=output, **RUN)
     assert not output.exists() and not (tmp_path / "tuned.partial").exists()
 
 
-def test_the_command_does_the_same_and_tells_a_mistake_in_one_line(
+def test_the_command_does_the_same_and_reports_a_mistake_in_one_line(
     llama: Path, tuned: Path, text: str, tmp_path: Path
 ) -> None:
     options = ["--text", text, "-o", str(tmp_path / "tuned"), "--no-kernels"]
@@ -385,11 +399,11 @@ def test_the_command_does_the_same_and_tells_a_mistake_in_one_line(
     ]
 
 
-def test_a_folder_that_is_no_run_is_left_alone(llama: Path, text: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_left_alone(llama: Path, text: str, tmp_path: Path) -> None:
     stranger = tmp_path / "tuned.partial" / "thesis.txt"
     stranger.parent.mkdir()
     stranger.write_text("mine")
-    with pytest.raises(UserError, match=r"tuned\.partial exists and holds no interrupted run"):
+    with pytest.raises(UserError, match=r"tuned\.partial exists but is not an interrupted run"):
         finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
     assert stranger.read_text() == "mine"
 
@@ -412,9 +426,9 @@ def test_a_damaged_artifact_is_refused_before_anything_is_written(text: str, tmp
 
 
 def test_the_learning_rate_of_scales_follows_the_divergence() -> None:
-    kl, given, text = Training(), Training(gain_learning_rate=2e-3), Training(loss="text")
+    kl, fixed = ResolvedSettings(), ResolvedSettings(gain_learning_rate=2e-3)
     assert [kl.gain_rate(nats) for nats in (6.0, 0.6, 0.15, 0.0)] == [5e-3, 5e-3, 0.15 / 120, 5e-5]
-    assert given.gain_rate(0.15) == 2e-3 and text.gain_rate(3.0) == 5e-3
+    assert fixed.gain_rate(0.15) == 2e-3 and ResolvedSettings(loss="text").gain_rate(3.0) == 5e-3
 
 
 @pytest.mark.parametrize(("count", "needed"), [(5, 3), (5, 5), (3, 10), (1, 4)])

@@ -1,4 +1,4 @@
-"""Where a run ends and where it starts: early stops survive an interruption; `--init plan` adds no factors."""
+"""Early stops survive an interruption, and `--init plan` adds no factors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from artifacts import make
 from tuning import SEQLEN, StopError, files, linears, write_letters
 
-from reallm.artifacts.verify import read_bytes, read_plan, read_tensors, verify
+from reallm.artifacts.verify import read_bytes, read_tensors, verify
 from reallm.errors import UserError
-from reallm.finetuning import run as stage
-from reallm.finetuning.checkpoints import ENDED_FILE, Progress, read_end
-from reallm.finetuning.distillation import Distillation, Student
+from reallm.finetuning import run as run_module
+from reallm.finetuning.checkpoints import ENDED_FILE, ProgressCallback, read_end
+from reallm.finetuning.distillation import DistillationLoss, DistillationTrainer
 from reallm.finetuning.run import finetune
-from reallm.kernels.storage.safetensors import StoredTensor
+from reallm.kernels.storage.safetensors_reader import StoredTensor
+from reallm.planner.tables.plan import read_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = {"seqlen": SEQLEN, "rank": 2, "learning_rate": 3e-3, "kernels": False}
@@ -39,23 +40,23 @@ def stop(*_: object, **__: object) -> None:
 
 @pytest.fixture
 def rising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every evaluation looks worse than the one before, so that training ends early; the training batches counted."""
-    compute, evaluated, trained = Student.forward, [0], [0]
+    """Make every evaluation look worse than the last, so that training stops early; counts the training batches."""
+    compute, evaluated, trained = DistillationLoss.forward, [0], [0]
 
-    def forward(self: Student, *arguments: Any, **options: Any) -> torch.Tensor:
+    def forward(self: DistillationLoss, *arguments: Any, **options: Any) -> torch.Tensor:
         evaluated[0] += not self.training
         trained[0] += self.training
         return compute(self, *arguments, **options) + (0 if self.training else evaluated[0])
 
-    monkeypatch.setattr(Student, "forward", forward)
+    monkeypatch.setattr(DistillationLoss, "forward", forward)
     return trained
 
 
-INTERRUPTIONS = ((Distillation, "_finalize_training"), (stage, "write_artifact"))
-"""Before the best state is taken, and before the result is written."""
+INTERRUPTIONS = ((DistillationTrainer, "_finalize_training"), (run_module, "write_artifact"))
+"""Before the best state is loaded, and before the result is written."""
 
 
-def test_a_run_that_stopped_early_is_not_trained_on(
+def test_a_run_that_stopped_early_is_not_continued(
     artifact: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rising: list[int]
 ) -> None:
     unbroken = files(finetune(artifact, text=text, output=tmp_path / "unbroken", **STOPPING))
@@ -72,12 +73,12 @@ def test_a_run_that_stopped_early_is_not_trained_on(
         assert rising == [before + 12]
 
 
-def test_an_end_whose_result_is_damaged_does_not_count(
+def test_an_end_with_a_damaged_result_is_ignored(
     artifact: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rising: list[int]
 ) -> None:
     output = tmp_path / "tuned"
     with monkeypatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(stage, "write_artifact", stop)
+        patch.setattr(run_module, "write_artifact", stop)
         finetune(artifact, text=text, output=output, **STOPPING)
     weights = tmp_path / "tuned.partial" / "checkpoint-4" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -89,22 +90,22 @@ def test_an_end_whose_result_is_damaged_does_not_count(
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"steps": 4}', '{"steps": 4, "best": 4}', '{"steps": 4, "best": ""}']
 )
-def test_an_end_that_cannot_be_read_does_not_count(tmp_path: Path, content: str) -> None:
+def test_an_unreadable_end_is_ignored(tmp_path: Path, content: str) -> None:
     (tmp_path / ENDED_FILE).write_text(content)
     assert read_end(tmp_path) is None
 
 
-def test_a_run_cut_off_before_it_stops_is_no_end(
+def test_a_run_cut_off_before_it_stops_has_no_end(
     artifact: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = Progress.on_save
+    saved = ProgressCallback.on_save
 
-    def once(self: Progress, *arguments: Any, **options: Any) -> None:
+    def once(self: ProgressCallback, *arguments: Any, **options: Any) -> None:
         saved(self, *arguments, **options)
         raise StopError
 
     with monkeypatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(Progress, "on_save", once)
+        patch.setattr(ProgressCallback, "on_save", once)
         finetune(artifact, text=text, output=tmp_path / "tuned", **STOPPING)
     assert not (tmp_path / "tuned.partial" / ENDED_FILE).exists()
 
@@ -113,7 +114,7 @@ def bytes_of(tensor: StoredTensor) -> bytes:
     return read_bytes(tensor).tobytes()
 
 
-def test_init_plan_trains_the_plans_own_factors_and_adds_none(artifact: Path, text: str, tmp_path: Path) -> None:
+def test_init_plan_trains_the_factors_of_the_plan_and_adds_none(artifact: Path, text: str, tmp_path: Path) -> None:
     tuned = finetune(
         artifact, text=text, output=tmp_path / "tuned", train=("factors",), init="plan", **RUN | {"steps": 6}
     )

@@ -1,4 +1,4 @@
-"""New codes: without training the old ones, with it nearer ones of the same bytes, resumed to the byte."""
+"""New codes: the old ones without training, better ones of the same size with it, resumed to the byte."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ import torch
 from tiny import save_tiny
 from tuning import SEQLEN, StopError, files, kl
 
-from reallm.artifacts.verify import read_bytes, read_plan, read_tensors, verify
+from reallm.artifacts.verify import read_bytes, read_tensors, verify
 from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
-from reallm.finetuning import recode as recoding
-from reallm.finetuning import stages as order
-from reallm.finetuning.pair import Pair, Training, open_pair, open_windows
-from reallm.finetuning.processes import ALONE
-from reallm.finetuning.recode import _Coder, _Student, recode
+from reallm.finetuning import recode as recode_module
+from reallm.finetuning import resolved_settings
+from reallm.finetuning.block_encoder import BlockEncoder
+from reallm.finetuning.partly_encoded import PartlyEncodedModel
+from reallm.finetuning.processes import SINGLE_PROCESS
+from reallm.finetuning.recode import recode
+from reallm.finetuning.resolved_settings import ResolvedSettings
 from reallm.finetuning.run import finetune
-from reallm.finetuning.trained import Trained
+from reallm.finetuning.student_teacher import StudentTeacher, open_student, open_training_data
+from reallm.finetuning.trainable_parts import TrainableParts
 from reallm.measurement.measure import measure
 from reallm.planner.tables.measured_table import TABLE_FILE
+from reallm.planner.tables.plan import read_plan
 from reallm.planning.plan import plan
 from reallm.runtime.install import packed_tensors
 from reallm.text.corpus import load_text
@@ -36,7 +40,7 @@ embedding: [int4-g16]
 expert: [int2-g16+ldl, int4-g16]
 """
 RUN: dict[str, Any] = {
-    "order": ("codes",),
+    "stages": ("codes",),
     "code_steps": 12,
     "code_learning_rate": 5e-4,
     "seqlen": SEQLEN,
@@ -69,50 +73,49 @@ def tuned(llama: Path, text: str) -> Path:
     return finetune(llama, text=text, output=llama.parent / "tuned", **RUN)
 
 
-def opened(artifact: Path, text: str, **change: Any) -> tuple[Pair, Training]:
-    kept = {name: value for name, value in (RUN | change).items() if name not in ("kernels", "steps")}
-    training = Training(**kept)
-    windows = open_windows(artifact, read_plan(artifact), None, load_text(text), training, "cpu", ALONE)
-    return open_pair(artifact, windows, training), training
+def opened(artifact: Path, text: str, **change: Any) -> tuple[StudentTeacher, ResolvedSettings]:
+    settings = ResolvedSettings(**RUN | {"steps": 60} | change)
+    data = open_training_data(artifact, read_plan(artifact), load_text(text), settings, SINGLE_PROCESS)
+    return open_student(artifact, data, settings), settings
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3_moe", "gpt2"])
 def test_without_a_step_the_codes_are_the_old_ones(architecture: str, text: str, tmp_path: Path) -> None:
     artifact = made(architecture, tmp_path, text, "6bpw")
-    pair, training = opened(artifact, text, code_steps=0)
-    before = {name: raw.clone() for name, raw in packed_tensors(pair.model).items()}
-    recode(pair, tmp_path / "work", training, tmp_path, math.inf)
-    after = packed_tensors(pair.model)
+    pair, settings = opened(artifact, text, code_steps=0)
+    before = {name: raw.clone() for name, raw in packed_tensors(pair.student).items()}
+    recode(pair, tmp_path / "work", settings, tmp_path, math.inf)
+    after = packed_tensors(pair.student)
     assert before.keys() == after.keys() and len(before) > 7
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_codes_that_do_not_help_are_put_back(llama: Path, text: str, tmp_path: Path) -> None:
-    pair, training = opened(llama, text)
-    before = {name: raw.clone() for name, raw in packed_tensors(pair.model).items()}
-    norms = {name: value.clone() for name, value in pair.model.named_parameters() if "norm" in name}
-    assert recode(pair, llama.parent / "work", training, tmp_path, 1e-9) == 1e-9
-    assert all(torch.equal(raw, before[name]) for name, raw in packed_tensors(pair.model).items())
-    assert all(torch.equal(pair.model.get_parameter(name), value) for name, value in norms.items())
-    assert recode(pair, llama.parent / "work", training, tmp_path, math.inf) < math.inf  # of the state that was kept
-    assert any(not torch.equal(raw, before[name]) for name, raw in packed_tensors(pair.model).items())
+def test_new_codes_that_do_not_help_are_put_back(llama: Path, text: str, tmp_path: Path) -> None:
+    pair, settings = opened(llama, text)
+    before = {name: raw.clone() for name, raw in packed_tensors(pair.student).items()}
+    norms = {name: value.clone() for name, value in pair.student.named_parameters() if "norm" in name}
+    assert recode(pair, llama.parent / "work", settings, tmp_path, 1e-9) == 1e-9
+    assert all(torch.equal(raw, before[name]) for name, raw in packed_tensors(pair.student).items())
+    assert all(torch.equal(pair.student.get_parameter(name), value) for name, value in norms.items())
+    assert recode(pair, llama.parent / "work", settings, tmp_path, math.inf) < math.inf  # from the saved state
+    assert any(not torch.equal(raw, before[name]) for name, raw in packed_tensors(pair.student).items())
 
 
-def test_the_student_ends_as_the_compressed_model(llama: Path, text: str, tmp_path: Path) -> None:
-    pair, training = opened(llama, text)
-    coder = _Coder(pair, llama.parent / "work")
-    student = _Student(pair, coder, training)
-    for index, number in enumerate(coder.blocks):
-        student.settle(number)
-        student.train(index)
-    student.hand_over()
+def test_the_encoded_model_equals_the_compressed_one(llama: Path, text: str, tmp_path: Path) -> None:
+    pair, settings = opened(llama, text)
+    encoder = BlockEncoder(pair, llama.parent / "work")
+    model = PartlyEncodedModel(pair, encoder, settings)
+    for index, number in enumerate(encoder.blocks):
+        model.encode_and_freeze(number)
+        model.train(index)
+    model.store_norms()
     ids = pair.held_out.tokens[:1]
     with torch.no_grad():
-        torch.testing.assert_close(student.model(input_ids=ids).logits, pair.model(input_ids=ids).logits)
-        assert not torch.allclose(student.model(input_ids=ids).logits, pair.original.model(input_ids=ids).logits)
+        torch.testing.assert_close(model.model(input_ids=ids).logits, pair.student(input_ids=ids).logits)
+        assert not torch.allclose(model.model(input_ids=ids).logits, pair.dense.model(input_ids=ids).logits)
 
 
-def test_new_codes_come_nearer_for_no_byte(llama: Path, tuned: Path, text: str) -> None:
+def test_new_codes_lower_the_loss_at_the_same_size(llama: Path, tuned: Path, text: str) -> None:
     assert verify(tuned).deep
     old, new, before, after = read_plan(llama), read_plan(tuned), read_tensors(llama), read_tensors(tuned)
     assert kl(tuned, llama.parent / "model", text) < 0.9 * kl(llama, llama.parent / "model", text)
@@ -123,13 +126,13 @@ def test_new_codes_come_nearer_for_no_byte(llama: Path, tuned: Path, text: str) 
 
 
 def test_then_scales_and_norms(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
-    both = RUN | {"order": ("codes", "end-to-end"), "gain_learning_rate": None}
+    both = RUN | {"stages": ("codes", "end-to-end"), "gain_learning_rate": None}
     output = finetune(llama, text=text, output=tmp_path / "both", **both)
     assert verify(output).deep
     assert kl(output, llama.parent / "model", text) < kl(tuned, llama.parent / "model", text)
 
 
-def test_activations_computed_again_change_no_byte(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
+def test_recomputed_activations_change_no_byte(llama: Path, tuned: Path, text: str, tmp_path: Path) -> None:
     output = finetune(llama, text=text, output=tmp_path / "tuned", **RUN, gradient_checkpointing=True)
     assert files(output) == files(tuned)
 
@@ -138,28 +141,31 @@ def test_activations_computed_again_change_no_byte(llama: Path, tuned: Path, tex
 def test_an_interrupted_run_ends_in_the_same_bytes(
     llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
-    monkeypatch.setattr(recoding, "SAVES", saves)
-    settle, calls = _Student.settle, [0]
+    monkeypatch.setattr(recode_module, "SAVES", saves)
+    encode, calls = PartlyEncodedModel.encode_and_freeze, [0]
 
-    def stopping(self: _Student, block: int) -> None:
+    def stopping(self: PartlyEncodedModel, block: int) -> None:
         calls[0] += 1
         if calls[0] == 2:
             raise StopError
-        settle(self, block)
+        encode(self, block)
 
     with monkeypatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(_Student, "settle", stopping)
+        patch.setattr(PartlyEncodedModel, "encode_and_freeze", stopping)
         finetune(llama, text=text, output=tmp_path / "tuned", **RUN)
-    assert (tmp_path / "tuned.partial" / recoding.STATE_FILE).exists() == (saves == 5)
+    assert (tmp_path / "tuned.partial" / recode_module.STATE_FILE).exists() == (saves == 5)
     assert files(finetune(llama, text=text, output=tmp_path / "tuned", **RUN)) == files(tuned)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"order": ("blocks", "codes")}, "--order blocks,codes: new codes undo what was trained before"),
-        ({"order": ("codes", "end-to-end"), "loss": "text"}, "--order codes brings a model nearer to the dense one"),
-        ({"adapter": True}, "--order codes makes another artifact, which no --adapter can hold"),
+        ({"stages": ("blocks", "codes")}, "--stages blocks,codes: new codes undo what was trained before"),
+        (
+            {"stages": ("codes", "end-to-end"), "loss": "text"},
+            "--stages codes trains towards the dense model: it needs --loss kl",
+        ),
+        ({"adapter": True}, "--stages codes makes new codes, which an --adapter cannot hold"),
         ({"work": "gone"}, "gone"),
         ({"code_steps": -1}, "--code-steps -1"),
         ({"code_learning_rate": 0.0}, "--code-learning-rate 0.0"),
@@ -193,19 +199,19 @@ def test_a_measured_folder_that_does_not_fit_is_refused(
     assert not (tmp_path / "tuned").exists()
 
 
-@pytest.mark.parametrize(("least", "steps"), [(math.inf, 60), (0.0, 160)])
-def test_what_is_predicted_to_lose_more_is_trained_longer(
-    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: float, steps: int
+@pytest.mark.parametrize(("threshold", "steps"), [(math.inf, 60), (0.0, 160)])
+def test_a_plan_that_is_predicted_to_lose_more_is_trained_longer(
+    llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float, steps: int
 ) -> None:
     seen = []
 
-    def stopping(pair: Pair, trained: Trained, training: Training, *_: object) -> None:
-        seen.append((training.order, training.steps))
+    def stopping(pair: StudentTeacher, parts: TrainableParts, settings: ResolvedSettings, *_: object) -> None:
+        seen.append((settings.stages, settings.steps))
         raise StopError
 
-    monkeypatch.setattr(order, "MORE_STEPS_FROM", least)
-    monkeypatch.setattr("reallm.finetuning.run.train_pair", stopping)
-    assert order.worthwhile_steps(read_plan(llama).model_copy(update={"cost": "relative"})) == 60
+    monkeypatch.setattr(resolved_settings, "MORE_STEPS_FROM", threshold)
+    monkeypatch.setattr("reallm.finetuning.run.run_stages", stopping)
+    assert resolved_settings.default_steps(read_plan(llama).model_copy(update={"cost": "relative"})) == 60
     with pytest.raises(StopError):
         finetune(llama, text=text, output=tmp_path / "tuned", seqlen=SEQLEN)
     assert seen == [(("end-to-end",), steps)]
@@ -214,12 +220,12 @@ def test_what_is_predicted_to_lose_more_is_trained_longer(
 def test_weights_of_a_bfloat16_model_are_trained_in_float32(
     llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reallm.finetuning.pair._compute_dtype", lambda own, device: torch.bfloat16)
-    pair, training = opened(llama, text, code_learning_rate=1e-4)
-    assert pair.original.model.dtype == torch.bfloat16
-    student = _Student(pair, _Coder(pair, llama.parent / "work"), training)
-    before = {name: value.detach().clone() for name, value in student.trained.items()}
-    student.train(0)
-    moved = [(value != before[name]).float().mean() for name, value in student.trained.items() if value.ndim == 2]
-    assert all(value.dtype == torch.float32 for value in student.trained.values())
+    monkeypatch.setattr("reallm.finetuning.student_teacher.compute_dtype", lambda own, device: torch.bfloat16)
+    pair, settings = opened(llama, text, code_learning_rate=1e-4)
+    assert pair.dense.model.dtype == torch.bfloat16
+    model = PartlyEncodedModel(pair, BlockEncoder(pair, llama.parent / "work"), settings)
+    before = {name: value.detach().clone() for name, value in model.trained.items()}
+    model.train(0)
+    moved = [(value != before[name]).float().mean() for name, value in model.trained.items() if value.ndim == 2]
+    assert all(value.dtype == torch.float32 for value in model.trained.values())
     assert min(map(float, moved)) > 0.9

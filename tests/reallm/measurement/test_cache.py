@@ -11,7 +11,7 @@ import pytest
 
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.atomic import partial_path
-from reallm.measurement.cache import Cache, content_key, fields_sha256
+from reallm.measurement.cache import Cache, content_key
 from reallm.measurement.encoding import Job
 from reallm.planner.tables.measured_table import MeasurementRecord
 
@@ -89,14 +89,6 @@ def test_keys_tell_everything_apart(tmp_path: Path) -> None:
     keys += [job.codebook_key(name) for job in jobs for name in ("q", "k")]
     assert len(set(keys)) == len(keys) == 24
     assert jobs[0].key("q", int4) == Job.at(tmp_path / "elsewhere", "a" * 64, 0).key("q", int4)
-
-
-def test_a_digest_depends_on_every_byte_and_the_order() -> None:
-    digest = fields_sha256(FIELDS)
-    assert digest == fields_sha256({name: value.copy() for name, value in FIELDS.items()})
-    assert digest != fields_sha256(dict(reversed(FIELDS.items())))
-    changed = {**FIELDS, "scales": FIELDS["scales"] + np.uint8(1)}
-    assert digest != fields_sha256(changed)
 
 
 def test_two_machines_with_processes_of_one_number_write_beside_each_other() -> None:

@@ -1,4 +1,4 @@
-"""Measuring: costs are those of the stored bytes, and whatever stops it, the same command ends at the same table."""
+"""Measuring: costs are those of the stored bytes, and after any interruption the same command ends at the same table."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from clusters import kill_an_encoder, local_cluster
+from measuring import start_measure
 from tiny import save_tiny
 
-from reallm.calibration.calibrate import read_statistics
+from reallm.calibration.statistics import read_statistics
+from reallm.codecs.encode import CODEC_VERSION
 from reallm.errors import UserError
+from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
-from reallm.measurement import measure as measurement
-from reallm.measurement.cache import Cache, fields_sha256
-from reallm.measurement.encoding import Encoded, Job, metric_of
+from reallm.measurement import measure as measure_module
+from reallm.measurement import shared_codebooks, tasks
+from reallm.measurement.cache import Cache
+from reallm.measurement.encoding import Job, matrix_metric
 from reallm.measurement.measure import measure
+from reallm.measurement.measured_codes import MeasuredCodes
 from reallm.models.loaded import load_model
-from reallm.planner.problem.tensor_layout import shared_key
 from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice
 from reallm.planner.tables.records import read_record
+from reallm.planner.tables.tensor_layout import shared_key
 from reallm.system.lock import exclusive_lock
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPACE = """
 linear: [int3-g16, lm2-g32-dq6x64+ldl, aq1x3-d4, aq1x4-d4-shared, nf2-g16+r2]
@@ -61,7 +67,7 @@ def test_what_the_dtype_cannot_hold_is_refused_before_calibration(model: Path, t
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(UserError, match=r"model\.norm\.weight is torch\.float32 and loses bits as torch\.bfloat16"),
     ):
-        patch.setattr(measurement, "load_model", lambda source: loaded)
+        patch.setattr(measure_module, "load_model", lambda source: loaded)
         run(model, tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
@@ -71,9 +77,9 @@ def run(model: Path, output: Path, **changes: int | bool | str) -> MeasuredTable
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A measured folder, made without interruption; not to be changed."""
-    output = tmp_path_factory.mktemp("whole") / "work"
+def measured(one_thread: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A measured folder, made without interruption; tests must not change it."""
+    output = tmp_path_factory.mktemp("measured") / "work"
     run(model, output)
     return output
 
@@ -91,7 +97,7 @@ def content(folder: Path) -> dict[str, object]:
 
 
 def choices_of(table: MeasuredTable) -> list[Choice]:
-    """One choice a measurement, dense ones left out: those stay the model's own tensors."""
+    """One choice per measurement, except dense ones, which stay the model's own tensors."""
     matrices = {m.name: m for m in table.matrices}
     return [
         Choice(
@@ -113,10 +119,10 @@ def choices_of(table: MeasuredTable) -> list[Choice]:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def test_costs_are_those_of_the_packed_bytes(model: Path, whole: Path) -> None:
-    """Decoded by the independent reference, weighted in float64 with the statistics on disk (invariant 8)."""
-    table, loaded = read_record(whole / TABLE_FILE, MeasuredTable, "measure"), load_model(model)
-    job = Job.at(whole, str(table.settings["identity"]), 1)
+def test_costs_are_those_of_the_packed_bytes(model: Path, measured: Path) -> None:
+    """Decoded by the independent reference, weighted in float64 with the statistics on disk."""
+    table, loaded = read_record(measured / TABLE_FILE, MeasuredTable, "measure"), load_model(model)
+    job = Job.at(measured, str(table.settings["identity"]), 1)
     assert len(table.measurements) == 14 * 5 + 2
     matrices = {m.name: m for m in loaded.matrices}
     for record in table.measurements:
@@ -128,7 +134,7 @@ def test_costs_are_those_of_the_packed_bytes(model: Path, whole: Path) -> None:
         books = (job.cache.fields(job.codebook_key(key)) or {}) if key else {}
         weight = decode_reference(fmt, {**fields, **books}, matrix.rows, matrix.cols)
         W = loaded.weight(matrix).double().numpy()
-        metric = metric_of(matrix, read_statistics(job.statistics, matrix.block, [matrix]))
+        metric = matrix_metric(matrix, read_statistics(job.statistics, matrix.block, [matrix]))
         E, H, F = W - weight, metric.hessian.double().numpy(), metric.fisher.double().numpy()
         rows = np.ones(len(W)) if metric.row_weight is None else metric.row_weight.double().numpy()
         extra = 0.0 if metric.extra_fisher is None else (metric.extra_fisher.double().numpy() * E**2).sum()
@@ -141,64 +147,64 @@ def test_costs_are_those_of_the_packed_bytes(model: Path, whole: Path) -> None:
         assert record.guided > 0 or record.format == "bf16"
 
 
-def test_every_matrix_is_measured_in_every_format_of_its_kind(whole: Path) -> None:
-    table = read_record(whole / TABLE_FILE, MeasuredTable, "measure")
-    found = {(m.matrix, m.format) for m in table.measurements}
+def test_every_matrix_is_measured_in_every_format_of_its_kind(measured: Path) -> None:
+    table = read_record(measured / TABLE_FILE, MeasuredTable, "measure")
+    pairs = {(m.matrix, m.format) for m in table.measurements}
     linear = ["int3-g16", "lm2-g32-dq6x64+ldl", "aq1x3-d4", "aq1x4-d4-shared", "nf2-g16+r2"]
     formats = {"linear": linear, "embedding": ["int4-g16", "bf16"]}
-    assert found == {(m.name, name) for m in table.matrices for name in formats[m.kind]}
+    assert pairs == {(m.name, name) for m in table.matrices for name in formats[m.kind]}
     assert {record.key.split("@")[1] for record in table.shared} == {m.family for m in table.matrices} - {
         "model.embed_tokens"
     }
     assert table.settings["nsamples"] == 2 and table.settings["tokens"] == 64
 
 
-def test_a_second_run_measures_nothing(model: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = content(whole)
-    for name in ("encode", "fit_shared_codebooks"):
-        monkeypatch.setattr(measurement, name, None)
-    run(model, whole)
-    assert content(whole) == before
+def test_a_second_run_measures_nothing(model: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(measured)
+    monkeypatch.setattr(tasks, "encode", None)
+    monkeypatch.setattr(shared_codebooks, "fit_shared_codebooks", None)
+    run(model, measured)
+    assert content(measured) == before
 
 
-def test_the_digest_of_a_table_leaves_out_what_time_it_took(whole: Path) -> None:
-    table = read_record(whole / TABLE_FILE, MeasuredTable, "measure")
+def test_the_digest_of_a_table_does_not_depend_on_timings(measured: Path) -> None:
+    table = read_record(measured / TABLE_FILE, MeasuredTable, "measure")
     slower = [record.model_copy(update={"seconds": record.seconds + 1}) for record in table.measurements]
     assert table.model_copy(update={"measurements": tuple(slower), "base": {}}).digest() == table.digest()
-    dearer = [record.model_copy(update={"two_sided": record.two_sided * 2}) for record in table.measurements]
-    assert table.model_copy(update={"measurements": tuple(dearer)}).digest() != table.digest()
+    costlier = [record.model_copy(update={"two_sided": record.two_sided * 2}) for record in table.measurements]
+    assert table.model_copy(update={"measurements": tuple(costlier)}).digest() != table.digest()
 
 
-def test_codebooks_do_not_depend_on_the_number_of_threads(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_codebooks_do_not_depend_on_the_number_of_threads(model: Path, measured: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    shutil.copytree(whole / "statistics", tmp_path / "statistics")
+    shutil.copytree(measured / "statistics", tmp_path / "statistics")
     torch.set_num_threads(3)
     try:
         run(model, tmp_path)
     finally:
         torch.set_num_threads(threads)
-    assert content(tmp_path) == content(whole)
+    assert content(tmp_path) == content(measured)
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep_codes", [True, False])
-def test_codes_are_read_back_or_made_again_alike(model: Path, tmp_path: Path, keep_codes: bool) -> None:
+def test_codes_are_read_back_or_encoded_again_alike(model: Path, tmp_path: Path, keep_codes: bool) -> None:
     table = run(model, tmp_path, keep_codes=keep_codes)
     stored = list((tmp_path / "cache").rglob("*.safetensors"))
     assert len(stored) == len(table.shared) + (len(table.measurements) if keep_codes else 0)
-    encoded = Encoded(tmp_path, load_model(model))
+    encoded = MeasuredCodes(tmp_path, load_model(model))
     for choice in choices_of(table)[::7]:
         assert fields_sha256(encoded.fields(choice)) == choice.codes_sha256
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_damaged_codes_are_made_again(damage: str, model: Path, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "work")
+def test_damaged_codes_are_encoded_again(damage: str, model: Path, measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured, tmp_path / "work")
     table, encoded = (
-        read_record(whole / TABLE_FILE, MeasuredTable, "measure"),
-        Encoded(tmp_path / "work", load_model(model)),
+        read_record(measured / TABLE_FILE, MeasuredTable, "measure"),
+        MeasuredCodes(tmp_path / "work", load_model(model)),
     )
     for choice in choices_of(table)[::9]:
         key = encoded.job.key(choice.matrix, Format.parse(choice.format))
@@ -209,29 +215,29 @@ def test_damaged_codes_are_made_again(damage: str, model: Path, whole: Path, tmp
         assert fields_sha256(encoded.fields(choice)) == choice.codes_sha256
 
 
-def test_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
+def test_another_model_is_refused(measured: Path, tmp_path: Path) -> None:
     other = load_model(save_tiny("llama-tied", tmp_path, seed=9, dtype=torch.bfloat16))
     with pytest.raises(UserError, match="was measured on another model"):
-        Encoded(whole, other)
+        MeasuredCodes(measured, other)
 
 
 # -- what stops it -----------------------------------------------------------------------------------------------------
 
 
-def test_truncated_entries_are_measured_again(model: Path, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "work")
+def test_truncated_entries_are_measured_again(model: Path, measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured, tmp_path / "work")
     files = sorted((tmp_path / "work" / "cache").rglob("*.*"))
     for path in files[::3]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (tmp_path / "work" / TABLE_FILE).unlink()
     run(model, tmp_path / "work")
-    assert content(tmp_path / "work") == content(whole)
+    assert content(tmp_path / "work") == content(measured)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
 @pytest.mark.parametrize("method", ["put_fields", "put_measurement"])
 def test_an_interrupt_and_a_full_disk_leave_the_folder_usable(
-    method: str, stop: BaseException, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, stop: BaseException, model: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = getattr(Cache, method), []
 
@@ -247,52 +253,43 @@ def test_an_interrupt_and_a_full_disk_leave_the_folder_usable(
     assert not (tmp_path / TABLE_FILE).exists()
     done = len(calls) - 1
     run(model, tmp_path)
-    assert content(tmp_path) == content(whole)
+    assert content(tmp_path) == content(measured)
     total = 72 + (7 if method == "put_fields" else 0)
     again = len(calls) - 25
-    assert again <= total - done + (1 if method == "put_fields" else 0)  # what was stored was not done again
+    assert again <= total - done + (1 if method == "put_fields" else 0)  # stored results were not computed again
     assert not list(tmp_path.rglob("*.partial"))
 
 
-COMMAND = (
-    "import sys, torch; torch.set_num_threads(1)\n"
-    "from reallm.measurement.measure import measure\n"
-    "measure(sys.argv[1], text=sys.argv[1] + '/text.txt', space=sys.argv[1] + '/space.yaml', output=sys.argv[2],"
-    " nsamples=2, seqlen=32, seed=1, jobs=1)\n"
-)
-
-
-def start(model: Path, output: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(model), str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def wait_for(process: subprocess.Popen[bytes], folder: Path, pattern: str, count: int) -> None:
-    """Until so many files are there."""
+def wait_for(process: BaseProcess, folder: Path, pattern: str, count: int) -> None:
+    """Wait until the process has written `count` files."""
     end = time.monotonic() + 120
     while len(list(folder.rglob(pattern))) < count:
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[1].decode()[-2000:]
+        assert process.is_alive() and time.monotonic() < end
         time.sleep(0.002)
 
 
 @pytest.mark.parametrize(("pattern", "count"), [("block-*.safetensors", 1), ("*.json", 15)])
-def test_a_killed_process_costs_only_time(pattern: str, count: int, model: Path, whole: Path, tmp_path: Path) -> None:
-    process = start(model, tmp_path)
-    wait_for(process, tmp_path, pattern, count)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    run(model, tmp_path)
-    assert content(tmp_path) == content(whole)
+def test_a_killed_process_costs_only_time(
+    pattern: str, count: int, model: Path, measured: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    process = start_measure(model, work, tmp_path / "stderr", **SETTINGS)
+    wait_for(process, work, pattern, count)
+    process.kill()
+    process.join()
+    assert not (work / TABLE_FILE).exists()
+    run(model, work)
+    assert content(work) == content(measured)
 
 
-def test_two_processes_at_once_end_well(model: Path, whole: Path, tmp_path: Path) -> None:
-    processes = [start(model, tmp_path) for _ in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors.decode()[-2000:]
-    assert content(tmp_path) == content(whole)
-    assert not list(tmp_path.rglob("*.partial"))
+def test_two_processes_at_once_end_well(model: Path, measured: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    processes = [start_measure(model, work, tmp_path / f"stderr{i}", **SETTINGS) for i in range(2)]
+    for i, process in enumerate(processes):
+        process.join(timeout=180)
+        assert process.exitcode == 0, (tmp_path / f"stderr{i}").read_text()[-2000:]
+    assert content(work) == content(measured)
+    assert not list(work.rglob("*.partial"))
 
 
 # -- who does it -------------------------------------------------------------------------------------------------------
@@ -300,7 +297,7 @@ def test_two_processes_at_once_end_well(model: Path, whole: Path, tmp_path: Path
 
 @contextmanager
 def killing(folder: Path, entries: int, victim: Callable[[], bool]) -> Iterator[list[float]]:
-    """Within it, `victim` is called, until it has killed, once so many measurements are in the cache."""
+    """Within it, once `entries` measurements are in the cache, `victim` is called until it reports a kill."""
     over, killed = threading.Event(), []
 
     def watch() -> None:
@@ -318,31 +315,31 @@ def killing(folder: Path, entries: int, victim: Callable[[], bool]) -> Iterator[
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of codes and statistics."""
+    """The bytes of every file of codes and statistics, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
 
 
-def assert_same(found: Path, expected: Path) -> None:
-    """Byte for byte, the times in the JSON left out; and nothing is left over."""
-    assert content(found) == content(expected)
-    assert files(found) == files(expected)
-    assert not list(found.glob("weights-*"))
+def assert_same(folder: Path, expected: Path) -> None:
+    """Equal byte for byte, except for timings in the JSON, and without files left over."""
+    assert content(folder) == content(expected)
+    assert files(folder) == files(expected)
+    assert not list(folder.glob("weights-*"))
 
 
-def test_two_workers_of_which_one_is_killed_find_the_same_bytes_as_one(
-    model: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_two_workers_of_which_one_is_killed_give_the_same_bytes_as_one(
+    model: Path, measured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     threads = torch.get_num_threads()
     with killing(tmp_path, 15, kill_an_encoder) as killed:
         run(model, tmp_path, jobs=2)
     assert torch.get_num_threads() == threads
-    assert killed and any("its worker died (SIGKILL(-9)); started again, 1 of 3" in line for line in caplog.messages)
-    assert_same(tmp_path, whole)
+    assert killed and any("its worker died (SIGKILL(-9)); retry 1 of 3" in line for line in caplog.messages)
+    assert_same(tmp_path, measured)
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
-def test_a_cluster_that_loses_a_worker_and_a_machine_finds_the_same_bytes(
-    model: Path, whole: Path, tmp_path: Path
+def test_a_cluster_that_loses_a_worker_and_a_machine_gives_the_same_bytes(
+    model: Path, measured: Path, tmp_path: Path
 ) -> None:
     with local_cluster(2) as (cluster, nodes):
 
@@ -353,50 +350,37 @@ def test_a_cluster_that_loses_a_worker_and_a_machine_finds_the_same_bytes(
         with killing(tmp_path, 10, kill_an_encoder) as first, killing(tmp_path, 30, kill_a_machine) as second:
             run(model, tmp_path, backend="ray", ray_address=cluster.address, jobs=-1)
     assert first and second
-    assert_same(tmp_path, whole)
-
-
-INTERRUPTED = (  # a shell's background jobs inherit the signal ignored
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + COMMAND.replace("jobs=1", "jobs=2")
-)
+    assert_same(tmp_path, measured)
 
 
 def test_ctrl_c_leaves_no_worker(model: Path, tmp_path: Path) -> None:
-    """The signal goes to the whole group, as a terminal sends it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, str(model), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    wait_for(process, tmp_path, "*.json", 15)
+    """The signal goes to the whole process group, as a terminal sends it."""
+    work = tmp_path / "work"
+    process = start_measure(model, work, tmp_path / "stderr", **SETTINGS | {"jobs": 2})
+    assert process.pid is not None
+    wait_for(process, work, "*.json", 15)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and b"KeyboardInterrupt" in errors
+    process.join(timeout=60)
+    assert process.exitcode == 1 and "KeyboardInterrupt" in (tmp_path / "stderr").read_text()
     with pytest.raises(ProcessLookupError):
-        for _ in range(100):  # loky's own book-keeper ends a moment after
+        for _ in range(100):  # loky's resource tracker ends a moment later
             os.killpg(process.pid, 0)
             time.sleep(0.1)
-    assert not list(tmp_path.glob("weights-*"))
+    assert not list(work.glob("weights-*"))
 
 
-def test_a_worker_of_another_version_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = measurement._measure_matrix
-
-    def older(*arguments: object) -> object:
-        return task(*arguments[:-1], measurement.CODEC_VERSION - 1)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(measurement, "_measure_matrix", older)
+def test_a_worker_of_another_version_is_refused(model: Path, tmp_path: Path) -> None:
+    job = Job.at(tmp_path, "0" * 64, 1)
     with pytest.raises(UserError, match="install the same on every machine"):
-        run(model, tmp_path)
+        tasks.measure_matrix(tmp_path / "w.safetensors", load_model(model).matrices[0], [], job, {}, CODEC_VERSION - 1)
 
 
 def test_a_table_that_another_machine_writes_meanwhile_is_joined(
-    model: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Path, measured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run of one format comes to its end while another holds the folder, which then leaves a table of all."""
+    """A run in one format ends while another process holds the folder, which then leaves a table of all formats."""
     work, space = tmp_path / "work", tmp_path / "one.yaml"
-    shutil.copytree(whole, work)
+    shutil.copytree(measured, work)
     (work / TABLE_FILE).unlink()
     space.write_text("linear: [int3-g16]\n")
     ours = threading.Thread(
@@ -404,9 +388,9 @@ def test_a_table_that_another_machine_writes_meanwhile_is_joined(
     )
     with exclusive_lock(work):
         ours.start()
-        while "another process is at work" not in caplog.text:
+        while "another process is working" not in caplog.text:
             assert ours.is_alive()
             time.sleep(0.01)
-        shutil.copy(whole / TABLE_FILE, work)
+        shutil.copy(measured / TABLE_FILE, work)
     ours.join()
-    assert content(work)["measurements"] == content(whole)["measurements"]
+    assert content(work)["measurements"] == content(measured)["measurements"]

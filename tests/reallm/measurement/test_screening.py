@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reallm.kernels.formats.formats import Format
-from reallm.measurement.screening import TOLERANCE, Anchored, anchor_of, normal_error, worth_measuring
+from reallm.measurement.screening import (
+    TOLERANCE,
+    AnchorCost,
+    choose_anchor,
+    normal_error,
+    worth_measuring,
+)
 from reallm.models.loaded import Matrix
 
 RATES = [f"tq{rate:g}-l10+ldl2+rot" for rate in np.arange(1.5, 5.25, 0.5)]
@@ -34,15 +40,15 @@ def test_errors_fall_with_the_bits_and_unknown_ones_are_none() -> None:
     errors = [normal_error(Format.parse(name)) for name in RATES]
     assert all(e is not None for e in errors) and errors == sorted(errors, reverse=True)
     assert normal_error(Format.parse("lm4-g64+o5")) is None and normal_error(Format.parse("int4-g64+r8")) is None
-    assert anchor_of(FORMATS) == Format.parse("tq3-l10+ldl2+rot")
-    assert anchor_of([Format.parse("bf16")]) is None
+    assert choose_anchor(FORMATS) == Format.parse("tq3-l10+ldl2+rot")
+    assert choose_anchor([Format.parse("bf16")]) is None
 
 
 @given(st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=6), st.floats(1.6, 4.4), st.integers(0, 999))
 @settings(deadline=None)
 def test_what_the_best_plan_takes_is_measured(costs: list[float], bits: float, seed: int) -> None:
     """True costs within the tolerance of the predicted ones: the cheapest format at every price stays."""
-    anchored = [Anchored(matrix(i), cost) for i, cost in enumerate(costs)]
+    anchored = [AnchorCost(matrix(i), cost) for i, cost in enumerate(costs)]
     budget = bits * 64 * 64 * len(costs) / 8
     kept = worth_measuring(anchored, {"linear": FORMATS}, (budget, budget))
     known = [fmt for fmt in FORMATS if normal_error(fmt) is not None]
@@ -69,7 +75,7 @@ def test_what_the_best_plan_takes_is_measured(costs: list[float], bits: float, s
 
 
 def test_candidates_far_from_the_budget_are_left_out() -> None:
-    anchored = [Anchored(matrix(i), 0.01) for i in range(4)]
+    anchored = [AnchorCost(matrix(i), 0.01) for i in range(4)]
     budget = 2.0 * 4 * 64 * 64 / 8
     kept = worth_measuring(anchored, {"linear": FORMATS}, (budget, budget))
     assert all(Format.parse("tq5-l10+ldl2+rot") not in formats for formats in kept.values())

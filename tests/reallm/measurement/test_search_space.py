@@ -48,7 +48,7 @@ def test_a_file_gives_every_kind_its_formats(tmp_path: Path) -> None:
         ("linear: [4]\n", r"linear is \[4\]; expected a list of format names"),
         ("linear: []\n", "linear is empty; expected at least one format"),
         ("linear: [int9-g64]\n", r"linear: a scalar codec takes \(2, 3, 4, 5, 6, 8\) bits, not 9"),
-        ("linear: [int4-g64]\nhead: [best]\n", "head: no format is called 'best'; expected a name"),
+        ("linear: [int4-g64]\nhead: [best]\n", "head: unknown format 'best'; expected a name"),
     ],
 )
 def test_mistakes_in_a_file_are_named(content: str, message: str, tmp_path: Path) -> None:

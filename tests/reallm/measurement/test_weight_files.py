@@ -9,7 +9,7 @@ import torch
 from tiny import save_tiny
 
 from reallm.errors import UserError
-from reallm.measurement.weight_files import PREFIX, take, worker_weights_dir
+from reallm.measurement.weight_files import PREFIX, read_weight, worker_weights_dir
 from reallm.models.loaded import load_model
 from reallm.system.lock import LOCK_FILE
 
@@ -18,18 +18,18 @@ from reallm.system.lock import LOCK_FILE
 def test_a_weight_arrives_bit_for_bit(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """GPT-2 stores its matrices transposed, Mixtral as slices of stacks."""
     loaded = load_model(save_tiny(architecture, tmp_path / "model", dtype=dtype))
-    with worker_weights_dir(tmp_path) as handover:
+    with worker_weights_dir(tmp_path) as weights:
         for matrix in loaded.matrices:
-            weight = take(handover.put(loaded, matrix))
+            weight = read_weight(weights.write_weight(loaded, matrix))
             assert weight.dtype == torch.float32 and torch.equal(weight, loaded.weight(matrix))
-            handover.drop(matrix.name)
-        assert [path.name for path in handover.folder.iterdir()] == [LOCK_FILE]
+            weights.remove_weight(matrix.name)
+        assert [path.name for path in weights.folder.iterdir()] == [LOCK_FILE]
     assert not list(tmp_path.glob(f"{PREFIX}*"))
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not see .*/elsewhere; .*shared file system"):
-        take(tmp_path / "elsewhere" / "q.safetensors")
+        read_weight(tmp_path / "elsewhere" / "q.safetensors")
     assert not (tmp_path / "elsewhere").exists()
 
 

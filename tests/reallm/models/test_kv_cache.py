@@ -1,4 +1,4 @@
-"""What a model keeps of every token, beside the formulas of known architectures."""
+"""The measured KV cache equals the formulas of known architectures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from reallm.models.kv_cache import experts_per_token, kv_cache
         ("llama", 1, [None] * BLOCKS),
         ("qwen3_moe", 1, [None] * BLOCKS),
         ("gpt2", HEADS, [None] * BLOCKS),
-        ("gemma2", 1, [32, None]),  # its layers slide and do not by turns
+        ("gemma2", 1, [32, None]),  # every other layer has a sliding window
     ],
 )
-def test_a_cache_is_counted_as_it_is(architecture: str, heads: int, windows: list[int | None]) -> None:
+def test_the_values_of_every_layer_are_counted(architecture: str, heads: int, windows: list[int | None]) -> None:
     model = tiny_model(architecture)
     layers = kv_cache(model)
     assert [layer.values for layer in layers] == [2 * heads * HEAD_DIM] * BLOCKS
@@ -25,10 +25,10 @@ def test_a_cache_is_counted_as_it_is(architecture: str, heads: int, windows: lis
     assert not model.training
 
 
-def test_an_encoder_keeps_nothing() -> None:
+def test_an_encoder_has_no_cache() -> None:
     assert kv_cache(tiny_model("roberta")) == ()
 
 
-def test_experts_are_told_by_the_configuration() -> None:
+def test_experts_per_token_come_from_the_configuration() -> None:
     assert experts_per_token(tiny_model("mixtral")) == 2
     assert experts_per_token(tiny_model("llama")) is None

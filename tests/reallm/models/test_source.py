@@ -1,21 +1,18 @@
 """Loading from folders, shards, GGUF and names; each bad source gives one clear line."""
 
 import json
-import struct
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
 from reallm.errors import UserError
 from reallm.models import source
-from reallm.models.checkpoint import read_checkpoint, read_header
+from reallm.models.checkpoint import read_checkpoint
 from reallm.models.loaded import load_model, model_digest
 
 LLAMA_NAMES = {
@@ -37,16 +34,17 @@ def folder(tmp_path):
     return save_tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
 
 
-def complaint(place) -> str:
-    """The message of the UserError that loading `place` gives: one line that names it."""
+def error_message(path) -> str:
+    """The message of the UserError that loading `path` raises, which must be one line."""
     with pytest.raises(UserError) as caught:
-        load_model(place)
+        load_model(path)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 def rewrite_config(folder, **changes):
+    """Change some values of config.json in `folder`."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -62,7 +60,7 @@ def test_every_architecture_loads_with_its_weights_dtype_and_tokenizer(architect
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_the_files_dtype_is_kept_whatever_the_configuration_says(dtype, tmp_path):
+def test_the_dtype_of_the_file_is_kept_whatever_the_configuration_says(dtype, tmp_path):
     folder = save_tiny("llama", tmp_path, dtype=dtype)
     rewrite_config(folder, dtype="bfloat16")
     assert load_model(folder).dtype == dtype
@@ -75,116 +73,75 @@ def test_a_model_without_tokenizer_loads(folder):
     assert load_model(folder).tokenizer is None
 
 
-def test_an_encoder_is_told_by_its_architectures_or_its_type(tmp_path):
+def test_an_encoder_is_recognised_by_its_architectures_or_its_type(tmp_path):
     folder = save_tiny("roberta", tmp_path)
     rewrite_config(folder, architectures=None)
     assert load_model(folder).is_encoder
 
 
 def test_unknown_folder(tmp_path):
-    assert "does not exist" in complaint(tmp_path / "nowhere")
-    assert "does not exist" in complaint("./nowhere")
-    assert "does not exist" in complaint("nowhere.gguf")
+    assert "does not exist" in error_message(tmp_path / "nowhere")
+    assert "does not exist" in error_message("./nowhere")
+    assert "does not exist" in error_message("nowhere.gguf")
 
 
-def test_a_name_that_the_hub_cannot_give(monkeypatch):
+def test_a_name_that_the_hub_does_not_have(monkeypatch):
     def unreachable(name, allow_patterns):
         raise LocalEntryNotFoundError(f"cannot reach the hub for {name}")
 
     monkeypatch.setattr(source, "snapshot_download", unreachable)
-    assert "cannot be fetched from the hub" in complaint("nobody/nothing")
+    assert "cannot be fetched from the hub" in error_message("nobody/nothing")
 
 
 def test_a_hub_name_loads_what_was_fetched(monkeypatch, folder):
-    asked = []
-    monkeypatch.setattr(source, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(folder))
+    names = []
+    monkeypatch.setattr(source, "snapshot_download", lambda name, allow_patterns: names.append(name) or str(folder))
     assert load_model("somebody/model").source == "somebody/model"
-    assert asked == ["somebody/model"]
+    assert names == ["somebody/model"]
 
 
 def test_a_bad_hub_name_is_one_line():
-    assert "hub" in complaint("what ever/this is")
+    assert "hub" in error_message("what ever/this is")
 
 
 def test_folder_without_configuration_or_weights(folder):
-    (folder / "config.json").rename(folder / "kept.json")
-    assert "has no config.json" in complaint(folder)
-    (folder / "kept.json").rename(folder / "config.json")
+    (folder / "config.json").rename(folder / "renamed.json")
+    assert "has no config.json" in error_message(folder)
+    (folder / "renamed.json").rename(folder / "config.json")
     (folder / "model.safetensors").unlink()
-    assert "has no weights" in complaint(folder)
+    assert "has no weights" in error_message(folder)
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    assert "pickled" in complaint(folder)
+    assert "pickled" in error_message(folder)
 
 
-def test_a_file_that_is_no_model(tmp_path):
+def test_a_file_that_is_not_a_model(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"")
-    assert "expected a .gguf file" in complaint(tmp_path / "a.pt")
+    assert "expected a .gguf file" in error_message(tmp_path / "a.pt")
 
 
 def test_damaged_configuration(folder):
     (folder / "config.json").write_text("{")
-    assert "config.json cannot be read as JSON" in complaint(folder)
+    assert "config.json cannot be read as JSON" in error_message(folder)
     (folder / "config.json").write_text("[]")
-    assert "expected an object" in complaint(folder)
+    assert "expected an object" in error_message(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1, -64])
 def test_truncated_safetensors(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert f"{path} is truncated or damaged" in complaint(folder)
+    assert f"{path} is truncated or damaged" in error_message(folder)
 
 
 def test_trailing_bytes_in_safetensors(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"\0")
-    assert "truncated or damaged" in complaint(folder)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        7,
-        {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [4]},
-        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]},
-        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
-    ],
-)
-def test_hostile_headers(tmp_path, entry):
-    header = json.dumps({"w": entry}).encode()
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    with pytest.raises(UserError, match="truncated or damaged"):
-        read_header(path)
-
-
-def test_a_header_longer_than_the_file_is_not_read(tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
-    with pytest.raises(UserError, match="header should take"):
-        read_header(path)
-
-
-@given(data=st.binary(max_size=200))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_bytes_crash_the_header_reader(data, tmp_path):
-    path = tmp_path / "x.safetensors"
-    for content in (data, struct.pack("<Q", len(data)) + data):
-        path.write_bytes(content)
-        try:
-            tensors = read_header(path)
-        except UserError as error:
-            assert "truncated or damaged" in str(error)
-        else:
-            assert tensors == {}  # the only header 200 random bytes can spell is an empty one
+    assert "truncated or damaged" in error_message(folder)
 
 
 def test_header_agrees_with_the_library(folder):
     tensors = load_file(folder / "model.safetensors")
-    stored = read_header(folder / "model.safetensors")
+    stored = read_checkpoint(folder)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {n: t.shape for n, t in stored.items()}
     assert {tensor.dtype for tensor in stored.values()} == {"BF16"}
 
@@ -194,28 +151,28 @@ def test_a_missing_shard_and_a_false_index(tmp_path):
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 2
     shards[1].rename(tmp_path / "kept")
-    assert f"lacks the shard {shards[1].name}" in complaint(folder)
+    assert f"lacks the shard {shards[1].name}" in error_message(folder)
     (tmp_path / "kept").rename(shards[1])
     index = folder / "model.safetensors.index.json"
     good = json.loads(index.read_text())
     index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | {"ghost": shards[0].name}}))
-    assert "'ghost'" in complaint(folder)
+    assert "'ghost'" in error_message(folder)
     index.write_text(json.dumps(good | {"weight_map": {"x": "../model.safetensors"}}))
-    assert "'../model.safetensors'" in complaint(folder)
+    assert "'../model.safetensors'" in error_message(folder)
     index.write_text("{}")
-    assert "has no weight_map" in complaint(folder)
+    assert "has no weight_map" in error_message(folder)
 
 
-def test_weights_that_the_file_lacks_are_not_made_up(folder):
+def test_weights_that_the_file_lacks_are_an_error(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    message = complaint(folder)
+    message = error_message(folder)
     assert "model.layers.1.mlp.up_proj.weight" in message
     assert "random" in message
 
 
-def test_weights_that_the_model_lacks_are_noted(folder):
+def test_stored_tensors_that_the_model_lacks_are_noted(folder):
     tensors = load_file(folder / "model.safetensors") | {"model.extra.weight": torch.zeros(2)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (note,) = load_model(folder).notes
@@ -224,7 +181,7 @@ def test_weights_that_the_model_lacks_are_noted(folder):
 
 def test_weights_of_another_shape(folder):
     rewrite_config(folder, intermediate_size=96)
-    assert "cannot be loaded" in complaint(folder)
+    assert "cannot be loaded" in error_message(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -232,13 +189,13 @@ def test_a_weight_that_is_not_finite(folder, value):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][2, :3] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    message = complaint(folder)
+    message = error_message(folder)
     assert "3 of the 3840 values of model.layers.0.mlp.up_proj.weight are NaN or infinite" in message
 
 
 def test_large_finite_weights_are_accepted(folder):
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][:] = 3e38  # their float32 sum overflows, they are finite
+    tensors["model.norm.weight"][:] = 3e38  # finite, but their float32 sum overflows
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     loaded = load_model(folder)
     assert loaded.model.model.norm.weight.isfinite().all()
@@ -247,28 +204,28 @@ def test_large_finite_weights_are_accepted(folder):
 
 def test_compressed_and_quantised_models_are_refused(folder):
     rewrite_config(folder, quantization_config={"quant_method": "reallm", "version": 1})
-    assert "already compressed by reallm" in complaint(folder)
+    assert "already compressed by reallm" in error_message(folder)
     rewrite_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "already quantised (gptq)" in complaint(folder)
+    assert "already quantised (gptq)" in error_message(folder)
 
 
 def test_integer_weights_are_refused(folder):
     save_file({"w": torch.zeros(9, dtype=torch.int8)}, folder / "model.safetensors")
-    assert "stores its weights as I8" in complaint(folder)
+    assert "stores its weights as I8" in error_message(folder)
 
 
 def test_unsupported_architectures(folder):
     rewrite_config(folder, architectures=["LlamaForSequenceClassification"])
-    assert "LlamaForSequenceClassification" in complaint(folder)
+    assert "LlamaForSequenceClassification" in error_message(folder)
     rewrite_config(folder, architectures=["TotallyNewForCausalLM"], model_type="totally_new")
-    assert "not a configuration that transformers" in complaint(folder)
+    assert "not a configuration that transformers" in error_message(folder)
 
 
-def test_code_that_comes_with_a_model_is_not_run(folder, tmp_path):
+def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path):
     proof = tmp_path / "ran"
     (folder / "configuration_evil.py").write_text(f"open({str(proof)!r}, 'w')\n")
     rewrite_config(folder, model_type="evil", auto_map={"AutoConfig": "configuration_evil.EvilConfig"})
-    complaint(folder)
+    error_message(folder)
     assert not proof.exists()
 
 
@@ -276,11 +233,11 @@ def test_damaged_tokenizer(folder):
     whole = (folder / "tokenizer.json").read_text()
     for content in ("{}", whole[: len(whole) // 2], whole.replace('"BPE"', '"??"')):
         (folder / "tokenizer.json").write_text(content)
-        assert "the tokenizer of" in complaint(folder)
+        assert "the tokenizer of" in error_message(folder)
 
 
 def write_gguf(path, model):
-    """`model`, a tiny tied llama, as llama.cpp stores it: q and k rows interleaved for its rotary embedding."""
+    """Write `model`, a tiny tied llama, as llama.cpp stores it: q and k rows interleaved for its rotary embedding."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -338,14 +295,18 @@ def test_bad_gguf(tmp_path, monkeypatch):
     whole = (tmp_path / "tiny.gguf").read_bytes()
     for keep in (10, 900, len(whole) // 2):
         (tmp_path / "cut.gguf").write_bytes(whole[:keep])
-        assert "cut.gguf" in complaint(tmp_path / "cut.gguf")
+        assert "cut.gguf" in error_message(tmp_path / "cut.gguf")
     (tmp_path / "other.gguf").write_bytes(b"PK" + whole)
-    assert "does not begin with GGUF" in complaint(tmp_path / "other.gguf")
+    assert "does not begin with GGUF" in error_message(tmp_path / "other.gguf")
     monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
-    assert "pip install" in complaint(tmp_path / "tiny.gguf")
+    assert "pip install" in error_message(tmp_path / "tiny.gguf")
 
 
 def test_checkpoint_of_a_folder_lists_every_tensor(tmp_path):
     whole = save_tiny("mixtral", tmp_path / "whole")
     sharded = save_tiny("mixtral", tmp_path / "sharded", max_shard_size="60KB")
-    assert read_checkpoint(whole) == read_checkpoint(sharded)
+    one, many = (
+        {name: (tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in read_checkpoint(path).items()}
+        for path in (whole, sharded)
+    )
+    assert one == many

@@ -1,4 +1,4 @@
-"""The tiny models themselves: the same for the same seed, and what is saved loads again."""
+"""The tiny models of the tests: one seed gives one model, and a saved model loads again."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Refit: a plan's loss in memory is its artifact's, the best measured plan is what comes back, corrections are kept."""
+"""Refit: the loss in memory is that of the artifact, the best measured plan is returned, corrections are recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from reallm.models.loaded import load_model
 from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.records import read_record, write_record
 from reallm.planning.plan import explain, plan
-from reallm.planning.refit import PlanEvaluator, refit, uncorrected
+from reallm.planning.plan_evaluator import PlanEvaluator
+from reallm.planning.refit import refit, uncorrected
 from reallm.runtime.load import load
 
 SPACE = "linear: [int2-g16, int4-g16, tq2-l8+ldl2+rot, aq1x4-d4-shared]\n"
@@ -45,17 +46,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_losses_in_memory_are_those_of_artifacts(folder: Path) -> None:
     chosen = plan(folder / "work", budget="6bpw", output=folder / "plan.json")
     windows = torch.randint(4, 60, (2, 32), generator=torch.Generator().manual_seed(0))
-    memory = PlanEvaluator(load_model(folder / "model"), folder / "work", windows, progress=False)
+    evaluator = PlanEvaluator(load_model(folder / "model"), folder / "work", windows, progress=False)
     other = plan(folder / "work", budget="4.6bpw")
-    first, between, again = memory.loss(chosen), memory.loss(other), memory.loss(chosen)
+    first, between, again = evaluator.loss(chosen), evaluator.loss(other), evaluator.loss(chosen)
     assert first == again != between
     compile_plan(folder / "plan.json", folder / "out", kernels=False)
     model, _ = load(folder / "out", dtype=torch.float32)
     dense = load_model(folder / "model", dtype=torch.float32).model
-    found = compare_models(dense, model, windows, progress=False).divergence
-    assert found is not None and first == pytest.approx(found.mean, rel=1e-4)
+    divergence = compare_models(dense, model, windows, progress=False).divergence
+    assert divergence is not None and first == pytest.approx(divergence.mean, rel=1e-4)
     everything = {choice.family for choice in chosen.choices}
-    assert memory.loss(chosen, everything) == pytest.approx(0, abs=1e-9)
+    assert evaluator.loss(chosen, everything) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_best_measured_plan_comes_back_with_the_record(folder: Path) -> None:
@@ -75,7 +76,7 @@ def test_the_best_measured_plan_comes_back_with_the_record(folder: Path) -> None
     )
 
 
-def test_rivals_keep_what_was_asked(folder: Path) -> None:
+def test_rivals_keep_the_options(folder: Path) -> None:
     first = plan(folder / "work", budget="6bpw").choices[0].matrix
     start = plan(folder / "work", budget="6bpw", pins=[f"{first}$=int2-g16"], formats=["int*"])
     best = refit(start, text=str(folder / "held.txt"), rounds=1, windows=2, seqlen=64, progress=False)
@@ -86,5 +87,5 @@ def test_rivals_keep_what_was_asked(folder: Path) -> None:
 
 
 def test_the_calibration_text_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="what was calibrated on"):
+    with pytest.raises(UserError, match="calibrated on; name one that it has not seen"):
         refit(plan(folder / "work", budget="5bpw"), text=str(folder / "text.txt"), progress=False)

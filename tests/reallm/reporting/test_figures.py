@@ -1,4 +1,4 @@
-"""Figures: colours that read, for every plan one that can be drawn, the same bytes each time, hostile names as text."""
+"""Figures: readable colours, a drawing for every plan, the same bytes each time, hostile names shown as text."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def texts(drawing: Drawing, width: int = WIDE) -> list[str]:
 
 
 @pytest.mark.parametrize("paint", [LIGHT, DARK], ids=["light", "dark"])
-def test_text_has_contrast_and_the_ramp_reads_in_greyscale(paint: Paint) -> None:
+def test_text_has_contrast_and_the_ramp_works_in_greyscale(paint: Paint) -> None:
     for ink in ("ink", "muted", "accent", "warm"):
         assert contrast(paint[ink], paint["paper"]) >= 4.5, ink  # WCAG 2, AA
     assert contrast(paint["muted"], paint["raised"]) >= 4.5
@@ -69,26 +69,26 @@ def test_contrast_of_black_on_white_is_21() -> None:
 
 @given(st.lists(st.floats(0.5, 64), min_size=1, max_size=20))
 def test_shades_rise_with_the_values_and_span_the_ramp(values: list[float]) -> None:
-    found = steps(values)
-    assert all(0 <= step < STEPS for step in found)
-    ordered = sorted(zip(values, found, strict=True))
+    shades = steps(values)
+    assert all(0 <= step < STEPS for step in shades)
+    ordered = sorted(zip(values, shades, strict=True))
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(ordered))
     if max(values) > min(values) * 1.1:
         assert ordered[0][1] == 0 and ordered[-1][1] == STEPS - 1
 
 
 @given(st.text(max_size=60), st.integers(3, 40))
-def test_shortened_text_is_short_printable_and_keeps_its_ends(text: str, most: int) -> None:
-    found = shortened(text, most)
-    assert len(found) <= most and found.isprintable() | (found == "")
-    if len(text) > most:
-        assert found[0] == plain(text)[0] and found[-1] == plain(text)[-1]
+def test_shortened_text_is_short_printable_and_keeps_its_ends(text: str, length: int) -> None:
+    short = shortened(text, length)
+    assert len(short) <= length and short.isprintable() | (short == "")
+    if len(text) > length:
+        assert short[0] == plain(text)[0] and short[-1] == plain(text)[-1]
 
 
 PLANS = {
     "one matrix outside any layer": [("lm_head", "int4-g64", 64, 64)],
     "one layer, one matrix": [("layers.0.q", "int4-g64", 64, 64)],
-    "dense beside two bits": [("layers.0.q", "bf16", 64, 64), ("layers.0.k", "int2-g64", 64, 64)],
+    "dense and two bits": [("layers.0.q", "bf16", 64, 64), ("layers.0.k", "int2-g64", 64, 64)],
     "thirty by seven": [
         (f"model.layers.{i}.self_attn.{n}_proj", f"tq{2 + i % 5 / 4:g}-l12+ldl2+rot", 64, 64)
         for i in range(30)
@@ -123,19 +123,19 @@ def test_the_heat_map_shows_the_bits_of_every_cell() -> None:
     assert {"q", "k", "v", "o", "gate", "up", "down", "29"} <= set(shown)
 
 
-def test_pages_get_variables_no_colours_and_no_addresses() -> None:
+def test_inline_figures_use_variables_and_have_no_addresses() -> None:
     plan = plan_of(*PLANS["hostile"])
     for drawing in (heat_map(by_layer(plan)), bytes_bars(by_family(plan)), pareto(CURVE)):
-        found = inline_svg(drawing, "name", HOSTILE, NARROW)
-        root = ElementTree.fromstring(found)
+        element = inline_svg(drawing, "name", HOSTILE, NARROW)
+        root = ElementTree.fromstring(element)
         assert root.attrib["role"] == "img" and root.attrib["aria-label"] == plain(HOSTILE)
-        assert "var(--" in found and "http" not in found and "<script" not in found
+        assert "var(--" in element and "http" not in element and "<script" not in element
         ids = [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
         assert len(set(ids)) == len(ids) and all(name.startswith("name-") for name in ids)
-        referred = {part.split(")")[0] for part in found.split("url(#")[1:]}
-        referred |= {part.split('"')[0] for part in found.split('href="#')[1:]}
+        referred = {part.split(")")[0] for part in element.split("url(#")[1:]}
+        referred |= {part.split('"')[0] for part in element.split('href="#')[1:]}
         assert referred <= set(ids)
-        assert not re.search("#01[0-9a-f]{2}fe", found)
+        assert not re.search("#01[0-9a-f]{2}fe", element)
 
 
 CURVE = curve_of(

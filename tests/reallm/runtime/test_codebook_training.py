@@ -11,18 +11,22 @@ from strategies import random_packed
 from torch import nn
 from tuning import SEQLEN, kl, linears, pack
 
-from reallm.artifacts.verify import read_bytes, read_plan, read_tensors, verify
+from reallm.artifacts.verify import read_bytes, read_tensors, verify
 from reallm.errors import UserError
-from reallm.finetuning.codebooks import Codebooks
-from reallm.finetuning.factors import trainable_modules
+from reallm.finetuning.codebooks import TrainableCodebooks
+from reallm.finetuning.factors import trainable_linears
 from reallm.finetuning.run import finetune
 from reallm.kernels.formats.formats import Format
 from reallm.models.loaded import Matrix
+from reallm.planner.tables.plan import read_plan
+from reallm.runtime.convert import pack_linear
+from reallm.runtime.field_bytes import packed_bytes
 from reallm.runtime.install import packed_modules
 from reallm.runtime.load import load
-from reallm.runtime.modules import CompressedLinear, pack_linear
+from reallm.runtime.modules import CompressedLinear
 from reallm.runtime.packed import SharedCodebooks
-from reallm.runtime.training.low_rank import packed_bytes
+from reallm.runtime.training.finish import revert, write_back_codebook, write_back_scales
+from reallm.runtime.training.start import has_codebook, train_codebook, train_scales
 
 ROWS, COLS = 24, 40
 FORMATS = ("aq2x4-d4", "aq1x8-d8+cs", "aq1x4-d4+r2i8", "aq2x4-d4-shared", "km3", "km2+perm+o5", "aq1x4-d2+rot")
@@ -40,13 +44,12 @@ RUN: dict[str, Any] = {
 
 def packed(fmt: Format) -> CompressedLinear:
     """A linear with random fields, computing in float32."""
-    module, values = nn.Linear(COLS, ROWS), random_packed(fmt, ROWS, COLS, 0)
+    values = random_packed(fmt, ROWS, COLS, 0)
     shared = None
     if field := fmt.shared_field:
         shared = (SharedCodebooks({"key": field}), "key")
         shared[0]["key"].copy_(torch.from_numpy(values.pop(field.name)))
-    pack_linear(module, fmt, "load", torch.float32, shared)
-    assert isinstance(module, CompressedLinear)
+    module = pack_linear(nn.Linear(COLS, ROWS), fmt, "load", torch.float32, shared)
     module.write((name, torch.from_numpy(raw)) for name, raw in values.items())
     if fmt.low_rank:  # at random it would hide the codes
         module.write([("left_scales", packed_bytes(torch.full((fmt.low_rank.rank,), 2.0**-22).half()))])
@@ -64,13 +67,13 @@ def test_training_starts_from_the_stored_weight_and_ends_in_it(name: str) -> Non
     module, x = packed(fmt), torch.randn(5, COLS, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         before, size = module(x), scale_of(module, x)
-    book = module.train_codebook()
+    book = train_codebook(module)
     assert (module(x).detach() - before).abs().max() <= 64 * 2.0**-23 * size
     with torch.no_grad():
         book.shift.add_(torch.linspace(-0.3, 0.3, book.shift.numel()).view_as(book.shift))
         during = module(x)
     assert (during - before).abs().max() > 64 * 2.0**-23 * size
-    module.fold_codebook()
+    write_back_codebook(module)
     assert not module.in_training and module.format == fmt
     with torch.no_grad():
         if fmt.shared_field:  # its holder writes it
@@ -84,7 +87,7 @@ def test_training_starts_from_the_stored_weight_and_ends_in_it(name: str) -> Non
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     """The output is linear in every value, so that a difference over a whole step is exact but for rounding."""
     module, x = packed(Format.parse(name)), torch.randn(3, COLS, generator=torch.Generator().manual_seed(2))
-    book, weights = module.train_codebook(), torch.randn(3, ROWS, generator=torch.Generator().manual_seed(3))
+    book, weights = train_codebook(module), torch.randn(3, ROWS, generator=torch.Generator().manual_seed(3))
     (module(x) * weights).sum().backward()
     assert book.shift.grad is not None
     shift, gradient = book.shift.detach().view(-1), book.shift.grad.view(-1)
@@ -100,15 +103,15 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 def test_scales_are_trained_beside_them() -> None:
     module, x = packed(Format.parse("aq2x4-d4")), torch.randn(3, COLS, generator=torch.Generator().manual_seed(4))
-    gain, book = module.train_scales(), module.train_codebook()
+    gain, book = train_scales(module), train_codebook(module)
     module(x).square().sum().backward()
     assert gain.grad is not None and gain.grad.norm() > 0 and book.shift.grad is not None and book.shift.grad.norm() > 0
     with torch.no_grad():
         gain.mul_(1.5)
         book.shift.add_(0.25)
         during = module(x)
-    module.fold_scales()
-    module.fold_codebook()
+    write_back_scales(module)
+    write_back_codebook(module)
     with torch.no_grad():
         assert (module(x) - during).abs().max() <= 2.0**-8 * scale_of(module, x)
 
@@ -116,19 +119,19 @@ def test_scales_are_trained_beside_them() -> None:
 @pytest.mark.parametrize("name", ["int4-g16", "tq2-l8+rot", "e8p2"])
 def test_what_has_no_codebook_says_so(name: str) -> None:
     module = packed(Format.parse(name))
-    assert module.codebook_field is None
+    assert not has_codebook(module)
     with pytest.raises(ValueError, match="no codebook of its own"):
-        module.train_codebook()
+        train_codebook(module)
 
 
 def test_a_value_beyond_fp16_is_not_written() -> None:
     module = packed(Format.parse("km3"))
     fields = {name: raw.clone() for name, raw in module.fields.items()}
     with torch.no_grad():
-        module.train_codebook().shift.fill_(1e9)
+        train_codebook(module).shift.fill_(1e9)
     with pytest.raises(ValueError, match="not finite in fp16"):
-        module.fold_codebook()
-    module.revert(module.format, fields)
+        write_back_codebook(module)
+    revert(module, module.format, fields)
     assert not module.in_training and set(module.state_dict()) == {*fields, "bias"}
 
 
@@ -150,11 +153,11 @@ def test_a_codebook_that_an_embedding_uses_too_stays(text: str, tmp_path: Path) 
         return "aq1x4-d4-shared" if matrix.kind in ("linear", "embedding") else None
 
     model, _ = load(pack("llama", tmp_path, choose), dtype=torch.float32)
-    modules = trainable_modules(model)
-    keys = {m._shared[1] for _, m in packed_modules(model) if m._shared is not None}
-    with_embedding = {m._shared[1] for n, m in packed_modules(model) if m._shared is not None and n not in modules}
+    modules = trainable_linears(model)
+    keys = {m.shared[1] for _, m in packed_modules(model) if m.shared is not None}
+    with_embedding = {m.shared[1] for n, m in packed_modules(model) if m.shared is not None and n not in modules}
     assert with_embedding and keys
-    books = Codebooks(model, modules)
+    books = TrainableCodebooks(model, modules)
     books.start()
     assert len(books.parameters()) == len(keys - with_embedding)
     ids = torch.arange(12)[None] % 50
@@ -163,9 +166,9 @@ def test_a_codebook_that_an_embedding_uses_too_stays(text: str, tmp_path: Path) 
         for shift in books.parameters():
             shift.add_(0.2)
         during = model(ids).logits
-        books.fold()
+        books.write_back()
         after = model(ids).logits
-        books.restore()
+        books.reset_shared()
         again = model(ids).logits
     assert not torch.allclose(before, during)
     # values of fp16 behind a few layers, logits of about one

@@ -23,12 +23,13 @@ from products import product_bound
 from torch import Tensor, nn
 
 from reallm.codegen.cpu import compiler as native
-from reallm.codegen.cpu.linear import functions
+from reallm.codegen.cpu.linear import load_functions
 from reallm.kernels.codes.packing import pack_codes
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
+from reallm.runtime.convert import pack_embedding, pack_linear
 from reallm.runtime.cpu import NativeMatrix, native_matrix
-from reallm.runtime.modules import CompressedEmbedding, CompressedLinear, pack_embedding, pack_linear
+from reallm.runtime.modules import CompressedLinear
 
 NAMES = [
     *("tq2-l12+ldl2+rot", "tq2.625-l12+perm", "tq5.5-l16+o9"),
@@ -41,9 +42,9 @@ WHOLE = [(48, 64), (17, 192)]
 
 
 def forget_libraries() -> None:
-    native.generated.cache_clear()
-    functions.cache_clear()
-    native._warn.cache_clear()
+    native.generated_library.cache_clear()
+    load_functions.cache_clear()
+    native._warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -182,9 +183,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def module(name: str = "tq2.5-l12+rot+r3", bias: bool = True) -> CompressedLinear:
-    made = nn.Linear(36, 20, bias=bias)
-    pack_linear(made, Format.parse(name), "load", torch.float32, None)
-    assert isinstance(made, CompressedLinear)
+    made = pack_linear(nn.Linear(36, 20, bias=bias), Format.parse(name), "load", torch.float32, None)
     fields = random_fields(made.format, 20, 36, 0, size=0.1)
     made.write((field, torch.from_numpy(raw)) for field, raw in fields.items())
     return made
@@ -242,9 +241,7 @@ def test_a_module_that_has_multiplied_can_be_copied_and_pickled() -> None:
 
 @needs_compiler
 def test_an_embedding_looks_rows_up_and_refuses_others() -> None:
-    table = nn.Embedding(20, 36)
-    pack_embedding(table, Format.parse("int4-g64+o30"), "load", torch.float32, None)
-    assert isinstance(table, CompressedEmbedding)
+    table = pack_embedding(nn.Embedding(20, 36), Format.parse("int4-g64+o30"), "load", torch.float32, None)
     fields = random_fields(table.format, 20, 36, 0, size=0.1)
     table.write((name, torch.from_numpy(raw)) for name, raw in fields.items())
     index = torch.tensor([[3, 19], [0, 3]])
@@ -276,7 +273,7 @@ def test_without_a_working_compiler_modules_decode_and_say_so_once(
     tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("REALLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_compiler", lambda: "/bin/false")
+    monkeypatch.setattr(native, "find_compiler", lambda: "/bin/false")
     with caplog.at_level(logging.WARNING):
         for name in ("tq2-l12", "int4-g64", "km3"):
             linear, x = module(name), torch.randn(2, 36)

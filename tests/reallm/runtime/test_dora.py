@@ -18,16 +18,20 @@ from typer.testing import CliRunner
 from reallm.artifacts.peft_files import CONFIG_FILE, MAGNITUDE, PREFIX, WEIGHTS_FILE, read_adapter, write_adapter
 from reallm.cli.main import app
 from reallm.errors import UserError
-from reallm.finetuning.distillation import Distillation
+from reallm.finetuning.distillation import DistillationTrainer
 from reallm.finetuning.run import finetune
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.reference import decode_reference
 from reallm.models.loaded import Matrix
 from reallm.runtime import modules
+from reallm.runtime.convert import pack_linear
 from reallm.runtime.generate import generate
 from reallm.runtime.load import load
-from reallm.runtime.modules import CompressedLinear, pack_linear
+from reallm.runtime.modules import CompressedLinear
+from reallm.runtime.row_magnitudes import magnitudes
 from reallm.runtime.step.cpu import compile_step
+from reallm.runtime.training.finish import revert, write_back_low_rank
+from reallm.runtime.training.start import train_low_rank, train_magnitude, train_scales
 
 ROWS, COLS, RANK = 24, 40, 3
 FORMATS = ("tq2.5-l9+ldl2+rot", "int4-g16", "lm3-g16+r2i8", "tq2-l8+rot+perm+cs+r3", "uint3-g0+cs", "nf4-g8+perm+o5")
@@ -38,9 +42,8 @@ ULP = 2.0**-23
 
 def packed(name: str, seed: int = 0) -> tuple[CompressedLinear, Tensor]:
     """A linear with random fields that computes in float32, and its weight in float64."""
-    module, fmt = nn.Linear(COLS, ROWS, bias=True), Format.parse(name)
-    pack_linear(module, fmt, "load", torch.float32, None)
-    assert isinstance(module, CompressedLinear)
+    fmt = Format.parse(name)
+    module = pack_linear(nn.Linear(COLS, ROWS, bias=True), fmt, "load", torch.float32, None)
     fields = random_packed(fmt, ROWS, COLS, seed)
     module.write((n, torch.from_numpy(raw)) for n, raw in fields.items())
     return module, torch.from_numpy(decode_reference(fmt, fields, ROWS, COLS)).double()
@@ -55,11 +58,11 @@ def started(name: str) -> tuple[CompressedLinear, list[nn.Parameter], Tensor]:
     module, weight = packed(name)
     stored = module.format.low_rank.rank if module.format.low_rank else 0
     if stored:
-        left, right = module.train_low_rank()
+        left, right = train_low_rank(module)
         weight -= left.detach().double() @ right.detach().double()
-        module.revert(module.format, module.fields)
-    left, right = module.train_low_rank(stored + RANK)
-    magnitude = module.train_magnitude()
+        revert(module, module.format, module.fields)
+    left, right = train_low_rank(module, stored + RANK)
+    magnitude = train_magnitude(module)
     with torch.no_grad():
         size = float(weight.norm(dim=1).mean())
         left.add_(0.3 * size * numbers(*left.shape, seed=1) / left.shape[1])
@@ -72,8 +75,8 @@ def test_training_starts_from_the_stored_weight(name: str) -> None:
     module, weight = packed(name)
     x = numbers(5, COLS, seed=2)
     before = module(x).detach()
-    module.train_low_rank(8)
-    magnitude = module.train_magnitude()
+    train_low_rank(module, 8)
+    magnitude = train_magnitude(module)
     # norms of 40 squares, and products of 40 terms with |w| |x| in all: both in float32
     torch.testing.assert_close(magnitude.detach().double(), weight.norm(dim=1), rtol=64 * ULP, atol=0)
     bound = 128 * ULP * float(weight.norm(dim=1).max() * x.norm(dim=1).max())
@@ -116,11 +119,11 @@ def test_the_norm_follows_the_factors_and_folding_keeps_the_product(name: str) -
     with torch.no_grad():
         assert float((module(x).double() - exact).abs().max()) <= bound
         wanted = magnitude.detach().clone()
-        module.fold("f16")
-        assert module.magnitude is None
+        write_back_low_rank(module, "f16")
+        assert not module.in_training
         # the rows' norms are m whatever fp16 has made of the factors; their directions move by 2^-11 of L R
         torch.testing.assert_close(module.weight.norm(dim=1), wanted, rtol=64 * ULP, atol=0)
-        torch.testing.assert_close(module.magnitudes(), wanted, rtol=64 * ULP, atol=0)
+        torch.testing.assert_close(magnitudes(module), wanted, rtol=64 * ULP, atol=0)
         moved = float((module(x).double() - exact).abs().max())
         assert moved <= bound + 8 * 2.0**-11 * float(whole.norm(dim=1).max() * x.norm(dim=1).max())
 
@@ -156,26 +159,26 @@ def test_a_row_of_zeros_stays_zero() -> None:
     scales = module.fields["scales"].clone()
     scales[: 2 * -(-COLS // 16)] = 0  # of the first row
     module.write([("scales", scales)])
-    module.train_low_rank(2)
-    magnitude = module.train_magnitude()
+    train_low_rank(module, 2)
+    magnitude = train_magnitude(module)
     with torch.no_grad():
         module.bias.zero_()
     output = module(numbers(2, COLS, seed=7))
     output.sum().backward()
     assert float(magnitude.detach()[0]) == 0 and not bool(output[:, 0].any())
     assert all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)
-    module.fold("f16")
+    write_back_low_rank(module, "f16")
     assert not bool(module.weight[0].any()) and bool(module.weight.isfinite().all())
 
 
 def test_a_magnitude_is_trained_beside_factors_alone() -> None:
     module, _ = packed("int4-g16")
     with pytest.raises(ValueError, match=r"call train_low_rank\(\) first"):
-        module.train_magnitude()
-    module.train_low_rank(2)
-    module.train_scales()
+        train_magnitude(module)
+    train_low_rank(module, 2)
+    train_scales(module)
     with pytest.raises(ValueError, match="beside low-rank factors alone"):
-        module.train_magnitude()
+        train_magnitude(module)
 
 
 def choose(matrix: Matrix) -> str | None:
@@ -267,7 +270,7 @@ def test_other_magnitudes_are_refused(artifact: Path, tmp_path: Path) -> None:
         ({}, {n: t for n, t in tensors.items() if n != name}, r"has no lora_magnitude_vector \[\d+\]"),
         ({}, tensors | {name: tensors[name][:-1]}, r"has no lora_magnitude_vector \[\d+\]"),
         ({}, tensors | {name: tensors[name] * torch.inf}, "holds NaN or infinity"),
-        ({}, tensors | {name: tensors[name].to(torch.int32)}, "holds no floats of 16 or 32 bits"),
+        ({}, tensors | {name: tensors[name].to(torch.int32)}, "does not hold floats of 16 or 32 bits"),
     ]
     for changes, held, message in cases:
         (folder / CONFIG_FILE).write_text(json.dumps(config | changes))
@@ -302,16 +305,16 @@ def test_magnitudes_are_trained(artifact: Path, trained: Path, caplog: pytest.Lo
 def test_an_interrupted_run_ends_in_the_same_bytes(
     artifact: Path, trained: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, left = Distillation.compute_loss, [5]
+    compute, left = DistillationTrainer.compute_loss, [5]
 
-    def stopping(self: Distillation, model: nn.Module, *arguments: Any, **options: Any) -> Any:
+    def stopping(self: DistillationTrainer, model: nn.Module, *arguments: Any, **options: Any) -> Any:
         left[0] -= model.training
         if left[0] < 0:
             raise KeyboardInterrupt
         return compute(self, model, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Distillation, "compute_loss", stopping)
+        patch.setattr(DistillationTrainer, "compute_loss", stopping)
         finetune(artifact, text=text, output=tmp_path / "lora", **RUN)
     again = finetune(artifact, text=text, output=tmp_path / "lora", **RUN)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -319,7 +322,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
 
 def test_magnitudes_are_for_adapters_alone(artifact: Path, text: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--dora: magnitudes of rows are stored in adapters only; give --adapter"):
+    with pytest.raises(UserError, match="--dora: row magnitudes can be stored in adapters only; add --adapter"):
         finetune(artifact, text=text, output=tmp_path / "a", **RUN | {"adapter": False})
 
 
@@ -334,7 +337,7 @@ def test_the_commands_train_and_run_it(artifact: Path, trained: Path, text: str,
     run = ["generate", str(artifact), PROMPT, "--max-new-tokens", "12"]
     plain, adapted = (CliRunner().invoke(app, [*run, *extra]) for extra in ([], ["--adapter", str(folder)]))
     assert (plain.exit_code, adapted.exit_code) == (0, 0), adapted.output
-    assert "generating without" not in adapted.stderr
+    assert "decoding loop" not in adapted.stderr
     assert adapted.stdout == generate(artifact, PROMPT, max_new_tokens=12, adapter=folder) + "\n" != plain.stdout
     refused = CliRunner().invoke(app, [*run, "--adapter", str(tmp_path)])
-    assert refused.exit_code == 2 and f"reallm: {tmp_path} is no adapter" in refused.stderr
+    assert refused.exit_code == 2 and f"reallm: {tmp_path} is not an adapter" in refused.stderr

@@ -1,4 +1,4 @@
-"""A model's q, k and v, and its gate and up, are one launch each; whatever else happens is as without siblings."""
+"""A model's q, k and v, and its gate and up, are one launch each; everything else is as without input groups."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from pathlib import Path
 import artifacts
 import torch
 import reallm
-from reallm.codegen import launch
-from reallm.runtime import siblings
+from reallm.codegen.launch import launch
+from reallm.runtime import input_groups
+from reallm.runtime.training.finish import revert
+from reallm.runtime.training.start import train_low_rank
 
 launched = []
 load_kernel = launch.load_kernel
@@ -38,9 +40,9 @@ made = artifacts.make("llama", Path(sys.argv[1]), lambda m: FORMATS.get(m.name.r
 model, _ = reallm.load(made.folder)
 attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
 q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-assert q.siblings is k.siblings is v.siblings is not attention.o_proj.siblings is None
-assert mlp.gate_proj.siblings is mlp.up_proj.siblings is not q.siblings
-assert not list(q.children()) and not any("siblings" in name for name in model.state_dict())
+assert q.input_group is k.input_group is v.input_group is not attention.o_proj.input_group is None
+assert mlp.gate_proj.input_group is mlp.up_proj.input_group is not q.input_group
+assert not list(q.children()) and not any("input_group" in name for name in model.state_dict())
 
 ids = torch.arange(5, 8)[None]
 with torch.no_grad():
@@ -81,12 +83,12 @@ with torch.no_grad():
     close(y, 2, x)
 
     q(x)
-    k.write([("words", k.words.flip(0).clone())])  # what was left for k is of its old fields
+    k.write([("words", k.words.flip(0).clone())])  # the product stored for k is of its old fields
     expected[1] = k.decode_now(torch.float32)
     close(k(x), 1, x)
     close(v(x), 2, x)
 
-    many = torch.randn(33, 48)  # so much x is multiplied by each alone
+    many = torch.randn(33, 48)  # so many rows are multiplied by each matrix alone
     _, counts = counted(lambda: q(many))
     assert counts["dense", 1] == 1 and not any(members > 1 for _, members in counts)
     some = torch.randn(7, 48)
@@ -96,17 +98,18 @@ with torch.no_grad():
         torch.testing.assert_close(y, product(i, some), rtol=2e-3, atol=2e-2)
 
     twin = copy.deepcopy(model).model.layers[0].self_attn
-    assert twin.q_proj.siblings is twin.v_proj.siblings is not q.siblings
-    assert twin.q_proj.siblings.modules["k_proj"] is twin.k_proj
-    replica = copy.copy(q)  # as data parallel makes one: it is none of its own siblings
+    assert twin.q_proj.input_group is twin.v_proj.input_group is not q.input_group
+    assert twin.q_proj.input_group.modules["k_proj"] is twin.k_proj
+    replica = copy.copy(q)  # as data parallel makes one: it is not in its own group
     y, counts = counted(lambda: replica(torch.randn(1, 48)))
     assert counts["gemv", 1] == 1
 
-    k.train_low_rank()
+    fmt, fields = k.format, k.fields
+    train_low_rank(k)
     x = torch.randn(1, 48)
     y, counts = counted(lambda: q(x))
     assert counts["gemv", 1] == 1  # no product of weights in training
-    k.left_factor = k.right_factor = None
+    revert(k, fmt, fields)
 
     gain = torch.linspace(0.5, 1.5, k.rows)
     k.set_gain(gain)  # of a DoRA adapter: q and v go on together, k by itself
@@ -118,15 +121,15 @@ with torch.no_grad():
     close(y[2], 2, x)
     k.set_gain(None)
 
-    for turn in range(siblings.PATIENCE + 2):
+    for turn in range(input_groups.PATIENCE + 2):
         y, counts = counted(lambda: q(torch.ones(1, 48)))
-        assert counts["gemv", 3] == (turn < siblings.PATIENCE), turn
+        assert counts["gemv", 3] == (turn < input_groups.PATIENCE), turn
         close(y, 0, torch.ones(1, 48))
 
 with torch.inference_mode():
     x = torch.randn(1, 80)
     y, counts = counted(lambda: mlp.gate_proj(x[:, :48].clone()))
-    assert counts["gemv", 1] == 1  # nothing can be left with such a tensor
+    assert counts["gemv", 1] == 1  # nothing can be stored with such a tensor
 x = torch.randn(1, 48, requires_grad=True)
 y, counts = counted(lambda: mlp.gate_proj(x))
 y.sum().backward()
@@ -134,7 +137,7 @@ assert not counts and x.grad is not None
 """
 
 
-def test_siblings_of_a_model_under_the_interpreter(tmp_path: Path) -> None:
+def test_input_groups_of_a_model_under_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",

@@ -13,20 +13,17 @@ import torch
 from packing import random_fields
 from torch import nn
 
+from reallm.artifacts.quantization_config import DecodeMode
 from reallm.decoding.decode import decode
 from reallm.kernels.formats.formats import Format
+from reallm.runtime.convert import pack_embedding, pack_linear, tie_head
+from reallm.runtime.experts import ExpertStack, PackedExpert
+from reallm.runtime.field_bytes import pack_factors
 from reallm.runtime.frozen_weight import FrozenWeightError
-from reallm.runtime.modules import (
-    CompressedEmbedding,
-    CompressedLinear,
-    ExpertStack,
-    PackedExpert,
-    pack_embedding,
-    pack_linear,
-    tie_head,
-)
-from reallm.runtime.packed import DecodeMode, Packed
-from reallm.runtime.training.low_rank import pack_factors
+from reallm.runtime.modules import CompressedEmbedding, CompressedLinear
+from reallm.runtime.packed import Packed
+from reallm.runtime.training.finish import write_back_low_rank
+from reallm.runtime.training.start import train_low_rank
 
 ROWS, COLS = 20, 36
 
@@ -37,9 +34,7 @@ def fill(packed: Packed, seed: int = 0) -> None:
 
 
 def linear(name: str = "int4-g16+r3", mode: DecodeMode = "load", bias: bool = True) -> CompressedLinear:
-    module = nn.Linear(COLS, ROWS, bias=bias)
-    pack_linear(module, Format.parse(name), mode, torch.float32, None)
-    assert isinstance(module, CompressedLinear)
+    module = pack_linear(nn.Linear(COLS, ROWS, bias=bias), Format.parse(name), mode, torch.float32, None)
     fill(module)
     return module
 
@@ -132,9 +127,9 @@ def test_copies_are_independent() -> None:
 
 @pytest.mark.parametrize("mode", ["load", "call"])
 def test_embedding_gives_rows_of_the_weight(mode: DecodeMode) -> None:
-    module = nn.Embedding(ROWS, COLS, padding_idx=1)
-    pack_embedding(module, Format.parse("nf4-g8-dq8x8"), mode, torch.float32, None)
-    assert isinstance(module, CompressedEmbedding)
+    module = pack_embedding(
+        nn.Embedding(ROWS, COLS, padding_idx=1), Format.parse("nf4-g8-dq8x8"), mode, torch.float32, None
+    )
     fill(module)
     ids = torch.tensor([[3, 1, 3], [19, 0, 7]])
     assert torch.equal(module(ids), module.weight[ids])
@@ -149,8 +144,7 @@ def test_a_subclass_keeps_its_own_forward_and_buffers() -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
             return super().forward(input) * self.scale
 
-    module = Scaled()
-    pack_embedding(module, Format.parse("int8-g0"), "load", torch.float32, None)
+    module = pack_embedding(Scaled(), Format.parse("int8-g0"), "load", torch.float32, None)
     assert isinstance(module, CompressedEmbedding) and isinstance(module, Scaled)
     fill(module)
     assert torch.equal(module(torch.tensor([2])), 3 * module.weight[2:3])
@@ -158,11 +152,9 @@ def test_a_subclass_keeps_its_own_forward_and_buffers() -> None:
 
 
 def test_a_tied_head_uses_the_embedding_and_refuses_writes() -> None:
-    table, head = nn.Embedding(ROWS, COLS), nn.Linear(COLS, ROWS, bias=False)
-    pack_embedding(table, Format.parse("int8-g0"), "load", torch.float32, None)
-    assert isinstance(table, CompressedEmbedding)
+    table = pack_embedding(nn.Embedding(ROWS, COLS), Format.parse("int8-g0"), "load", torch.float32, None)
     fill(table)
-    tie_head(head, table)
+    head = tie_head(nn.Linear(COLS, ROWS, bias=False), table)
     inputs = torch.randn(2, COLS)
     expected = nn.functional.linear(inputs, table.weight)
     sizes = nn.functional.linear(inputs.abs(), table.weight.abs())
@@ -179,7 +171,7 @@ def test_an_expert_stack_stands_in_for_its_tensor(mode: DecodeMode, transposed: 
     experts = []
     for seed, name in enumerate(("int4-g8", "nf3-g16+r1", "bf16")):
         expert = PackedExpert()
-        expert.hold(Format.parse(name), ROWS, COLS, mode="call", dtype=torch.float32)
+        expert.allocate_fields(Format.parse(name), ROWS, COLS, mode="call", dtype=torch.float32)
         fill(expert, seed)
         experts.append(expert)
     stack = ExpertStack(experts, transposed=transposed, mode=mode, dtype=torch.float32)
@@ -200,11 +192,15 @@ def test_training_starts_from_the_stored_weight() -> None:
     module = linear()
     inputs = torch.randn(4, COLS)
     before = module(inputs).detach()
-    left, right = module.train_low_rank(rank=5)
+    left, right = train_low_rank(module, rank=5)
     assert left.shape == (ROWS, 5) and right.shape == (5, COLS) and left.dtype == torch.float32
     # 36 products and 5 factors summed in another order, of terms below 10
     torch.testing.assert_close(module(inputs), before, rtol=0, atol=10 * (COLS + 5) * 2.0**-22)
-    assert {name for name, _ in module.named_parameters()} == {"bias", "left_factor", "right_factor"}
+    assert {name for name, _ in module.named_parameters()} == {
+        "bias",
+        "training_part.left_factor",
+        "training_part.right_factor",
+    }
 
 
 @pytest.mark.parametrize("kind", ["f16", "i8", "i4"])
@@ -212,7 +208,7 @@ def test_training_starts_from_the_stored_weight() -> None:
 def test_trained_factors_fold_back_into_the_bytes(name: str, kind: str) -> None:
     module = linear(name)
     codes = fields_of(module)["codes"]
-    left, right = module.train_low_rank(rank=4)
+    left, right = train_low_rank(module, rank=4)
     inputs, target = torch.randn(16, COLS), torch.randn(16, ROWS)
     before = nn.functional.mse_loss(module(inputs), target)
     optimiser = torch.optim.Adam([left, right], lr=0.02)
@@ -222,7 +218,7 @@ def test_trained_factors_fold_back_into_the_bytes(name: str, kind: str) -> None:
         optimiser.step()
     trained = module(inputs).detach()
     assert nn.functional.mse_loss(trained, target) < before
-    fmt = module.fold(kind)
+    fmt = write_back_low_rank(module, kind)
     assert fmt.low_rank is not None and (fmt.low_rank.rank, fmt.low_rank.dtype) == (4, kind)
     assert fields_of(module)["codes"] == codes and not module.in_training
     assert list(module.fields) == [field.name for field in fmt.fields(ROWS, COLS)]
@@ -238,13 +234,13 @@ def test_trained_factors_fold_back_into_the_bytes(name: str, kind: str) -> None:
 
 def test_what_cannot_be_trained_says_so() -> None:
     with pytest.raises(ValueError, match="bf16"):
-        linear("bf16").train_low_rank(4)
+        train_low_rank(linear("bf16"), 4)
     with pytest.raises(ValueError, match="rank 2"):
-        linear("int4-g16+r3").train_low_rank(2)
+        train_low_rank(linear("int4-g16+r3"), 2)
     with pytest.raises(ValueError, match="rank 0"):
-        linear("int4-g16").train_low_rank()
+        train_low_rank(linear("int4-g16"))
     with pytest.raises(ValueError, match="train_low_rank"):
-        linear().fold()
+        write_back_low_rank(linear())
     fmt = Format.parse("int4-g16+r3")
     assert fmt.low_rank is not None
     with pytest.raises(ValueError, match="not finite"):
@@ -264,7 +260,7 @@ KERNEL_SCRIPT = """
 import torch, reallm
 from reallm.kernels.formats.formats import Format
 from reallm.runtime.triton_linear import takes_kernel
-from test_runtime_modules import linear
+from test_modules import linear
 module = linear("nf4-g8-dq8x8+r2")
 x = torch.randn(2, module.cols)
 with torch.no_grad():

@@ -23,7 +23,7 @@ from reallm.runtime.generate import generate
 from reallm.runtime.step.cpu import Step, compile_step
 from reallm.runtime.step.generate import StepGenerate, use_step
 
-pytestmark = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler here")
 PROMPT = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(3))
 SETTINGS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "pad_token_id": 1}
 
@@ -114,7 +114,7 @@ def test_another_architecture_goes_the_old_way_and_says_so(caplog: pytest.LogCap
     use_step(model)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(drawn(model), drawn(tiny_model("phi3")))
-    assert "Phi3ForCausalLM is none of the architectures" in caplog.text
+    assert "Phi3ForCausalLM is not among the supported architectures" in caplog.text
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -250,10 +250,10 @@ def test_the_command_uses_the_step_and_gives_the_text_of_float32(made: Made, ste
 @pytest.fixture
 def nothing_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("REALLM_NATIVE", "off")
-    for built in (native.library, native.generated):
+    for built in (native.library, native.generated_library):
         built.cache_clear()
     yield
-    for built in (native.library, native.generated):
+    for built in (native.library, native.generated_library):
         built.cache_clear()
 
 

@@ -13,12 +13,11 @@ SCRIPT = """
 import torch
 from packed_fields import random_fields
 from reallm.kernels.formats.formats import Format
-from reallm.runtime import modules
+from reallm.runtime.convert import pack_linear
 from reallm.runtime.triton_linear import takes_kernel
 
 fmt, rows, cols = Format.parse("tq2.25-l12+ldl2+rot"), 24, 48
-module = torch.nn.Linear(cols, rows)
-modules.pack_linear(module, fmt, "load", torch.float32, None)
+module = pack_linear(torch.nn.Linear(cols, rows), fmt, "load", torch.float32, None)
 module.write((name, torch.from_numpy(raw)) for name, raw in random_fields(fmt, rows, cols, 0).items())
 with torch.no_grad():
     module.bias.normal_()

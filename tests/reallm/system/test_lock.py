@@ -1,4 +1,4 @@
-"""The lock of a folder outlives the folder's removal by its holder, and is no content of it."""
+"""The lock of a folder survives the removal of the folder by its holder, and does not count as content of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reallm.finetuning.checkpoints import open_progress
 from reallm.system.lock import LOCK_FILE, exclusive_lock
 
 
-def test_a_waiter_holds_the_folder_also_after_its_removal(tmp_path: Path) -> None:
+def test_a_waiting_process_gets_the_folder_even_after_its_removal(tmp_path: Path) -> None:
     folder, inside, held = tmp_path / "run", threading.Event(), []
 
     def wait() -> None:
@@ -40,7 +40,7 @@ def test_a_locked_folder_counts_as_empty_and_keeps_its_lock(tmp_path: Path) -> N
         assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_FILE, "settings.json"]
 
 
-def test_a_file_system_without_locks_is_told_of(
+def test_a_file_system_without_locks_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(stream: object, operation: int) -> None:
@@ -48,4 +48,4 @@ def test_a_file_system_without_locks_is_told_of(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with exclusive_lock(tmp_path):
-        assert "cannot be locked (Function not implemented): let nothing else work in it" in caplog.text
+        assert "cannot be locked (Function not implemented): make sure that no other process works in it" in caplog.text

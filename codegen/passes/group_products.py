@@ -1,0 +1,61 @@
+"""Pass: matrices that share an input and the operations of their product are multiplied by one launch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+
+from reallm.codegen.ir.dataflow import shared_inputs
+from reallm.codegen.ir.operations import Trellis
+from reallm.codegen.ir.program import Group, KernelSpec, MatrixProgram, Program
+
+from .choose_tiles import product_tile
+from .kernel_specs import nominal_widths, product_kernel
+
+
+def group_products(program: Program) -> Program:
+    """Products of one input by equal operations become one launch, with the tile of a matrix of all their rows.
+
+    So do the kernels that finish them, where their pieces have the same size.
+    """
+    inputs = shared_inputs(matrix.name for matrix in program.matrices)
+    alike: dict[tuple[object, ...], list[MatrixProgram]] = {}
+    for matrix in program.matrices:
+        product = _product(matrix)
+        key = inputs[matrix.name], matrix.prepared_by, matrix.cols, product.label, product.operations
+        alike.setdefault(key, []).append(matrix)
+    groups = chain.from_iterable(_groups(members) for members in alike.values() if len(members) > 1)
+    return replace(program, groups=tuple(groups))
+
+
+def _product(matrix: MatrixProgram) -> KernelSpec:
+    product = matrix.kernel("gemv", "gemm")
+    assert product is not None  # every matrix that was cut has one
+    return product
+
+
+def _groups(members: list[MatrixProgram]) -> list[Group]:
+    """The group of the members' products, then the groups of what finishes them."""
+    joined = replace(members[0], rows=sum(matrix.rows for matrix in members))
+    operations = _product(members[0]).operations
+    kernel = product_kernel(joined, operations, product_tile(joined))
+    if isinstance(operations[0], Trellis):
+        kernel = replace(kernel, widths=nominal_widths([matrix.format for matrix in members], operations[0]))
+    product = Group(tuple(matrix.name for matrix in members), replace(kernel, members=len(members)))
+    return [product, *_finish_groups(members)]
+
+
+def _finish_groups(members: list[MatrixProgram]) -> list[Group]:
+    same_pieces: dict[KernelSpec, list[tuple[str, KernelSpec]]] = {}
+    for matrix in members:
+        if finish := matrix.kernel("finish"):
+            key = replace(finish, tile=replace(finish.tile, num_warps=1), even=True, pieces=0)
+            same_pieces.setdefault(key, []).append((matrix.name, finish))
+    groups = []
+    for entries in same_pieces.values():
+        if len(entries) > 1:
+            names, kernels = zip(*entries, strict=True)
+            largest = max(kernels, key=lambda kernel: kernel.pieces)  # pieces that other members lack are masked
+            even = all(kernel.even for kernel in kernels)
+            groups.append(Group(names, replace(largest, even=even, members=len(names))))
+    return groups

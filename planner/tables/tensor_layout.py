@@ -1,0 +1,120 @@
+"""Which tensors of the weights file hold a matrix, to the byte.
+
+- A packed matrix: `<name>.<field>`, U8 [field.nbytes], for each field of its format.
+- A matrix in a dense format (bf16, fp16, fp32) keeps the model's own tensor `<name>.weight` [rows, cols], unpadded.
+- One slice of an expert stack is named `<stack>.<index>`. When all slices of a stack are in the same dense format the
+  model's own parameter `<stack>` [experts, rows, cols] stays. Otherwise every slice is packed, dense ones as the field
+  `<name>.values`.
+- A shared codebook: `reallm_shared.<key>.codebooks`, once.
+
+Every other tensor of the model keeps its name, its shape and the model's dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from reallm.kernels.formats.codecs import DenseCodec
+from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.dtypes import DTYPES
+from reallm.kernels.storage.layout import TensorSpec
+
+from .measured_table import Kind, MatrixRecord
+
+
+def dense_nbytes(fmt: Format, rows: int, cols: int) -> int | None:
+    """Bytes of a matrix as the model's own tensor; None when the format is not dense."""
+    return DTYPES[fmt.codec.dtype].nbytes(rows * cols) if isinstance(fmt.codec, DenseCodec) else None
+
+
+def stored_nbytes(fmt: Format, rows: int, cols: int, kind: Kind) -> tuple[int, ...]:
+    """The byte counts that a matrix can have in the file.
+
+    There are two for a dense expert slice: packed, and as a part of its unpacked stack. All others have one.
+    """
+    unpacked = dense_nbytes(fmt, rows, cols)
+    if unpacked is None:
+        return (fmt.nbytes(rows, cols),)
+    return (fmt.nbytes(rows, cols), unpacked) if kind == "expert" else (unpacked,)
+
+
+def shared_key(fmt: Format, family: str) -> str | None:
+    """Key of the codebook that matrices of `family` share in this format, or None."""
+    return f"{fmt.shared_name}@{family}" if fmt.shared_field else None
+
+
+def shared_tensor(key: str, nbytes: int) -> TensorSpec:
+    """The tensor of a shared codebook."""
+    return TensorSpec(f"reallm_shared.{re.sub(r'[^A-Za-z0-9_]', '_', key)}.codebooks", "U8", (nbytes,))
+
+
+def stack_of(matrix: MatrixRecord) -> str | None:
+    """The stack that an expert slice belongs to; None for other matrices."""
+    return matrix.name.rpartition(".")[0] if matrix.kind == "expert" else None
+
+
+def matrix_tensors(matrix: MatrixRecord, fmt: Format) -> tuple[TensorSpec, ...]:
+    """The tensors of one matrix, an expert slice always packed (see `whole_stacks` for the exception)."""
+    if isinstance(fmt.codec, DenseCodec) and matrix.kind != "expert":
+        return (TensorSpec(f"{matrix.name}.weight", DTYPES[fmt.codec.dtype].safetensors, (matrix.rows, matrix.cols)),)
+    fields = fmt.fields(matrix.rows, matrix.cols)
+    return tuple(TensorSpec(f"{matrix.name}.{field.name}", "U8", (field.nbytes,)) for field in fields)
+
+
+def whole_stacks(matrices: Iterable[MatrixRecord], formats: Mapping[str, Format]) -> dict[str, list[MatrixRecord]]:
+    """Stacks that stay one unpacked tensor, as all their slices have the same dense format; with their slices."""
+    stacks: dict[str, list[MatrixRecord]] = defaultdict(list)
+    for matrix in matrices:
+        if (stack := stack_of(matrix)) is not None:
+            stacks[stack].append(matrix)
+    return {
+        stack: slices
+        for stack, slices in stacks.items()
+        if len({(formats[m.name], m.rows, m.cols) for m in slices}) == 1
+        and isinstance(formats[slices[0].name].codec, DenseCodec)
+    }
+
+
+def matrices_nbytes(matrices: Iterable[MatrixRecord], formats: Mapping[str, Format]) -> dict[str, int]:
+    """Name -> bytes in the file of each matrix in its format, headers excluded.
+
+    `matrices` must hold all slices of every stack in it: whether a dense slice is packed depends on the others.
+    """
+    matrices = list(matrices)
+    unpacked_stacks = whole_stacks(matrices, formats)
+    sizes = {}
+    for matrix in matrices:
+        fmt = formats[matrix.name]
+        packed, *unpacked = stored_nbytes(fmt, matrix.rows, matrix.cols, matrix.kind)
+        sizes[matrix.name] = unpacked[0] if stack_of(matrix) in unpacked_stacks else packed
+    return sizes
+
+
+def weights_tensors(
+    matrices: Iterable[MatrixRecord],
+    formats: Mapping[str, Format],
+    shared: Mapping[str, int],
+    other_tensors: Mapping[str, tuple[int, ...]],
+    dtype: str,
+) -> list[TensorSpec]:
+    """Every tensor of the weights file.
+
+    `formats` holds a format for every matrix, `shared` the bytes of every shared codebook by its key, `other_tensors`
+    the shape of every tensor that is not a matrix (stored in the model's `dtype`).
+    """
+    matrices = list(matrices)
+    unpacked_stacks = whole_stacks(matrices, formats)
+    tensors = [TensorSpec(name, DTYPES[dtype].safetensors, tuple(shape)) for name, shape in other_tensors.items()]
+    tensors += [shared_tensor(key, nbytes) for key, nbytes in shared.items()]
+    for stack, slices in unpacked_stacks.items():
+        codec = formats[slices[0].name].codec
+        assert isinstance(codec, DenseCodec)
+        tensors.append(
+            TensorSpec(stack, DTYPES[codec.dtype].safetensors, (len(slices), slices[0].rows, slices[0].cols))
+        )
+    for matrix in matrices:
+        if stack_of(matrix) not in unpacked_stacks:
+            tensors += matrix_tensors(matrix, formats[matrix.name])
+    return tensors

@@ -1,0 +1,40 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A folder with a transformers model, a .gguf file, or a name on the Hugging Face hub.")
+]
+Artifact = Annotated[Path, typer.Argument(help="A folder that `reallm compile` made.")]
+PlanOrArtifact = Annotated[Path, typer.Argument(help="A plan.json, or an artifact that contains one.")]
+WorkFolder = Annotated[Path, typer.Argument(help="The work folder that `reallm measure` filled.")]
+MovedWork = Annotated[Path | None, typer.Option("--work", help="The work folder, if it has moved since planning.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="A .txt, .jsonl or .parquet file, or a datasets name such as Salesforce/wikitext:wikitext-2-raw-v1:train. "
+        "The default is English text that comes with Python: enough to try things out, too narrow for the best result."
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write all results to this JSON file.")]
+AdapterName = Annotated[
+    str | None,
+    typer.Option(help="Run with this LoRA or DoRA adapter: its name in the artifact's adapters/ folder, or a folder."),
+]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices; the same seed gives the same result.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing artifact at the output path.")]
+
+
+def comma_separated(words: str) -> list[str]:
+    """The entries of a comma-separated option value, without blanks.
+
+    >>> comma_separated("sm_80, sm_90")
+    ['sm_80', 'sm_90']
+    """
+    return [word.strip() for word in words.split(",") if word.strip()]

@@ -1,0 +1,38 @@
+"""The interface of an encoder: what every codec's encoder is given, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from reallm.kernels.formats.formats import Format
+
+from .metric import Workspace
+
+
+@dataclass(frozen=True)
+class EncodingContext:
+    """What an encoder needs besides the matrix and its codec."""
+
+    fmt: Format
+    work: Workspace
+    """The metric of the matrix that is encoded, with its factorisations."""
+    shared: Tensor | None = None
+    """Shared codebooks [M, 2^B, d] or the bytes of a shared decoder; None if the format shares nothing."""
+    seed: int = 0
+
+
+class CodedMatrix(NamedTuple):
+    """The codes chosen for a matrix W[N, K]."""
+
+    values: dict[str, Tensor]
+    """The values of each stored field by field name, not yet packed."""
+    decoded: Tensor
+    """What these values decode to, float32 [N, K]."""
+
+
+Encoder = Callable[[Tensor, Any, EncodingContext], CodedMatrix]
+"""(W[N, K] float32, its codec, context) -> the codes. The result depends only on these and on the thread count."""

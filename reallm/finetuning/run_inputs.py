@@ -1,0 +1,92 @@
+"""What a fine-tuning run is made from, checked before a model is loaded or anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from reallm.artifacts.directory import check_output, is_artifact
+from reallm.artifacts.manifest import MANIFEST_FILE, sha256_file
+from reallm.artifacts.peft_files import CONFIG_FILE
+from reallm.artifacts.verify import verify
+from reallm.errors import UserError
+from reallm.kernels.formats.codecs import DenseCodec
+from reallm.kernels.formats.formats import Format
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
+from reallm.planner.tables.plan import Choice, Plan, read_plan
+from reallm.planner.tables.records import read_record
+from reallm.text.corpus import Text, load_text
+
+from .checkpoints import RunIdentity, progress_folder
+from .processes import TrainingProcesses
+from .resolved_settings import ResolvedSettings, resolve
+from .settings import FinetuneSettings
+from .trainable_parts import formats_have, nothing_to_train
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The checked inputs of one run."""
+
+    artifact: Path
+    output: Path
+    plan: Plan
+    """The plan of `artifact`."""
+    source: Text
+    settings: ResolvedSettings
+
+    @property
+    def progress(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return progress_folder(self.output)
+
+    @property
+    def measured(self) -> Path:
+        """The measured folder of the plan."""
+        return Path(self.settings.work or self.plan.work)
+
+    def check_output(self) -> None:
+        """Raise UserError if the output exists and may not be replaced."""
+        _check_output(self.output, self.settings)
+
+    def identity(self) -> RunIdentity:
+        """What decides the result: a run is only continued by one with an equal identity."""
+        return self.settings.deciding_values() | {
+            "artifact_sha256": sha256_file(self.artifact / MANIFEST_FILE),
+            "model_sha256": self.plan.model_sha256,
+            "text_sha256": self.source.sha256,
+        }
+
+
+def open_inputs(
+    artifact: Path | str, text: str | None, output: Path, settings: FinetuneSettings, processes: TrainingProcesses
+) -> RunInputs:
+    """Check that `artifact` can be fine-tuned into `output` with `settings`, and load the text.
+
+    Raises UserError.
+    """
+    _check_output(output, settings)
+    if not is_artifact(artifact):
+        raise UserError(f"{artifact} is not a reallm artifact; `reallm compile` writes one")
+    verify(Path(artifact), adapters=False)
+    plan = read_plan(Path(artifact))
+    linears = [(Format.parse(c.format), c.rows, c.cols) for c in plan.choices if _is_compressed_linear(c)]
+    if not linears:
+        raise UserError(f"{artifact} has no compressed linear, so there is nothing to train")
+    resolved = resolve(settings, plan)
+    if processes.count > 1 and resolved.stages != ("end-to-end",):
+        stages = ",".join(resolved.stages)
+        raise UserError(f"--stages {stages}: {processes.count} processes can only run end-to-end; start one process")
+    if not formats_have(resolved.train, resolved.new_factors, linears):
+        raise nothing_to_train(resolved.train)
+    if "codes" in resolved.stages or settings.work is not None:
+        read_record(Path(settings.work or plan.work) / TABLE_FILE, MeasuredTable, "measure")  # must exist
+    return RunInputs(Path(artifact), output, plan, load_text(text), resolved)
+
+
+def _check_output(output: Path, settings: FinetuneSettings) -> None:
+    check_output(output, settings.force, CONFIG_FILE if settings.adapter else MANIFEST_FILE)
+
+
+def _is_compressed_linear(choice: Choice) -> bool:
+    return choice.kind in ("linear", "head") and not isinstance(Format.parse(choice.format).codec, DenseCodec)

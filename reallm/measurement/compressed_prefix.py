@@ -1,0 +1,55 @@
+"""Calibration on the compressed prefix: every block sees the inputs that an already compressed model gives it.
+
+GPTQ and AQLM (arXiv 2210.17323, 2401.06118) compress the blocks in order and calibrate each on the outputs of the
+compressed blocks before it. Here the prefix is an artifact made earlier: its decoded weights replace the model's own
+while statistics are gathered; what is then encoded is still the original weight. Each further round of measure, plan
+and compile with the last artifact as prefix is one such pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from reallm.artifacts.manifest import MANIFEST_FILE, read_manifest, sha256_file
+from reallm.errors import UserError
+from reallm.models.loaded import LoadedModel
+from reallm.runtime.experts import ExpertStack
+from reallm.runtime.load import load
+
+
+def prefix_digest(artifact: Path, loaded: LoadedModel) -> str:
+    """sha256 of the manifest of `artifact`, which contains the digests of all its files.
+
+    Raises UserError when the artifact was compiled from another model than `loaded`.
+    """
+    if read_manifest(artifact).model_sha256 != loaded.digest:
+        raise UserError(
+            f"--prefix {artifact} was compiled from another model than {loaded.source}; expected one of the same model"
+        )
+    return sha256_file(artifact / MANIFEST_FILE)
+
+
+@contextmanager
+def prefix_weights(artifact: Path, loaded: LoadedModel) -> Iterator[None]:
+    """Give the matrices of `loaded` the decoded weights of `artifact` within the context, and their own back after."""
+    parameters = {name: loaded.model.get_parameter(name) for name in {m.parameter for m in loaded.matrices}}
+    original = {name: parameter.data for name, parameter in parameters.items()}
+    compressed, _ = load(artifact)
+    try:
+        for name, parameter in parameters.items():
+            path, _, attribute = name.rpartition(".")
+            parameter.data = _decoded(getattr(compressed.get_submodule(path), attribute)).to(parameter.dtype)
+        del compressed
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = original[name]
+
+
+def _decoded(weight: Tensor | ExpertStack) -> Tensor:
+    """The dense values of a compressed weight, a copy that owns its memory."""
+    return weight.dense() if isinstance(weight, ExpertStack) else weight.detach().as_subclass(Tensor).clone()

@@ -1,0 +1,66 @@
+"""From a model's own modules to packed ones with the same state, except for the weight."""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from reallm.artifacts.quantization_config import DecodeMode
+from reallm.kernels.formats.formats import Format
+
+from .modules import CompressedEmbedding, CompressedLinear, TiedHead
+from .packed import Shared
+
+
+@cache
+def _packed_subclass(original: Any, packed: Any) -> Any:
+    return type(f"Compressed{original.__name__}", (original, packed), {})
+
+
+def _converted(module: nn.Module, packed: Any, plain: type[nn.Module]) -> Any:
+    """A module of the class `packed` with the state of `module` (bias, buffers, hooks, attributes) but no weight.
+
+    If `module` is of a subclass of the torch class `plain`, the result's class derives from that subclass too, because
+    the model's code may rely on it: Gemma's embedding scales its rows in its own `forward`, and code asks isinstance.
+    The subclass is not constructed again, since its arguments are unknown; its state is copied, as copy.copy does.
+    """
+    original: Any = type(module)
+    kind = packed if original is plain else _packed_subclass(original, packed)
+    result = kind.__new__(kind)
+    state = {name: copy(value) if isinstance(value, dict | set) else value for name, value in vars(module).items()}
+    vars(result).update(state)
+    del result._parameters["weight"]
+    return result
+
+
+def pack_linear(
+    module: nn.Linear, fmt: Format, mode: DecodeMode, dtype: torch.dtype, shared: Shared
+) -> CompressedLinear:
+    """A CompressedLinear in place of `module`, with uninitialised fields, that computes in `dtype`."""
+    result = _converted(module, CompressedLinear, nn.Linear)
+    assert isinstance(result, CompressedLinear)
+    result.allocate_fields(fmt, module.out_features, module.in_features, mode=mode, dtype=dtype, shared=shared)
+    return result
+
+
+def pack_embedding(
+    module: nn.Embedding, fmt: Format, mode: DecodeMode, dtype: torch.dtype, shared: Shared
+) -> CompressedEmbedding:
+    """A CompressedEmbedding in place of `module`, with uninitialised fields, that gives rows in `dtype`."""
+    result = _converted(module, CompressedEmbedding, nn.Embedding)
+    assert isinstance(result, CompressedEmbedding)
+    result.allocate_fields(fmt, module.num_embeddings, module.embedding_dim, mode=mode, dtype=dtype, shared=shared)
+    return result
+
+
+def tie_head(head: nn.Linear, source: CompressedEmbedding) -> TiedHead:
+    """A head in place of `head` that uses the weight of `source`."""
+    result = _converted(head, TiedHead, nn.Linear)
+    assert isinstance(result, TiedHead)
+    result._source = (source,)
+    result._is_hf_initialized = True
+    return result

@@ -1,0 +1,20 @@
+"""Tensors written to safetensors files that are never seen half written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reallm.kernels.storage.atomic import partial_path
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `tensors` to the safetensors file `path`, which appears complete or not at all."""
+    partial = partial_path(path)
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""Which tokens of a window a language model is scored on, and what it sees there.
+
+A causal model predicts every token after the first of a window from those before it. A masked model (an encoder)
+predicts a seeded MASK_SHARE of the tokens, each replaced by the mask token, from all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reallm.errors import UserError
+
+MASK_SHARE = 0.15
+"""Share of the tokens that are masked (BERT, arXiv 1810.04805)."""
+
+
+@dataclass(frozen=True)
+class ScoredWindow:
+    """One window as a model sees it, and where the model is scored."""
+
+    inputs: Tensor
+    """Int64 [1, seqlen]."""
+    positions: Tensor
+    """Int64 [P]: rows of the logits."""
+    targets: Tensor
+    """Int64 [P]: the token to be predicted at each position."""
+
+
+def mask_token_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str) -> int | None:
+    """Id of the mask token of an encoder; None for a model that generates.
+
+    Raises UserError, naming the model as `label`, for an encoder whose tokenizer has no mask token.
+    """
+    if model.can_generate():
+        return None
+    mask: int | None = tokenizer.mask_token_id
+    if mask is None:
+        raise UserError(f"{label} neither generates nor has a mask token; expected a causal or a masked language model")
+    return mask
+
+
+def causal_window(window: Tensor) -> ScoredWindow:
+    """Score every token after the first of `window` [seqlen], predicted from those before it."""
+    return ScoredWindow(window[None], torch.arange(window.numel() - 1), window[1:])
+
+
+def mask_window(window: Tensor, mask_token: int, seed: int) -> ScoredWindow:
+    """Replace a seeded MASK_SHARE of the tokens of `window` [seqlen], at least one, by `mask_token`; score those."""
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, round(MASK_SHARE * window.numel()))
+    positions = torch.randperm(window.numel(), generator=generator)[:count].sort().values
+    inputs = window.clone()
+    inputs[positions] = mask_token
+    return ScoredWindow(inputs[None], positions, window[positions])
+
+
+def mask_windows(windows: Tensor, mask_token: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Mask each token of `windows` [n, seqlen] with probability MASK_SHARE, and the first of every window always.
+
+    Returns the masked windows and where they are masked (bool), both [n, seqlen]. Calibration uses this form: the
+    statistics are averages over all tokens, so the number of masked tokens need not be the same in every window.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    masked = torch.rand(windows.shape, generator=generator) < MASK_SHARE
+    masked[:, 0] = True
+    return windows.masked_fill(masked, mask_token), masked
