@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from reallm.kernels.formats.fields import FormatError
+
 from .codegen.ir.operations import CodegenError
 from .kernels.errors import ReallmError
-from reallm.kernels.formats.fields import FormatError
 from .kernels.storage.layout import LayoutError
 from .planner.tables.records import RecordError
 from .planner.tables.units import PlanError

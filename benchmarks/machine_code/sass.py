@@ -73,12 +73,20 @@ def tool(name: str) -> Path:
 
 def read_code(path: Path) -> Code:
     """The code of the one kernel in the object at `path`. Raises CodegenError if it cannot be read."""
-    text = _output(["nvdisasm", "-c", str(path)])
-    resources = _output(["cuobjdump", "-res-usage", str(path)])
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", resources)
-    if found is None:
-        raise CodegenError(f"{path}: cuobjdump lists no resources")
-    return parse_code(text, Usage(*(int(value) for value in found.groups())))
+    return parse_listing(listing(path))
+
+
+def listing(path: Path) -> str:
+    """The resources and the disassembly of the one kernel in the object at `path`, as text."""
+    return _output(["cuobjdump", "-res-usage", str(path)]) + _output(["nvdisasm", "-c", str(path)])
+
+
+def parse_listing(text: str) -> Code:
+    """The code that `listing` has printed. Raises CodegenError if the resources are missing."""
+    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    if resources is None:
+        raise CodegenError("cuobjdump lists no resources of the kernel")
+    return parse_code(text, Usage(*(int(value) for value in resources.groups())))
 
 
 def _output(command: list[str]) -> str:

@@ -48,7 +48,7 @@ def all_values_are_read(graph: StepGraph) -> Iterator[str]:
 
 
 def each_layer_has_one_cache(graph: StepGraph) -> Iterator[str]:
-    """The attentions append to caches 0, 1, 2, ..., each to its own."""
+    """The attentions append to the caches 0, 1, 2, ..., one each."""
     layers = []
     for _, op in graph:
         attention = op.attention if isinstance(op, Attend) else op

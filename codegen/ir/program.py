@@ -17,7 +17,7 @@ from reallm.kernels.formats.formats import Format
 from .operations import Keep, Operation, Prepare, Project, Reuse, Unrotate
 
 SPAN = 32
-"""Columns that a thread takes at a time where rows are whole spans: whole words of every plane."""
+"""Columns that a thread takes at a time if rows are whole spans; a span is whole words of every plane."""
 GEMM_BATCH = 16
 """A kernel whose instances take this many rows of x or more is a GEMM: tensor cores take no fewer."""
 

@@ -23,9 +23,9 @@ SPAN_ROWS = (4, 2)
 SPAN_TURN = 2 * 32 * SPAN
 """Columns that a warp covers in two turns of its loop."""
 PREFILL_TILE = Tile(128, 16, 4)
-"""Tile of a trellis product with many rows of x: one row of W a thread."""
+"""Tile of a trellis product with many rows of x: one row of W per thread."""
 GEMM_TILE = Tile(64, 64, 8)
-"""Tile of the other codecs with many rows of x: 16 weights a thread."""
+"""Tile of the other codecs with many rows of x: 16 weights per thread."""
 
 
 def choose_tiles(program: Program) -> Program:

@@ -125,7 +125,7 @@ class GemvWriter:
             self.body += code_lines(parts, "at", self._mask(True), "code")
 
     def _group(self, group_size: int, target: str) -> bool:
-        """Write the flat index of each chunk's group, or of each weight's (then True) if a chunk may span two groups."""
+        """Write the flat index of each chunk's group; of each weight's, and return True, if a chunk may span two."""
         if group_size == 0:
             self.body.append(f"{target} = row[:, None] + tl.zeros_like(place)[None, :]")
             return False

@@ -1,7 +1,7 @@
 """The writer of a scalar GEMV whose rows are whole spans of SPAN columns; a thread takes a span of each row at a time.
 
-All tensors are [CHUNKS], one entry a thread. Every row and column of the tile has separate lines, so that the position
-of each code is known when the kernel is compiled. Codes are loaded 64 bits at a time, two words of a plane.
+All tensors are [CHUNKS], one entry per thread. Every row and column of the tile has separate lines, so that the
+position of each code is known when the kernel is compiled. Codes are loaded 64 bits at a time, two words of a plane.
 
     integers     A code is masked in place and its bits are read as those of a float: code 2^p 2^-149, a denormal number
                  that FMA multiplies exactly. x is multiplied by 2^(LIFT - p) once for all rows. The zero point, the

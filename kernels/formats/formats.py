@@ -42,7 +42,12 @@ Feedback = Literal["", "ldl", "ldl2"]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How one matrix is stored, and how its codes are chosen."""
+    """How one matrix is stored, and how its codes are chosen.
+
+    >>> fmt = reallm.Format.parse("int4-g64")
+    >>> fmt.nbytes(rows=8, cols=64), fmt.name
+    (320, 'int4-g64')
+    """
 
     codec: AnyCodec
     low_rank: LowRank | None = None

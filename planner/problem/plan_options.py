@@ -12,7 +12,13 @@ from reallm.planner.tables.requirements import Requirements
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What to ask of a plan besides its budget. By default every measured format may be used anywhere."""
+    """What to ask of a plan besides its budget. By default every measured format may be used anywhere.
+
+    >>> options = reallm.PlanOptions(exclude=("layers.0.mlp",), formats=("int*",))
+    >>> choices = reallm.plan("work", budget="8.6bpw", options=options).choices
+    >>> {choice.format for choice in choices} <= {"int4-g16", "int8-g16"}
+    True
+    """
 
     pins: tuple[str, ...] = ()
     """"REGEX=FORMAT": every matrix whose name the regex matches (`re.search`) gets exactly this format.

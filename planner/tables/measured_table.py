@@ -81,7 +81,12 @@ class CacheLayer(Record):
 
 
 class MeasuredTable(Record):
-    """All results of `measure`, and what they were measured on."""
+    """All results of `measure`, and what they were measured on.
+
+    >>> table = reallm.measure("model", text="train.txt", output="work", space="space.yaml", nsamples=8, seqlen=32)
+    >>> sorted({measurement.format for measurement in table.measurements})
+    ['int4-g16', 'int8-g16', 'tq3-l8+rot']
+    """
 
     version: Literal[1] = 1
     model: str
@@ -98,7 +103,7 @@ class MeasuredTable(Record):
     measurements: tuple[MeasurementRecord, ...]
     shared: tuple[SharedRecord, ...] = ()
     bounded: Mapping[str, int] = {}
-    """Format -> number of matrices not measured in it, because screening showed that no plan would choose it."""
+    """Format -> number of matrices not measured in it, as it cannot matter at the requested budgets (screening)."""
     kv_cache: tuple[CacheLayer, ...] = ()
     """The KV cache, layer by layer; empty for a model without one."""
     experts_per_token: int | None = None

@@ -110,7 +110,12 @@ class Measured(Record):
 
 
 class Plan(Record):
-    """The solution of the allocation problem for one budget."""
+    """The solution of the allocation problem for one budget.
+
+    >>> plan = reallm.plan("work", budget="5bpw")
+    >>> len(plan.choices), plan.counted_bytes <= plan.budget_bytes
+    (14, True)
+    """
 
     version: Literal[1] = 1
     model: str

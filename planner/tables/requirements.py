@@ -27,7 +27,13 @@ ADAPTER_NBYTES = 2
 
 
 class Requirements(Record):
-    """What a plan must keep besides its budget; by default nothing."""
+    """What a plan must keep besides its budget; by default nothing.
+
+    >>> roomy = reallm.Requirements(max_formats=1)
+    >>> plan = reallm.plan("work", budget="5bpw", requirements=roomy)
+    >>> len({choice.format for choice in plan.choices})
+    1
+    """
 
     pools: tuple[str, ...] = ()
     """"NAME=SIZE:REGEX": the matrices and tensors whose names the regex matches must fit into SIZE on device NAME."""

@@ -52,7 +52,11 @@ class FormatView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An artifact at a glance."""
+    """An artifact at a glance.
+
+    >>> reallm.inspect("out").architecture
+    'LlamaForCausalLM'
+    """
 
     path: str
     architecture: str
@@ -94,8 +98,8 @@ def inspect(path: Path | str) -> Inspection:
 
     Examples
     --------
-    >>> inspect("out/").plan.bits_per_weight  # doctest: +SKIP
-    2.998
+    >>> reallm.inspect("out").plan.bits_per_weight <= 5
+    True
     """
     folder = Path(path)
     plan, tensors = read_plan(folder), read_tensors(folder)

@@ -33,7 +33,11 @@ from .quantization_config import QuantizationRecord
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked. A report exists only if everything was right."""
+    """What was checked. A report exists only if everything was right.
+
+    >>> reallm.verify("out", deep=False).deep
+    False
+    """
 
     path: str
     files: int
@@ -87,8 +91,9 @@ def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report
 
     Examples
     --------
-    >>> verify("out/").deep  # doctest: +SKIP
-    True
+    >>> report = reallm.verify("out")
+    >>> report.matrices, report.deep
+    (14, True)
     """
     folder = Path(path)
     if not folder.is_dir():

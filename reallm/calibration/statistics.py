@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reallm.errors import UserError
-from reallm.models.loaded import Matrix
+from reallm.models.matrix import Matrix
 
 OUTSIDE_BLOCKS = "outer"
 KINDS = ("guided", "fisher", "row_weight", "lookup", "gram")

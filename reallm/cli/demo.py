@@ -220,6 +220,6 @@ def _print_summary(folder: Path, stages: Sequence[Stage], console: Console) -> N
         ("text", evaluation["text"]),
         ("same first token", f"{measured['divergence']['same_top1']:.1%}"),
         ("it writes", stages[-1].output),
-        ("to go on", f"reallm generate {folder / 'out'} 'Once upon a time'; reallm inspect {folder / 'out'}"),
+        ("next", f"reallm generate {folder / 'out'} 'Once upon a time'; reallm inspect {folder / 'out'}"),
     ]
     console.print(facts_table("result", facts))

@@ -11,7 +11,6 @@ import typer
 from reallm.errors import UserError
 from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.tables.plan import Cost, Ties
-from reallm.planner.tables.records import write_record
 from reallm.planner.tables.requirements import KvDtype, Requirements
 
 from .app import CONSOLE, app, quiet_transformers
@@ -104,8 +103,7 @@ def plan(
         raise UserError("--refit needs a text that `measure` has not seen: name one with --refit-text")
     if refit_text is not None and not refit:
         raise UserError("--refit-text is only used by --refit: add --refit 2, or leave --refit-text out")
-    from reallm.planning.plan import best_plans
-    from reallm.planning.plan import load_device
+    from reallm.planning.plan import best_plans, load_device
     from reallm.planning.plan import plan as run
 
     from .tables import print_changes, print_plan
@@ -138,8 +136,9 @@ def plan(
         from reallm.planning.refit import refit as run_refit
 
         quiet_transformers()
-        result = run_refit(result, text=refit_text, rounds=refit, windows=windows, time_limit_s=time_limit)
-        write_record(output, result)
+        result = run_refit(
+            result, text=refit_text, rounds=refit, windows=windows, output=output, time_limit_s=time_limit
+        )
     print_plan(result, CONSOLE)
     if best > 1:
         for rank, other in enumerate(

@@ -325,7 +325,7 @@ def compile_plan(
 
     Examples
     --------
-    >>> reallm.compile("plan.json", "out", objects=("sm_90",))  # doctest: +SKIP
+    >>> reallm.compile("plan.json", "out")
     PosixPath('out')
     """
     output = Path(output)

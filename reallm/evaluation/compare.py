@@ -55,7 +55,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_models` measured; the figures of the base are None when there was no base."""
+    """What `compare_models` measured; the figures of the base are None when there was no base.
+
+    >>> result = reallm.evaluate("out", text="test.txt", seqlen=32, windows=4, progress=False)
+    >>> result.comparison.windows, result.comparison.divergence is None
+    (4, True)
+    """
 
     windows: int
     """Number of windows."""

@@ -30,7 +30,12 @@ MIN_SEQLEN = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that `evaluate` measured, and what it was measured on."""
+    """Everything that `evaluate` measured, and what it was measured on.
+
+    >>> result = reallm.evaluate("out", text="test.txt", seqlen=32, windows=4, progress=False)
+    >>> result.dtype
+    'float32'
+    """
 
     model: str
     """The model or artifact, as the user named it."""
@@ -77,11 +82,46 @@ def evaluate(
     progress: bool = True,
     adapter: str | Path | None = None,
 ) -> Evaluation:
-    """Measure the model at `path` (an artifact, or any model) on `text`, against the model `against` where given.
+    """Measure a model's perplexity and sizes, and its KL divergence from the original.
 
-    `seqlen` is the context in tokens, `windows` the maximum number of windows to score (None: the whole text). `seed`
-    chooses the masked tokens of an encoder. `adapter` is a LoRA or DoRA adapter for an artifact, as in `load`. Raises
-    UserError for models that cannot be read, too little text, and logits that are not finite.
+    Parameters
+    ----------
+    path
+        An artifact, or any model: a folder, a .gguf file or a hub name.
+    against
+        The original model, for the KL divergence; None measures perplexity and sizes only.
+    text
+        What to evaluate on (see `reallm.text.corpus.load_text`); None for English text that comes with Python.
+    seqlen
+        Context in tokens. Perplexities at different contexts cannot be compared.
+    windows
+        Maximum number of windows; None for the whole text.
+    dtype
+        What both models compute in: "float32", "bfloat16" or "float16".
+    device
+        Where both models run, such as "cpu" or "cuda:0".
+    seed
+        Chooses the masked tokens of an encoder.
+    adapter
+        A LoRA or DoRA adapter for an artifact, as in `load`.
+    progress
+        Whether to show progress.
+
+    Returns
+    -------
+    Evaluation
+        KL in nats per token; sizes in bytes and in bits per weight.
+
+    Raises
+    ------
+    UserError
+        For models that cannot be read, too little text, and logits that are not finite.
+
+    Examples
+    --------
+    >>> result = reallm.evaluate("out", against="model", text="test.txt", seqlen=32, windows=4, progress=False)
+    >>> result.comparison.perplexity > 1, result.sizes.matrices_bpw <= 5
+    (True, True)
     """
     began = time.perf_counter()
     if seqlen < MIN_SEQLEN or (windows is not None and windows < 1):

@@ -37,9 +37,6 @@ def finetune(
 ) -> Path:
     """Train `artifact` towards the dense model it was made from, and write the result to `output`.
 
-    >>> reallm.finetune("out", text="train.txt", output="tuned", train=("scales", "norms"), steps=100)
-    >>> reallm.finetune("out", text="train.txt", output="tuned", settings=FinetuneSettings(rank=8))
-
     The codes stay as they are unless the stage "codes" renews them; scales, norms, codebooks and low-rank factors are
     trained to minimise the KL divergence of the model's output (or the cross entropy of the text, with loss="text").
     The last windows of the text are held out: they choose among the checkpoints and between the trained and the
@@ -74,6 +71,12 @@ def finetune(
         If an input is missing or damaged, settings contradict each other, or nothing was gained.
     TypeError
         If a keyword is not a field of FinetuneSettings.
+
+    Examples
+    --------
+    >>> settings = reallm.FinetuneSettings(steps=8, seqlen=32, train=("scales", "norms"))
+    >>> reallm.finetune("out", text="train.txt", output="tuned", settings=settings)
+    PosixPath('tuned')
     """
     began = time.perf_counter()
     settings = with_overrides(settings, overrides)

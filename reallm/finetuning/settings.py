@@ -32,10 +32,10 @@ RUN_OPTIONS = frozenset(
 class FinetuneSettings:
     """What to train, how long, and where. The defaults are a good first run.
 
-    >>> FinetuneSettings(train=["norms", "scales"], steps=200).train
-    ('scales', 'norms')
-
     A value that is out of range, or that contradicts another, raises UserError.
+
+    >>> reallm.FinetuneSettings(train=("scales", "norms"), steps=100).steps
+    100
     """
 
     train: Sequence[Part] = ("factors", "scales", "norms")

@@ -83,7 +83,7 @@ def _freeze(pair: StudentTeacher, gradient_checkpointing: bool) -> None:
 def _renew_codes(
     pair: StudentTeacher, settings: ResolvedSettings, folders: RunFolders, before: float
 ) -> tuple[float, tuple[Stage, ...]]:
-    """Run the stage codes if it is asked for; the loss then, and all stages that count.
+    """Run the stage codes if the settings contain it; return the held-out loss after it and the stages that count.
 
     New codes that do not lower the loss are put back, and the stage does not count.
     """

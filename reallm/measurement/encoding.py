@@ -15,7 +15,7 @@ from reallm.codecs.packed_fields import PackedFields, store
 from reallm.kernels.codes.stored_fields import read_field
 from reallm.kernels.formats.codecs import AdditiveCodec, NeuralCodec
 from reallm.kernels.formats.formats import Format
-from reallm.models.loaded import Matrix
+from reallm.models.matrix import Matrix
 
 from .cache import Cache, content_key
 

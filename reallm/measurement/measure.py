@@ -103,6 +103,12 @@ def measure(
     ------
     UserError
         For arguments that cannot be used, a model that cannot be measured, and workers that keep dying.
+
+    Examples
+    --------
+    >>> table = reallm.measure("model", text="train.txt", output="work", space="space.yaml", nsamples=8, seqlen=32)
+    >>> len(table.matrices), len(table.measurements)
+    (16, 42)
     """
     started = time.monotonic()
     if bpw is not None and not 0 < bpw[0] <= bpw[1]:

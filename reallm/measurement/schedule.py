@@ -14,7 +14,8 @@ from torch import Tensor
 
 from reallm.codecs.encode import CODEC_VERSION
 from reallm.kernels.formats.formats import Format
-from reallm.models.loaded import LoadedModel, Matrix
+from reallm.models.loaded import LoadedModel
+from reallm.models.matrix import Matrix
 from reallm.planner.tables.measured_table import MeasurementRecord
 from reallm.planner.tables.tensor_layout import shared_key
 from reallm.system.progress import progress_bar

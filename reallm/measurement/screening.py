@@ -34,7 +34,7 @@ from reallm.kernels.formats.codecs import (
     TrellisCodec,
 )
 from reallm.kernels.formats.formats import Format
-from reallm.models.loaded import Matrix
+from reallm.models.matrix import Matrix
 from reallm.planner.tables.measured_table import Kind
 
 TOLERANCE = 1.5

@@ -20,7 +20,7 @@ from reallm.decoding.decode import decode
 from reallm.errors import UserError
 from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format
-from reallm.models.loaded import Matrix
+from reallm.models.matrix import Matrix
 from reallm.planner.tables.measured_table import MeasurementRecord
 from reallm.planner.tables.tensor_layout import shared_key
 from reallm.system.memory import peak_rss_bytes

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import torch
@@ -19,9 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reallm.errors import UserError
-from reallm.models.loaded import LoadedModel, Matrix
+from reallm.models.matrix import Matrix
 from reallm.system.lock import exclusive_lock, remove_abandoned
 from reallm.system.tensor_file import save_tensors
+
+if TYPE_CHECKING:  # its import of transformers would cost every worker seconds
+    from reallm.models.loaded import LoadedModel
 
 PREFIX = "weights-"
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reallm.errors import UserError
 from reallm.system.torch_dtypes import FLOAT_NAMES
 
-from .matrices import Matrix, discover
+from .matrices import discover
+from .matrix import Matrix
 from .source import load_dense, load_tokenizer, locate
 
 __all__ = [

@@ -51,6 +51,12 @@ def plan(
         For an unknown preset or target, or one without measured formats.
     RecordError
         When `work` holds no measured table.
+
+    Examples
+    --------
+    >>> plan = reallm.plan("work", budget="5bpw", output="plan.json", pins=["layers.0.self_attn=int8-g16"])
+    >>> plan.bits_per_weight <= 5, plan.bound.status
+    (True, 'optimal')
     """
     table = read_table(work)
     resolved = with_allowed_formats(merged_options(options, keywords), table, work)
@@ -115,6 +121,12 @@ def explain(path: str | Path, matrix: str, work: str | Path | None = None) -> li
         For a regex that is invalid or matches nothing, and for a folder with another table than the plan was made from.
     RecordError
         When the plan or the table cannot be read.
+
+    Examples
+    --------
+    >>> alternatives = reallm.explain("plan.json", "layers.1.self_attn.q_proj")
+    >>> sorted(alternative.format for alternative in alternatives)
+    ['fp32', 'int4-g16', 'int8-g16', 'tq3-l8+rot']
     """
     explained = read_plan(path)
     return alternatives(read_table(work or explained.work), explained, matrix)

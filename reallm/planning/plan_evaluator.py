@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reallm.decoding.decode import decode
 from reallm.evaluation.compare import CachedLogits, compare_models
@@ -18,6 +17,7 @@ from reallm.measurement.measured_codes import MeasuredCodes
 from reallm.models.loaded import LoadedModel, Matrix, load_model
 from reallm.planner.tables.plan import Choice, Plan
 from reallm.planner.tables.tensor_layout import shared_key
+from reallm.system.progress import progress_bar
 
 
 class PlanEvaluator:
@@ -40,7 +40,7 @@ class PlanEvaluator:
         choices = {c.matrix: c for c in plan.choices if c.family not in dense and not _is_dense(c)}
         formats = {name: choice.format for name, choice in choices.items()}
         changed = [name for name in {*formats, *self.formats} if self.formats.get(name) != formats.get(name)]
-        for name in tqdm(changed, desc="decode", unit="matrix", disable=not self.progress, leave=False):
+        for name in progress_bar(changed, desc="decode", unit="matrix", disable=not self.progress, leave=False):
             matrix = self.matrices[name]
             weight = self._decoded(matrix, choices[name]) if name in choices else self.loaded.weight(matrix)
             self._set_weight(matrix, weight)

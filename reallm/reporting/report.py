@@ -40,6 +40,12 @@ def report(
         For an `output` that is not an .html file, or a `png_folder` that is a file; nothing is written then.
     RecordError, PlanError
         When the plan or the table in `work` cannot be read, or do not belong together.
+
+    Examples
+    --------
+    >>> data = reallm.report("plan.json", output="report.html")
+    >>> data.plan.budget
+    '5bpw'
     """
     output = Path(output)
     if output.suffix.lower() not in (".html", ".htm") or output.is_dir():

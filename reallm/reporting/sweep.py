@@ -61,6 +61,12 @@ def sweep(
         For a figure with another ending or without any loss to draw, and as `plan` does.
     RecordError
         When `work` holds no measured table.
+
+    Examples
+    --------
+    >>> points = reallm.sweep("work", first="5bpw", last="8bpw", points=4)
+    >>> [point.budget for point in points]
+    ['5bpw', '6bpw', '7bpw', '8bpw']
     """
     if figure is not None:
         _check_figure(Path(figure))

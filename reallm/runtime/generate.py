@@ -26,16 +26,47 @@ def generate(
     seed: int = 0,
     adapter: str | Path | None = None,
 ) -> str:
-    """Continue `prompt` with the model at `path` by at most `max_new_tokens` tokens.
+    """Continue a prompt.
 
-    Returns the prompt and its continuation; with `chat`, which sends the prompt as a user's message in the model's chat
-    template, only the answer. `temperature` 0 always takes the most likely token; otherwise tokens are sampled with
-    `seed`. Decoding uses reallm's decode step where possible (compiled on the CPU, a CUDA graph on a GPU), and
-    otherwise transformers' decoding loop. `dtype` is the dtype of unpacked tensors, and of transformers' loop; by
-    default they are kept as stored, and the loop computes in float32. `adapter` is a LoRA or DoRA adapter to an
-    artifact, as for `load`.
+    Decoding uses reallm's decode step where possible (compiled on the CPU, a CUDA graph on a GPU), and otherwise
+    transformers' decoding loop.
 
-    Raises UserError for a model that does not generate, a prompt without tokens, and `chat` without a chat template.
+    Parameters
+    ----------
+    path
+        An artifact, or any model: a folder, a .gguf file or a hub name.
+    prompt
+        The text to continue.
+    max_new_tokens
+        Maximum number of tokens to add.
+    temperature
+        0 always takes the most likely token; otherwise tokens are sampled.
+    chat
+        Send the prompt as a user's message in the model's chat template.
+    device
+        Where to run, such as "cpu" or "cuda:0".
+    dtype
+        The dtype of unpacked tensors, and of transformers' loop. By default the tensors are kept as stored, and the
+        loop computes in float32.
+    seed
+        Seed of the sampling.
+    adapter
+        A LoRA or DoRA adapter for an artifact, as in `load`.
+
+    Returns
+    -------
+    str
+        The prompt and its continuation; with `chat` only the answer.
+
+    Raises
+    ------
+    UserError
+        For a model that does not generate, a prompt without tokens, and `chat` without a chat template.
+
+    Examples
+    --------
+    >>> reallm.generate("out", "a bad", max_new_tokens=4).startswith("a bad")
+    True
     """
     opened = open_model(path, dtype, device, adapter)
     if not opened.model.can_generate():

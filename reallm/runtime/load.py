@@ -64,8 +64,9 @@ def load(
 
     Examples
     --------
-    >>> model, tokenizer = reallm.load("out/", device="cuda")  # doctest: +SKIP
-    >>> model.generate(**tokenizer("The capital of France is", return_tensors="pt").to("cuda"))  # doctest: +SKIP
+    >>> model, tokenizer = reallm.load("out")
+    >>> model.generate(**tokenizer("a bad", return_tensors="pt"), max_new_tokens=4).shape[0]
+    1
     """
     folder = Path(path)
     if not is_artifact(folder):

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-"""In a log file, the least time between two lines of one task."""
+"""Minimum seconds between two lines of one task in a log file."""
 
 
 class ProgressLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs only

@@ -1,4 +1,4 @@
-"""Machine code: loops found, instructions counted, faults named."""
+"""Machine code: finding loops, counting instructions, naming faults."""
 
 from __future__ import annotations
 
@@ -56,4 +56,4 @@ def test_clean_code_has_no_faults() -> None:
     ],
 )
 def test_faults_are_named(opcodes: tuple[str, ...], usage: Usage, fault: str) -> None:
-    assert any(fault in said for said in lint(Code(opcodes, ((0, len(opcodes)),), usage)))
+    assert any(fault in message for message in lint(Code(opcodes, ((0, len(opcodes)),), usage)))

@@ -15,10 +15,13 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+from machine_code.sass import Code, listing, parse_listing
+
 from reallm.codegen.artifact import build
 from reallm.codegen.artifact.build import TARGETS, compile_kernels
 from reallm.codegen.ir.program import KernelSpec
 from reallm.codegen.triton.emit import constants, emit, pointers, scalars
+from reallm.kernels.storage.atomic import write_text_atomic
 from reallm.kernels.storage.cache_folder import cache_folder
 
 ACTIVATION = "bf16"
@@ -31,6 +34,14 @@ def gpu_objects(specs: Sequence[KernelSpec], targets: Sequence[str] = ("sm_80",)
     if missing:
         _compile(list(dict.fromkeys(spec for spec, _ in missing)), sorted({target for _, target in missing}))
     return paths
+
+
+def machine_code(path: Path) -> Code:
+    """The code of an object for an NVIDIA GPU; its disassembly is kept beside the object."""
+    text = path.with_suffix(".sass")
+    if not text.exists():
+        write_text_atomic(text, listing(path))
+    return parse_listing(text.read_text("utf-8"))
 
 
 def _path(spec: KernelSpec, target: str) -> Path:

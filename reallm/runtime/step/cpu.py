@@ -92,7 +92,7 @@ class Step:
         self._scratch = torch.empty(0)
 
     def refresh(self) -> None:
-        """Read anew what the step has copies of, such as the weights of norms: they may have been trained."""
+        """Update the copies of weights, such as those of norms, which may have been trained in the meantime."""
         for copy, original in self._copies:
             copy.copy_(original)
         modules: list[Any] = [self.model.get_submodule(name) for name in self.program.vectors]

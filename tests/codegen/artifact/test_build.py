@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gpu_objects import gpu_objects
-from machine_code.sass import lint, load_bits, read_code
+from gpu_objects import gpu_objects, machine_code
+from machine_code.sass import lint, load_bits
 from plans import plan_of
 
 from reallm.codegen.artifact import build
@@ -108,7 +108,7 @@ def test_objects_are_for_their_targets_and_the_portable_one_is_sm_80(built: Path
 
 
 def assert_clean(spec: KernelSpec, path: Path) -> None:
-    assert lint(read_code(path), product=spec.function.startswith("gem")) == (), (spec.name, path)
+    assert lint(machine_code(path), product=spec.function.startswith("gem")) == (), (spec.name, path)
 
 
 def test_the_machine_code_of_every_kernel_is_clean() -> None:
@@ -156,7 +156,7 @@ def test_the_code_of_a_gemm_is_clean(largest: Objects, name: str) -> None:
 def test_the_gemm_of_row_tables_is_clean_except_for_looking_up_levels(
     largest: Objects,
 ) -> None:
-    code = read_code(largest[largest_gemm(ROW_TABLES), "sm_80"])
+    code = machine_code(largest[largest_gemm(ROW_TABLES), "sm_80"])
     assert lint(code, product=False) == ()
     words = [opcode for first, end in code.loops for opcode in code.opcodes[first:end] if load_bits(opcode) > 16]
     assert any(load_bits(opcode) == 32 for opcode in words)  # the codes

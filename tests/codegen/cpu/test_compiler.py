@@ -1,4 +1,4 @@
-"""Native code: built once, kept, and done without where it cannot be had."""
+"""Native code: compiled once, cached, and skipped with one warning where it cannot be compiled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reallm.codegen.cpu.compiler import TIERS, library, machine_tier
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALLM_CACHE", str(tmp_path / "cache"))
     library.cache_clear()
 
@@ -29,7 +29,7 @@ def test_a_library_is_built_once_and_found_again(tmp_path: Path, monkeypatch: py
 
 @needs_compiler
 @pytest.mark.parametrize("tier", ["portable", "avx2", "avx512"])
-def test_a_lower_tier_can_be_asked_for_and_never_a_higher_one(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lower_tier_can_be_selected_and_never_a_higher_one(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     best = machine_tier()
     monkeypatch.setenv("REALLM_NATIVE", tier)
     order = list(TIERS)
@@ -52,7 +52,7 @@ def test_without_native_code_there_is_one_warning_and_none(
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_is_built_if_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("REALLM_CACHE", str(tmp_path / "file"))
     assert library("trellis") is not None

@@ -1,15 +1,17 @@
-"""Generated C++: one source for each kind of codes, which every tier's compiler takes."""
+"""Generated C++: one source for each kind of codes, which compiles for every tier."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from reallm.codegen.cpu import compiler as native
 from reallm.codegen.cpu.compiler import GENERATED_FLAGS, INCLUDE_FLAGS, TIERS
-from reallm.codegen.cpu.linear import emit, kernel_for
+from reallm.codegen.cpu.linear import CPU_KERNELS, emit, kernel_for
+from reallm.kernels.formats.codecs import AnyCodec, NeuralCodec
 from reallm.kernels.formats.formats import Format
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -21,6 +23,11 @@ def test_sources_are_the_golden_ones(name: str, stem: str) -> None:
     kernel = kernel_for(Format.parse(name))
     assert kernel is not None and kernel.name == f"linear-{stem}"
     assert emit(kernel) == (GOLDEN / f"linear-{stem}.cpp.txt").read_text("utf-8")
+
+
+def test_every_codec_is_in_the_table_and_only_a_neural_decoder_has_no_kernel() -> None:
+    assert set(CPU_KERNELS) == set(get_args(AnyCodec))
+    assert [codec for codec, kernel in CPU_KERNELS.items() if kernel is None] == [NeuralCodec]
 
 
 def test_formats_that_differ_in_data_alone_share_a_kernel() -> None:

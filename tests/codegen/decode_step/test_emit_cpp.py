@@ -1,4 +1,4 @@
-"""The decode step as a graph and as a program: golden texts, and what the verifier refuses."""
+"""The decode step as a graph and as C++: golden texts, and what the verifier refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of the decode step on GPUs compile; what they compute is tested in test_replay."""
+"""The kernels of the decode step on GPUs compile; `runtime/test_cuda_graph` tests what they compute."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Programs: what is printed, what the verifier refuses, what the passes do."""
+"""Programs: how they are lowered and printed, what the verifier refuses, what the passes do."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from plans import plan_of
 from strategies import formats
 
-from reallm.codegen.ir.lower import has_kernel, lower, lower_plan
+from reallm.codegen.ir.lower import LOWERINGS, has_kernel, lower, lower_plan
 from reallm.codegen.ir.operations import (
     AddLowRank,
     CodegenError,
@@ -33,6 +34,7 @@ from reallm.codegen.passes.hoist_row_scales import hoist_row_scales
 from reallm.codegen.passes.run import PASSES, run_passes
 from reallm.codegen.passes.share_inputs import share_inputs
 from reallm.codegen.triton.emit import DERIVED, emit, pointers
+from reallm.kernels.formats.codecs import AnyCodec, DenseCodec, NeuralCodec
 from reallm.kernels.formats.formats import Format
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -76,9 +78,14 @@ def test_a_format_without_kernels_is_refused_and_left_out_of_a_program(fmt: Form
         lower(fmt)
 
 
+def test_every_codec_is_in_the_table_of_lowerings() -> None:
+    assert set(LOWERINGS) == set(get_args(AnyCodec))
+    assert {codec for codec, lowering in LOWERINGS.items() if lowering is None} == {DenseCodec, NeuralCodec}
+
+
 ORDERS = (1, 12, 77, 96, 576, 1536, 4096)
-"""Of rotations: a base for every number would take gigabytes."""
-MADE = {"x", "y", "t", "bias", "ready", "norms", "part", "base_in", "base_out", "signs_in", "signs_out"}
+"""Orders of rotations: the bases of all numbers would take gigabytes."""
+COMPUTED = {"x", "y", "t", "bias", "ready", "norms", "part", "base_in", "base_out", "signs_in", "signs_out"}
 TABLES = {"pairs", "grid", "roots"}
 
 
@@ -91,7 +98,7 @@ def test_every_format_with_kernels_has_a_verified_program(fmt: Format, rows: int
     expected = {DERIVED.get(name, (name, ""))[0] for name in stored}
     passed = {name for kernel in program.kernels for name, _ in pointers(kernel)}
     tables = TABLES if "levels" in stored else TABLES | {"levels"}
-    assert expected == passed - MADE - tables
+    assert expected == passed - COMPUTED - tables
     for kernel in program.kernels:
         compile(emit(kernel), kernel.name, "exec")
 

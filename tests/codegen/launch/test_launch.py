@@ -1,4 +1,4 @@
-"""Calling the kernels: what is refused, and what runs. Values are tested in test_gemv."""
+"""Launching kernels: which arguments are refused, and which source runs. `test_gemv` tests the values."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_dense_format_is_refused() -> None:
         kernels_for(Format.parse("fp16"), 4, 64)
 
 
-def test_a_source_changed_in_the_cache_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_was_changed_in_the_cache_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALLM_CACHE", str(tmp_path))
     (spec,) = kernels_for(FORMAT, 4, 64)
     load_kernel.cache_clear()

@@ -1,4 +1,4 @@
-"""The generated kernels on a GPU, where there is one: the products that are checked in the interpreter elsewhere."""
+"""The generated kernels on a GPU, if there is one: the products that other tests check in the interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = [
     *("aq1x8-d8", "aq2x8-d8", "aq2x8-d8+r70", "aq3x12-d4-shared", "aq2x10-d8", "e8p2", "e8p3+rot", "e8p4+rot+o20+r3i4"),
     *("km2", "km3+o5", "km4+perm"),
 ]
-"""Each codec with what may stand behind it; the interpreter has tests of every one of these apart."""
+"""Each codec with terms that may follow it; the tests in the interpreter check each of these separately."""
 SHAPES = [(576, 1536, 1), (192, 576, 3), (33, 77, 2), (128, 256, 16), (150, 96, 70), (40, 77, 5), (1000, 4096, 33)]
 
 

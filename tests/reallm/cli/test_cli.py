@@ -351,7 +351,7 @@ def test_plans_are_explained_and_compared(table: Path) -> None:
     assert explained.exit_code == 0 and "int4-g64 *" in explained.stdout and "block.0" not in explained.stdout
     assert "what one more MiB would buy" in run("explain", small).stdout
     assert "matches no matrix" in refusal("explain", small, "nothing")
-    assert "name one with --text" in refusal("plan", table, "-b", "5bpw", "-o", table / "none.json", "--refit", "1")
+    assert "name one with --refit-text" in refusal("plan", table, "-b", "5bpw", "-o", table / "none.json", "--refit", "1")
     assert "give --refit" in refusal("plan", table, "-b", "5bpw", "-o", table / "none.json", "--text", "held.txt")
     assert not (table / "none.json").exists()
     write_record(table / TABLE_FILE, make_table(("other", 64, 64, "linear", {"int4-g64": 0.1})))

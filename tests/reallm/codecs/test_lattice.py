@@ -1,4 +1,4 @@
-"""The lattice encoder: exact search, feedback that pays, and hard input."""
+"""The lattice encoder: exact search, gains of feedback, and hard input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_search_finds_the_nearest_of_all_words(size: float, seed: int) -> No
     x = size * torch.randn(12, 8, generator=torch.Generator().manual_seed(seed))
     codes, words = nearest_e8p(x)
     assert torch.equal(words, WORDS[codes])
-    # magnitudes are ordered up to 2^-21 of themselves, times entries of at most 3, eight of them, twice; float32 scores
+    # magnitudes are compared up to 2^-21 of themselves; eight entries of at most 3, for both shifts; float32 scores
     bound = 64 * 2.0**-21 * (1 + float(x.abs().max()) * 3)
     assert bool(((x - words).double().square().sum(1) <= distances(x, WORDS) + bound).all())
     codes, words = nearest_root(x)
@@ -60,7 +60,7 @@ def test_a_normal_source_costs_what_it_should(bits: int, expected: float) -> Non
     x = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
     scale = SCALES[bits]
     error = (x - scale * nearest_words(x / scale, bits)[1]).square()
-    # the mean of 20,000 words whose errors spread about as widely as they are large (measured: .6 of the mean)
+    # the mean over 20,000 words, whose errors have a standard deviation of 0.6 of their mean (measured)
     assert float(error.mean()) == pytest.approx(expected, rel=4 * 0.6 / 20_000**0.5)
 
 
@@ -93,13 +93,13 @@ def test_refitted_block_scales_are_the_least_squares_ones() -> None:
     H, plain = metric.hessian.double(), torch.randn(12, 48, generator=torch.Generator().manual_seed(1))
     G = torch.cov(torch.randn(12, 40, generator=torch.Generator().manual_seed(2)))
     for gram in (None, G):
-        found = refit_block_scales(W, plain, torch.ones(3), H.float(), gram).double()
+        fitted = refit_block_scales(W, plain, torch.ones(3), H.float(), gram).double()
         left = torch.eye(12, dtype=torch.float64) if gram is None else torch.linalg.cholesky(gram.double()).T
         root = torch.linalg.cholesky(H)
         design = torch.stack([(left @ (plain.double() * _block(b)) @ root).reshape(-1) for b in range(3)], 1)
         exact = torch.linalg.lstsq(design, (left @ W.double() @ root).reshape(-1, 1)).solution[:, 0]
-        # a ridge of 1e-6 and float32 sums of 48 terms, 3e-6, of a system of condition under 100
-        torch.testing.assert_close(found, exact, rtol=0, atol=1e-3 * float(exact.abs().max()))
+        # a ridge of 1e-6, and float32 sums of 48 terms, 3e-6, times the condition of the system, under 100
+        torch.testing.assert_close(fitted, exact, rtol=0, atol=1e-3 * float(exact.abs().max()))
 
 
 def _block(index: int) -> Tensor:

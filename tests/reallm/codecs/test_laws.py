@@ -1,4 +1,4 @@
-"""The parts of the encoders do what their formulas say, each against another way of computing the same."""
+"""The parts of the encoders match their formulas: each is compared with another way of computing the same."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def rounded(target: Tensor) -> Tensor:
 
 
 def naive_gptq(W: np.ndarray, H: np.ndarray) -> np.ndarray:
-    """GPTQ as the paper's derivation has it, float64: after each column, the rest moves by the optimal update and the
-    column is eliminated from the inverse Hessian (optimal brain surgeon); no Cholesky factor."""
+    """GPTQ as derived in the paper, in float64 and without a Cholesky factor.
+
+    After each column, the others move by the optimal update, and the column is eliminated from the inverse Hessian
+    (optimal brain surgeon).
+    """
     W, inverse, result = W.copy(), np.linalg.inv(H), np.zeros_like(W)
     for column in range(W.shape[1]):
         result[:, column] = np.round(W[:, column] / STEP) * STEP
@@ -48,8 +51,8 @@ def test_error_feedback_is_gptq(cols: int) -> None:
 
     feed_back(W.T.contiguous(), work.inverse_factor(torch.arange(cols)), quantise)
     expected = naive_gptq(W.double().numpy(), work.hessian.numpy())
-    # Float32 may round a target that lies within its error of the middle of two levels to the other one, and what comes
-    # after differs then: none of these seeds has such a target.
+    # A target within float32's error of the middle between two levels may be rounded to the other one, and everything
+    # after it would differ: none of these seeds has such a target.
     np.testing.assert_array_equal(found.T.numpy(), expected)
 
 
@@ -68,7 +71,7 @@ def test_coordinate_descent_equals_its_naive_form_and_never_costs_more(cols: int
         return found[position].clone()
 
     descend(W.T.contiguous(), rounded(W).T.contiguous(), H.float(), quantise)
-    assert torch.equal(found.T.double(), expected)  # no target of this seed lies within rounding of a middle
+    assert torch.equal(found.T.double(), expected)  # no target of this seed is that close to a middle
     assert cost(W - expected, H) <= cost(W - values, H)
 
 
@@ -96,7 +99,7 @@ def test_refitted_scales_solve_the_normal_equations(limit: int, monkeypatch: pyt
 
 
 def test_scales_without_weight_stay() -> None:
-    """A row of zeros, and a group whose levels are all zero, have no equation of their own."""
+    """A row of zeros and a group whose levels are all zero have no equation."""
     W, metric = correlated(3, 32, seed=2)
     H = Workspace(metric).hessian32
     levels = W.round()
@@ -118,7 +121,7 @@ def test_a_beam_as_wide_as_its_choices_finds_the_nearest_sum(books: int, words: 
     )
     distances = (target[:, None] - sums * scales[:, None, None]).square().sum(2)
     found = sum(codebooks[m][codes[:, m]] for m in range(books)) * scales[:, None]
-    # the search compares half squared distances with a constant left out: float32 rounding of terms of size 10
+    # the search compares half squared distances up to a constant: float32 rounding of terms of size 10
     assert torch.allclose((target - found).square().sum(1), distances.amin(1), rtol=0, atol=1e-5)
 
 
@@ -135,7 +138,7 @@ def test_every_step_of_the_additive_fit_lowers_its_cost(codec: AdditiveCodec) ->
     for step in (fit.refit_scales, fit.refit_codebooks, fit.search_codes, fit.refit_scales, fit.refit_codebooks):
         before = fit.cost(fit.state)
         step()
-        # words and scales are rounded to fp16 afterwards: 2^-11 of W's own cost is the most that can add
+        # words and scales are rounded to fp16 afterwards, which adds at most 2^-11 of the cost of W itself
         assert fit.cost(fit.state) <= before + 2.0**-11 * cost(fit.W, fit.H)
 
 
@@ -150,7 +153,9 @@ def test_refitted_words_approach_the_least_squares_ones(monkeypatch: pytest.Monk
     system = (root.T @ design).reshape(-1, 32)
     target = (fit.W.double() @ root).reshape(-1, 1)
     least = float((target - system @ torch.linalg.lstsq(system, target, driver="gelsd").solution).square().sum())
-    assert least <= fit.cost(fit.state) <= least + 1e-5 * cost(fit.W, fit.H)  # fp16 words: (2^-11)^2 and CG's rest
+    assert (
+        least <= fit.cost(fit.state) <= least + 1e-5 * cost(fit.W, fit.H)
+    )  # fp16 words: (2^-11)^2, and what CG leaves
 
 
 def test_the_best_round_is_kept() -> None:
@@ -162,7 +167,7 @@ def test_the_best_round_is_kept() -> None:
     assert costs == sorted(costs, reverse=True) and costs[-1] < costs[0]
 
 
-def test_clusters_that_are_there_are_found() -> None:
+def test_kmeans_finds_separated_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = 4 * torch.randn(8, 4, generator=generator)
     vectors = centres.repeat(50, 1) + 0.01 * torch.randn(400, 4, generator=generator)
@@ -171,7 +176,7 @@ def test_clusters_that_are_there_are_found() -> None:
     assert float(nearest.max()) < 0.02  # the mean of 50 points of spread 0.01, or of part of them
 
 
-def test_fewer_vectors_than_words_are_their_own_words() -> None:
+def test_fewer_vectors_than_words_become_words_themselves() -> None:
     vectors = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     books = fit_codebooks(vectors, torch.ones(5), AdditiveCodec(1, 4, 4), 0)
     assert float(torch.cdist(to_half(vectors), books[0]).amin(1).max()) == 0
@@ -192,7 +197,7 @@ def test_the_damped_hessian_is_the_papers() -> None:
     assert bool((diagonal[:-1] >= diagonal[1:]).all())
 
 
-def test_what_is_wrong_with_a_hessian_is_noted() -> None:
+def test_defects_of_a_hessian_are_noted() -> None:
     _, metric = correlated(4, 24, seed=1)
     keep = (torch.arange(24) > 2).float()
     dead, none = (

@@ -1,4 +1,4 @@
-"""The neural codec: its search is exact, its fit pays, and both give the same bytes again."""
+"""The neural codec: the search is exact, the fit lowers the cost, and both are deterministic."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from reallm.kernels.formats.formats import Format
 from reallm.measurement.encoding import codebook_bytes, codebook_values
 from reallm.planner.tables.tensor_layout import shared_key
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "nd1x4-d2-c8x1-t2-w8"
 
 
@@ -46,7 +48,7 @@ def test_the_search_finds_the_cheapest_of_all_codes(bits: int, taps: int, dim: i
     tried = values[windows_of(codec, choices.T).T]
     best = (target[:, None] - tried).square().sum((2, 3)).amin(1)
     found = values[windows_of(codec, viterbi.cheapest_codes(codec, target, values).T).T]
-    # metrics in float32 of at most 5 steps of 8 values near one
+    # float32 metrics of at most 5 steps of 8 values near one
     torch.testing.assert_close((target - found).square().sum((1, 2)), best, rtol=1e-5, atol=1e-5)
 
 
@@ -61,13 +63,15 @@ def test_native_and_portable_searches_agree(bits: int, taps: int, dim: int, monk
 
     native = error()
     monkeypatch.setattr(viterbi, "library", lambda name: None)
-    torch.testing.assert_close(error(), native, rtol=1e-5, atol=0)  # sums of 40 steps in float32; ties may fall apart
+    torch.testing.assert_close(
+        error(), native, rtol=1e-5, atol=0
+    )  # sums of 40 steps in float32; ties may be broken differently
 
 
 def test_a_decoder_never_costs_more_than_its_words_alone() -> None:
-    """The fitted decoder against plain vector quantisation: a decoder that says nothing, under the same search.
+    """The fitted decoder against plain vector quantisation, which is a decoder of zeros under the same search.
 
-    The fit keeps the words where held-out crops say so; on a matrix of 64 rows those are too few to say it well.
+    The fit returns the words alone if the held-out crops favour them; a matrix of 64 rows has too few crops for that.
     """
     W, metric = correlated(256, 48, seed=1)
     fmt = Format.parse(NAME + "+ldl")

@@ -1,4 +1,4 @@
-"""What is chosen around the codes: row tables, outliers, channel scales, clipping, column order; and bad statistics."""
+"""Choices around the codes: row tables, outliers, channel scales, clipping and column order; and bad statistics."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weighted_error(W: Tensor, levels: Tensor, weight: Tensor) -> Tensor:
 
 
 def test_four_levels_are_near_the_best_partition_of_a_row() -> None:
-    """The optimum by trying every cut of the sorted row into runs, whose means are their best levels."""
+    """The optimum is found by trying every cut of the sorted row into runs, whose means are their best levels."""
     generator = torch.Generator().manual_seed(0)
     W, weight = torch.randn(20, 14, generator=generator), torch.rand(14, generator=generator) + 0.1
     found = weighted_error(W, fit_levels(W, weight, 4), weight)
@@ -61,7 +61,7 @@ def test_four_levels_are_near_the_best_partition_of_a_row() -> None:
         )
     exact = torch.tensor(best)
     assert bool((found >= exact * (1 - 1e-5)).all())
-    # Lloyd's iterations end in local optima: of these rows half are exact to fp16's rounding, all together within 15%
+    # Lloyd's iterations end in local optima: half of these rows are exact up to fp16, the total is within 15%
     assert float((found <= exact * 1.001 + 14 * (HALF * W.abs().max()) ** 2).float().mean()) >= 0.5
     assert float(found.sum()) <= 1.15 * float(exact.sum())
 
@@ -74,7 +74,7 @@ def test_rows_of_few_values_are_exact(values: list[float]) -> None:
 
 
 def test_levels_follow_the_weights() -> None:
-    """A column that weighs a thousand times as much as the others gets a level of its own."""
+    """A column of far greater weight than the others is represented exactly."""
     W, _ = correlated(8, 64, seed=1)
     weight = torch.ones(64)
     weight[5] = 1e5
@@ -100,7 +100,7 @@ def test_refitted_levels_solve_the_normal_equations(monkeypatch: pytest.MonkeyPa
 def test_feedback_on_row_tables_never_costs_more_than_its_start(bits: int) -> None:
     W, metric = correlated(24, 96, seed=3)
     assert cost_of(f"km{bits}+ldl", W, metric) < 0.8 * cost_of(f"km{bits}", W, metric)
-    free = Metric(torch.eye(96), metric.fisher)  # feedback has nothing to gain: the start is kept row by row
+    free = Metric(torch.eye(96), metric.fisher)  # feedback gains nothing, so each row keeps its start
     assert cost_of(f"km{bits}+ldl", W, free) <= cost_of(f"km{bits}", W, free) * (1 + 1e-6)
 
 
@@ -114,17 +114,17 @@ def test_outliers_are_the_largest_and_the_worst_coded() -> None:
     assert bool(by_size[3, 3]) and int(by_size.sum()) == 4
 
 
-def test_outliers_make_up_for_the_codes_around_them() -> None:
-    """Their values lower the cost below that of exact outliers, and of the codes' own error."""
+def test_outliers_compensate_for_the_codes_around_them() -> None:
+    """Their fitted values cost less than exact outliers, and less than the error of the codes alone."""
     W, metric = correlated(12, 60, seed=4)
     work = Workspace(metric)
     outliers = find_outliers(W, Sparse(50), work.column_weight, None)
     decoded = to_half(outliers.rest * 2).round() / 2
     _, added = outliers.fit(W, decoded, work)
     assert not added[~outliers.mask].any()
-    found = metric.guided(W - decoded - added)
-    assert found < metric.guided((W - decoded).masked_fill(outliers.mask, 0.0))
-    assert found < metric.guided(outliers.rest - decoded)
+    cost = metric.guided(W - decoded - added)
+    assert cost < metric.guided((W - decoded).masked_fill(outliers.mask, 0.0))
+    assert cost < metric.guided(outliers.rest - decoded)
 
 
 @pytest.mark.parametrize("name", ["uint3-g16", "km3", "uint3-g16+ldl", "km3+ldl", "lm3-g16-dq6x64+ldl"])
@@ -138,7 +138,7 @@ def test_outliers_lower_the_cost(name: str) -> None:
 def test_channel_scales_never_cost_more_than_none(name: str) -> None:
     for seed in range(3):
         W, metric = correlated(16, 96, seed=seed)
-        # the search weighs damped costs and multiplies in fp16: the damping is 1% of the mean diagonal
+        # the search compares damped costs, with fp16 scales: the damping is 1% of the mean diagonal
         assert cost_of(f"{name}+cs", W, metric) <= cost_of(name, W, metric) * 1.02
 
 
@@ -161,14 +161,14 @@ def test_learned_clipping_never_costs_more_than_its_start(codec: ScalarCodec) ->
     assert learned < 0.95 * start
 
 
-def test_learned_clipping_takes_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are independent: the same ends in one chunk and row by row."""
+def test_learned_clipping_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are independent: the grid ends are the same in one chunk and row by row."""
     W, metric = correlated(6, 48, seed=8)
     codec, work = ScalarCodec("uint", 3, 16), Workspace(metric)
     start = round_scalar(W, codec, work.column_weight)
 
     def pull(error: Tensor) -> Tensor:
-        return error * work.column_weight  # no sum over columns, which one row would add up in another order
+        return error * work.column_weight  # without a sum over columns, whose order depends on the number of rows
 
     together = learn_clipping(W, codec, start.scales, start.zeros, pull)
     monkeypatch.setattr("reallm.codecs.scalar.clipping.CHUNK_NUMEL", 1)
@@ -176,7 +176,7 @@ def test_learned_clipping_takes_rows_apart(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(together[0], apart[0], rtol=2 * HALF, atol=0)
 
 
-def test_a_chain_puts_alike_columns_side_by_side() -> None:
+def test_a_chain_puts_similar_columns_next_to_each_other() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = torch.arange(60) % 3
     W = 5 * torch.randn(100, 3, generator=generator)[:, kinds] + 0.1 * torch.randn(100, 60, generator=generator)
@@ -191,11 +191,13 @@ def test_columns_move_only_where_that_rounds_better() -> None:
     work, natural = Workspace(metric), torch.arange(64)
     assert torch.equal(similar_columns(W, Format.parse("km3+perm"), work), natural)
     assert torch.equal(similar_columns(W, Format.parse("tq2-l8+perm"), work), work.order)
-    loud = torch.where(natural % 4 == 0, 20.0, 1.0)  # large weights of small inputs, among others
+    loud = torch.where(natural % 4 == 0, 20.0, 1.0)  # some columns have large weights and small inputs
     quiet = Metric(metric.hessian / loud / loud[:, None], metric.fisher)
     for name in ("int3-g16", "uint3-g16"):
         assert cost_of(f"{name}+perm", W * loud, quiet) < 0.7 * cost_of(name, W * loud, quiet)
-        assert cost_of(f"{name}+perm", W, metric) <= cost_of(name, W, metric) * 1.02  # judged with 1% damping
+        assert (
+            cost_of(f"{name}+perm", W, metric) <= cost_of(name, W, metric) * 1.02
+        )  # orders are compared with 1% damping
 
 
 def test_the_plain_term_is_the_truncated_svd() -> None:
@@ -236,13 +238,13 @@ def test_bad_hessians_fall_back_with_a_note(name: str, kind: str) -> None:
     W, metric = correlated(10, 48, seed=11)
     work = Workspace(statistics(kind, metric))
     cost = cost_of(name, W, metric, work)
-    assert cost <= 0.6 * metric.guided(W)  # 2 bits of plain rounding keep more than that
+    assert cost <= 0.6 * metric.guided(W)  # plain rounding to 2 bits does better than that
     assert any("Hessian" in note for note in work.notes)
 
 
 @pytest.mark.parametrize("kind", ["Fisher of NaN", "one token"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_bad_fisher_and_few_tokens_are_no_reason_to_fail(name: str, kind: str) -> None:
+def test_a_bad_fisher_and_few_tokens_do_not_fail(name: str, kind: str) -> None:
     W, metric = correlated(10, 48, seed=12)
     work = Workspace(statistics(kind, metric))
     assert np.isfinite(cost_of(name, W, metric, work))

@@ -1,4 +1,4 @@
-"""The trellis encoder: walks close, native and portable agree, feedback pays, nothing crashes."""
+"""The trellis encoder: walks close, native and portable search agree, feedback gains, bad input is coded."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_native_and_portable_search_find_equally_good_walks(width: int, monkeypa
     _, bits, _ = step_shape(width)
     assert np.array_equal(unpack_states(pack_states(states, bits), bits, 10), states)  # the walks close
     found, best = float((x - native).square().mean()), float((x - exact).square().mean())
-    # 16-bit metrics round each distance to 8 / F^2 (under .004); seams are found apart: a few per cent either way
+    # 16-bit metrics round each distance to 8 / F^2 (under 0.004) and seams may differ: a few per cent either way
     assert found == pytest.approx(best, rel=0.03, abs=2e-4)
 
 
 def test_the_portable_search_is_optimal_for_an_open_walk(portable: None) -> None:
-    """Against every closed walk of a trellis small enough to list: 2 bits a step, 8 state bits, few steps."""
+    """Against every closed walk of a trellis small enough to enumerate: 2 bits per step, 8 state bits, 5 steps."""
     from reallm.codecs.trellis.viterbi import search
 
     code = torch.from_numpy(code_table(8, 1).copy()).float() / 147.8
@@ -106,7 +106,7 @@ def test_errors_spread_downwards_as_elimination_does() -> None:
     factor = torch.linalg.cholesky(torch.linalg.inv(G), upper=True)
     below = feedback_below(factor.float())
     error, rest = torch.randn(48, 16, dtype=torch.float64), torch.zeros(48, 16, dtype=torch.float64)
-    for tile in range(3):  # each tile's own error is free: its target is what the tiles above left
+    for tile in range(3):  # the error of each tile is arbitrary; its target includes the feedback of the tiles above
         span = slice(16 * tile, 16 * (tile + 1))
         rest[48 - (48 - span.stop) :] += 0
         rest[span.stop :] -= below[tile, span.stop :].double() @ error[span]
@@ -124,7 +124,7 @@ def test_widths_are_affordable_and_favour_what_matters(importance: list[float], 
     widths = share_widths(importance, total, state_bits)
     assert sum(widths) <= total and set(widths) <= set(error_table(state_bits))
     by_importance = [w for _, w in sorted(zip(importance, widths, strict=True))]
-    steps = 2  # the last steps may not be affordable to the next in turn
+    steps = 2  # the last steps may not be affordable for the block that is next in turn
     assert all(a <= b + steps for a, b in itertools.pairwise(by_importance))
 
 
@@ -144,7 +144,7 @@ def test_any_shape_is_coded_better_than_not_at_all(rows: int, cols: int, name: s
 def test_padding_does_not_drown_a_small_matrix(rows: int, cols: int) -> None:
     W = torch.randn(rows, cols, generator=torch.Generator().manual_seed(8))
     metric = Metric(torch.eye(cols), torch.zeros_like(W))
-    assert cost("tq4-l10", W, metric) < 0.02 * float(W.square().sum())  # .0055 for a full one
+    assert cost("tq4-l10", W, metric) < 0.02 * float(W.square().sum())  # 0.0055 for a full tile
 
 
 BAD = ("zero", "constant", "huge", "tiny", "singular", "indefinite", "nan", "no tokens")
@@ -152,7 +152,7 @@ BAD = ("zero", "constant", "huge", "tiny", "singular", "indefinite", "nan", "no 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", ["tq2-l8", "tq2-l8+ldl2+rot"])
-def test_bad_matrices_and_metrics_are_coded_all_the_same(bad: str, name: str) -> None:
+def test_bad_matrices_and_metrics_are_coded(bad: str, name: str) -> None:
     W = torch.randn(32, 48, generator=torch.Generator().manual_seed(4))
     H, G = correlated(48), correlated(32)
     if bad in ("zero", "constant", "huge", "tiny"):
@@ -173,7 +173,7 @@ def test_bad_matrices_and_metrics_are_coded_all_the_same(bad: str, name: str) ->
         assert work.notes
 
 
-def test_the_portable_encoder_makes_the_same_kind_of_codes(portable: None) -> None:
+def test_the_portable_encoder_codes_well(portable: None) -> None:
     W = torch.randn(32, 32, generator=torch.Generator().manual_seed(6))
     metric = Metric(correlated(32), torch.zeros_like(W), gram=correlated(32, seed=7))
     assert cost("tq3-l8+ldl2+rot", W, metric) < 0.1 * float((metric.gram @ W @ metric.hessian * W).sum())

@@ -57,10 +57,10 @@ def both(
 
 
 def tolerance(fmt: Format, fields: dict[str, torch.Tensor], rows: int, cols: int, reference: np.ndarray) -> float:
-    """Float32 rounding (2^-24 each): at most 8 on the way to a code's weight, two more for each of the `rank` terms.
+    """A bound on float32 rounding: at most 8 roundings of 2^-24 per weight, and two more for each of the `rank` terms.
 
-    They act on the largest entry of |codes| + |L| |R|, and |codes| <= |reference| + |L| |R|. The terms of a sum may
-    cancel (three words, or a scale and its minimum): 3 * 5 * 5 with normal values under 5 stands beside it.
+    They apply to the largest entry of |codes| + |L| |R|, and |codes| <= |reference| + |L| |R|. The terms of a sum may
+    cancel (three words, or a scale and its minimum), which 3 * 5 * 5 covers for normal values under 5.
     """
     left, right = decode_factors(fmt, fields, rows, cols)
     product = float((left.abs() @ right.abs()).max()) if fmt.low_rank else 0.0
@@ -70,7 +70,7 @@ def tolerance(fmt: Format, fields: dict[str, torch.Tensor], rows: int, cols: int
 
 
 def rotation_bound(fmt: Format, fields: dict[str, torch.Tensor], rows: int, cols: int) -> float:
-    """Sums of at most `rows` + `cols` products, each rounded and with a rounded factor, of magnitudes |R| |C| |R|."""
+    """The rounding of sums of at most `rows` + `cols` products with rounded factors, of magnitudes |R| |C| |R|."""
     packed = {name: raw.numpy() for name, raw in fields.items()}
     if fmt.shared_field:
         packed[fmt.shared_field.name] = random_fields(fmt, rows, cols, rows * cols)[fmt.shared_field.name]
@@ -89,12 +89,12 @@ def test_decode_equals_the_reference(name: str, rows: int, cols: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_selected_rows_are_the_rows_of_the_whole(name: str) -> None:
+def test_selected_rows_equal_those_of_the_whole_matrix(name: str) -> None:
     fmt, fields, shared, _ = both(name, 11, 37, seed=5)
     select = torch.tensor([10, 0, 3, 3])
     whole = decode(fmt, fields, 11, 37, shared=shared)
     rows = decode(fmt, fields, 11, 37, shared=shared, select=select)
-    # the low-rank product may sum in another order for another number of rows
+    # the low-rank product may be summed in another order for another number of rows
     bound = tolerance(fmt, fields, 11, 37, whole.numpy()) if fmt.low_rank else 0
     torch.testing.assert_close(rows, whole[select], rtol=0, atol=bound)
 

@@ -255,28 +255,28 @@ def test_another_run_starts_from_the_beginning(
     with monkeypatch.context() as patch, pytest.raises(StopError):
         stop_after(patch, 3)
         finetune(llama, text=text, output=tmp_path / "tuned", **run | change | {"batch_size": 4, "steps": 9})
-    kept = sorted(path.name for path in (tmp_path / "tuned.partial").glob("checkpoint-*"))
-    assert kept[-1] == "checkpoint-3" and "checkpoint-1" not in kept  # the last, and the best if it is another
+    checkpoints = sorted(path.name for path in (tmp_path / "tuned.partial").glob("checkpoint-*"))
+    assert checkpoints[-1] == "checkpoint-3" and "checkpoint-1" not in checkpoints
 
 
 def test_gradient_checkpointing_gives_the_same_factors(
     llama: Path, tuned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no decoded weight of the compressed model outlives its product."""
-    compute, kept = DistillationTrainer.compute_loss, []
+    compute, decoded_sizes = DistillationTrainer.compute_loss, []
 
     def watching(self: DistillationTrainer, *arguments: Any, **options: Any) -> Any:
         loss = compute(self, *arguments, **options)
         for _, packed in packed_modules(self.distillation_loss.objective.model):
             products = [] if packed.training_part is None else vars(packed.training_part.scaled_product).values()
             held = [value for value in (packed.decoded, *products) if isinstance(value, torch.Tensor)]
-            kept.append(sum(value.numel() for value in held))
+            decoded_sizes.append(sum(value.numel() for value in held))
         return loss
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", watching)
     output = finetune(llama, text=text, output=tmp_path / "tuned", gradient_checkpointing=True, **RUN)
     assert files(output) == files(tuned)  # the same operations, done twice
-    assert kept and not any(kept)
+    assert decoded_sizes and not any(decoded_sizes)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "roberta", "gemma2", "qwen3_moe"])

@@ -220,7 +220,7 @@ def test_a_plan_that_is_predicted_to_lose_more_is_trained_longer(
 def test_weights_of_a_bfloat16_model_are_trained_in_float32(
     llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reallm.finetuning.student_teacher.compute_dtype", lambda own, device: torch.bfloat16)
+    monkeypatch.setattr("reallm.finetuning.student_teacher.compute_dtype", lambda model_dtype, device: torch.bfloat16)
     pair, settings = opened(llama, text, code_learning_rate=1e-4)
     assert pair.dense.model.dtype == torch.bfloat16
     model = PartlyEncodedModel(pair, BlockEncoder(pair, llama.parent / "work"), settings)

@@ -1,4 +1,4 @@
-"""The cache: whole entries or none, and keys that tell everything apart."""
+"""The cache: entries are complete or absent, and keys differ in everything that matters."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def filled(folder: Path) -> Cache:
     return cache
 
 
-def test_what_is_stored_comes_back(tmp_path: Path) -> None:
+def test_stored_entries_are_read_back(tmp_path: Path) -> None:
     cache = filled(tmp_path)
     assert cache.measurement(KEY) == RECORD
-    found = cache.fields(KEY)
-    assert found is not None and set(found) == set(FIELDS)
-    assert all(np.array_equal(found[name], FIELDS[name]) for name in FIELDS)
+    fields = cache.fields(KEY)
+    assert fields is not None and set(fields) == set(FIELDS)
+    assert all(np.array_equal(fields[name], FIELDS[name]) for name in FIELDS)
     other = content_key({"a": 2})
     assert cache.measurement(other) is None and cache.fields(other) is None
 
@@ -91,6 +91,6 @@ def test_keys_tell_everything_apart(tmp_path: Path) -> None:
     assert jobs[0].key("q", int4) == Job.at(tmp_path / "elsewhere", "a" * 64, 0).key("q", int4)
 
 
-def test_two_machines_with_processes_of_one_number_write_beside_each_other() -> None:
+def test_processes_with_the_same_number_on_two_machines_use_different_files() -> None:
     names = {partial_path(Path("/folder/entry.json")) for _ in range(100)}
     assert len(names) == 100 and all(path.parent == Path("/folder") and path.suffix == ".partial" for path in names)

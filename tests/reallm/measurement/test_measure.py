@@ -1,4 +1,4 @@
-"""Measuring: costs are those of the stored bytes, and after any interruption the same command ends at the same table."""
+"""Measuring: costs are those of the stored bytes, and after any interruption the same command gives the same table."""
 
 from __future__ import annotations
 
@@ -269,9 +269,7 @@ def wait_for(process: BaseProcess, folder: Path, pattern: str, count: int) -> No
 
 
 @pytest.mark.parametrize(("pattern", "count"), [("block-*.safetensors", 1), ("*.json", 15)])
-def test_a_killed_process_costs_only_time(
-    pattern: str, count: int, model: Path, measured: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_costs_only_time(pattern: str, count: int, model: Path, measured: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     process = start_measure(model, work, tmp_path / "stderr", **SETTINGS)
     wait_for(process, work, pattern, count)

@@ -1,4 +1,4 @@
-"""Bounds leave out what cannot matter, and never what a plan within the tolerance would choose."""
+"""Screening leaves out what cannot matter, and never what a plan within the tolerance would choose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reallm.measurement.screening import (
     normal_error,
     worth_measuring,
 )
-from reallm.models.loaded import Matrix
+from reallm.models.matrix import Matrix
 
 RATES = [f"tq{rate:g}-l10+ldl2+rot" for rate in np.arange(1.5, 5.25, 0.5)]
 FORMATS = tuple(Format.parse(name) for name in (*RATES, "lm2-g64+ldl", "lm3-g64+ldl", "aq1x8-d4", "lm4-g64+o5"))
@@ -47,31 +47,23 @@ def test_errors_fall_with_the_bits_and_unknown_ones_are_none() -> None:
 @given(st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=6), st.floats(1.6, 4.4), st.integers(0, 999))
 @settings(deadline=None)
 def test_what_the_best_plan_takes_is_measured(costs: list[float], bits: float, seed: int) -> None:
-    """True costs within the tolerance of the predicted ones: the cheapest format at every price stays."""
+    """With true costs within the tolerance of the predicted ones, the cheapest format at the price stays."""
     anchored = [AnchorCost(matrix(i), cost) for i, cost in enumerate(costs)]
     budget = bits * 64 * 64 * len(costs) / 8
     kept = worth_measuring(anchored, {"linear": FORMATS}, (budget, budget))
     known = [fmt for fmt in FORMATS if normal_error(fmt) is not None]
-    rng = np.random.default_rng(seed)
-    scale = normal_error(Format.parse("tq3-l10+ldl2+rot"))
-    truth = {
-        a.matrix.name: [
-            a.cost * normal_error(f) / scale * rng.uniform(1 / TOLERANCE, TOLERANCE) ** 0.999 for f in known
-        ]
-        for a in anchored
-    }
+    errors = np.array([normal_error(fmt) for fmt in known]) / normal_error(Format.parse("tq3-l10+ldl2+rot"))
+    predicted = np.array(costs)[:, None] * errors
+    noise = np.random.default_rng(seed).uniform(1 / TOLERANCE, TOLERANCE, predicted.shape)
     nbytes = np.array([fmt.nbytes(64, 64) for fmt in known])
-    low, high = 1e-12, 1e3  # the price of the predicted programme, found again here
+    low, high = 1e-12, 1e3  # the price of the predicted problem, computed independently here
     for _ in range(200):
         middle = (low * high) ** 0.5
-        used = sum(
-            nbytes[np.argmin([a.cost * normal_error(f) / scale for f in known] + middle * nbytes)] for a in anchored
-        )
+        used = nbytes[(predicted + middle * nbytes).argmin(1)].sum()
         low, high = (low, middle) if used <= budget else (middle, high)
-    for a in anchored:
-        best = known[int(np.argmin(np.array(truth[a.matrix.name]) + high * nbytes))]
-        assert best in kept[a.matrix.name]
-        assert Format.parse("lm4-g64+o5") in kept[a.matrix.name]  # nothing is known of it
+    for a, cheapest in zip(anchored, (predicted * noise**0.999 + high * nbytes).argmin(1), strict=True):
+        assert known[cheapest] in kept[a.matrix.name]
+        assert Format.parse("lm4-g64+o5") in kept[a.matrix.name]  # its error is unknown
 
 
 def test_candidates_far_from_the_budget_are_left_out() -> None:
@@ -83,6 +75,6 @@ def test_candidates_far_from_the_budget_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["aq1x8-d4", "km3", "lm3-g64"])
-def test_other_codecs_are_not_thought_worse_than_they_can_be(name: str) -> None:
+def test_bounds_of_other_codecs_are_not_too_high(name: str) -> None:
     rate = {"aq1x8-d4": 2, "km3": 3, "lm3-g64": 3}[name]
     assert 4.0**-rate < (normal_error(Format.parse(name)) or 0) < 2.5 * 4.0**-rate

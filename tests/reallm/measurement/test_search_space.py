@@ -1,4 +1,4 @@
-"""Candidate spaces: the presets, and files with their mistakes."""
+"""Candidate spaces: the presets, files, and mistakes in files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_mistakes_in_a_file_are_named(content: str, message: str, tmp_path: Path
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_bytes(b"linear: [\xff\xfe]")
     with pytest.raises(UserError, match="not YAML"):

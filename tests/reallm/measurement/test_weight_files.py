@@ -1,4 +1,4 @@
-"""Weights reach workers as files: bit for bit, in a folder of the run's own that does not outlive it."""
+"""Weights reach workers as files: bit for bit, in a folder that belongs to the run and is removed with it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_what_a_killed_run_left_goes_and_a_live_run_keeps_its_own(tmp_path: Path) -> None:
-    left = tmp_path / f"{PREFIX}0123456789ab"
-    left.mkdir()
-    (left / "q.safetensors").write_bytes(b"half")
+def test_folders_of_killed_runs_are_removed_and_those_of_live_runs_stay(tmp_path: Path) -> None:
+    abandoned = tmp_path / f"{PREFIX}0123456789ab"
+    abandoned.mkdir()
+    (abandoned / "q.safetensors").write_bytes(b"half")
     with worker_weights_dir(tmp_path) as first, worker_weights_dir(tmp_path) as second:
         assert first.folder != second.folder
         assert {path.name for path in tmp_path.iterdir()} == {first.folder.name, second.folder.name}

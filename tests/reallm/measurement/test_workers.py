@@ -1,7 +1,7 @@
-"""Workers die, and nobody notices: their tasks are done again, those of the others are not touched.
+"""A worker that dies does no harm: its task is run again, and the tasks of other workers are not affected.
 
-The same laws for processes of this machine and, where Ray is installed, for a cluster on this machine. Functions that
-workers call are made inside functions, so that they travel by value: a worker cannot import this file.
+The same tests run for processes of this machine and, where Ray is installed, for a cluster on this machine. Functions
+that workers call are defined inside functions, so that they are pickled by value: a worker cannot import this file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(params=["here", "processes", pytest.param("ray", marks=NEEDS_RAY)])
 def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
-    """Two workers of each kind, and this process alone."""
+    """This process alone, and two workers of each backend."""
     if request.param == "ray":
         with open_workers("ray", 2, request.getfixturevalue("address")) as opened:
             yield opened
@@ -52,7 +52,7 @@ def mortal(request: pytest.FixtureRequest) -> Iterator[Workers]:
 
 
 def marking(folder: Path, name: str, deaths: int = 0) -> Task[str]:
-    """A task that leaves a file each time it is begun, kills its process the first `deaths` times; returns `name`."""
+    """A task that writes a file on each start, kills its process the first `deaths` times, and then returns `name`."""
 
     def call() -> str:
         begun = len(list(folder.glob(f"{name}-*")))
@@ -74,12 +74,12 @@ def test_every_task_is_done_once(workers: Workers, tmp_path: Path) -> None:
     assert all(begun(tmp_path, name) == 1 for name in names)
 
 
-def test_no_tasks_are_no_results(workers: Workers) -> None:
+def test_no_tasks_give_no_results(workers: Workers) -> None:
     assert list(run_all(workers, [])) == []
 
 
 def test_tasks_are_drawn_as_workers_come_free(workers: Workers, tmp_path: Path) -> None:
-    """What a task needs is made when it is drawn (its weight on the disk): one more than are under way, at most."""
+    """A task's weight is written to disk when the task is drawn, so at most one task more than are running is drawn."""
     drawn: list[str] = []
 
     def tasks() -> Iterator[Task[str]]:
@@ -91,7 +91,7 @@ def test_tasks_are_drawn_as_workers_come_free(workers: Workers, tmp_path: Path) 
         assert len(drawn) <= done + 1 + workers.slots + 1
 
 
-def test_what_a_task_raises_comes_back_as_it_was(workers: Workers) -> None:
+def test_an_exception_of_a_task_is_raised_unchanged(workers: Workers) -> None:
     def call() -> None:
         raise OSError(28, "No space left on device", "/the/place")
 
@@ -103,22 +103,22 @@ def test_what_a_task_raises_comes_back_as_it_was(workers: Workers) -> None:
 def test_a_worker_that_dies_loses_only_its_task(
     mortal: Workers, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The other worker is at its first task throughout: it must be begun once, and end."""
-    together = tmp_path / "over"
+    """The other worker runs a long task throughout, which must be started once only, and end."""
+    last_ran = tmp_path / "over"
 
     def long() -> str:
         (tmp_path / f"long-{time.monotonic_ns()}").touch()
-        while not together.exists():
+        while not last_ran.exists():
             time.sleep(0.01)
         return "long"
 
     def last() -> str:
-        together.touch()
+        last_ran.touch()
         return "last"
 
     frail = [marking(tmp_path, f"frail{i}", deaths=i) for i in range(3)]
-    found = list(run_all(mortal, [Task("long", long), *frail, Task("last", last)]))
-    assert sorted(found) == ["frail0", "frail1", "frail2", "last", "long"]
+    results = list(run_all(mortal, [Task("long", long), *frail, Task("last", last)]))
+    assert sorted(results) == ["frail0", "frail1", "frail2", "last", "long"]
     assert [begun(tmp_path, name) for name in ("long", "frail0", "frail1", "frail2")] == [1, 1, 2, 3]
     assert sum("its worker died" in line and "frail2" in line for line in caplog.messages) == 2
 
@@ -130,15 +130,15 @@ def test_a_task_that_always_kills_its_worker_is_named(mortal: Workers, tmp_path:
 
 
 def test_a_process_killed_while_idle_is_replaced(tmp_path: Path) -> None:
-    def own() -> int:
+    def pid() -> int:
         return os.getpid()
 
     with open_workers("processes", 2) as workers:
-        first = list(run_all(workers, [Task("a", own)]))
+        first = list(run_all(workers, [Task("a", pid)]))
         os.kill(first[0], signal.SIGKILL)
         while psutil.pid_exists(first[0]) and psutil.Process(first[0]).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-        second = list(run_all(workers, [Task("b", own)]))
+        second = list(run_all(workers, [Task("b", pid)]))
     assert second != first
 
 
@@ -147,19 +147,19 @@ def test_stopping_leaves_no_process(stop: type[BaseException], tmp_path: Path) -
     def sleep() -> None:
         time.sleep(600)
 
-    def own() -> int:
+    def pid() -> int:
         return os.getpid()
 
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with pytest.raises(stop), open_workers("processes", 2) as workers:
-        for _ in run_all(workers, [Task("own", own), Task("sleep", sleep), Task("sleep", sleep)]):
+        for _ in run_all(workers, [Task("pid", pid), Task("sleep", sleep), Task("sleep", sleep)]):
             raise stop
     left = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
     assert not [c for c in left if "popen_loky" in " ".join(c.cmdline())]
 
 
 @NEEDS_RAY
-def test_a_cluster_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_cannot_be_reached_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match=r"^no Ray cluster at 127\.0\.0\.1:1 .*ray start --head"):
         with_ray("127.0.0.1:1")
@@ -170,7 +170,7 @@ def with_ray(address: str | None) -> None:
         pass
 
 
-def test_without_ray_the_way_to_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
         UserError, match=r"^--backend ray needs Ray, which is not installed; pip install 'reallm\[ray\]'$"
@@ -178,7 +178,7 @@ def test_without_ray_the_way_to_it_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         with_ray(None)
 
 
-def test_options_that_do_not_go_together_are_refused() -> None:
+def test_options_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="--backend dask: expected processes or ray"), open_workers("dask", 1):  # type: ignore[arg-type]
         pass
     with (

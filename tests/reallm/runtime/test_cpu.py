@@ -38,7 +38,7 @@ NAMES = [
     *("bf16", "fp16"),
 ]
 WHOLE = [(48, 64), (17, 192)]
-"""Columns in whole groups of 32, for which codes are read as they lie."""
+"""Columns in whole groups of 32, for which codes are read as stored."""
 
 
 def forget_libraries() -> None:

@@ -85,7 +85,7 @@ def test_training_starts_from_the_stored_weight(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_are_those_of_finite_differences_with_the_norm_held_constant(name: str) -> None:
-    """With the norm fixed the loss is linear in every single number of m, L and R: a whole step is no approximation."""
+    """With the norm fixed the loss is linear in every single number of m, L and R, so a whole step is exact."""
     module, parameters, weight = started(name)
     x, wanted = numbers(3, COLS, seed=3), numbers(3, ROWS, seed=4)
     (module(x) * wanted).sum().backward()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -254,37 +252,6 @@ def test_integer_factors_of_zeros_stay_zeros(kind: str) -> None:
     fields = {name: torch.from_numpy(raw) for name, raw in random_fields(fmt, ROWS, COLS, 0).items()}
     fields |= pack_factors(torch.zeros(ROWS, 3), torch.zeros(3, COLS), fmt.low_rank)
     assert torch.equal(decode(fmt, fields, ROWS, COLS), decode(fmt, fields, ROWS, COLS, low_rank=False))
-
-
-KERNEL_SCRIPT = """
-import torch, reallm
-from reallm.kernels.formats.formats import Format
-from reallm.runtime.triton_linear import takes_kernel
-from test_modules import linear
-module = linear("nf4-g8-dq8x8+r2")
-x = torch.randn(2, module.cols)
-with torch.no_grad():
-    assert takes_kernel(module, x)
-    found = module(x)
-assert not takes_kernel(module, x)  # with autograd on
-expected = torch.nn.functional.linear(x, module.weight, module.bias).detach()
-torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-"""
-
-
-def test_few_rows_run_the_generated_kernel_under_the_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent / "support")]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "REALLM_CACHE": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    command = [sys.executable, "-W", "error::UserWarning", "-c", KERNEL_SCRIPT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_importing_reallm_imports_neither_torch_nor_the_models() -> None:

@@ -1,4 +1,4 @@
-"""Modules whose format is the planner's default run its generated kernels, for few rows of x and for many."""
+"""Modules run the kernels generated for their format, for few rows of x and for many."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with torch.no_grad():
     assert torch.equal(found, again) and all(x._reallm_kept[1][key] is kept for key, kept in first.items())
     # two rotations and a sum of 48 products of size 1 in float32
     torch.testing.assert_close(found, expected_of(x), rtol=1e-4, atol=1e-4)
-    x += 1  # a changed input is rotated anew
+    x += 1  # a changed input is rotated again
     torch.testing.assert_close(module(x), expected_of(x), rtol=1e-4, atol=1e-4)
     many = torch.randn(7, cols)
     # inputs of the GEMM are rounded to half precision: 2^-11 of sums of size 10
@@ -43,10 +43,21 @@ with torch.no_grad():
     module.set_gain(torch.linspace(-1, 2, rows))  # which is in the decoded weight too
     torch.testing.assert_close(module(x), expected_of(x), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(module(x), plain, atol=1e-2)
+
+fmt, rows, cols = Format.parse("nf4-g8-dq8x8+r2"), 20, 36
+module = pack_linear(torch.nn.Linear(cols, rows), fmt, "load", torch.float32, None)
+module.write((name, torch.from_numpy(raw)) for name, raw in random_fields(fmt, rows, cols, 0, size=0.1).items())
+x = torch.randn(2, cols)
+with torch.no_grad():
+    assert takes_kernel(module, x)
+    found = module(x)
+assert not takes_kernel(module, x)  # with autograd on
+expected = torch.nn.functional.linear(x, module.weight, module.bias).detach()
+torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 """
 
 
-def test_a_default_format_runs_its_kernels_under_the_interpreter(tmp_path: Path) -> None:
+def test_modules_run_their_kernels_under_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
