@@ -12,8 +12,18 @@ import typer
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 
 from .app import CONSOLE, app, quiet_transformers
-from .demo import BUDGET
-from .options import AdapterName, Artifact, Device, Force, Json, PlanOrArtifact, Seed, Text, comma_separated
+from .options import (
+    DEMO_BUDGET,
+    AdapterName,
+    Artifact,
+    Device,
+    Force,
+    Json,
+    PlanOrArtifact,
+    Seed,
+    Text,
+    comma_separated,
+)
 
 
 @app.command(name="compile", epilog="Example: reallm compile plan.json -o out/")
@@ -176,7 +186,7 @@ def demo(
     ),
     budget: Annotated[
         str, typer.Option("--budget", "-b", help="48MiB or 1GiB for the whole file, or 3.0bpw for the matrices.")
-    ] = BUDGET,
+    ] = DEMO_BUDGET,
     text: Text = None,
     test: Annotated[
         str | None, typer.Option(help="Held-out text to evaluate on; the same kinds of sources as --text.")

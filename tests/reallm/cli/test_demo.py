@@ -118,7 +118,7 @@ def test_it_opens_with_every_stage_and_its_duration(ran: list[str], tmp_path: Pa
     demo(tmp_path, console=console)
     assert isinstance(console.file, io.StringIO)
     opening = console.file.getvalue().partition("$ reallm")[0]
-    assert module.BUDGET in opening and all(name in opening for name in EVERY_STAGE)
+    assert module.DEMO_BUDGET in opening and all(name in opening for name in EVERY_STAGE)
     assert all(duration in opening for _, duration in module.STAGES.values())
 
 

@@ -153,9 +153,7 @@ def test_refitted_words_approach_the_least_squares_ones(monkeypatch: pytest.Monk
     system = (root.T @ design).reshape(-1, 32)
     target = (fit.W.double() @ root).reshape(-1, 1)
     least = float((target - system @ torch.linalg.lstsq(system, target, driver="gelsd").solution).square().sum())
-    assert (
-        least <= fit.cost(fit.state) <= least + 1e-5 * cost(fit.W, fit.H)
-    )  # fp16 words: (2^-11)^2, and what CG leaves
+    assert least <= fit.cost(fit.state) <= least + 1e-5 * cost(fit.W, fit.H)  # fp16 words: (2^-11)^2; CG's rest
 
 
 def test_the_best_round_is_kept() -> None:

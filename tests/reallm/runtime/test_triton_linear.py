@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
+import packing
 import torch
 from packed_fields import random_fields
 from reallm.kernels.formats.formats import Format
@@ -46,7 +47,7 @@ with torch.no_grad():
 
 fmt, rows, cols = Format.parse("nf4-g8-dq8x8+r2"), 20, 36
 module = pack_linear(torch.nn.Linear(cols, rows), fmt, "load", torch.float32, None)
-module.write((name, torch.from_numpy(raw)) for name, raw in random_fields(fmt, rows, cols, 0, size=0.1).items())
+module.write((name, torch.from_numpy(raw)) for name, raw in packing.random_fields(fmt, rows, cols, 0, size=0.1).items())
 x = torch.randn(2, cols)
 with torch.no_grad():
     assert takes_kernel(module, x)
