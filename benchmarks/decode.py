@@ -199,7 +199,7 @@ def main() -> None:
         for each in contenders
     ]
     heads = ("", "bits", *(f"{w}, {label}" for w in ("decode", "prefill") for label in MEASURES.values()))
-    console.print(columns_table(f"tokens a second on {machine()}", heads, lines))
+    console.print(columns_table(f"tokens per second on {machine()}", heads, lines))
 
 
 if __name__ == "__main__":

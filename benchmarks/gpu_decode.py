@@ -127,7 +127,7 @@ def main() -> None:
         write_text_atomic(RESULTS, canonical_json([asdict(row) for row in done]))
     lines = [[r.figure, f"{r.ours:.1f}", r.peer_name, f"{r.peer:.1f}", f"{r.ratio:.2f}"] for r in done]
     Console(width=160).print(
-        columns_table(f"tokens a second on {hardware}", ("", "ours", "beside", "its", "ratio"), lines)
+        columns_table(f"tokens per second on {hardware}", ("", "ours", "beside", "its", "ratio"), lines)
     )
 
 

@@ -138,7 +138,7 @@ def counted() -> Iterator[Row]:
                 value, setting, peer_versions = theirs[peer]
                 yield Row(
                     f"{name} of {SHAPE[0]} x {SHAPE[1]}, {TARGET}",
-                    "instructions a weight",
+                    "instructions per weight",
                     cost.instructions_per_weight,
                     f"{peer} bits" if peer.startswith("gemlite") else peer,
                     value,
@@ -152,7 +152,7 @@ def counted() -> Iterator[Row]:
         apart = sum(ours[product][0].instructions_per_weight * product.rows for product in three) / one.rows
         figure = f"{name}: q, k, v of {', '.join(map(str, JOINED_ROWS.values()))} x {SHAPE[1]} together, {TARGET}"
         value = cost.instructions_per_weight
-        unit, peer = "instructions a weight", "three launches"
+        unit, peer = "instructions per weight", "three launches"
         yield Row(figure, unit, value, peer, apart, value / apart, versions, machine(), note)
 
 

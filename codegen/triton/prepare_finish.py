@@ -140,7 +140,7 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
     has_row = prepare.rotated and spec.even  # every instance has the whole row in its registers anyway
     if not has_row:
         lines += _norm_lines(prepare, spec.tile.num_warps)
-    factor = "(1 / norm)" + (f" * {2.0**prepare.lift!r}" if prepare.lift else "")  # one after the other: no overflow
+    factor = "(1 / norm)" + (f" * {2.0**prepare.lift!r}" if prepare.lift else "")  # two factors in order: no overflow
     if prepare.rotated:
         load = [
             f"k = other[None, :, None] * {size} + lane",

@@ -35,7 +35,7 @@ class PlanOptions:
     The names are the keys of `reallm.measurement.search_space.PRESETS`.
     """
     target: str | None = None
-    """Of the allowed formats, use only those that the kernels of this target support: "triton" or "cpu"."""
+    """Use only allowed formats that the kernels of this target support: "triton" or "cpu"."""
     ties: Ties = "none"
     """Which matrices must share a format: "inputs" (those that multiply the same input, as q, k and v do), "experts"
     (all experts of a layer in the same role), "family" (the same role in all blocks), or "none".

@@ -32,11 +32,11 @@ from .processes import true_in_all_processes
 
 LOG = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
-"""Of AdamW; the second is lower than usual because runs are short."""
+"""AdamW's betas; the second is lower than usual because runs are short."""
 WARM_UP_SHARE = 0.03
 MAX_EVALUATION_STEPS = 50
 MIN_EVALUATIONS = 5
-"""Of a run that has at least as many steps."""
+"""Minimum number of evaluations in a run that has at least as many steps."""
 
 
 class NotFiniteError(ArithmeticError):

@@ -22,11 +22,11 @@ class Gain:
     """The loss on the held-out windows, nats per token, before and after, and how it was reached."""
 
     before: float
-    """Of the artifact."""
+    """The loss of the artifact."""
     started: float
-    """With the initial values of all trained parts: new factors that are not trained yet."""
+    """The loss with the initial values of all trained parts: new factors that are not trained yet."""
     trained: float
-    """With the trained values as they are stored; infinite if they cannot be stored."""
+    """The loss with the trained values as they are stored; infinite if they cannot be stored."""
     steps: int
     """End-to-end steps that were made."""
     gain_rate: float

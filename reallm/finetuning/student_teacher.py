@@ -125,7 +125,7 @@ def open_training_data(
 
     Raises UserError if the model is missing or another one, or the text has fewer than two windows.
     """
-    device = processes.own_device(parse_device(settings.device, ("cpu", "cuda")))  # the Trainer knows no other
+    device = processes.own_device(parse_device(settings.device, ("cpu", "cuda")))  # the Trainer supports no other device
     dense = load_model(settings.teacher or plan.model)
     if dense.digest != plan.model_sha256:
         raise UserError(f"{dense.source} is not the model {artifact} was made from; give that one as --teacher")

@@ -18,7 +18,7 @@ import reallm  # noqa: F401 - registers with transformers
 from reallm.artifacts.inspect import inspect
 from reallm.artifacts.verify import read_bytes, verify
 from reallm.compilation.compile import biased_matrices, compile_plan
-from reallm.errors import UserError
+from reallm.errors import CodegenError, UserError
 from reallm.kernels.storage.safetensors_reader import read_folder
 from reallm.models.loaded import load_model
 from reallm.models.sizes import artifact_sizes
@@ -208,8 +208,21 @@ def test_generated_kernels_come_with_the_artifact(tmp_path: Path) -> None:
         "opt", tmp_path, lambda m: "int4-g16" if m.name.endswith("layers.0.self_attn.q_proj") else None, kernels=True
     )
     assert biased_matrices(made.loaded) >= set(made.packed.names)
-    assert {path.suffix for path in (made.folder / "kernels").iterdir()} >= {".py", ".cubin", ".json"}
-    assert verify(made.folder).files > 8
+    assert {path.suffix for path in (made.folder / "kernels").iterdir()} == {".py", ".json"}
+    codes = Codes(made.packed)
+    objects = compile_plan(made.plan, tmp_path / "objects", model=made.loaded, codes=codes, objects=("sm_90",))
+    assert {path.suffix for path in (objects / "kernels").iterdir()} == {".py", ".cubin", ".json"}
+    assert verify(objects).files > verify(made.folder).files > 8
+
+
+def test_objects_that_cannot_be_compiled_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    made = make("llama", tmp_path, lambda m: "int4-g16" if m.kind == "linear" else None)
+    codes = Codes(made.packed)
+    with pytest.raises(CodegenError, match="mps"):
+        compile_plan(made.plan, tmp_path / "new", model=made.loaded, codes=codes, objects=("mps",))
+    with pytest.raises(UserError, match="leave out --no-kernels"):
+        compile_plan(made.plan, tmp_path / "new", model=made.loaded, codes=codes, objects=("sm_90",), kernels=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_bfloat16_models_keep_their_dtype(tmp_path: Path) -> None:

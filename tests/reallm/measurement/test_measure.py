@@ -190,13 +190,19 @@ def test_codebooks_do_not_depend_on_the_number_of_threads(model: Path, measured:
 
 
 @pytest.mark.parametrize("keep_codes", [True, False])
-def test_codes_are_read_back_or_encoded_again_alike(model: Path, tmp_path: Path, keep_codes: bool) -> None:
+def test_codes_are_read_back_or_encoded_again_alike(
+    model: Path, tmp_path: Path, keep_codes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     table = run(model, tmp_path, keep_codes=keep_codes)
     stored = list((tmp_path / "cache").rglob("*.safetensors"))
     assert len(stored) == len(table.shared) + (len(table.measurements) if keep_codes else 0)
     encoded = MeasuredCodes(tmp_path, load_model(model))
-    for choice in choices_of(table)[::7]:
+    choices = choices_of(table)
+    for choice in choices[::7]:
         assert fields_sha256(encoded.fields(choice)) == choice.codes_sha256
+    encoded.log_missing(choices)
+    logged = [record.getMessage() for record in caplog.records if "again" in record.getMessage()]
+    assert len(logged) == (not keep_codes) and all(f"of {len(choices)} matrices again" in line for line in logged)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])

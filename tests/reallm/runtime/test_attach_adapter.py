@@ -22,6 +22,7 @@ from reallm.runtime.attach_adapter import attach_adapter
 from reallm.runtime.load import load
 
 Factors = dict[str, tuple[Tensor, Tensor]]
+pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.arange(20)[None]
 
 

@@ -28,6 +28,7 @@ from reallm.runtime.packed import SharedCodebooks
 from reallm.runtime.training.finish import revert, write_back_codebook, write_back_scales
 from reallm.runtime.training.start import has_codebook, train_codebook, train_scales
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLS = 24, 40
 FORMATS = ("aq2x4-d4", "aq1x8-d8+cs", "aq1x4-d4+r2i8", "aq2x4-d4-shared", "km3", "km2+perm+o5", "aq1x4-d2+rot")
 RUN: dict[str, Any] = {

@@ -33,6 +33,7 @@ from reallm.runtime.step.cpu import compile_step
 from reallm.runtime.training.finish import revert, write_back_low_rank
 from reallm.runtime.training.start import train_low_rank, train_magnitude, train_scales
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLS, RANK = 24, 40, 3
 FORMATS = ("tq2.5-l9+ldl2+rot", "int4-g16", "lm3-g16+r2i8", "tq2-l8+rot+perm+cs+r3", "uint3-g0+cs", "nf4-g8+perm+o5")
 IDS = torch.arange(20)[None]

@@ -88,7 +88,7 @@ with torch.no_grad():
     close(k(x), 1, x)
     close(v(x), 2, x)
 
-    many = torch.randn(33, 48)  # so many rows are multiplied by each matrix alone
+    many = torch.randn(33, 48)  # a product of this many rows is computed by each matrix alone
     _, counts = counted(lambda: q(many))
     assert counts["dense", 1] == 1 and not any(members > 1 for _, members in counts)
     some = torch.randn(7, 48)
@@ -112,7 +112,7 @@ with torch.no_grad():
     revert(k, fmt, fields)
 
     gain = torch.linspace(0.5, 1.5, k.rows)
-    k.set_gain(gain)  # of a DoRA adapter: q and v go on together, k by itself
+    k.set_gain(gain)  # of a DoRA adapter: q and v still share a launch, k has its own
     x = torch.randn(1, 48)
     y, counts = counted(lambda: (q(x), k(x), v(x)))
     assert (counts["gemv", 2], counts["gemv", 1], counts["gemv", 3]) == (1, 1, 0), counts
@@ -141,6 +141,7 @@ def test_input_groups_of_a_model_under_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",  # arrays this small gain nothing from more threads
         "REALLM_CACHE": str(tmp_path / "cache"),
         "PYTHONPATH": str(Path(__file__).parents[2] / "support"),
     }
