@@ -1,7 +1,7 @@
 """reallm fits a language model into a memory budget with the least possible loss.
 
 Importing reallm makes transformers understand reallm's model directories; torch and transformers are imported only when
-they are needed. Every stage is a function of this package, and a command of the same name:
+they are needed. Every stage is a function of this package and a command with the same name:
 
     measure -> plan (sweep, refit, explain, report) -> compile -> load, generate, evaluate, finetune, inspect, verify
 
@@ -62,7 +62,7 @@ _EXPORTS = {
     "Requirements": "planner.tables.requirements",
     "UserError": "errors",
 }
-"""Public name -> the module that defines it, and the name it has there if that differs."""
+"""Public name -> the module that defines the object, and the object's name in that module if it differs."""
 
 __all__ = [
     "Comparison",

@@ -1,4 +1,4 @@
-"""Errors: ReallmError is the base class of all that reallm raises on purpose; the command line exits with code 2."""
+"""Errors: ReallmError is the base class of all errors that reallm raises on purpose; on one, the command exits with 2."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ __all__ = ["CodegenError", "FormatError", "LayoutError", "PlanError", "ReallmErr
 
 
 class UserError(ReallmError):
-    """A command, option or file that cannot be used: names it, what was found, what was expected, and the way out."""
+    """A command, option or file cannot be used. The message says which, what was found and expected, and what to do."""

@@ -1,7 +1,8 @@
 """The static cost of a product: instructions and bytes per weight, from its machine code and its format.
 
-    instructions   of a thread, loops included, times the threads of an instance, over the weights of the instance
-    bytes          the fields and x, read once, and the sums that all instances write
+    instructions   those that a thread runs, loops included, times the threads of a kernel instance, divided by the
+                   number of weights that the instance multiplies
+    bytes          the stored fields and x, each read once, and the sums that all instances write
 
 Latency, occupancy and caches are not modelled.
 """
@@ -22,13 +23,13 @@ WARP_THREADS = 32
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a kernel for W[rows, cols] and one row of x."""
+    """The cost of multiplying W[rows, cols] with one row of x by one kernel."""
 
     instructions_per_weight: float
     packed_bytes: int
-    """Bytes of the fields that the kernel reads."""
+    """Bytes of the stored fields that the kernel reads."""
     moved_bytes: int
-    """Bytes of the fields, of x and of the sums that are written, together."""
+    """Total bytes of the stored fields, of x, and of the sums that the kernel writes."""
 
     @property
     def moved_over_packed(self) -> float:
@@ -38,10 +39,10 @@ class Cost:
 def product_cost(
     spec: KernelSpec, code: Code, fmt: Format, rows: int, cols: int, splits: int = 1, width: int = 4
 ) -> Cost:
-    """The cost of `spec`, compiled to `code`, for a matrix [rows, cols] stored as `fmt`.
+    """The cost of the kernel `spec`, whose machine code is `code`, for a matrix [rows, cols] stored as `fmt`.
 
-    `splits` instances share out the columns of a trellis, all blocks of which have `width`. Raises CodegenError for a
-    kernel whose numbers of loop iterations are not known.
+    The columns of a trellis are divided among `splits` instances, and all its blocks are assumed to have the width
+    `width`. Raises CodegenError for a kernel whose numbers of loop iterations are not known.
     """
     threads = WARP_THREADS * spec.tile.num_warps
     if spec.widths:
@@ -52,7 +53,7 @@ def product_cost(
         turns = [-(-cols // spec.tile.block_k)]
         weights = float(spec.tile.block_n * cols)
     else:
-        raise CodegenError(f"the loops of {spec.name} are not known; expected a trellis product or a product by spans")
+        raise CodegenError(f"loop counts of {spec.name} are not known; expected a trellis product or a product by spans")
     packed = sum(field.nbytes for field in fmt.fields(rows, cols))
     if isinstance(fmt.codec, TrellisCodec):
         packed = fmt.fields(rows, cols)[0].nbytes + 2 * -(-cols // TILE)

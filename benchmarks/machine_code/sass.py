@@ -1,7 +1,7 @@
-"""Machine code of NVIDIA GPUs: read with the tools that come with Triton, checked, and its instructions counted.
+"""Reads the machine code of NVIDIA GPUs with the tools that come with Triton, checks it and counts its instructions.
 
 A loop is a range of code whose last branch jumps back to its beginning. Instructions are counted per thread: those
-outside of loops once, those of each loop as often as the caller says the loop runs.
+outside loops count once, those of a loop count as often as the caller says that the loop runs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from reallm.codegen.ir.operations import CodegenError
 
 MAX_REGISTERS = 128
-"""Registers per thread, so that 16 warps fit a multiprocessor with 65536."""
+"""Maximum number of registers per thread with which 16 warps fit on a multiprocessor, which has 65536."""
 MAX_SHARED_BYTES = 49152
-"""Shared memory of an instance that every GPU provides without opting in."""
+"""Shared memory in bytes that a kernel instance gets on every GPU without opting in to more."""
 NARROW_BITS = 16
-"""A load of a thread of this width or less is narrow."""
+"""A load of this many bits per thread, or fewer, is called narrow."""
 _LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
@@ -49,9 +49,9 @@ class Code:
     usage: Usage
 
     def count(self, turns: Sequence[float]) -> float:
-        """Instructions that a thread runs if the loops, in order, run `turns` times.
+        """Number of instructions that a thread runs if loop i, in the order of the code, runs `turns[i]` times.
 
-        Raises CodegenError if the code has another number of loops.
+        Raises CodegenError unless `turns` has one entry for each loop.
         """
         if len(turns) != len(self.loops):
             raise CodegenError(f"the code has {len(self.loops)} loops, not {len(turns)}")
@@ -72,17 +72,17 @@ def tool(name: str) -> Path:
 
 
 def read_code(path: Path) -> Code:
-    """The code of the one kernel in the object at `path`. Raises CodegenError if it cannot be read."""
+    """The code of the kernel in the object file at `path`, which holds only one. Raises CodegenError if it cannot be read."""
     return parse_listing(listing(path))
 
 
 def listing(path: Path) -> str:
-    """The resources and the disassembly of the one kernel in the object at `path`, as text."""
+    """The resources and the disassembly of the only kernel in the object file at `path`, as text."""
     return _output(["cuobjdump", "-res-usage", str(path)]) + _output(["nvdisasm", "-c", str(path)])
 
 
 def parse_listing(text: str) -> Code:
-    """The code that `listing` has printed. Raises CodegenError if the resources are missing."""
+    """The code in a `text` that `listing` has printed. Raises CodegenError if the resources are missing."""
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     if resources is None:
         raise CodegenError("cuobjdump lists no resources of the kernel")
@@ -97,7 +97,7 @@ def _output(command: list[str]) -> str:
 
 
 def parse_code(text: str, usage: Usage) -> Code:
-    """The code that nvdisasm prints as `text`, without the padding after the last instruction."""
+    """The code in a `text` that nvdisasm has printed, without the padding after the last instruction."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -120,7 +120,7 @@ def parse_code(text: str, usage: Usage) -> Code:
 
 
 def load_bits(opcode: str) -> int:
-    """Bits that a thread loads from global memory with `opcode`; 0 for other instructions."""
+    """Number of bits that a thread loads from global memory with `opcode`; 0 for other instructions."""
     parts = opcode.split(".")
     if parts[0] not in ("LDG", "LD"):
         return 0
@@ -128,10 +128,10 @@ def load_bits(opcode: str) -> int:
 
 
 def lint(code: Code, product: bool = True) -> tuple[str, ...]:
-    """What is wrong with a kernel's code, in words; empty if nothing is.
+    """Descriptions of the faults in a kernel's code; empty if there are none.
 
-    Faults are spills, local memory, atomics, too many registers, too much shared memory and, in the loops of a
-    `product`, which reads codes, narrow loads.
+    Faults are spills, local memory, atomics, too many registers and too much shared memory. Narrow loads inside loops
+    are faults too if the kernel is a `product`, that is, if it reads codes.
     """
     usage, faults = code.usage, []
     if usage.stack_bytes or usage.local_bytes:

@@ -1,1 +1,1 @@
-"""The kernels that an artifact contains: sources, optional compiled objects, and their check."""
+"""The kernels that an artifact contains: their sources, optional compiled objects, and a check of the sources."""

@@ -1,13 +1,14 @@
 """The generated kernels of an artifact: their sources, optional compiled objects, and a manifest of all files.
 
     OUT/kernels/<kernel>.py              generated source
-    OUT/kernels/<kernel>.<target>.cubin  compiled object, batch 1, for each requested target; .hsaco for AMD GPUs
-    OUT/kernels/<kernel>.sm_80.ptx       portable form, for NVIDIA GPUs newer than all targets; with target sm_80
+    OUT/kernels/<kernel>.<target>.cubin  compiled object, for one row of x and each requested target; AMD: .hsaco
+    OUT/kernels/<kernel>.sm_80.ptx       portable form for NVIDIA GPUs newer than all targets; written with target sm_80
     OUT/kernels/manifest.json            sha256 of every file, toolchain, and the kernels that each matrix runs
 
-Nothing at run time reads the objects: they are for inspection, and the GPU need not be present to make them. Those of a
-trellis decode blocks of the widths that the manifest names, around the format's rate; those of `finish` add up SPLITS
-parts. The same plan and toolchain give the same bytes. Objects are compiled by `compile_worker`, in separate processes.
+The objects are not read at run time: they are for inspection, and can be compiled without the GPU. The objects of a
+trellis product decode only blocks of the widths that the manifest lists, which are close to the format's bits per
+weight; `finish` objects add up SPLITS partial sums. The same plan and toolchain give the same bytes. Objects are compiled by `compile_worker`, in separate
+processes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Target:
 
     @property
     def object_kind(self) -> str:
-        """The kind of compiled object, also the suffix of its file."""
+        """The kind of compiled object; also the suffix of its file."""
         return "cubin" if self.backend == "cuda" else "hsaco"
 
 
@@ -64,10 +65,10 @@ TARGETS: Mapping[str, Target] = {
 }
 """The GPUs that kernels can be compiled for."""
 PTX_TARGET = "sm_80"
-"""The target whose PTX is written too. PTX for sm_90 would be that of sm_90a, which no later GPU accepts."""
+"""The target whose PTX is written too. For sm_90, Triton would write PTX for sm_90a, which no later GPU accepts."""
 MANIFEST_FILE = "manifest.json"
 SPLITS = 8
-"""Parts that compiled `finish` objects add up."""
+"""Number of partial sums that compiled `finish` objects add up (see `triton.emit.constants`)."""
 MAX_WORKERS = 4
 COMPILE_SECONDS = 1800
 WAY_OUT = "leave out the targets (--objects) to write the sources only"
@@ -86,8 +87,8 @@ def emit_kernels(
 
     Sources are always written; `targets` names the GPUs (keys of TARGETS) for which objects are compiled too.
     `activation` is the dtype of x and y in these objects; `biased` names the matrices whose module has a bias. Raises
-    CodegenError, before anything is written, for an unknown target or where Triton is missing, and when a kernel does
-    not compile.
+    CodegenError before anything is written if a target is unknown or if Triton is needed but missing, and later if a
+    kernel does not compile.
     """
     check_targets(targets)
     program = run_passes(lower_plan(plan, biased))
@@ -102,7 +103,7 @@ def emit_kernels(
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Raise CodegenError for a target that is not in TARGETS, and for any target where Triton is not installed."""
+    """Raise CodegenError if a target is not in TARGETS, or if there are targets but Triton is not installed."""
     for target in targets:
         if target not in TARGETS:
             raise CodegenError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
@@ -122,11 +123,11 @@ class CompiledObject:
     files: tuple[str, ...]
     """Names of the files that were written."""
     facts: Mapping[str, Any]
-    """What a launcher needs to know: entry point and bytes of shared memory."""
+    """What is needed to launch the object: its entry point and its bytes of shared memory."""
 
 
 Objects = Mapping[tuple[str, str], CompiledObject]
-"""By kernel and target."""
+"""(kernel, target) -> the compiled object."""
 
 
 def _manifest(program: Program, folder: Path, activation: str, objects: Objects) -> dict[str, Any]:
@@ -171,9 +172,9 @@ def _toolchain(compiled: bool) -> dict[str, str]:
 def compile_kernels(
     kernels: Sequence[KernelSpec], folder: Path, targets: Sequence[str], activation: FloatName
 ) -> dict[tuple[str, str], CompiledObject]:
-    """Compile every kernel, whose source is in `folder`, for every target; the objects are written beside the sources.
+    """Compile every kernel for every target; sources are read from `folder`, and objects are written beside them.
 
-    The work is shared out among up to MAX_WORKERS processes. Raises CodegenError when a kernel does not compile.
+    The work is divided among up to MAX_WORKERS processes. Raises CodegenError when a kernel does not compile.
     """
     wanted = [(spec, target) for spec in kernels for target in targets]
     jobs = [_job(spec, folder, target, activation) for spec, target in wanted]
@@ -189,7 +190,7 @@ def compile_kernels(
 
 
 def _job(spec: KernelSpec, folder: Path, target: str, activation: FloatName) -> dict[str, Any]:
-    """What `compile_worker.compile_one` needs to know, as JSON."""
+    """The argument of `compile_worker.compile_one` for one kernel and target, as a JSON object."""
     tensors, gpu = pointers(spec), TARGETS[target]
     signature = {name: _pointer_type(activation if dtype == "x" else dtype) for name, dtype in tensors}
     values = {"DEVICE": gpu.backend, "SPLITS": SPLITS}
@@ -211,7 +212,10 @@ def _pointer_type(dtype: str) -> str:
 
 
 def _run_worker(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compile `jobs` in one process. Raises CodegenError with the last line of its output."""
+    """Compile `jobs` in one process and return its results.
+
+    If the process fails, raises CodegenError with the last line of its output.
+    """
     script = Path(__file__).with_name("compile_worker.py")
     with tempfile.TemporaryDirectory(prefix="reallm-build-") as scratch:
         jobs_file, results_file = Path(scratch, "jobs.json"), Path(scratch, "results.json")

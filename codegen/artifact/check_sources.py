@@ -1,4 +1,4 @@
-"""Compares the sources that came with an artifact with what this package generates; none of them is executed."""
+"""Compares the kernel sources in an artifact with those that this package generates; the former are not executed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from reallm.planner.tables.plan import Plan
 
 
 def check_sources(plan: Plan, folder: Path) -> tuple[str, ...]:
-    """Names of the sources in `folder`/kernels that are not, byte for byte, what this package generates for `plan`.
+    """Names of the sources in `folder`/kernels that differ in any byte from those this package generates for `plan`.
 
-    The plan does not say which matrices have a bias, so the sources with and without one are both accepted. What runs
-    are the sources of the installed package in any case.
+    The plan does not say which matrices have a bias, so sources with and without a bias are both accepted. In any case,
+    the sources that run are those that the installed package generates.
     """
     all_matrices = [choice.matrix for choice in plan.choices]
     kernels = [spec for biased in ((), all_matrices) for spec in run_passes(lower_plan(plan, biased)).kernels]

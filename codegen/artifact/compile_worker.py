@@ -1,7 +1,7 @@
-"""Compiles generated sources for GPUs that need not be present; `build` runs it as a script with a file of jobs.
+"""Compiles generated sources for GPUs that need not be present; `build` runs this module as a script.
 
-It imports nothing from reallm, so it starts fast. Its environment is a clean one: no interpreter, no line information
-(file times would make the objects differ), and a cache folder that is thrown away.
+It imports nothing from reallm, so it starts fast. `build` runs it without Triton's interpreter mode, without line
+information (file times would make the objects differ), and with a temporary cache folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 
 def load(path: str, function: str) -> Any:
-    """The Triton function `function` of the source file `path`."""
+    """The Triton function named `function` in the source file at `path`."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
@@ -28,7 +28,7 @@ def load(path: str, function: str) -> Any:
 
 
 def compile_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile one kernel for one target, write its files, and return what a launcher needs to know about it."""
+    """Compile one kernel for one target, write its files, and return what is needed to launch it."""
     function = load(job["source"], job["function"])
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(job["pointers"])}
     compiled = triton.compile(

@@ -1,11 +1,11 @@
-"""Native code: C++ sources compiled by the system's compiler when first needed and kept in the user's cache.
+"""Native code: C++ sources, compiled by the system's compiler when first needed and kept in the user's cache folder.
 
 A source is a file of kernels/native, or a generated text that includes headers from there. It is compiled for the tier
-of this machine (AVX-512, AVX2 or the portable baseline), not for its exact processor: several machines may share a
-cache, and each of them must be able to run what it holds. The name of a library contains the hash of everything it was
-made from: source, headers, flags and compiler. REALLM_NATIVE=portable|avx2|avx512 selects a lower tier than the
-machine's; with REALLM_NATIVE=off nothing is compiled and callers use their portable path. REALLM_CACHE names another
-cache folder.
+of this machine (AVX-512, AVX2 or the portable baseline), not for its exact processor, because several machines may
+share a cache folder and each must be able to run the libraries in it. The name of a library contains the hash of
+everything it was built from: source, headers, flags and compiler. REALLM_NATIVE=portable|avx2|avx512 selects a lower
+tier than the machine's; with REALLM_NATIVE=off nothing is compiled, and callers run in torch instead. REALLM_CACHE
+names another cache folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from reallm.kernels.storage.cache_folder import cache_folder
 LOG = logging.getLogger(__name__)
 SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "native"
 HEADER_FOLDERS = tuple(SOURCES / name for name in ("core", "linear", "step"))
-"""Where generated sources find the headers they include by bare name."""
+"""Folders in which the compiler looks for headers that generated sources include without a path."""
 INCLUDE_FLAGS = tuple(part for folder in HEADER_FOLDERS for part in ("-I", str(folder)))
 TIERS: dict[str, tuple[str, ...]] = {
     "portable": ("-DLANES=8",),
@@ -38,12 +38,12 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi", "-ffp-contract=o
 GENERATED_FLAGS = (*FLAGS, "-pthread")
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 BUILD_SECONDS = 900
-"""Time limit of one compilation. It takes a few seconds, or minutes on a busy machine; running without the library
-costs far more."""
+"""Time limit of one compilation, which takes a few seconds, or minutes on a busy machine. The limit is generous because
+running without the library takes far longer."""
 
 
 def machine_tier() -> str:
-    """The best tier that this machine can run, or the one REALLM_NATIVE selects if that is lower; "off" for none."""
+    """The best tier that this machine can run, or the one REALLM_NATIVE selects if that is lower or "off"."""
     import torch  # imported late: it takes seconds, and planning does not need it
 
     capability = torch.backends.cpu.get_cpu_capability() if platform.machine() in ("x86_64", "AMD64") else ""
@@ -55,7 +55,7 @@ def machine_tier() -> str:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: $CXX, g++ or clang++, the first that is installed; None if none is."""
+    """The first of $CXX, g++ and clang++ that is installed; None if there is no C++ compiler."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
@@ -70,11 +70,11 @@ def library(name: str) -> ctypes.CDLL | None:
 
 @cache
 def generated_library(name: str, text: str) -> ctypes.CDLL | None:
-    """The library built from a generated `text`, which may include headers of kernels/native; None as for `library`.
+    """The library built from a generated `text`, which may include headers of kernels/native; None if it cannot be built here.
 
-    There is one warning for all generated sources.
+    One warning is logged for all generated sources together, not one for each.
     """
-    return _library(name, text, GENERATED_FLAGS, "matrices run on decoded weights, as large as the original's")
+    return _library(name, text, GENERATED_FLAGS, "matrices are decoded to dense weights, as large as the original's")
 
 
 def included_headers(text: str) -> dict[str, str]:
@@ -115,12 +115,12 @@ def _version(compiler: str) -> str:
 
 @cache
 def _warn_once(message: str) -> None:
-    """Log `message` the first time."""
+    """Log `message` as a warning, unless it has been logged before."""
     LOG.warning(message)
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the parts that differ from source to source."""
+    """A short description of `error` that is the same for every source, so that it is logged only once."""
     if isinstance(error, subprocess.CalledProcessError):
         first_line = next((line for line in error.stderr.splitlines() if line.strip()), "")
         return first_line or f"{error.cmd[0]} ended with exit code {error.returncode}"
@@ -130,9 +130,9 @@ def _reason(error: Exception) -> str:
 
 
 def _compiled(text: str, compiler: str, flags: tuple[str, ...], file: str) -> Path:
-    """The library `file` compiled from `text`: from the cache, or made now.
+    """Path of the library `file` compiled from `text`: taken from the cache folder, or compiled now.
 
-    It is made in a temporary folder if the cache cannot be written.
+    If the cache folder cannot be written, the library is put in a temporary folder.
     """
     folder = cache_folder() / "native"
     if (folder / file).exists():

@@ -1,10 +1,10 @@
-"""C++ for the CPU: the source of the kernel of one kind of codes, compiled when first needed.
+"""C++ for the CPU: generates the source of the kernel for one codec, and compiles it when first needed.
 
     format --kernel_for--> CpuKernel --emit--> one translation unit --compiler--> functions called by ctypes
 
-A kernel is specialised on its codec alone; shapes, transforms, outliers and low-rank factors are data, because no loop
-over codes depends on them. The contract of the functions is kernels/native/linear/linear.hpp. A new codec is one more
-entry in `CPU_KERNELS`.
+A kernel is specialised on its codec alone; shapes, transforms, outliers and low-rank factors are passed at run time,
+because no loop over codes depends on them. kernels/native/linear/linear.hpp describes the functions that a kernel must
+provide. To support a new codec, add an entry to `CPU_KERNELS`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _scalar(codec: ScalarCodec) -> CpuKernel:
     double = codec.double_quant
     table, zeros = "integers" if integers else "levels", str(codec.table == "uint").lower()
     scales = f"{double.bits}, {double.block}" if double else "0, 1"
-    name = codec.name if integers else codec.name.replace(codec.table, "levels", 1)  # the levels themselves are data
+    name = codec.name if integers else codec.name.replace(codec.table, "levels", 1)  # the levels are passed at run time
     return CpuKernel(name, "scalar.hpp", f"Scalar<Table::{table}, {codec.bits}, {codec.group_size}, {zeros}, {scales}>")
 
 
@@ -94,11 +94,11 @@ CPU_KERNELS: Mapping[type, Callable[[Any], CpuKernel] | None] = {
     LatticeCodec: _lattice,
     NeuralCodec: None,
 }
-"""For each codec class, the kernel of its codes; None where torch decodes the weights, as for a neural decoder."""
+"""For each codec class, the kernel of a codec; None where torch decodes the weights instead (neural codecs)."""
 
 
 def kernel_for(fmt: Format) -> CpuKernel | None:
-    """The kernel of a matrix's codes, or None if its codec has none and torch decodes its weights."""
+    """The kernel for matrices stored as `fmt`, or None if the codec has no kernel, so that torch decodes the weights."""
     kernel = CPU_KERNELS[type(fmt.codec)]
     return kernel(fmt.codec) if kernel else None
 
@@ -110,26 +110,28 @@ def emit(kernel: CpuKernel) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CpuFunctions:
-    """The entry points of a built kernel, and the addresses of its function tables."""
+    """The entry points of a compiled kernel, and the addresses of its function tables."""
 
     library: ctypes.CDLL
 
     def kernels(self, rotated: bool) -> int:
-        """Address of the `Kernels` of linear.hpp; those of a rotated matrix cannot compute single rows."""
+        """Address of the `Kernels` of linear.hpp; for a rotated matrix they cannot compute single rows of W_hat."""
         return int(self.library.reallm_kernels(int(rotated)))
 
     def extra_floats(self, cols: int) -> int:
-        """Floats that the kernel needs behind the prepared x of `cols` columns."""
+        """Number of extra floats that the kernel needs in memory after the prepared x of `cols` columns."""
         return int(self.library.reallm_behind(cols))
 
     @property
     def layout(self) -> int:
-        """A number for the meaning of the extra floats: kernels with equal layouts can share a prepared x."""
+        """A number that identifies how the extra floats are used; kernels with the same number can share a prepared x."""
         return int(self.library.reallm_layout())
 
     @property
     def linear(self) -> Callable[[int, int, int, int, int, int], int]:
-        """y = W_hat x: operand, x, y (addresses), kind, batch, threads -> 0, or 1 if memory ran out.
+        """The function that computes y = W_hat x: (operand, x, y, kind, batch, threads) -> 0, or 1 if out of memory.
+
+        Operand, x and y are addresses; kind is the dtype of x and y, and batch the number of rows of x.
 
         This is the ctypes function itself: a Python wrapper would take a tenth of the time of a small product.
         """
@@ -137,15 +139,18 @@ class CpuFunctions:
         return function
 
     def rows(self, operand: int, index: int, count: int, out: int, kind: int) -> int:
-        """Write rows of W_hat, all arguments addresses or numbers; returns 0, or 1 if memory ran out."""
+        """Write `count` rows of W_hat to the address `out`; return 0, or 1 if memory ran out.
+
+        `operand` and `index` (the numbers of the rows) are addresses too; `kind` is the dtype of the output.
+        """
         return int(self.library.reallm_rows(operand, index, count, out, kind))
 
 
 @cache
 def load_functions(kernel: CpuKernel, abi_bytes: int) -> CpuFunctions | None:
-    """The functions of `kernel`, compiled if necessary; None where that fails, with a warning from `compiler`.
+    """The functions of `kernel`, compiled if necessary; None if that fails, in which case `compiler` logs a warning.
 
-    `abi_bytes` is the size of the caller's Operand. Raises RuntimeError if it differs from the size in the source.
+    `abi_bytes` is the size of the caller's Operand. Raises RuntimeError if linear.hpp's Operand has another size.
     """
     library = generated_library(kernel.name, emit(kernel))
     if library is None:

@@ -1,6 +1,6 @@
-"""Buffers: places in the scratch area for the values of a decode step, reused as soon as nothing reads them.
+"""Buffers: places in the scratch area for the values of a decode step; a place is reused once its value is dead.
 
-Buffers are taken and given back in the order of the graph, so that every layer uses the same ones.
+Buffers are taken and released in the order of the graph, so that every layer uses the same ones.
 """
 
 from __future__ import annotations
@@ -11,25 +11,31 @@ from .graph import StepGraph, Value
 from .operations import Operation
 
 BUFFER_FLOATS = 16
-"""Widths of buffers are rounded up to a cache line."""
+"""Widths of buffers are rounded up to a multiple of this, one cache line."""
 
 
 class Buffers:
-    """The place of each live value, in floats per token; `order` lists the operations as they will run."""
+    """Places of the live values: offsets in the scratch area, in floats per token.
+
+    `order` lists the operations in the order in which they will run.
+    """
 
     def __init__(self, graph: StepGraph, order: Sequence[tuple[str, Operation]]) -> None:
         self.graph = graph
         self.total = 0
-        """Floats per token of the scratch area."""
+        """Size of the scratch area in floats per token."""
         self.free: dict[int, list[int]] = {}
-        """Width -> places that are free."""
+        """Width -> free places of this width."""
         self.places: dict[Value, int] = {}
         self.last_use: dict[Value, int] = {}
         for index, (name, _) in enumerate(order):
             self.last_use |= dict.fromkeys(graph.inputs(name), index)
 
     def take(self, index: int, value: Value, replaced: Value | None = None) -> int:
-        """A place for `value`: that of `replaced`, if operation `index` is the last to read it and the widths agree."""
+        """Reserve and return a place for `value`.
+
+        It is the place of `replaced`, if operation `index` is the last to read `replaced` and the widths agree.
+        """
         width = self.graph.width(value)
         if replaced is not None and self.last_use[replaced] == index and self.graph.width(replaced) == width:
             self.places[value] = self.places[replaced]
@@ -45,7 +51,10 @@ class Buffers:
         return place
 
     def release(self, index: int, name: str) -> None:
-        """Free the places of values that nothing reads after operation `index`, and of outputs that nothing reads."""
+        """Free the places that are unused after operation `index`, the node `name`.
+
+        These are the places of its inputs that no later operation reads, and of its outputs that nothing reads.
+        """
         outputs = [Value(name, port) for port in range(len(self.graph.op(name).outputs))]
         for value in [*dict.fromkeys(self.graph.inputs(name)), *outputs]:
             if value in self.places and self.last_use.get(value, index) <= index:

@@ -1,12 +1,13 @@
 """The C++ of a decode step: graph -> buffers -> blocks -> one translation unit over kernels/native/step/step.hpp.
 
-    step(run, tokens, logits)     passes the tokens at run.position, ... through the model; logits of the last
+    step(run, tokens, logits)     passes `tokens`, which start at run.position, through the model and writes the logits
+                                  of the last one
 
-Values live in `buffers` of one scratch area that are the same in every layer; where a value is last read, a result of
-the same width takes its place if the operation allows. Layers whose lines are then equal become one function, called
-once per layer with the places of its weights. Matrices are reached through their Operand (kernels/native/linear/
-linear.hpp), so the source does not depend on how they are stored, except for those that need their input in the order
-of their stored columns.
+Values live in buffers (`buffers`) of one scratch area; every layer uses the same buffers. An operation may write its
+result over an input that nothing reads later, if the widths agree. Layers that then consist of the same lines become
+one function, which is called once per layer with the positions of the layer's weights. Matrices are reached through
+their Operand (kernels/native/linear/linear.hpp), so the source does not depend on how they are stored, except for
+matrices that need their input in the order of their stored columns.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ CACHE_TYPES: dict[CacheDtype, str] = {"f32": "float", "bf16": "Bf16"}
 
 @dataclass(frozen=True, slots=True)
 class StepProgram:
-    """The source, and what a run must supply, in the order in which the source expects it."""
+    """The C++ source of a decode step, and what a run must supply, in the order in which the source expects it."""
 
     source: str
     weights: tuple[Weight, ...]
     vectors: tuple[str, ...]
-    """Weights of norms, named by their modules."""
+    """Names of the modules whose weights the norms use."""
     tables: tuple[str, ...]
-    """Tables of rotary angles."""
+    """Names of the tables of rotary angles."""
     scratch: int
-    """Floats per token of the scratch area, without the prepared input."""
+    """Size of the scratch area in floats per token, without the space for prepared inputs of matrices."""
     layers: int
     kv_heads: int
     head_dim: int
@@ -46,7 +47,7 @@ class StepProgram:
 
 @dataclass
 class _Block:
-    """Consecutive operations that become a function; its lines count weights and vectors from the block's first."""
+    """Consecutive operations that become one function; its lines number weights and vectors from the block's first."""
 
     lines: list[str] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
@@ -59,7 +60,10 @@ class _Block:
 
 
 def emit_step(graph: StepGraph, cache: CacheDtype = "f32") -> StepProgram:
-    """The program of `graph` after the passes. Raises CodegenError for an operation that the passes should remove."""
+    """The program of a `graph` after the passes. Raises CodegenError for an operation that the passes should have removed.
+
+    `cache` is the dtype of cached keys and values.
+    """
     return _Emission(graph, cache).program()
 
 
@@ -80,7 +84,7 @@ class _Emission:
                 self.emit(index, *self.order[index])
         weights = tuple(weight for block in self.blocks for weight in block.weights)
         if len(self.heads) != 1:
-            raise CodegenError(f"the layers of {self.graph.model} differ in heads; the cache needs equal ones")
+            raise CodegenError(f"the layers of {self.graph.model} differ in the number or size of their heads; the cache needs equal ones")
         ((kv_heads, head_dim),) = self.heads
         return StepProgram(
             source=self.source(),
@@ -107,7 +111,7 @@ class _Emission:
             Softcap: self._softcap,
         }
         if type(op) not in emitters:
-            raise CodegenError(f"{name} = {op} has no C++; run the passes first")
+            raise CodegenError(f"{name} = {op} cannot be written as C++; run the passes first")
         line = emitters[type(op)](index, name, op)
         self.blocks[-1].lines.append(line)
         self.buffers.release(index, name)
@@ -128,7 +132,7 @@ class _Emission:
         return f"w + {len(block.weights) - len(weights)}"
 
     def _order(self, index: int, reader: str) -> str:
-        """The last argument that makes an operation write in the order of the matrix `reader`, which comes later."""
+        """The last argument of an operation that writes in the order of the stored columns of `reader`, a later matrix."""
         if not reader:
             return ""
         later = [weight.name for _, op in self.order[index:] if isinstance(op, Linear) for weight in op.weights]
@@ -205,7 +209,7 @@ class _Emission:
     def _softcap(self, index: int, name: str, op: Operation) -> str:
         assert isinstance(op, Softcap)
         if name != self.graph.logits.node:
-            raise CodegenError(f"{name} = {op}: only logits can be capped by a node of their own")
+            raise CodegenError(f"{name} = {op}: only the logits can be capped by a separate node")
         return f"softcap(logits, {op.width}, {_f(op.cap)});"
 
     def source(self) -> str:
@@ -223,7 +227,7 @@ class _Emission:
         )
 
     def _calls(self, texts: list[str]) -> Iterator[str]:
-        """One loop for each run of blocks with the same text."""
+        """Lines that call the blocks: one loop for each series of consecutive blocks with the same text."""
         weights = vectors = 0
         for text, run in groupby(self.blocks, key=lambda block: block.text):
             same = list(run)
@@ -237,7 +241,10 @@ class _Emission:
 
 
 def _segments(order: Sequence[tuple[str, Operation]]) -> Iterator[list[int]]:
-    """Indices cut where the layer changes, and after the norm that begins a layer, so that all layers look the same."""
+    """Indices of the operations of each block.
+
+    Blocks end where the layer changes, and after the norm that begins a layer, so that all layers look the same.
+    """
     segment: list[int] = []
     for index, (name, op) in enumerate(order):
         opens = name.partition(".")[0] != order[index - 1][0].partition(".")[0] if index else False
@@ -250,7 +257,7 @@ def _segments(order: Sequence[tuple[str, Operation]]) -> Iterator[list[int]]:
 
 
 def _f(value: float) -> str:
-    """A float literal that reads back as the nearest float32."""
+    """A C++ literal of the float32 nearest to `value`."""
     return f"float({value!r})"
 
 

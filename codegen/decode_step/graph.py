@@ -1,7 +1,7 @@
-"""The decode step of a decoder-only model as a dataflow graph: one token in, its logits out, printable.
+"""The decode step of a decoder-only model as a printable dataflow graph, which turns one token into its logits.
 
-A node is one operation, an edge carries one value. A value is named by its node, or by node and output where a node has
-several (`x.1`). `reallm.runtime.step.model_reader` builds the graph of a model, `passes` rewrites it, `verify` checks
+A node is one operation; an edge carries one value. A value has the name of its node, followed by the number of the
+output if the node has several (`x.1`). `reallm.runtime.step.model_reader` builds the graph of a model, `passes` rewrites it, `verify` checks
 it, and `emit_cpp` writes its C++.
 """
 
@@ -27,8 +27,9 @@ class Value:
 
 @dataclass
 class StepGraph:
-    """Nodes in a topological order that keeps the order in which they were added; the last gives the logits.
+    """The graph of a decode step. Iterating over it gives (name, operation) of each node in topological order.
 
+    Among the possible orders, the order in which nodes were added is preferred. The node added last gives the logits.
     `network` is a networkx graph: node -> op, edge -> slot (which input of its target) and port (which output of its
     source).
     """
@@ -84,7 +85,7 @@ class StepGraph:
             self.logits = new
 
     def width(self, value: Value) -> int:
-        """Floats per token of a value."""
+        """The number of floats per token of a value."""
         return self.op(value.node).outputs[value.port]
 
     def label(self, value: Value) -> str:

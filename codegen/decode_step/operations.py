@@ -1,6 +1,6 @@
-"""The operations of a decode step: one node of the graph each, with the widths of the values it reads and gives.
+"""The operations of a decode step: each is one node of the graph, with the widths of its inputs and outputs.
 
-A width is a number of floats per token; the token's number, an integer, has width 0. To add an operation, write a
+A width is a number of floats per token; the token's id, an integer, has width 0. To add an operation, write a
 frozen dataclass with its parameters as fields, its widths and its printed form, and teach the emitters about it.
 """
 
@@ -21,14 +21,17 @@ class Weight:
     rows: int
     cols: int
     stored: str
-    """How it is stored: a dtype (`bf16`) or the name of a format."""
+    """How the matrix is stored: a dtype (`bf16`) or the name of a format."""
     bias: bool = False
     transform: str = ""
-    """How the input is transformed before it is multiplied; matrices with equal inputs and transforms share it."""
+    """How the input is transformed before it is multiplied.
+
+    Matrices with the same input and the same transform share the transformed input.
+    """
     permuted: bool = False
-    """Whether its columns are stored in another order, and only the vector multiplied by its codes needs that order."""
+    """Whether the columns are stored in another order, which only the vector that the codes multiply must have too."""
     ordered: bool = False
-    """Whether its input comes in the order of its stored columns. Set by `passes.fold_permutations`."""
+    """Whether the input already comes in the order of the stored columns. Set by `passes.fold_permutations`."""
 
     def __str__(self) -> str:
         notes = f"{' + bias' if self.bias else ''}{', its input in order' if self.ordered else ''}"
@@ -42,17 +45,17 @@ class Operation(ABC):
     @property
     @abstractmethod
     def outputs(self) -> tuple[int, ...]:
-        """Widths of the values it gives."""
+        """Widths of the values that the operation gives."""
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Widths of the values it reads; by default one, as wide as its output."""
+        """Widths of the values that the operation reads; by default one value, as wide as the output."""
         return self.outputs
 
 
 @dataclass(frozen=True, slots=True)
 class Token(Operation):
-    """The number of the token that is read."""
+    """The id of the input token."""
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -107,7 +110,7 @@ class Norm(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Linear(Operation):
-    """y = W x for each of `weights`: one value each."""
+    """y = W x for each matrix W of `weights`; gives one value per matrix."""
 
     weights: tuple[Weight, ...]
 
@@ -125,7 +128,7 @@ class Linear(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Rotary(Operation):
-    """Rotates the pairs (i, i + head_dim / 2) of every head by the angles of the position in `table`."""
+    """Rotates the pairs of entries (i, i + head_dim / 2) of every head by the angles in `table` for the position."""
 
     heads: int
     head_dim: int
@@ -141,7 +144,7 @@ class Rotary(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Attention(Operation):
-    """Appends key and value to the cache of `layer`, then softmax(cap(q K^T scale)) V over the positions in view.
+    """Appends key and value to the cache of `layer`, then computes softmax(cap(scale q K^T)) V over the visible positions.
 
     A query at position p sees the positions from max(0, p - window + 1) to p; cap(s) = softcap tanh(s / softcap).
     """
@@ -176,7 +179,7 @@ class Gate(Operation):
     activation: Activation
     width: int
     order: str = ""
-    """The matrix in whose order of columns the values are written; their natural order if empty."""
+    """Name of a matrix: values are written in the order of its stored columns. If empty, in their natural order."""
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -225,7 +228,7 @@ class Softcap(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Residual(Operation):
-    """h + post(y), and the norm of that: two values. Made by `passes.fuse_residuals`."""
+    """Two values: the sum h + post(y), and the norm of the sum. Made by `passes.fuse_residuals`."""
 
     norm: Norm
     post: Norm | None = None
@@ -241,7 +244,7 @@ class Residual(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Attend(Operation):
-    """Attention that includes the norms and rotations of its query and key. Made by `passes.fuse_attention`."""
+    """Attention, including the norms and rotations of query and key. Made by `passes.fuse_attention`."""
 
     attention: Attention
     table: str

@@ -1,15 +1,17 @@
-"""The passes over the graph of a decode step: each leaves a graph that computes the same with fewer memory accesses and
-fewer barriers between threads. The verifier runs before the first pass and after every one.
+"""The passes over the graph of a decode step.
 
-1. group_linears    matrices that read one value through one transform become one node: the input is transformed once,
-                    and the threads synchronise once (q, k and v; gate and up).
+After each pass the graph computes the same result with fewer memory accesses and fewer barriers between threads. The
+verifier runs before the first pass and after every one.
+
+1. group_linears    matrices that read the same value through the same transform (q, k and v; gate and up) become one
+                    node, so that the input is transformed once and the threads synchronise once.
 2. fuse_residuals   h + y, the norm of y if there is one, and the norm of the sum become one node with two outputs.
 3. fuse_attention   norms and rotations of query and key move into the attention, which reads its inputs head by head.
 
-Only on the CPU (the kernels of a GPU permute as they read):
+Only on the CPU (GPU kernels permute x while they read it):
 
-4. fold_permutations   a matrix whose columns are stored in another order gets its input in that order from the gate or
-                       attention that computes it, if nothing else reads it (down_proj, o_proj).
+4. fold_permutations   if the columns of a matrix (down_proj, o_proj) are stored in another order, the gate or attention
+                       that computes its input writes the input in that order, unless another node reads it too.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .verify import verify_step
 
 
 def group_linears(graph: StepGraph) -> None:
-    """Linears that read the same value through the same transform become one."""
+    """Merge the Linear nodes that read the same value through the same transform."""
     groups: dict[tuple[Value, str], list[str]] = defaultdict(list)
     for name, op in graph:
         if isinstance(op, Linear) and len(op.weights) == 1:
@@ -46,12 +48,12 @@ def _linear(graph: StepGraph, name: str) -> Linear:
 
 
 def _sole_source(graph: StepGraph, value: Value, kind: type) -> str | None:
-    """The node that gives `value`, if it is of `kind` and `value` has only one reader."""
+    """Name of the node that gives `value`, if its operation is a `kind` and `value` has only one reader; else None."""
     return value.node if isinstance(graph.op(value.node), kind) and len(graph.readers(value)) == 1 else None
 
 
 def fuse_residuals(graph: StepGraph) -> None:
-    """norm(h + y) and norm(h + post(y)) become Residual nodes, whose first output is the sum."""
+    """Replace norm(h + y) and norm(h + post(y)) by Residual nodes, whose first output is the sum."""
     for name, op in list(graph):
         readers = graph.readers(Value(name)) if isinstance(op, Add) else []
         norms = [node for node, _ in readers if isinstance(reader := graph.op(node), Norm) and reader.groups == 1]
@@ -73,7 +75,7 @@ def fuse_residuals(graph: StepGraph) -> None:
 
 
 def fuse_attention(graph: StepGraph) -> None:
-    """Rotary of query and key, and the norms of their heads before it, become part of the attention."""
+    """Make the rotations of query and key, and the head norms before them, part of the attention."""
     for name, op in list(graph):
         if not isinstance(op, Attention):
             continue
@@ -89,7 +91,7 @@ def fuse_attention(graph: StepGraph) -> None:
 
 
 def _rotation_chain(graph: StepGraph, rotation: str) -> tuple[str, Value, Norm | None, list[str]]:
-    """(table, input, norm of the heads before the rotation if any, nodes to remove) of a rotation."""
+    """(table, input, the head norm before the rotation if there is one, nodes to remove) for the node `rotation`."""
     op = graph.op(rotation)
     assert isinstance(op, Rotary)
     (value,) = graph.inputs(rotation)
@@ -102,7 +104,7 @@ def _rotation_chain(graph: StepGraph, rotation: str) -> tuple[str, Value, Norm |
 
 
 def fold_permutations(graph: StepGraph) -> None:
-    """The gate or the attention before a permuted matrix writes in the order of its stored columns."""
+    """Let the gate or attention before a permuted matrix write in the order of the matrix's stored columns."""
     for name, op in list(graph):
         if not isinstance(op, Linear) or len(op.weights) != 1 or not op.weights[0].permuted:
             continue
@@ -119,7 +121,10 @@ CPU_PASSES: Passes = (*PASSES, fold_permutations)
 
 
 def run_step_passes(graph: StepGraph, passes: Passes = PASSES) -> StepGraph:
-    """Run `passes` on `graph` itself, with the verifier between them. Raises CodegenError for an invalid graph."""
+    """Run `passes` on `graph`, which they change in place, and return it. Raises CodegenError for an invalid graph.
+
+    The verifier runs before the first pass and after every one.
+    """
     verify_step(graph)
     for change in passes:
         change(graph)

@@ -1,7 +1,7 @@
-"""Triton kernels of a decode step on a GPU, besides its products: norms, gates and attention over a static cache.
+"""Triton kernels of a decode step on a GPU, except the matrix products: norms, gates and attention over a static cache.
 
-Their compile-time arguments specialise them to the shapes of the nodes of a `graph.StepGraph`; all arithmetic is
-float32. Results do not depend on the timing of instances: there are no atomics, and sums have a fixed order.
+Compile-time arguments specialise the kernels to the shapes of the nodes of a `graph.StepGraph`. All arithmetic is
+float32. Results do not depend on the timing of kernel instances: there are no atomics, and sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def norm_rows(
     h, y, post, weight, total, normed, eps, post_eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr, ADDS: tl.constexpr, POST: tl.constexpr,
 ):  # fmt: skip
-    # total = h [+ y, or + norm(y) where POST is 1, or with weights plus one 2]; normed = norm(total); one row each
+    # total = h [+ y]; normed = norm(total); each instance computes one row. POST: y is normed before it is added,
+    # with its weights (1) or its weights plus one (2).
     k = tl.arange(0, BLOCK)
     inside = k < WIDTH
     at = tl.program_id(0).to(tl.int64) * WIDTH + k
@@ -60,7 +61,7 @@ def gate(a, b, y, count, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
 def _turned(
     x, weight, cosines, sines, eps, lane, inside, HALF: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    # both halves of a head, normed (NORM 1; with weights plus one 2) and rotated
+    # Both halves of a head, rotated; NORM: normed before, with the weights (1) or the weights plus one (2).
     first = tl.load(x + lane, mask=inside, other=0).to(tl.float32)
     second = tl.load(x + HALF + lane, mask=inside, other=0).to(tl.float32)
     if NORM:
@@ -77,9 +78,10 @@ def attend(
     GROUP: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
 ):  # fmt: skip
-    # One query head and one share of the positions it sees; the first share appends the new key and value, and sees
-    # them from registers. keys, values [kv_heads, capacity, 2 HALF]; part [heads, SPLITS, 2 HALF], ends the largest
-    # score and the sum of each; with one share y is written at once.
+    # An instance computes one query head over one share of the positions that the head sees. The first share appends
+    # the new key and value to the cache, and reads them from registers. keys, values: [kv_heads, capacity, 2 HALF].
+    # part [heads, SPLITS, 2 HALF] gets the result of each share, ends its largest score and its sum of exponentials.
+    # If SPLITS is 1, y is written directly.
     head, split = tl.program_id(0), tl.program_id(1)
     kv = head // GROUP
     now = tl.load(position)
@@ -142,7 +144,7 @@ def attend(
 
 @triton.jit
 def join_shares(part, ends, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
-    # y of one head from the shares of `attend`
+    # y of one head, combined from the shares that `attend` has written
     head = tl.program_id(0)
     split, lane = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
     inside = lane < WIDTH

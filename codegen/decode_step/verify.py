@@ -13,7 +13,7 @@ from .operations import Attend, Attention, Linear
 
 
 def verify_step(graph: StepGraph) -> None:
-    """Raise CodegenError, naming the node, unless every value fits what reads it and each cache has one owner."""
+    """Raise CodegenError, naming the node, if `graph` fails one of the CHECKS."""
     for check in CHECKS:
         for fault in check(graph):
             raise CodegenError(f"the step of {graph.model}: {fault}")
@@ -26,11 +26,11 @@ def has_no_cycle(graph: StepGraph) -> Iterator[str]:
 
 
 def values_fit_their_readers(graph: StepGraph) -> Iterator[str]:
-    """Each node reads as many values, of such widths, as its operation takes."""
+    """The number and the widths of the values that a node reads are those that its operation takes."""
     for name, op in graph:
         widths = tuple(graph.width(value) for value in graph.inputs(name))
         if widths != op.reads:
-            yield f"{name} = {op} reads values of {widths}, not {op.reads}"
+            yield f"{name} = {op} reads values of widths {widths}, not {op.reads}"
 
 
 def matrices_of_a_linear_have_equal_columns(graph: StepGraph) -> Iterator[str]:
@@ -41,14 +41,14 @@ def matrices_of_a_linear_have_equal_columns(graph: StepGraph) -> Iterator[str]:
 
 
 def all_values_are_read(graph: StepGraph) -> Iterator[str]:
-    """Every node but the one that gives the logits is read by another."""
+    """The output of every node, except the one that gives the logits, is read by another node."""
     for name, op in graph:
         if name != graph.logits.node and not any(graph.network.successors(name)):
             yield f"nothing reads {name} = {op}"
 
 
 def each_layer_has_one_cache(graph: StepGraph) -> Iterator[str]:
-    """The attentions append to the caches 0, 1, 2, ..., one each."""
+    """Each attention node appends to its own cache; the caches are numbered 0, 1, 2, ..."""
     layers = []
     for _, op in graph:
         attention = op.attention if isinstance(op, Attend) else op

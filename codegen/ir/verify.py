@@ -87,7 +87,7 @@ def is_scaled_once(matrix: MatrixProgram, earlier: Earlier) -> Faults:
 
 
 def low_rank_is_projected(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """A low-rank term and the projection of x onto it come together."""
+    """A matrix has both a low-rank term and the projection of x onto it, or neither."""
     projected = [op.dtype for op in matrix.operations if isinstance(op, Project)]
     if projected != [op.dtype for op in matrix.operations if isinstance(op, AddLowRank)]:
         yield "has a projection without its low-rank term, or the reverse"

@@ -14,9 +14,10 @@ from .kernel_specs import nominal_widths, product_kernel
 
 
 def group_products(program: Program) -> Program:
-    """Products of one input by equal operations become one launch, with the tile of a matrix of all their rows.
+    """Compute the products that have the same input and the same operations in one launch.
 
-    So do the kernels that finish them, where their pieces have the same size.
+    Its tile is the one chosen for a single matrix with all their rows. The kernels that finish these products are
+    joined as well, where their pieces have the same size.
     """
     inputs = shared_inputs(matrix.name for matrix in program.matrices)
     alike: dict[tuple[object, ...], list[MatrixProgram]] = {}

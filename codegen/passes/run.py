@@ -1,6 +1,6 @@
 """All passes over a program, in order; the verifier runs before the first and after every one.
 
-Each pass takes a program and returns a better one that computes the same.
+Each pass takes a program and returns a better one with the same result.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The Triton source of one kernel: a self-contained file whose text depends on the specification alone.
 
-The tile of a GEMV is W as [BLOCK_N, CHUNKS, WIDTH], where WIDTH is the columns of one word of the widest plane (16 of 2
-or 3 bits, 8 of 4 to 6, 4 of 8) or of one additive group. When rows are whole chunks, the bits of a chunk lie in one
-word of each plane: words, scales and zeros are loaded once per chunk, and each weight takes only shifts. Otherwise the
-word of each weight is loaded separately. The layout of the words is in `kernels.formats.bit_planes`, that of the fields
-in `kernels.formats.codecs`.
+The tile of a GEMV is W as [BLOCK_N, CHUNKS, WIDTH], where WIDTH is the number of columns in one word of the widest
+plane (16 for codes of 2 or 3 bits, 8 for 4 to 6 bits, 4 for 8 bits) or in one additive group. When a row is a whole
+number of chunks, the bits of a chunk lie in one word of each plane: words, scales and zeros are loaded once per chunk,
+and each weight takes only shifts. Otherwise the word of each weight is loaded separately. The layout of the words is
+described in `kernels.formats.bit_planes`, that of the fields in `kernels.formats.codecs`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def bindings(spec: KernelSpec) -> tuple[tuple[str, str, str, int], ...]:
 
 
 def member_tensors(spec: KernelSpec) -> tuple[str, ...]:
-    """The tensors that each matrix of a group has its own of, in the order of the kernel of one matrix."""
+    """The tensors that every matrix of a group has separately, in the order of the kernel of one matrix."""
     read = {DERIVED.get(name, (name, dtype)) for operation in spec.operations for name, dtype in operation.reads}
     return tuple(name for name, dtype in _pointers_of_one(spec) if name in MEMBER_TENSORS or (name, dtype) in read)
 

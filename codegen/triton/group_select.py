@@ -14,18 +14,18 @@ from reallm.codegen.ir.operations import Unrotate
 from reallm.codegen.ir.program import KernelSpec
 
 MEMBER_TENSORS = frozenset({"y", "part", "t", "bias", "base_out", "signs_out"})
-"""Tensors that each member has its own of, besides its stored fields and those derived from them."""
+"""Tensors that each member has separately, besides its stored fields and the tensors derived from them."""
 MEMBER_SIZES = frozenset({"rows", "pieces"})
-"""Integer arguments that each member has its own of."""
+"""Integer arguments that each member has separately."""
 
 
 def member_name(name: str, member: int) -> str:
-    """The argument that is `name` of one member."""
+    """The name of the kernel argument that passes the tensor or size `name` of one member."""
     return f"{name}_of_{member}"
 
 
 def _tiles(spec: KernelSpec) -> str:
-    """An expression, with `{}` for the member's number, for its number of tiles, of rows or of pieces."""
+    """An expression for the number of tiles (of rows or of pieces) of a member; `{}` stands for the member's number."""
     order, size = "rows_of_{}", spec.tile.block_n
     if spec.function == "finish":
         rotated = any(isinstance(operation, Unrotate) and operation.rotated for operation in spec.operations)
@@ -58,7 +58,7 @@ def select_lines(spec: KernelSpec, names: Sequence[str]) -> list[str]:
 
 
 def _selected(choices: Sequence[str]) -> str:
-    """An expression for the choice of the last member whose tiles have begun."""
+    """An expression that selects the entry of `choices` for the member that the instance belongs to."""
     text = choices[0]
     for member, choice in enumerate(choices[1:], 1):
         text = f"tl.where(from_{member}, {choice}, {text})"

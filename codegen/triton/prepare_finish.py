@@ -31,16 +31,16 @@ LARGEST_EXPONENT = 100
 CHUNK = 1024
 """Entries of a row that an instance prepares or finishes without a rotation."""
 NORM_CHUNK = 4096
-"""Most entries of a row that an instance loads at once to find the largest."""
+"""Maximum number of entries of a row that an instance loads at once to find the largest one."""
 MAX_PIECES = 64
-"""Most pieces that are mixed at once, in registers."""
+"""Maximum number of pieces that are mixed at once, in registers."""
 
 
 def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
-    """The Walsh-Hadamard transform of each row of `name` [pieces, size], which becomes [pieces * size].
+    """Lines that apply the Walsh-Hadamard transform to each row of `name` [pieces, size] and flatten it.
 
-    Each line computes the butterflies of the lowest bit of the index, which becomes the highest bit; after all of them
-    the bits of the row are where those of the column were.
+    Each step computes the butterflies of the lowest bit of the flat index, then moves this bit to the top. After all
+    steps the row number is in the lowest bits, so a transposition restores the order.
     """
     flat = pieces * size
     lines = [f"{name} = tl.reshape({name}, ({flat},))"]

@@ -85,7 +85,7 @@ def _join(target: str, part: str, shift: int) -> str:
 
 
 def scale_setup(double: DoubleQuant | None, per_row: str) -> list[str]:
-    """Lines that `scale_lines` needs before the loop, for `per_row` scales a row."""
+    """Lines that `scale_lines` needs before the loop, for rows of `per_row` scales each."""
     if double is None:
         return []
     return [*plane_lines("scale_codes", double.bits, per_row), "least = tl.load(scale_min)"]

@@ -247,7 +247,7 @@ class LatticeCodec(Codec):
 
 @dataclass(frozen=True, slots=True)
 class NeuralCodec(Codec):
-    """Latent codes that a small convolutional decoder turns into weights; matrices of a family share it (ReALLM).
+    """Latent codes that a small convolutional decoder, shared by the matrices of a family, turns into weights (ReALLM).
 
     A column is cut into patches of `dim` rows (the last padded). Each patch has one code, an index into a shared
     codebook of 2^codebook_bits words of `dim` weights; together they are the latent image E. Then W_hat = (E + D(E))

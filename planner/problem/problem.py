@@ -104,7 +104,7 @@ class Problem:
         return sum(c.uses[index] for c in chosen) + sum(shared.get(key, 0) for key in needed_codebooks(chosen))
 
     def fits(self, chosen: Sequence[Candidate]) -> bool:
-        """Whether a choice keeps the capacity, every limit and the number of formats."""
+        """Whether a choice stays within the capacity, every limit and the maximum number of formats."""
         within_limits = all(self.limit_use(chosen, i) <= limit.capacity for i, limit in enumerate(self.limits))
         few_enough = self.max_formats is None or len({c.format for c in chosen}) <= self.max_formats
         return within_limits and few_enough and self.nbytes(chosen) <= self.capacity

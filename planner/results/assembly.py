@@ -25,10 +25,10 @@ def assemble(
     work: str,
     limits: Sequence[LimitState] = (),
 ) -> Plan:
-    """The plan for a choice: `chosen` has a candidate for every item, by name.
+    """The plan for a choice: `chosen` maps the name of every item to its candidate.
 
-    `budget` is the text that the user wrote, and its bytes. Raises ArithmeticError when the exact bytes exceed the
-    budget, which would be a fault of the planner, not of the user.
+    `budget` is the text that the user wrote and its value in bytes. Raises ArithmeticError when the exact bytes exceed
+    the budget, which would be a fault of the planner, not of the user.
     """
     table, options = selection.table, selection.plan_options
     choices = _choices(selection, chosen, runners_up)

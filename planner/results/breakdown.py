@@ -127,7 +127,7 @@ def costliest(plan: Plan, count: int) -> list[Choice]:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Name -> its last parts: as few as keep all names different, and without "_proj" if they still differ."""
+    """Name -> its shortest ending that keeps all names different, without "_proj" where that is unambiguous."""
     names, count = tuple(dict.fromkeys(names)), 1
     while True:
         short = {name: ".".join(name.split(".")[-count:]) for name in names}

@@ -30,9 +30,9 @@ class Change:
     after: str
     """Its format in the second plan."""
     nbytes: int
-    """Bytes that it takes more in the second plan; negative for fewer."""
+    """Bytes in the second plan minus bytes in the first."""
     cost: float
-    """Predicted loss that it causes more in the second plan, nats per token."""
+    """Predicted loss in the second plan minus that in the first, nats per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def differences(before: Plan, after: Plan) -> list[Change]:
 def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternative]:
     """All measured formats of the matrices that the regex `matrix` matches, by matrix and size.
 
-    Raises PlanError for a regex that is invalid or matches nothing, and for another table than the plan's.
+    Raises PlanError for a regex that is invalid or matches nothing, and for a table that the plan was not made from.
     """
     require_table(table, plan)
     try:

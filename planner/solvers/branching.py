@@ -113,9 +113,9 @@ class Search:
         return costs[self.count - 1] if len(costs) >= self.count else inf
 
     def run(self, time_limit_s: float) -> SearchResult | None:
-        """Search until everything is proved or the time is over, then perhaps without a choice.
+        """Search until everything is proved or the time limit is reached.
 
-        None when no choice fits.
+        Returns None when no choice fits. At the time limit, the result may not contain a choice.
         """
         deadline = time.monotonic() + time_limit_s
         root = self.bounded(self.root())
@@ -279,13 +279,16 @@ class Search:
         return _difference_below(fsum(value.min(1).tolist()), price * self._bytes_left(node))
 
     def _excess_formats(self, node: Node, instance: Instance) -> int:
-        """How many formats too many may still be used."""
+        """By how many the formats that may still be used exceed the maximum number; 0 without a maximum."""
         if self.problem.max_formats is None:
             return 0
         return int(np.isfinite(instance.cost).any(0).sum()) - self.problem.max_formats
 
     def _children(self, node: Node) -> list[Node]:
-        """The node with both decisions on what matters most, the more promising one last; none for a solved node."""
+        """Two children that decide the most important open question in opposite ways; none for a solved node.
+
+        The more promising child is the last one, so the search visits it first.
+        """
         if (instance := self._instance(node)) is None:
             return []
         if self._excess_formats(node, instance) > 0:
@@ -335,5 +338,5 @@ class Search:
 
 
 def _difference_below(value: float, paid: float) -> float:
-    """`value` - `paid`, minus what rounding may have added to it."""
+    """A lower bound of `value` - `paid` that allows for rounding errors."""
     return value - paid - ROUNDING * (abs(value) + paid)

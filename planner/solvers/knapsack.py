@@ -83,7 +83,7 @@ class Answer:
     price: float
     """Cost per byte at the Lagrangian optimum."""
     optimal: bool
-    """Whether `picks` are proved to be the cheapest ones; if not, there is one, which is only feasible."""
+    """Whether `picks` are proved to be the cheapest choices; if not, they are a single choice that is only feasible."""
     core: int = 0
     """Number of items in the last core."""
     states: int = 0

@@ -72,10 +72,10 @@ def calibrate(
 ) -> CalibrationReport:
     """Write the statistics of every matrix of `loaded` on `windows` (int64 [n, seqlen]) to `folder`; resumable.
 
-    `weights` is entered while statistics are gathered, unless `folder` has them already: a context that gives the
-    model other weights, so that the blocks see the inputs these produce (None: the model's own). The caller chooses one
-    folder per combination of model, text and settings; a second process in it waits for the first. Raises UserError
-    for activations or gradients that are not finite, and for blocks that do not form a chain.
+    `weights` is a context that gives the model other weights, so that statistics are gathered on the inputs that these
+    produce (None: the model's own weights). It is not entered if `folder` has the statistics already. The caller
+    chooses one folder per combination of model, text and settings; a second process in it waits for the first.
+    Raises UserError for activations or gradients that are not finite, and for blocks that do not form a chain.
     """
     with exclusive_lock(folder):
         done = folder / DONE_FILE

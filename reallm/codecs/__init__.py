@@ -1,1 +1,1 @@
-"""Encoders: choosing the codes of a matrix for a format, given what its errors cost. One folder per codec family."""
+"""Encoders: they choose the codes of a matrix in a given format, so that the errors cost little. One folder per codec."""

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from reallm.kernels.formats.codecs import TILE
 
-RIDGE = 1e-6  # towards the previous scale, in units of the mean curvature
+RIDGE = 1e-6  # strength of the pull towards the previous scale, in units of the mean curvature
 
 
 def refit_block_scales(W: Tensor, plain: Tensor, scales: Tensor, H: Tensor, G: Tensor | None) -> Tensor:
-    """Fit scales [K / TILE] that minimise tr(G E H E^T), E = W - plain diag(scales).
+    """Fit scales [K / TILE] that minimise tr(G E H E^T), where E = W - plain diag(scales), one scale per TILE columns.
 
-    W[N, K] and the unscaled decoded codes `plain` [N, K] are float32, K a multiple of TILE. G [N, N] is the identity if
-    None. If the system is singular, the previous `scales` are returned.
+    W[N, K] and the unscaled decoded codes `plain` [N, K] are float32; K is a multiple of TILE. With G None instead of
+    [N, N], G is the identity. If the system is singular, the previous `scales` are returned.
     """
     weighted = plain if G is None else G @ plain
     gram = _block_sums((plain.T @ weighted) * H)
@@ -27,13 +27,13 @@ def refit_block_scales(W: Tensor, plain: Tensor, scales: Tensor, H: Tensor, G: T
 
 
 def _block_sums(values: Tensor) -> Tensor:
-    """Sum over blocks of TILE x TILE entries, in float64."""
+    """Sums over blocks of TILE x TILE entries of a square matrix, float64 [blocks, blocks]."""
     blocks = values.shape[0] // TILE
     return values.reshape(blocks, TILE, blocks, TILE).double().sum((1, 3))
 
 
 def padded(H: Tensor, size: int) -> Tensor:
-    """H[n, n] extended to [size, size] by ones on the diagonal and zeros elsewhere."""
+    """Extend H[n, n] to [size, size], with ones on the new part of the diagonal and zeros elsewhere."""
     missing = size - len(H)
     if not missing:
         return H

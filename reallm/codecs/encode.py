@@ -1,7 +1,7 @@
-"""Encoding: the packed fields of a matrix in a format. `encode` is the entry point.
+"""Encoding: from a matrix and a format to the packed fields. `encode` is the entry point.
 
-Four layers, each around the next: the low-rank term, the sparse outliers, the transforms, and the codes themselves. A
-new codec is a folder with an encoder (see `encoder`) and one row in ENCODERS.
+The encoder is nested in four layers, from the outside to the inside: the low-rank term, the sparse outliers, the
+transforms, and the codes themselves. To add a codec, add a folder with its encoder (see `encoder`) and a row in ENCODERS.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ ENCODERS: Mapping[type[AnyCodec], Encoder] = {
 
 
 def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = None, seed: int = 0) -> PackedFields:
-    """Encode W[N, K] float32 in `fmt`: its packed fields, the same bytes for the same inputs, seed and thread count.
+    """Encode W[N, K] float32 in `fmt` and return its packed fields.
 
-    `work` holds the metric of the matrix. `shared` holds what the format shares: codebooks [M, 2^B, d] or the bytes of
-    a decoder. Raises ValueError for weights that are not finite, for shared codebooks of a wrong shape, and for values
-    that do not fit their field.
+    The bytes are the same for the same inputs, seed and thread count. `work` holds the metric of the matrix. `shared`
+    holds what the matrices of a family share in this format: codebooks [M, 2^B, d] or the bytes of a neural decoder.
+    Raises ValueError for weights that are not finite, for shared codebooks of a wrong shape, and for values that do not
+    fit their field.
     """
     return store_all(fmt.fields(*W.shape), choose_codes(W, EncodingContext(fmt, work, shared, seed)).values)
 
@@ -71,8 +72,8 @@ def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = N
 def choose_codes(W: Tensor, context: EncodingContext) -> CodedMatrix:
     """Choose the values of all fields of W[N, K] float32, before packing; arguments and errors are those of `encode`.
 
-    With a low-rank term, codes and factors are fitted in turn, factors first (LQ-LoRA, arXiv 2311.12023), until the
-    cost stops falling; the cheapest pair is returned.
+    With a low-rank term, factors and codes are fitted in turn, factors first (LQ-LoRA, arXiv 2311.12023), until the
+    cost stops falling; the codes and factors with the lowest cost are returned.
     """
     if not bool(torch.isfinite(W).all()):
         raise ValueError("a weight is not finite")
@@ -102,7 +103,7 @@ def _encode_with_factors(W: Tensor, context: EncodingContext) -> CodedMatrix:
             factors = strongest(residual, fmt.low_rank, context.seed)
         else:
             factors = factorise(residual, fmt.low_rank, work, bool(fmt.feedback), context.seed, two_sided)
-        if turn:  # the codes of the last turn with the factors just fitted to them
+        if turn:  # compare the codes of the previous turn with the factors just fitted to them
             cost = work.cost(residual - factors.product, two_sided)
             if cost < best_cost:
                 best, best_cost = (coded, factors), cost
@@ -128,7 +129,7 @@ def _encode_with_outliers(W: Tensor, context: EncodingContext) -> CodedMatrix:
 
 
 def _trial_decoder(context: EncodingContext) -> Callable[[Tensor], Tensor] | None:
-    """A function that gives what a matrix would decode to without feedback; None where such a trial is not cheap."""
+    """A function that encodes a matrix without feedback and returns it decoded; None if the codec is too slow for that."""
     if not RoundingCost.supports(context.fmt):
         return None
     plain = replace(context, fmt=replace(context.fmt, feedback="", clipping=False))

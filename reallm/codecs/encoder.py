@@ -1,4 +1,4 @@
-"""The interface of an encoder: what every codec's encoder is given, and what it returns."""
+"""The interface of an encoder: the arguments that every codec's encoder takes, and its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EncodingContext:
 
     fmt: Format
     work: Workspace
-    """The metric of the matrix that is encoded, with its factorisations."""
+    """The metric of the matrix to be encoded, with its factorisations."""
     shared: Tensor | None = None
     """Shared codebooks [M, 2^B, d] or the bytes of a shared decoder; None if the format shares nothing."""
     seed: int = 0
@@ -29,10 +29,10 @@ class CodedMatrix(NamedTuple):
     """The codes chosen for a matrix W[N, K]."""
 
     values: dict[str, Tensor]
-    """The values of each stored field by field name, not yet packed."""
+    """The values of each stored field, by field name, before packing."""
     decoded: Tensor
     """What these values decode to, float32 [N, K]."""
 
 
 Encoder = Callable[[Tensor, Any, EncodingContext], CodedMatrix]
-"""(W[N, K] float32, its codec, context) -> the codes. The result depends only on these and on the thread count."""
+"""(W[N, K] float32, codec, context) -> the codes. The result depends only on the arguments and on the thread count."""

@@ -1,4 +1,4 @@
-"""Error feedback and coordinate descent: choosing the codes of a matrix column by column.
+"""Error feedback and coordinate descent, two ways to choose the codes of a matrix column by column.
 
 With error feedback each column compensates for the errors of the columns before it, which minimises tr(E H E^T)
 greedily (GPTQ, arXiv 2210.17323; block LDL in QuIP#, arXiv 2402.04396). With H^-1 = U^T U, U upper triangular, the
@@ -18,8 +18,8 @@ BLOCK_COLUMNS = 128
 def feed_back(columns: Tensor, factor: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> None:
     """Quantise the columns of W in turn, with error feedback.
 
-    `columns` [K, N] is W transposed, in the order of `factor` [K, K] = U, and is overwritten.
-    `quantise(position, target [N])` returns the values [N] that the column at `position` decodes to.
+    `columns` [K, N] is W transposed, with the columns in the same order as in `factor` U [K, K]; it is overwritten.
+    `quantise(position, target [N])` chooses codes for the column at `position` and returns their decoded values [N].
     """
     count = columns.shape[0]
     diagonal = factor.diagonal().tolist()
@@ -37,10 +37,11 @@ def feed_back(columns: Tensor, factor: Tensor, quantise: Callable[[int, Tensor],
 
 
 def descend(columns: Tensor, values: Tensor, hessian: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> None:
-    """One pass of coordinate descent on tr(E H E^T): each column is quantised again, given all the others.
+    """Run one pass of coordinate descent on tr(E H E^T): quantise each column again, with all others fixed.
 
-    `columns` [K, N] is W transposed and `values` [K, N] what it decodes to now, both in the order of `hessian` [K, K].
-    With slope = H E^T, the target of column j is value_j + slope_j / H_jj (QuantEase, arXiv 2309.01885).
+    `columns` [K, N] is W transposed, and `values` [K, N] holds its current decoded values; both have their columns in
+    the same order as `hessian` [K, K]. `quantise` is as in `feed_back`. With slope = H E^T, the target of column j is
+    value_j + slope_j / H_jj (QuantEase, arXiv 2309.01885).
     """
     slope = hessian @ (columns - values)
     diagonal = hessian.diagonal().tolist()

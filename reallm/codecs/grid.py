@@ -1,4 +1,4 @@
-"""The grid of a scalar codec: its levels, the nearest code to a weight, and the value of a code."""
+"""The grid of a scalar codec: its levels, the code nearest to a weight, and the level of a code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reallm.kernels.formats.codecs import ScalarCodec
 
 
 class Grid:
-    """The levels of one codec, for weights that are already divided by their scale."""
+    """The levels of one scalar codec, for weights that have been divided by their scale."""
 
     def __init__(self, codec: ScalarCodec) -> None:
         self.uniform = codec.table in ("int", "uint")
@@ -21,7 +21,7 @@ class Grid:
         self.edges = (self.levels[1:] + self.levels[:-1]) / 2
 
     def code(self, x: Tensor, zero: Tensor | None) -> Tensor:
-        """The code nearest to x = w / scale, int64; `zero` is the zero point of an unsigned grid."""
+        """The code nearest to x = w / scale, int64; `zero` is the zero point of an unsigned grid, else None."""
         if not self.uniform:
             return torch.bucketize(x, self.edges)
         position = x + zero if zero is not None else x * self.half + self.half

@@ -1,11 +1,12 @@
-"""What an error costs: the guided Hessian, the diagonal Fisher, and the factorisations that encoders share.
+"""The cost of an error: the guided Hessian, the diagonal Fisher information, and the factorisations encoders share.
 
 With E = W - W_hat, the cost of storing W as W_hat is, in nats per token,
 
     1/2 sum_n r_n e_n H e_n^T + 1/2 sum F_extra * E^2,
 
-where H is the guided Hessian (GuidedQuant, arXiv 2505.07004), r is a weight per row (only an output head has one,
-because its rows are tokens of very different frequency) and F_extra is the diagonal Fisher of an embedding's look-ups.
+where e_n is row n of E, H is the guided Hessian (GuidedQuant, arXiv 2505.07004), r is a weight per row (other than one
+only in an output head, whose rows are tokens of very different frequency), and F_extra is the diagonal Fisher
+information of an embedding's look-ups.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from reallm.decoding.rotation import rotate_both
 
 LOG = logging.getLogger(__name__)
 DAMPING = 0.01
-"""Share of its mean diagonal that is added to H (GPTQ, arXiv 2210.17323)."""
+"""Damping of H: the share of the mean of its diagonal that is added to the diagonal (GPTQ, arXiv 2210.17323)."""
 OUTPUT_DAMPING = 2.0
-"""Share of its mean diagonal that is added to the output Hessian; less would rely on it too much (docs/log.md)."""
+"""Damping of the output Hessian G, likewise. With less, encoders would rely too much on the estimated G (docs/log.md)."""
 MAX_DAMPING = 1e4
 DIRECT_SIZE = 128
 """Triangular matrices up to this size are inverted directly."""
 
 
 def symmetric(H: Tensor) -> Tensor:
-    """(H + H^T) / 2, which removes the asymmetry that rounding leaves."""
+    """(H + H^T) / 2, which removes the asymmetry that comes from rounding errors."""
     return (H + H.T) / 2
 
 
 def _upper_inverse(R: Tensor) -> Tensor:
-    """The inverse of an upper triangular R, by halves: n^3 / 3 flops, nearly all in matrix products."""
+    """The inverse of an upper triangular R [n, n], by recursion on its halves: n^3 / 3 flops, mostly matrix products."""
     n, half = len(R), len(R) // 2
     if n <= DIRECT_SIZE:
         corner: Tensor = torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype), upper=True)
@@ -47,28 +48,29 @@ def _upper_inverse(R: Tensor) -> Tensor:
 
 
 def _root(H: Tensor) -> Tensor:
-    """The Cholesky factor of H, float32; the root of its diagonal where H has none."""
+    """The Cholesky factor of H, float32; if H has none, the square root of its diagonal."""
     lower, failed = torch.linalg.cholesky_ex(H)
     return (torch.diag(H.diagonal().sqrt()) if int(failed) else lower).float()
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What errors of one matrix W[N, K] cost; float32 tensors on the CPU."""
+    """The cost of errors in one matrix W[N, K]; all tensors are float32 on the CPU."""
 
     hessian: Tensor
     """H, the guided Hessian [K, K]."""
     fisher: Tensor
-    """Diagonal Fisher [N, K]: for the diagonal cost, which is reported, and for LQ-LoRA's weighting."""
+    """Diagonal Fisher information [N, K], used for the reported diagonal cost and for LQ-LoRA's weighting."""
     row_weight: Tensor | None = None
-    """r [N], with mean one; None for all ones."""
+    """Row weights r [N], with mean one; None if all are one."""
     extra_fisher: Tensor | None = None
-    """F_extra [N, K]; None for zero."""
+    """F_extra [N, K]; None if zero."""
     gram: Tensor | None = None
-    """Second moment of the output's gradients [N, N], tokens weighted by their inputs; for two-sided feedback."""
+    """G [N, N], the second moment of the output's gradients, with each token weighted by its mean squared input; for
+    two-sided feedback and cost."""
 
     def guided(self, error: Tensor) -> float:
-        """The cost of `error` [N, K] in nats per token; see the formula above."""
+        """The cost of `error` [N, K] in nats per token, by the formula at the top of this module."""
         product = (error @ self.hessian).mul_(error).sum(1)
         if self.row_weight is not None:
             product = product * self.row_weight
@@ -85,20 +87,21 @@ class Metric:
 class Workspace:
     """The factorisations of one matrix's metric, computed once and used by every candidate format.
 
-    `notes` collects what was wrong with the statistics and how it was handled, for the user.
+    `notes` collects messages for the user: what was wrong with the statistics and how it was handled.
     """
 
     def __init__(self, metric: Metric, hessian: Tensor | None = None, output_hessian: Tensor | None = None) -> None:
-        """`hessian` and `output_hessian` replace those derived from `metric`; they are given for transformed weights.
+        """Make the workspace of `metric`.
 
-        `metric` is then still that of the untransformed matrix.
+        For a transformed matrix, `metric` is that of the untransformed one; `hessian` and `output_hessian` are then
+        given and replace those derived from `metric`.
         """
         self.metric = metric
         self.notes: list[str] = []
         self._hessian, self._output_hessian = hessian, output_hessian
 
     def two_sided(self, error: Tensor) -> float:
-        """1/2 tr(G E H E^T) in nats per token, G scaled to mean diagonal one; the guided cost if G is unknown."""
+        """1/2 tr(G E H E^T) in nats per token, with G scaled to a mean diagonal of one; without G, the guided cost."""
         G = self.cost_weight
         if G is None:
             return self.metric.guided(error)
@@ -106,22 +109,22 @@ class Workspace:
 
     @cached_property
     def cost_weight(self) -> Tensor | None:
-        """`output_hessian` divided by its mean diagonal, float32 [N, N]; None if unknown."""
+        """`output_hessian` divided by the mean of its diagonal, float32 [N, N]; None if unknown."""
         G = self.output_hessian
         return None if G is None else (G / G.diagonal().mean()).float()
 
     @cached_property
     def column_weight(self) -> Tensor:
-        """The diagonal of `hessian`, float32 [K], positive."""
+        """The diagonal of `hessian`, clamped to positive values, float32 [K]."""
         return self.hessian.diagonal().float().clamp_min(1e-30)
 
     @cached_property
     def hessian(self) -> Tensor:
         """The damped Hessian in whose metric encoders minimise, float64 [K, K].
 
-        It is scaled by a power of two to a mean diagonal near one, which changes no choice and prevents float32
-        underflow. Dead columns (never active in the calibration text) get the smallest live diagonal, so that their
-        weights are still rounded sensibly.
+        It is scaled by a power of two to a mean diagonal near one, which prevents underflow in float32 and does not
+        change which codes are best. Columns whose input is zero throughout the calibration text ("dead" columns) get the
+        smallest diagonal of the others, so that their weights are still rounded sensibly.
         """
         if self._hessian is not None:
             return self._hessian
@@ -143,7 +146,7 @@ class Workspace:
         return self._positive(torch.ldexp(H, -torch.frexp(mean).exponent))
 
     def _positive(self, H: Tensor) -> Tensor:
-        """H [K, K] with more damping until it is positive definite; otherwise some errors would have negative cost."""
+        """Damp H [K, K] further until it is positive definite; otherwise some errors would have a negative cost."""
         if not int(torch.linalg.cholesky_ex(H.float())[1]):
             return H
         extra, mean = 0.0, H.diagonal().mean()
@@ -158,7 +161,7 @@ class Workspace:
 
     @cached_property
     def fisher(self) -> Tensor:
-        """The metric's diagonal Fisher [N, K]; all ones if that is not finite."""
+        """The metric's diagonal Fisher information [N, K]; all ones if it is not finite."""
         if bool(torch.isfinite(self.metric.fisher).all()):
             return self.metric.fisher
         self.notes.append("diagonal Fisher is not finite: low rank by plain squared error")
@@ -168,7 +171,7 @@ class Workspace:
     def output_hessian(self) -> Tensor | None:
         """G, the damped second moment of the output's gradients, float64 [N, N]; None if unknown.
 
-        It is scaled to mean diagonal one before damping.
+        It is scaled to a mean diagonal of one before damping.
         """
         if self._output_hessian is not None or self.metric.gram is None:
             return self._output_hessian
@@ -185,7 +188,7 @@ class Workspace:
 
     @cached_property
     def rotated(self) -> Workspace:
-        """The workspace of the rotated matrix R_N W R_K^T, shared by all formats that rotate."""
+        """The workspace of the rotated matrix R_N W R_K^T, used by all formats with a rotation."""
         output = self.output_hessian
         rotated_output = None if output is None else symmetric(rotate_both(output))
         child = Workspace(self.metric, symmetric(rotate_both(self.hessian)), rotated_output)
@@ -194,15 +197,15 @@ class Workspace:
 
     @cached_property
     def order(self) -> Tensor:
-        """The order in which error feedback visits the columns: by falling diagonal of H (GPTQ's act-order), int64 [K].
+        """The order in which error feedback visits the columns, int64 [K]: by falling diagonal of H (GPTQ's act-order).
 
-        Columns of equal diagonal stay in storage order. Codes and scales are stored in storage order, so this order
-        need not be stored.
+        Columns of equal diagonal stay in storage order. The artifact does not need this order, because codes and scales
+        are stored in storage order.
         """
         return torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
 
     def inverse_factor(self, order: Tensor | None = None) -> Tensor:
-        """The upper triangular U with (H[order, order])^-1 = U^T U, float32 [K, K]; damped more if necessary."""
+        """The upper triangular U with (H[order, order])^-1 = U^T U, float32 [K, K]; H is damped further if necessary."""
         return self._factor(self.hessian if order is None else self.hessian[order][:, order])
 
     @cached_property
@@ -212,7 +215,7 @@ class Workspace:
 
     @cached_property
     def output_factor(self) -> Tensor | None:
-        """`inverse_factor` of the output Hessian, rows in storage order, float32 [N, N]; None if unknown."""
+        """The inverse factor of the output Hessian, in storage order of the rows, float32 [N, N]; None if unknown."""
         return None if self.output_hessian is None else self._factor(self.output_hessian)
 
     def _factor(self, H: Tensor) -> Tensor:
@@ -235,7 +238,7 @@ class Workspace:
 
     @cached_property
     def feedback_weight(self) -> Tensor:
-        """The cost of a squared error in each column after later columns have compensated for it: 1 / U_jj^2, [K]."""
+        """The cost 1 / U_jj^2 [K] per squared error in column j that remains after later columns compensate for it."""
         weight = torch.empty(len(self.order))
         weight[self.order] = self.ordered_factor.diagonal().square().reciprocal()
         return weight

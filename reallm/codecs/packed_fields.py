@@ -1,4 +1,4 @@
-"""Packing: from torch values to the bytes of a field."""
+"""Packing: from values in torch tensors to the bytes of a field."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PackedFields = dict[str, NDArray[np.uint8]]
 def store(field: Field, values: Tensor) -> NDArray[np.uint8]:
     """Pack `values`, of any shape with field.count entries, into the bytes of `field`.
 
-    Raises ValueError for a wrong number of values, a code out of range, and a float that its type cannot hold.
+    Raises ValueError for a wrong number of values, a code out of range, and a float that the field's type cannot hold.
     """
     if values.numel() != field.count:
         raise ValueError(f"field {field.name!r} holds {field.count} values, not {values.numel()}")
@@ -43,5 +43,5 @@ def store_all(fields: Iterable[Field], values: Mapping[str, Tensor]) -> PackedFi
 
 
 def to_half(values: Tensor) -> Tensor:
-    """Round to fp16 and back, clamped to the finite range of fp16: the values after they were stored."""
+    """Clamp to the finite range of fp16, round to fp16 and convert back to float32: the values as decoding reads them."""
     return values.clamp(-65504.0, 65504.0).half().float()

@@ -1,7 +1,7 @@
-"""The cost of rounding without error feedback: a quick estimate by which choices made before coding are compared.
+"""The cost of rounding without error feedback: a quick estimate for comparing transforms before the codes are chosen.
 
-If the format uses feedback, an error in column k counts as much as later columns cannot compensate, 1 / U_kk^2;
-otherwise the cost is tr(E H E^T).
+If the format uses feedback, a squared error in column k is weighted by 1 / U_kk^2, the cost that remains after later
+columns have compensated for it; otherwise the cost is tr(E H E^T).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROUND: Mapping[type[AnyCodec], Callable[[Tensor, Any, Tensor], Tensor]] = {
     ScalarCodec: _decode_rounded_scalar,
     KMeansCodec: _decode_rounded_kmeans,
 }
-"""(W, codec, column weights) -> what the nearest codes decode to, for the codecs that round weight by weight."""
+"""(W, codec, column weights) -> decoded values of the nearest codes, for codecs that round each weight by itself."""
 
 
 class RoundingCost:
@@ -41,18 +41,18 @@ class RoundingCost:
     def __init__(self, fmt: Format, work: Workspace) -> None:
         self.codec, self.work, self.feedback = fmt.codec, work, bool(fmt.feedback)
         self.weight = work.feedback_weight if fmt.feedback else work.column_weight
-        """[K], how much a squared error of each column counts."""
+        """The weight of a squared error in each column, [K]."""
 
     @staticmethod
     def supports(fmt: Format) -> bool:
-        """Whether rounding in `fmt` is cheap and an error stays in the column where it is made."""
+        """Whether `fmt` can be rounded quickly, with errors that stay in their column (no rotation spreads them)."""
         return type(fmt.codec) in _ROUND and not fmt.rotated
 
     def error(self, W: Tensor, weight: Tensor) -> Tensor:
-        """The error [N, K] that the nearest codes of W[N, K] leave, with column weights `weight` [K]."""
+        """The error [N, K] of rounding W[N, K] to the nearest codes, with scales chosen for column weights `weight` [K]."""
         return W - _ROUND[type(self.codec)](W, self.codec, weight)
 
     def cost(self, error: Tensor) -> float:
-        """The cost of an error [N, K] of the matrix itself, up to a constant factor."""
+        """The cost of an `error` [N, K] in the untransformed matrix, up to a constant factor."""
         weighted = error * self.weight if self.feedback else error @ self.work.hessian32
         return float((weighted * error).sum(dtype=torch.float64))

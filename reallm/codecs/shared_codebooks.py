@@ -1,4 +1,4 @@
-"""Codebooks and decoders that all matrices of one family share: fitted on a sample of each, stored once per model."""
+"""Codebooks and neural decoders that all matrices of a family share: fitted on a sample of each matrix, stored once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .packed_fields import PackedFields, store
 
 
 def fit_shared_codebooks(fmt: Format, members: Iterable[tuple[Tensor, Metric]], seed: int) -> PackedFields:
-    """Fit the codebooks or the decoder that `fmt` shares: its packed field by name.
+    """Fit the shared codebooks or shared decoder of `fmt` to a family of matrices; returns its packed field by name.
 
-    `members` are (weight [N, K] float32, metric) of every matrix of the family. Raises ValueError for a format that
-    shares nothing.
+    `members` are (weight [N, K] float32, metric) of every matrix of the family. Raises ValueError for a format whose
+    matrices share nothing.
     """
     codec, field = fmt.codec, fmt.shared_field
     if field is not None and isinstance(codec, NeuralCodec):

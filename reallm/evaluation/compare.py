@@ -33,7 +33,7 @@ PERCENTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.99
 
 @dataclass(frozen=True)
 class Divergence:
-    """Distribution of KL(base || model) over the scored positions, in nats per token, and agreement on the top one."""
+    """Distribution of KL(base || model) over the scored positions, in nats per token, and top-1 agreement."""
 
     mean: float
     """Nats per token."""

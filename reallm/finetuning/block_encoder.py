@@ -37,13 +37,13 @@ class BlockEncoder:
         self.blocks = sorted({matrix.block for matrix in self.matrices if matrix.block is not None})
 
     def of_block(self, block: int | None) -> list[Matrix]:
-        """The packed matrices of block number `block`, or outside the blocks for None; the largest first."""
+        """The packed matrices of block number `block` (None: those outside all blocks), the largest first."""
         return [matrix for matrix in self.matrices if matrix.block == block]
 
     def encode_block(self, loaded: LoadedModel, block: int) -> dict[str, Tensor]:
-        """Encode the matrices of `block` from their weights in `loaded`; what they decode to, by name.
+        """Encode the matrices of `block` from their weights in `loaded`; return the decoded weights [rows, cols] by name.
 
-        An expert that is stored as plain floats keeps its values.
+        An expert that is stored as plain floats is not encoded and keeps its values.
         """
         matrices = [m for m in self.of_block(block) if not isinstance(self.packed[m.name].format.codec, DenseCodec)]
         with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:

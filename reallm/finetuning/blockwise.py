@@ -1,14 +1,15 @@
-"""The stage blocks: train one block at a time, first to last, towards the output of the dense model's block.
+"""The stage "blocks": train one block at a time, first to last, to reproduce the output of the dense model's block.
 
     loss = 1/2 mean over tokens of d G d^T,   d = y - y_dense,   G = mean over tokens of g g^T
 
-y is the block's output on the outputs of the blocks before it, which are trained already; y_dense is the hidden state
-of the dense model on the same text. G is the second moment of the gradient of the dense model's loss at y_dense, for
-labels sampled from that model, so to second order the loss is the divergence in nats per token that d causes (the
-Fisher information, as in `calibration`). The plain squared error, which other block-wise methods minimise (AQLM, arXiv
-2401.06118; OmniQuant, arXiv 2308.13137), is dominated by the few largest features. In conversations the mean is over
-the tokens up to a window's last answer. Each block is trained by Adam with a cosine schedule; if its loss on held-out
-windows does not fall, its values are put back. Memory holds the activations of one block.
+y is the output of the student's block, whose input comes from the student's earlier, already trained blocks; y_dense is
+the dense model's hidden state after the same block, on the same text. g is the gradient of the dense model's loss with
+respect to y_dense, for labels sampled from that model. G is therefore the Fisher information (as in `calibration`), and
+to second order the loss is the divergence in nats per token that d causes. The plain squared error, which other
+block-wise methods minimise (AQLM, arXiv 2401.06118; OmniQuant, arXiv 2308.13137), is dominated by the few largest
+features. In conversations the mean is over the tokens up to a window's last answer. Each block is trained by Adam with
+a cosine schedule; if its loss on held-out windows does not fall, its old values are restored. Only the activations of
+one block are in memory at a time.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from .trainable_parts import TrainableParts
 
 LOG = logging.getLogger(__name__)
 GRADIENT_WINDOWS = 8
-"""Windows from which G is taken."""
+"""Number of windows over which G is averaged."""
 DAMPING = 0.01
-"""The share of its mean diagonal that is added to G's diagonal."""
+"""Damping of G: this share of the mean of G's diagonal is added to the diagonal."""
 DONE_FILE = "blocks.safetensors"
 
 
@@ -57,7 +58,7 @@ class BlockWindow:
     dense: Tensor
     """The output of the dense model's block, [1, seqlen, hidden]."""
     weights: Tensor
-    """Weights of the tokens in the mean, float32 [seqlen], sum one."""
+    """Weight of each token in the mean, float32 [seqlen]; the weights add up to one."""
 
 
 def train_blocks(pair: StudentTeacher, parts: TrainableParts, settings: ResolvedSettings, folder: Path) -> None:
@@ -97,7 +98,7 @@ def _windows_of(states: Tensor) -> list[Tensor]:
 
 
 def mean_weights(sample: SampledWindows) -> list[Tensor]:
-    """The token weights of every window, float32 [seqlen], sum one.
+    """The token weights of every window, float32 [seqlen] each, adding up to one per window.
 
     Tokens after the last scored one, which may be padding, have weight zero.
     """
@@ -108,7 +109,7 @@ def mean_weights(sample: SampledWindows) -> list[Tensor]:
 
 
 def _load_state(path: Path, parts: TrainableParts) -> int:
-    """Load the state that an interrupted run saved, if there is one; the number of blocks it had trained."""
+    """Load the state that an interrupted run saved, if there is one; returns how many blocks that run had trained."""
     try:
         state = load_file(path)
     except (OSError, SafetensorError):
@@ -134,12 +135,12 @@ def output_moments(streamer: BlockStreamer, seed: int) -> list[Tensor]:
 
 
 class _ReachedBlocksError(Exception):
-    """Ends a forward pass at the first block."""
+    """Raised in a forward pass to end it when it reaches the first block."""
 
 
 @torch.no_grad()
 def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> list[Tensor]:
-    """The input of the block `first` for every window of token ids [windows, seqlen]: [1, seqlen, hidden] each."""
+    """The inputs of the block `first`, one tensor [1, seqlen, hidden] per window of `windows` (token ids [n, seqlen])."""
     inputs: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,7 +168,7 @@ class BlockTrainer:
 
     @torch.no_grad()
     def outputs(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """The block's output for every hidden state [1, seqlen, hidden]."""
+        """The block's output [1, seqlen, hidden] for each of the hidden states [1, seqlen, hidden] in `states`."""
         return [self.streamer.replay(self.number, state, self.block) for state in states]
 
     @torch.no_grad()
@@ -182,7 +183,7 @@ class BlockTrainer:
         groups: Mapping[str, Sequence[nn.Parameter]],
         settings: ResolvedSettings,
     ) -> None:
-        """Lower the loss on `train`; the parameters are put back if the loss on `held_out` does not fall."""
+        """Minimise the loss on `train`; restore the parameters if the loss on `held_out` does not fall."""
         parameters = [parameter for group in groups.values() for parameter in group]
         if not parameters:
             return

@@ -28,9 +28,9 @@ class SampledWindows:
     tokens: Tensor
     """Token ids, int64 [windows, seqlen]."""
     window_ids: Tensor
-    """A unique number for each window of the text, int64 [windows]; the teacher's states are cached by it."""
+    """A unique number for each window of the text, int64 [windows]: the key under which teacher states are cached."""
     scored: Tensor | None = None
-    """Whether each token is predicted in the loss, bool [windows, seqlen]; None for all tokens."""
+    """Whether the loss includes the prediction of each token, bool [windows, seqlen]; None if it includes all."""
 
     def __getitem__(self, part: slice | Tensor) -> SampledWindows:
         scored = None if self.scored is None else self.scored[part]
@@ -40,7 +40,7 @@ class SampledWindows:
 def sample_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int, max_positions: int | None
 ) -> SampledWindows:
-    """All consecutive windows of `text`, `seqlen` tokens each; for conversations, those that contain part of an answer.
+    """Cut `text` into consecutive windows of `seqlen` tokens; of conversations, keep those that contain part of an answer.
 
     Raises UserError if the text is too short, `seqlen` exceeds `max_positions`, the chat template is missing, or there
     is no answer.
@@ -70,7 +70,7 @@ def sample_windows(
     padding = (0, count * seqlen - len(tokens))
     tokens = pad(tokens, padding, value=_padding_token(tokenizer)).view(count, seqlen)
     scored = pad(scored, padding).view(count, seqlen)
-    has_answer = scored[:, 1:].any(1)  # no position of a window predicts its first token
+    has_answer = scored[:, 1:].any(1)  # the first token of a window is never predicted
     return SampledWindows(tokens[has_answer], torch.arange(count)[has_answer], scored[has_answer])
 
 
@@ -85,8 +85,8 @@ def answer_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Token ids of a conversation, int64 [n], and whether each belongs to an answer, bool [n].
 
-    The mark that ends an answer belongs to it. `where` names the text in the error. Raises UserError if the template
-    does not render the beginning of a conversation as a prefix of the whole.
+    The token that marks the end of an answer counts as part of the answer. `where` names the text in the error message.
+    Raises UserError if the template does not render the first messages of a conversation as a prefix of the whole.
     """
     messages = [dict(message) for message in conversation]
 
@@ -96,7 +96,7 @@ def answer_tokens(
         )
         return rendered
 
-    prefixes: list[tuple[str, bool]] = []  # each longer than the one before; whether its last part is an answer
+    prefixes: list[tuple[str, bool]] = []  # growing prefixes; whether the text that each adds is an answer
     for index, message in enumerate(messages):
         if index and message["role"] == ANSWERER and message["content"].strip():
             prefixes += [(render(index, True), False), (render(index + 1, False), True)]

@@ -1,9 +1,9 @@
-"""The folder `<output>.partial`, from which an interrupted run continues, and which checkpoints in it are complete.
+"""The folder `<output>.partial`, from which an interrupted run continues, and the complete checkpoints in it.
 
-A checkpoint is complete when `whole.json` in it, which is written last, lists every file with its sha256; an incomplete
-one is removed. `ended.json` beside the checkpoints says that training is over and which checkpoint is its result, so
-that only the result remains to be written. The Trainer reads its own checkpoints as safetensors and as tensors only
-(`weights_only`), never as pickles.
+A checkpoint is complete when its `whole.json`, which is written last, lists every file with its sha256; an incomplete
+checkpoint is removed. `ended.json` beside the checkpoints says that training is over and which checkpoint is the
+result, so that a resumed run only has to write the result. The Trainer loads its checkpoints from safetensors or with
+`weights_only`, and never unpickles arbitrary objects.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ COMPLETE_FILE = "whole.json"
 ENDED_FILE = "ended.json"
 
 RunIdentity = Mapping[str, int | float | str | None]
-"""The settings and inputs of a run; two runs with equal ones have the same result."""
+"""The settings and inputs that identify a run; two runs with equal identities have the same result."""
 
 
 def progress_folder(output: Path) -> Path:
-    """The folder of the checkpoints of a run that writes `output`."""
+    """The folder for the checkpoints of the run that writes `output`."""
     return output.with_name(f"{output.name}.partial")
 
 
 def open_progress(folder: Path, identity: RunIdentity, resume: bool) -> None:
-    """Prepare `folder` for the run `identity`; complete checkpoints of the same run stay (`last_complete`).
+    """Prepare `folder` for the run `identity`, and keep the complete checkpoints of an earlier, equal run.
 
-    What another run left, or any run without `resume`, is deleted. Raises UserError for a folder without a run in it.
+    Deletes the files of a run with another identity; without `resume`, deletes the files of any run. Raises UserError
+    for a folder that contains something other than a run.
     """
     earlier = read_identity(folder)
     if earlier is not None and (not resume or earlier != dict(identity)):
@@ -57,7 +58,7 @@ def open_progress(folder: Path, identity: RunIdentity, resume: bool) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove everything in `folder` but the lock file, which the caller may hold."""
+    """Remove everything in `folder` except the lock file, which the caller may hold."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -68,7 +69,7 @@ def _empty(folder: Path) -> None:
 def read_identity(folder: Path) -> object:
     """The identity of the run in `folder`; None if the folder is new or empty.
 
-    Raises UserError if the folder contains something that is not a run.
+    Raises UserError if the folder contains something other than a run.
     """
     if not folder.exists() or (folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir())):
         return None
@@ -97,12 +98,12 @@ def last_complete(folder: Path) -> Path | None:
 
 
 def steps_before(checkpoint: Path | None) -> int:
-    """Optimiser steps that were made before `checkpoint` was written."""
+    """The number of optimiser steps that were made before `checkpoint` was written; 0 for None."""
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of `checkpoint` is as it was when it was declared complete."""
+    """Whether `checkpoint` was declared complete and none of its files has changed since."""
     try:
         digests = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
         return bool(digests == _digests(checkpoint))
@@ -135,7 +136,7 @@ def mark_end(folder: Path, steps: int, best: Path) -> None:
 
 
 def read_end(folder: Path) -> TrainingEnd | None:
-    """How training in `folder` ended; None if it did not, or its result is incomplete."""
+    """How training in `folder` ended; None if it has not ended or the checkpoint of its result is incomplete."""
     try:
         record = json.loads((folder / ENDED_FILE).read_text(encoding="utf-8"))
         end = TrainingEnd(int(record["steps"]), folder / Path(record["best"]).name)
@@ -168,11 +169,11 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         line = f"step {state.global_step} of {state.max_steps}: held-out loss {metrics['eval_loss']:.4f} nats per token"
         training_losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if self.bar is not None:
-            self.bar.clear()  # the line is written in place of the bar
+            self.bar.clear()  # so that the line is not written after the bar
         LOG.info("%s%s", line, f", training loss {training_losses[-1]:.4f}" if training_losses else "")
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
-        self.processes.wait()  # each process has written its random state
+        self.processes.wait()  # until each process has written its random state
         if not self.processes.is_first:
             return
         if control.should_training_stop and state.best_model_checkpoint is not None:

@@ -1,4 +1,4 @@
-"""Training of codebooks: which ones can be trained, shared ones once, and writing them back into their bytes."""
+"""Training of codebooks: find those that can be trained, train a shared one once, and write them back into bytes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class _SharedCodebook:
     """A codebook that several matrices share."""
 
     holder: SharedCodebooks
-    """The module that stores it."""
+    """The module that stores the codebook."""
     before: Tensor
-    """Its bytes before training."""
+    """The codebook's bytes before training."""
     trained: TrainedCodebook
 
 
 @dataclass
 class TrainableCodebooks:
-    """The codebooks and level tables of `linears`, which are linears of `model`.
+    """The trainable codebooks and level tables of `linears`, which belong to `model`.
 
-    A codebook that an embedding or an expert also uses stays as it is: those are not trained, and would change with it.
+    A codebook that an embedding or an expert also uses is not trained, because the embedding or expert would change.
     """
 
     model: PreTrainedModel
@@ -59,20 +59,20 @@ class TrainableCodebooks:
                 self._shared[key] = _SharedCodebook(holder, holder[key].clone(), codebook)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameter of every codebook."""
+        """The parameters, one per codebook."""
         training = [m.training_part for m in self.linears.values() if m.training_part is not None]
         single = [part.codebook.shift for part in training if part.codebook is not None]
         return single + [book.trained.shift for book in self._shared.values()]
 
     def write_back(self) -> None:
-        """Write the values into their fields. Raises ValueError if one is not finite in fp16."""
+        """Write the trained values into the packed fields. Raises ValueError if a value is not finite in fp16."""
         raw = {key: packed_bytes(book.trained.rounded()) for key, book in self._shared.items()}
         for linear in self.linears.values():
             write_back_codebook(linear)
         self._write_shared(raw)
 
     def reset_shared(self) -> None:
-        """Restore the shared codebooks; each matrix restores a codebook that it alone uses."""
+        """Restore the shared codebooks; a codebook that one matrix alone uses is restored by that matrix."""
         self._write_shared({key: book.before for key, book in self._shared.items()})
 
     def _write_shared(self, raw: dict[str, Tensor]) -> None:

@@ -2,10 +2,11 @@
 
     loss = mean over tokens of KL(p || q) = sum_v p_v (log p_v - log q_v),   p the teacher's, q the student's
 
-in float32 whatever dtype the models compute in, and without the full logits in memory where a head is a plain matrix
-(`objective`). AdamW with one learning rate per parameter group, a cosine schedule after 3% of warm-up, gradients
-clipped at norm 1. The state with the lowest loss on held-out windows is kept; a loss that is not finite ends the run.
-The seed fixes the order of the windows and there is no dropout, so a resumed run ends exactly as an uninterrupted one.
+The loss is computed in float32, whatever dtype the models compute in, and without the full logits in memory if the head
+is a plain matrix (`objective`). The optimiser is AdamW with one learning rate per parameter group, a cosine schedule
+after 3% of warm-up, and gradients clipped at norm 1. The state with the lowest loss on held-out windows is kept; a loss
+that is not finite ends training. The seed fixes the order of the windows and there is no dropout, so a resumed run gives
+exactly the result of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BETAS = (0.9, 0.95)
 WARM_UP_SHARE = 0.03
 MAX_EVALUATION_STEPS = 50
 MIN_EVALUATIONS = 5
-"""Minimum number of evaluations in a run that has at least as many steps."""
+"""Minimum number of evaluations in a run; a run with fewer steps than this evaluates after every step."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -63,7 +64,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 
 class DistillationLoss(nn.Module):
-    """The loss as a module whose only parameters are the trained ones, so that checkpoints contain nothing else."""
+    """The loss as a module whose parameters are the trained ones only, so that checkpoints contain nothing else."""
 
     def __init__(self, objective: Objective, groups: Mapping[str, Sequence[nn.Parameter]], maps: EmbeddingMaps) -> None:
         super().__init__()
@@ -99,9 +100,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             self.add_callback(callback)
 
     def train_or_resume(self, folder: Path, checkpoint: Path | None) -> None:
-        """Train from `checkpoint` on (None: from the start). If training in `folder` had ended, load its best state.
+        """Train from `checkpoint` on (None: from the start), or load the best state if training in `folder` has ended.
 
-        Raises NotFiniteError.
+        Raises NotFiniteError for a loss that is not finite.
         """
         end = read_end(folder)
         if end is None:
@@ -152,7 +153,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        """Raises UserError if the file system refuses, which torch reports as a RuntimeError."""
+        """Save a checkpoint. Raises UserError if the file cannot be written, which torch reports as a RuntimeError."""
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -167,7 +168,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
 
 
 class FinalEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Also evaluates after the last step, whatever the interval."""
+    """Requests an evaluation after the last step, even if the interval does not end there."""
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **unused: object) -> None:
         if state.global_step >= state.max_steps:
@@ -175,7 +176,7 @@ class FinalEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 
 def evaluation_interval(steps: int) -> int:
-    """Steps between two checkpoints, each with an evaluation, in a run of `steps`."""
+    """Number of steps between two checkpoints in a run of `steps` steps; each checkpoint includes an evaluation."""
     return min(MAX_EVALUATION_STEPS, max(1, steps // MIN_EVALUATIONS))
 
 
@@ -217,7 +218,7 @@ def training_arguments(
 
 
 def training_order(count: int, total: int, seed: int) -> Tensor:
-    """`total` indices into `count` windows: seeded permutations one after another, int64 [total]."""
+    """The order of the windows: `total` indices below `count`, int64 [total], from concatenated random permutations."""
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-total // count))]
     return torch.cat(rounds)[:total]

@@ -2,8 +2,8 @@
 
     x_t = w_t + M^T w_t          logits = W (h + M h)          M [features, features], zero at first
 
-At low budgets the embedding is most of what stays uncompressed, and its map can make up for directions that the
-compressed blocks lose or rotate. A tied head shares M with the embedding; an untied head has its own M.
+At low budgets most of the uncompressed weights belong to the embedding, and its map can make up for directions that the
+compressed blocks lose or rotate. A tied head shares M with the embedding; an untied head has a separate M.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reallm.runtime.packed import Packed
 
 
 def plain_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Name -> weight of the embedding and of the head, where they are stored as plain floats; a tied one once."""
+    """Name -> weight of the embedding and the head, if stored as plain floats; a tied weight appears once."""
     weights = {}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = None if isinstance(module, Packed) else getattr(module, "_parameters", {}).get("weight")
@@ -32,7 +32,7 @@ def plain_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 @dataclass
 class EmbeddingMaps:
-    """The maps of one model while they are trained, by the name of the weight they act on."""
+    """The maps of one model during training, by the name of the weight that each map acts on."""
 
     model: PreTrainedModel
     maps: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class EmbeddingMaps:
 
     @torch.no_grad()
     def write_back(self, stored_dtype: torch.dtype) -> None:
-        """Multiply the maps into the weights, rounded to `stored_dtype`, and remove them.
+        """Multiply the maps into the weights, round the weights to `stored_dtype`, and remove the maps.
 
         Raises ValueError if a value is not finite.
         """

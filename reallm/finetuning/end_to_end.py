@@ -1,4 +1,4 @@
-"""The stage end-to-end: all trained parts of the model at once, by steps on the loss of its output."""
+"""The stage "end-to-end": train all parts of the model at once on the loss of the model's output."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def train_end_to_end(
     checkpoint: Path | None,
     processes: TrainingProcesses,
 ) -> int:
-    """Train from `checkpoint` on (None: from the start) and return the number of steps made.
+    """Train from `checkpoint` on (None: from the start) and return the number of steps that were made.
 
-    Checkpoints are written to `folder`. The best state by held-out loss stays in the model. A loss that is not finite
-    ends training with the last good state.
+    Checkpoints are written to `folder`. At the end the model has the state with the lowest held-out loss. A loss that is
+    not finite ends training; the model then has the best checkpoint's state or, before the first, the current one.
     """
     pair.free_teacher(remaining_windows(pair.data, settings, checkpoint, processes))
     trainer = _trainer(pair, parts, settings, folder, processes)

@@ -1,13 +1,13 @@
-"""Low-rank factors: which matrices have trainable ones, and how new factors L [rows, rank], R [rank, cols] start.
+"""Low-rank factors: which matrices have trainable factors, and how new factors L [rows, rank], R [rank, cols] start.
 
-A matrix that already stores a low-rank term continues from it. For a matrix without one, L R starts by `FactorInit`:
+A matrix that already stores a low-rank term starts from that term. For other matrices, `FactorInit` decides:
 
 - zero      as in LoRA and QLoRA: L = 0, R ~ N(0, 1 / cols) (arXiv 2106.09685, 2305.14314)
-- loftq     the best approximation of W - W_hat, by its SVD (the last step of LoftQ, arXiv 2310.08659; the codes stay)
+- loftq     the best approximation of W - W_hat, by SVD (the last step of LoftQ, arXiv 2310.08659; codes do not change)
 - lq-lora   the best approximation in the norm sum_nk m_k E_nk^2, where m_k is the mean square of input k over some
             windows of the training text, the diagonal of H = X^T X / n (LQ-LoRA's weighted SVD, arXiv 2311.12023, with
-            inputs in place of the Fisher information)
-- plan      no new factors: only those of the plan are trained
+            input moments in place of the Fisher information)
+- plan      no new factors: only the factors that the plan contains are trained
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FactorValues = dict[str, tuple[Tensor, Tensor]]
 
 
 def trainable_linears(model: nn.Module) -> dict[str, CompressedLinear]:
-    """Every compressed linear of `model` by name; embeddings and experts have nothing to train."""
+    """Every compressed linear of `model` by name; compressed embeddings and experts are left out: they are not trained."""
     return {
         name: module
         for name, module in packed_modules(model)
@@ -47,7 +47,7 @@ def trainable_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 @torch.no_grad()
 def input_moments(model: PreTrainedModel, linears: PackedLinears, windows: Tensor) -> dict[str, Tensor]:
-    """Mean square of each linear's input features over `windows` (token ids [windows, seqlen]): float32 [cols]."""
+    """Mean square of each input feature over `windows` (token ids [windows, seqlen]): name of linear -> float32 [cols]."""
     sums = {name: torch.zeros(linear.cols) for name, linear in linears.items()}
     hooks = [linear.register_forward_pre_hook(_square_adder(sums[name])) for name, linear in linears.items()]
     try:
@@ -73,10 +73,10 @@ def start_factors(
     new_factors: LowRank | None,
     init: FactorInit,
 ) -> None:
-    """Make the factors of every linear trainable; a linear without factors gets `new_factors`, started by `init`.
+    """Make the factors of every linear trainable; a linear without factors gets `new_factors`, initialised as in `init`.
 
-    A rank that exceeds a side of the matrix is cut to that side. Without `new_factors` every linear must have factors.
-    `moments` (see `input_moments`) are read by "lq-lora" only.
+    The rank is at most the smaller side of the matrix. If `new_factors` is None, every linear must have factors.
+    `moments` (see `input_moments`) are used by "lq-lora" only.
     """
     matrices = {matrix.name: matrix for matrix in dense.matrices}
     for name, linear in linears.items():
@@ -119,14 +119,17 @@ def copy_factors(linears: PackedLinears) -> FactorValues:
 
 
 def restart_factors(linears: PackedLinears, factors: FactorValues) -> None:
-    """Train from `factors` on, whether or not the linears were written back in the meantime."""
+    """Resume training from the values `factors`, even if the linears' factors have been written back since."""
     for name, (left, right) in factors.items():
         train_low_rank(linears[name], left.shape[1])
         set_factors(linears[name], left, right)
 
 
 def write_back_factors(linears: PackedLinears, new_factors: LowRank | None) -> None:
-    """Write all factors into the fields, new ones in the dtype of `new_factors`. Raises ValueError if not finite."""
+    """Write all factors into the packed fields, new factors in the dtype of `new_factors`.
+
+    Raises ValueError if a value is not finite.
+    """
     for linear in linears.values():
         term = linear.format.low_rank or new_factors
         write_back_low_rank(linear, None if term is None else term.dtype)

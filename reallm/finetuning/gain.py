@@ -14,17 +14,17 @@ from .settings import Stage
 
 LOG = logging.getLogger(__name__)
 MIN_GAIN = 1e-4
-"""The least share of the loss by which it must fall: the same weights, summed in another order, differ by less."""
+"""The loss must fall by at least this share to count as a gain; rounding in another summation order changes it less."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The loss on the held-out windows, nats per token, before and after, and how it was reached."""
+    """The loss on the held-out windows before and after training, in nats per token, and the steps and stages run."""
 
     before: float
     """The loss of the artifact."""
     started: float
-    """The loss with the initial values of all trained parts: new factors that are not trained yet."""
+    """The loss with the initial values of all trained parts, including new factors, before any training."""
     trained: float
     """The loss with the trained values as they are stored; infinite if they cannot be stored."""
     steps: int
@@ -32,7 +32,7 @@ class Gain:
     gain_rate: float
     """The peak learning rate of scales and norms."""
     stages: tuple[Stage, ...]
-    """The stages that were run, without "codes" if the new codes were put back."""
+    """The stages that were run, without "codes" if the new codes were discarded."""
 
     @property
     def after(self) -> float:
@@ -41,7 +41,7 @@ class Gain:
 
     @property
     def is_real(self) -> bool:
-        """Whether the loss fell by more than MIN_GAIN of it."""
+        """Whether the loss fell by more than MIN_GAIN times the loss before."""
         return self.after < self.before * (1 - MIN_GAIN)
 
 
@@ -50,7 +50,7 @@ def plan_notes(
 ) -> list[str]:
     """The notes on fine-tuning that the plan and the model card contain.
 
-    `linear_count` is the number of compressed linears, `held_out_count` that of held-out windows.
+    `linear_count` is the number of compressed linears, `held_out_count` the number of held-out windows.
     """
     helped = gain.trained < gain.started
     stages = gain.stages if helped else tuple(stage for stage in gain.stages if stage == "codes")

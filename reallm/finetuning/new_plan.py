@@ -38,11 +38,11 @@ class TrainedCodes:
         return {name: _numpy(raw) for name, raw in self.packed[choice.matrix].fields.items()}
 
     def shared(self, key: str) -> Bytes:
-        """The packed codebooks that several matrices share under `key`."""
+        """The bytes of the codebook with the key `key`, which several matrices share."""
         return _numpy(self.codebooks[0][key])
 
     def updated(self, choice: Choice) -> Choice:
-        """`choice` with the format, size and digest that its matrix has now."""
+        """`choice` with the format, size and digest that its matrix has after training."""
         packed = self.packed.get(choice.matrix)
         if packed is None or isinstance(packed.format.codec, DenseCodec):
             return choice
@@ -57,7 +57,7 @@ class TrainedCodes:
 
 
 def new_plan(plan: Plan, dense: LoadedModel, codes: TrainedCodes, notes: Sequence[str]) -> Plan:
-    """The plan of the trained model: sizes are computed again; costs, bound and prices stay those of the old codes.
+    """The plan of the trained model: sizes are recomputed; costs, bound and prices are copied from `plan`.
 
     `notes` are appended. If new factors exceed the budget, the budget is raised to the new size, and a note says so.
     """

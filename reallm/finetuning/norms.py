@@ -1,4 +1,4 @@
-"""Training of normalisation weights by a relative gain, which gives all of them the same natural step size."""
+"""Training of normalisation weights by a relative gain, so that one learning rate suits weights of any magnitude."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 
 class RelativeGain(nn.Module):
-    """A parametrisation w + unit * gain. `gain` is float32 and 0 at first; `unit` is the weight that the model applies.
+    """Parametrises a weight w as w + unit * gain. `gain` is float32 and starts at 0; `unit` is the effective multiplier.
 
     `unit` is w itself, or 1 where the model applies 1 + w, as Gemma's norms do.
     """
@@ -26,7 +26,7 @@ class RelativeGain(nn.Module):
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The normalisation modules of `model` that have a weight of one dimension, by name."""
+    """The normalisation modules of `model` that have a one-dimensional weight, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -69,7 +69,7 @@ def remove_gains(model: nn.Module) -> None:
 
 
 def write_back_norms(model: nn.Module, stored_dtype: torch.dtype) -> None:
-    """Multiply the gains into the weights, rounded to `stored_dtype`, and remove them."""
+    """Multiply the gains into the weights, round the weights to `stored_dtype`, and remove the gains."""
     trained = {name: norm_weight(model.get_submodule(name)).clone() for name in trained_norms(model)}
     remove_gains(model)
     set_norms(model, trained, stored_dtype)
@@ -77,7 +77,7 @@ def write_back_norms(model: nn.Module, stored_dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def set_norms(model: nn.Module, weights: Mapping[str, Tensor], stored_dtype: torch.dtype) -> None:
-    """Overwrite the weights of the norms in `weights`, by name, rounded to `stored_dtype`."""
+    """Set the norms named in `weights` to the given values, rounded to `stored_dtype`."""
     for name, value in weights.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)

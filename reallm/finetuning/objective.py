@@ -2,8 +2,8 @@
 
     loss = sum_t w_t KL(p_t || q_t),   q_t = softmax(W h_t),   dloss / dh_t = w_t W^T (q_t - p_t),   sum_t w_t = 1
 
-p is the teacher's distribution, or the text's own next token ("text": the cross entropy). For 512 tokens and a
-vocabulary of 49,152, each of the five tensors that this avoids would take 100 MB.
+p is the teacher's distribution, or with the loss "text" all on the text's next token, which gives the cross entropy. For
+512 tokens and a vocabulary of 49,152, each of the five logit tensors that the chunks avoid would take 100 MB.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .settings import Loss
 from .teacher import Teacher, hidden_state, plain_head
 
 CHUNK = 128
-"""Tokens whose logits exist at once."""
+"""Number of tokens per chunk, whose logits are in memory at the same time."""
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss and gradient in one pass: `target(slice)` gives labels [tokens], or log p [tokens, vocabulary]."""
+    """Loss and gradient in one pass. `target(tokens)` returns, for a slice of tokens, labels [n] or log p [n, vocabulary]."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, target: Callable[[slice], Tensor], weights: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_divergence(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, weights: Tensor) -> Tensor:
-    """sum_t w_t KL(teacher || model), nats, float32, from the hidden states that the two heads multiply.
+    """sum_t w_t KL(teacher || model), nats, float32, computed from the hidden states that the two heads multiply.
 
-    `hidden` and `teacher` [..., features of each]; heads [vocabulary, features] get no gradient; `weights` [...] are
-    those of the tokens, and add up to one for a mean.
+    `hidden` [..., features] and `teacher` [..., teacher features] are hidden states; the heads [vocabulary, features]
+    get no gradient; `weights` [...] are the token weights w_t, which add up to one for a mean.
     """
     teacher_states = teacher.flatten(0, -2)
     apply: Callable[..., Tensor] = _HeadLoss.apply
@@ -72,22 +72,22 @@ def head_divergence(hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head:
 
 
 def head_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """sum_t w_t (-log q_t[label]), nats, float32; `labels` int64 [...], the rest as in `head_divergence`."""
+    """sum_t w_t (-log q_t[label_t]), nats, float32. `labels` is int64 [...]; the others are as in `head_divergence`."""
     flat_labels = labels.flatten()
     apply: Callable[..., Tensor] = _HeadLoss.apply
     return apply(hidden.flatten(0, -2), head, lambda part: flat_labels[part], weights.flatten())
 
 
 def token_losses(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || model) of every token, nats, float32 [...], from logits [..., vocabulary] of both."""
+    """KL(teacher || model) of every token, nats, float32 [...], from the logits [..., vocabulary] of both models."""
     log_q, log_p = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
 
 def token_weights(input_ids: Tensor, scored: Tensor | None, loss: Loss) -> Tensor:
-    """The weight of every position's prediction, float32 [batch, seqlen], adding up to one.
+    """The weight of the prediction at every position, float32 [batch, seqlen]; the weights add up to one.
 
-    `scored` bool [batch, seqlen] says which tokens are to be predicted; a position predicts the next one.
+    `scored`, bool [batch, seqlen], says which tokens' predictions count; each position predicts the next token.
     """
     weights = torch.ones(input_ids.shape, device=input_ids.device)
     if scored is not None:
@@ -106,7 +106,7 @@ class Objective:
         self.head = plain_head(model, sample.to(model.device))
 
     def teacher_fits_in_cache(self, input_ids: Tensor, window_ids: Sequence[int]) -> bool:
-        """Compute everything that these windows need of the teacher; False if its weights will be needed again."""
+        """Cache the teacher's states for these windows; return False if the teacher's weights will be needed again."""
         return self.loss == "text" or (self.head is not None and self.teacher.cache_all(input_ids, window_ids))
 
     def __call__(
@@ -116,9 +116,9 @@ class Objective:
         scored: Tensor | None = None,
         maps: EmbeddingMaps | None = None,
     ) -> Tensor:
-        """Mean loss over the tokens of windows, int64 [batch, seqlen], nats, float32.
+        """The mean loss per token, in nats, as float32, of the windows `input_ids`, int64 [batch, seqlen].
 
-        `window_ids` are the windows' identifiers, `scored` is as in `token_weights`, `maps` are the embedding maps
+        `window_ids` are the windows' identifiers, `scored` is as in `token_weights`, and `maps` are the embedding maps
         that are being trained.
         """
         weights = token_weights(input_ids, scored, self.loss)

@@ -1,4 +1,4 @@
-"""The model that the stage codes trains: its first blocks are encoded, its later blocks are still float32 weights."""
+"""The model that the stage "codes" trains: its first blocks are encoded, its later blocks are still float32 weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .student_teacher import StudentTeacher, checkpoint_activations
 MIN_WINDOWS = 64
 """The least number of windows to train on. They are those of the end-to-end stage, which the teacher runs anyway."""
 NORM_RATE = 10
-"""The learning rate of norms over that of the weights: norm weights are few and about one."""
+"""The learning rate of norms divided by that of the weights; it is larger because norm weights are few and near one."""
 
 
 class PartlyEncodedModel:
@@ -55,7 +55,7 @@ class PartlyEncodedModel:
 
     @torch.no_grad()
     def set_weights(self, decoded: Mapping[str, Tensor]) -> None:
-        """Set the weights of the matrices in `decoded`, name -> [rows, cols]."""
+        """Set the weights of the matrices named in `decoded` (name -> [rows, cols]) to the values there."""
         for matrix in self.encoder.matrices:
             if matrix.name in decoded:
                 value, parameter = decoded[matrix.name], self.model.get_parameter(matrix.parameter)
@@ -63,7 +63,7 @@ class PartlyEncodedModel:
                 weight.copy_(value.T if matrix.transposed else value)
 
     def encode_and_freeze(self, block: int) -> None:
-        """Encode a block, set its weights to what its codes decode to, and stop training its weights and norms."""
+        """Encode a block, set its weights to the decoded values, and stop training its weights and norms."""
         self.set_weights(self.encoder.encode_block(self.loaded, block))
         self.freeze(block)
 
@@ -75,7 +75,7 @@ class PartlyEncodedModel:
             self.optimiser.state.pop(parameter, None)
 
     def train(self, index: int) -> None:
-        """Take the steps that follow the block at `index` of `encoder.blocks`.
+        """Make the optimiser steps that follow the encoding of the block at `index` of `encoder.blocks`.
 
         Raises UserError if the loss is not finite.
         """
@@ -107,7 +107,7 @@ class PartlyEncodedModel:
         return rows.view(settings.code_steps, settings.batch_size)
 
     def save_state(self, path: Path, done: int) -> None:
-        """Save everything that the rest of the run depends on, after `done` blocks."""
+        """Save everything that the rest of the run depends on, after `done` blocks have been encoded."""
         tensors = {"done": torch.tensor(done)}
         for number in self.encoder.blocks[:done]:
             for matrix in self.encoder.of_block(number):
@@ -122,7 +122,7 @@ class PartlyEncodedModel:
 
     @torch.no_grad()
     def load_state(self, path: Path) -> int:
-        """Load what `save_state` saved, if there is a readable file; the number of blocks that are done."""
+        """Load what `save_state` saved, if the file is readable; return the number of blocks done, 0 without a file."""
         try:
             state = load_file(path)
         except (OSError, SafetensorError):

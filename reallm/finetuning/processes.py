@@ -1,4 +1,4 @@
-"""Several processes that train one model together, as `torchrun` and `accelerate launch` start them.
+"""Training of one model by several processes, which `torchrun` or `accelerate launch` starts.
 
     torchrun --nproc-per-node 2 -m reallm finetune out/ --text train.txt -o tuned/
 
@@ -37,11 +37,11 @@ class TrainingProcesses:
 
     @staticmethod
     def from_environment(device: str) -> TrainingProcesses:
-        """The processes that the launcher's environment variables describe; joins them, so that they can wait."""
+        """Join the processes that the launcher's environment variables describe, so that they can communicate."""
         count = int(os.environ.get("WORLD_SIZE") or 1)
         if count < 2:
             return SINGLE_PROCESS
-        # removed from the environment: otherwise the Trainer would shard the trained parameters, which are small
+        # the variable is removed: otherwise the Trainer would shard the trained parameters, which are small
         shards = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
         state = PartialState(cpu=device == "cpu")
         if state.process_index:
@@ -54,11 +54,11 @@ class TrainingProcesses:
         return self.index == 0
 
     def share_of(self, rows: Tensor, batch_size: int) -> Tensor:
-        """The part of `rows`, int64 [steps * count * batch_size], that the Trainer's sampler gives this process."""
+        """The part of `rows`, int64 [steps * count * batch_size], that the Trainer's sampler gives to this process."""
         return rows.view(-1, self.count, batch_size)[:, self.index].flatten()
 
     def wait(self) -> None:
-        """Wait until all processes have come to this call."""
+        """Wait until all processes have made this call."""
         if self.count > 1:
             PartialState().wait_for_everyone()
 
@@ -82,7 +82,7 @@ SINGLE_PROCESS = TrainingProcesses(0, 1)
 
 
 def true_in_all_processes(condition: bool) -> bool:
-    """Whether `condition` holds in every process, so that all continue or none."""
+    """Whether `condition` holds in every process; all processes get the same answer."""
     return not max_over_processes(not condition)
 
 

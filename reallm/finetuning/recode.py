@@ -1,12 +1,12 @@
-"""The stage codes: re-encode the blocks in order, and train the later, not yet encoded weights to compensate.
+"""The stage "codes": re-encode the blocks in order, and train the later, not yet encoded weights to compensate.
 
-    for b = 0, 1, ...: encode block b from its current weights and hold it at what its codes decode to; then take steps
-    on KL(p_teacher || p_model) for the weights of the blocks after b and for all norms after it
+    for b = 0, 1, ...: encode block b from its current weights and fix it at the decoded values; then train the weights
+    of the blocks after b, and all norms after b, on KL(p_teacher || p_model)
 
-as in incremental network quantisation (arXiv 1702.03044) and in the block-wise recipes of QuIP# and QTIP (arXiv
-2402.04396, 2406.11235), but with the loss of the whole model. The formats, and so the size, stay those of the artifact.
-A matrix is encoded in the metric it was measured in, so the measured folder must exist. Weights are trained in float32
-by Adam with a cosine schedule: 16 bytes per weight of the model, beside the teacher.
+Incremental network quantisation (arXiv 1702.03044) and the block-wise recipes of QuIP# and QTIP (arXiv 2402.04396,
+2406.11235) do the same; here the loss is that of the whole model. The formats, and therefore the size, do not change.
+A matrix is encoded with the error metric it was measured with, so the work folder must exist. Weights are trained in
+float32 by Adam with a cosine schedule, which takes 16 bytes per weight of the model, in addition to the teacher.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .student_teacher import StudentTeacher
 LOG = logging.getLogger(__name__)
 STATE_FILE = "codes.safetensors"
 SAVES = 5
-"""How often a run saves its state, approximately."""
+"""Approximate number of times that a run saves its state."""
 
 
 def recode(pair: StudentTeacher, measured: Path, settings: ResolvedSettings, folder: Path, before: float) -> float:
-    """Give the blocks of the student new codes and norms; `measured` is the measured folder of the plan.
+    """Give the blocks of the student new codes and norms; return the loss on the held-out windows.
 
-    Returns the loss on the held-out windows; unless it is lower than `before`, the old codes and norms stay. Continues
-    from the state that an interrupted run saved last in `folder`. Raises UserError if the measured folder is missing or
-    that of another model, and if the loss is not finite.
+    The old codes and norms stay unless the new loss is lower than `before`. `measured` is the work folder of the plan.
+    Continues from the last state that an interrupted run saved in `folder`. Raises UserError if the work folder is
+    missing or belongs to another model, or if the loss is not finite.
     """
     encoder = BlockEncoder(pair, measured)
     fields = {
@@ -57,7 +57,7 @@ def recode(pair: StudentTeacher, measured: Path, settings: ResolvedSettings, fol
 
 
 def _encode_and_train(model: PartlyEncodedModel, path: Path) -> None:
-    """Encode every block and train what follows it, from the state saved at `path` on; then store the norms."""
+    """Encode each block and train the blocks after it, resuming from the state saved at `path`; then store the norms."""
     blocks, steps = model.encoder.blocks, model.settings.code_steps
     done, count = model.load_state(path), len(blocks)
     every = max(1, count // SAVES)

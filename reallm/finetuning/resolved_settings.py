@@ -1,4 +1,4 @@
-"""The settings of one run, with the defaults that depend on the artifact filled in, and what follows from them."""
+"""The settings of one run with the defaults that depend on the artifact filled in, and values derived from them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .settings import FinetuneSettings
 
 DEFAULT_STEPS, MORE_STEPS = 60, 160
 MORE_STEPS_FROM = 0.3
-"""Predicted loss, nats per token, from which MORE_STEPS are worth their time."""
+"""If the predicted loss in nats per token is at least this, the default number of steps is MORE_STEPS."""
 ADAPTER_RANK = 8
 GAIN_RATE, MAX_GAIN_RATE = 1 / 120, 5e-3
-"""Peak learning rate of scales and norms: per nat of divergence, and its maximum."""
+"""Peak learning rate of scales and norms: its value per nat of divergence, and its maximum."""
 CODEBOOK_RATE = 0.04
-"""Learning rate of codebooks, in units of each one's root mean square, over that of scales and norms."""
+"""Learning rate of a codebook per unit of its root mean square, as a multiple of that of scales and norms."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class ResolvedSettings(FinetuneSettings):
         return {"factors": self.learning_rate, "gains": gains, "codebooks": books, "maps": self.learning_rate / 10}
 
     def gain_rate(self, divergence: float) -> float:
-        """The peak learning rate of scales and norms for a model at this `divergence` from its teacher, nats per token.
+        """The peak learning rate of scales and norms, proportional to `divergence` from the teacher (nats per token).
 
-        Encoding shrinks the weights by a share of its distortion, and the divergence is proportional to the
-        distortion: at three bits a model needs a quarter of the step size that it needs at two.
+        Encoding shrinks the weights in proportion to the distortion, and so is the divergence: at three bits a model
+        needs a quarter of the step size that it needs at two.
         """
         if self.gain_learning_rate is not None or self.loss == "text":
             return self.learning_rates["gains"]
@@ -58,7 +58,7 @@ class ResolvedSettings(FinetuneSettings):
 
 
 def resolve(settings: FinetuneSettings, plan: Plan) -> ResolvedSettings:
-    """`settings` for the artifact of `plan`. An adapter trains factors alone, in fp16."""
+    """`settings` with the defaults for the artifact of `plan` filled in. With `adapter`, only fp16 factors are trained."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     if settings.adapter:
         values |= {"train": ("factors",), "factor_dtype": "f16"}
@@ -70,8 +70,8 @@ def resolve(settings: FinetuneSettings, plan: Plan) -> ResolvedSettings:
 
 
 def default_steps(plan: Plan) -> int:
-    """The end-to-end steps that are worth their time for the loss that `plan` predicts.
+    """The default number of end-to-end steps: MORE_STEPS for a plan with a large predicted loss.
 
-    A plan whose cost is the relative error predicts no nats; it gets DEFAULT_STEPS.
+    A plan whose cost is the relative error does not predict a loss in nats and gets DEFAULT_STEPS.
     """
     return MORE_STEPS if plan.cost != "relative" and plan.predicted_loss >= MORE_STEPS_FROM else DEFAULT_STEPS

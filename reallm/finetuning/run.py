@@ -1,4 +1,4 @@
-"""`reallm finetune`: train an artifact so that its output is closer to that of the dense model it was made from."""
+"""`reallm finetune`: train an artifact so that its output gets closer to that of the dense model it was made from."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def finetune(
     settings: FinetuneSettings | None = None,
     **overrides: Any,
 ) -> Path:
-    """Train `artifact` towards the dense model it was made from, and write the result to `output`.
+    """Train `artifact` to match the dense model it was made from, and write the result to `output`.
 
-    The codes stay as they are unless the stage "codes" renews them; scales, norms, codebooks and low-rank factors are
-    trained to minimise the KL divergence of the model's output (or the cross entropy of the text, with loss="text").
-    The last windows of the text are held out: they choose among the checkpoints and between the trained and the
-    untrained state, and measure the gain. If the held-out loss does not fall, nothing is written.
+    The codes do not change unless the stage "codes" computes new ones; scales, norms, codebooks and low-rank factors
+    are trained to minimise the KL divergence from the dense model's output (with loss="text": the cross entropy of the
+    text). The last windows of the text are held out: the loss on them decides which checkpoint is kept, whether the
+    trained state replaces the untrained one, and what the gain is. If it does not fall, nothing is written.
 
     Checkpoints are kept in `<output>.partial` until the result is written; an interrupted run with the same settings
     and inputs continues from the last one. Several processes, started by `torchrun`, train together (`processes`).
@@ -53,8 +53,8 @@ def finetune(
         A .txt, .jsonl or .parquet file, or a dataset's name (see `reallm.text.corpus.load_text`); None for English
         text that comes with Python. In a .jsonl file of messages only the assistant's answers are trained on.
     output
-        The folder to write: an artifact, or with `adapter` a LoRA adapter in PEFT's format that contains the change of
-        the factors.
+        The folder to write: an artifact or, with the setting `adapter`, a LoRA adapter in PEFT's format that contains
+        the change of the factors.
     settings
         What to train and how long; None for the defaults.
     overrides
@@ -68,7 +68,7 @@ def finetune(
     Raises
     ------
     UserError
-        If an input is missing or damaged, settings contradict each other, or nothing was gained.
+        If an input is missing or damaged, settings contradict each other, or the held-out loss did not fall.
     TypeError
         If a keyword is not a field of FinetuneSettings.
 
@@ -84,13 +84,13 @@ def finetune(
     inputs = open_inputs(artifact, text, Path(output), settings, processes)
     data = open_training_data(inputs.artifact, inputs.plan, inputs.source, inputs.settings, processes)
     read_identity(inputs.progress)  # refuses a folder that is not a run before anything in it is changed
-    processes.wait()  # all have read it before the first process writes
+    processes.wait()  # until all have read it; then the first process may write
     with processes.exclusive_lock(inputs.progress):
         checkpoint = _open_progress(inputs, processes)
         pair, parts = _open_models(inputs, data, checkpoint, processes)
         folders = RunFolders(inputs.progress, inputs.measured, checkpoint)
         gain = run_stages(pair, parts, inputs.settings, folders, processes)
-        processes.wait()  # all have read what the first process is about to remove
+        processes.wait()  # until all have read what the first process is about to remove
         if not processes.is_first:
             return inputs.output
         result = _write_result(inputs, pair, parts, gain)
@@ -100,7 +100,7 @@ def finetune(
 
 
 def _open_progress(inputs: RunInputs, processes: TrainingProcesses) -> Path | None:
-    """Prepare the progress folder in the first process; in each, the last complete checkpoint, if there is one."""
+    """Let the first process prepare the progress folder; return the last complete checkpoint, if any, in every process."""
     checkpoint = None
     if processes.is_first:
         inputs.check_output()  # another run may have written it while this one waited for the lock
@@ -113,11 +113,11 @@ def _open_progress(inputs: RunInputs, processes: TrainingProcesses) -> Path | No
 def _open_models(
     inputs: RunInputs, data: TrainingData, checkpoint: Path | None, processes: TrainingProcesses
 ) -> tuple[StudentTeacher, TrainableParts]:
-    """Free what is not needed of the teacher, then load the student beside it."""
+    """Free the parts of the teacher that training does not need, then load the student."""
     settings = inputs.settings
     if settings.loss == "text":
         data.teacher.free_weights()
-    elif settings.stages == ("end-to-end",):  # the other stages need the weights at once
+    elif settings.stages == ("end-to-end",):  # the other stages begin with the teacher's weights
         data.free_teacher(remaining_windows(data, settings, checkpoint, processes))
     pair = open_student(inputs.artifact, data, settings)
     parts = TrainableParts(
@@ -133,13 +133,13 @@ def _open_models(
 
 
 def _write_result(inputs: RunInputs, pair: StudentTeacher, parts: TrainableParts, gain: Gain) -> Plan:
-    """Write the adapter or the artifact; the plan that describes the model then. Raises UserError without a gain."""
+    """Write the adapter or the artifact, and return the plan of the result. Raises UserError if nothing was gained."""
     settings = inputs.settings
     if not gain.is_real:
         shutil.rmtree(inputs.progress)
         raise UserError(
             f"{inputs.artifact}: after {gain.steps} steps the {settings.loss_name} on held-out windows is "
-            f"{gain.after:.4f}, it was {gain.before:.4f}; nothing is written: try a smaller --learning-rate, more "
+            f"{gain.after:.4f}; before, it was {gain.before:.4f}; nothing is written: try a smaller --learning-rate, more "
             "--steps, a higher --rank or more --text"
         )
     if settings.adapter:

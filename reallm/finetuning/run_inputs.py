@@ -1,4 +1,4 @@
-"""What a fine-tuning run is made from, checked before a model is loaded or anything is written."""
+"""The inputs of a fine-tuning run, checked before a model is loaded or anything is written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunInputs:
 
     @property
     def measured(self) -> Path:
-        """The measured folder of the plan."""
+        """The work folder of the plan."""
         return Path(self.settings.work or self.plan.work)
 
     def check_output(self) -> None:
@@ -50,7 +50,7 @@ class RunInputs:
         _check_output(self.output, self.settings)
 
     def identity(self) -> RunIdentity:
-        """What decides the result: a run is only continued by one with an equal identity."""
+        """Everything that decides the result: a run is resumed only if its identity is equal to this one."""
         return self.settings.deciding_values() | {
             "artifact_sha256": sha256_file(self.artifact / MANIFEST_FILE),
             "model_sha256": self.plan.model_sha256,
@@ -63,7 +63,7 @@ def open_inputs(
 ) -> RunInputs:
     """Check that `artifact` can be fine-tuned into `output` with `settings`, and load the text.
 
-    Raises UserError.
+    Raises UserError if it cannot.
     """
     _check_output(output, settings)
     if not is_artifact(artifact):

@@ -1,6 +1,6 @@
 """The settings of fine-tuning: one dataclass for the function, the command line and the checkpoints.
 
-The command line makes one option of each field and shows the field's docstring as its help. This module imports neither
+The command line turns each field into an option and shows the field's docstring as its help. This module imports neither
 torch nor transformers, so that `reallm finetune --help` answers at once.
 """
 
@@ -25,12 +25,12 @@ Loss = Literal["kl", "text"]
 RUN_OPTIONS = frozenset(
     {"adapter", "teacher", "work", "device", "gradient_checkpointing", "resume", "kernels", "force"}
 )
-"""Fields that do not change what is trained: an interrupted run may be resumed with other values of them."""
+"""Fields that do not affect the result: an interrupted run may be resumed with other values of these."""
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """What to train, how long, and where. The defaults are a good first run.
+    """What to train, how long, and where. The defaults are good for a first run.
 
     A value that is out of range, or that contradicts another, raises UserError.
 
@@ -39,22 +39,22 @@ class FinetuneSettings:
     """
 
     train: Sequence[Part] = ("factors", "scales", "norms")
-    """Comma-separated parts to train: factors (adds bytes), scales, norms, codebooks, embeddings (do not)."""
+    """Comma-separated parts to train: factors (they add bytes), scales, norms, codebooks, embeddings (these add none)."""
     rank: int | None = None
     """Rank of the new low-rank factors of matrices that have none, 0 to 1024; 0 adds none.
     Default: 0, or 8 with --adapter."""
     factor_dtype: FactorDtype = "i8"
     """How new factors are stored."""
     init: FactorInit = "lq-lora"
-    """Where new factors start: zero as in LoRA, loftq and lq-lora at an approximation of what the codes miss; plan adds
-    none."""
+    """Initial value of new factors: zero, as in LoRA; loftq or lq-lora, an approximation of the encoding error; plan adds
+    no factors."""
     stages: Sequence[Stage] = ("end-to-end",)
     """Comma-separated stages, in order. codes re-encodes the blocks in order and trains the later, not yet encoded
     weights to compensate; blocks trains one block at a time; end-to-end trains the whole model."""
     loss: Loss = "kl"
     """kl: the divergence from the dense model; text: the cross entropy of the text's next token."""
     adapter: bool = False
-    """Write a LoRA adapter in PEFT's format instead of an artifact. It trains factors alone, in fp16."""
+    """Write a LoRA adapter in PEFT's format instead of an artifact; only factors are trained, in fp16."""
     dora: bool = False
     """With --adapter: also train a magnitude for every row (DoRA)."""
 
@@ -66,7 +66,7 @@ class FinetuneSettings:
     seqlen: int = 512
     """Tokens per window, at least 8."""
     learning_rate: float = 1e-3
-    """Peak learning rate of factors; it decays as a cosine."""
+    """Peak learning rate of factors; it decays along a cosine."""
     gain_learning_rate: float | None = None
     """Peak learning rate of scales and norms. Default: 1/120 of the KL divergence before training, at most 5e-3."""
     patience: int = 3
@@ -74,22 +74,23 @@ class FinetuneSettings:
     seed: int = 0
     """Seed of all random choices; the same seed gives the same result."""
     block_windows: int = 64
-    """Windows of the text that the stage blocks trains each block on."""
+    """Number of windows that the stage blocks trains each block on."""
     block_epochs: int = 2
-    """Passes over each block's windows."""
+    """Number of passes over these windows for each block."""
     code_steps: int = 4
-    """Optimiser steps after each block that the stage codes re-encodes."""
+    """Optimiser steps that the stage codes makes after re-encoding each block."""
     code_learning_rate: float = 1e-4
-    """Peak learning rate of the weights that are not yet encoded; norms learn ten times as fast."""
+    """Peak learning rate, in the stage codes, of the weights that are not yet encoded; that of norms is ten times as
+    high."""
 
     teacher: Path | str | None = None
     """The dense model that the artifact was made from, if it has moved since it was measured."""
     work: Path | str | None = None
-    """The measured folder, which the stage codes reads, if it has moved since planning."""
+    """The work folder, which the stage codes reads, if it has moved since planning."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
     gradient_checkpointing: bool = False
-    """Use less memory and more time: recompute activations, and decode weights again, in the backward pass."""
+    """Use less memory but more time: recompute activations and decode the weights again in the backward pass."""
     resume: bool = True
     """Continue an interrupted run that had the same settings."""
     kernels: bool = True
@@ -105,7 +106,7 @@ class FinetuneSettings:
         _check_combinations(self)
 
     def deciding_values(self) -> dict[str, int | float | str | None]:
-        """The fields that decide the result, as checkpoints store them; `stages` keeps its former key "order"."""
+        """The fields that decide the result, as stored in checkpoints; `stages` is stored under its former name "order"."""
         values: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in RUN_OPTIONS}
         order = ",".join(values.pop("stages"))
         return values | {"train": ",".join(self.train), "order": order}
@@ -126,7 +127,7 @@ def with_overrides(settings: FinetuneSettings | None, overrides: Mapping[str, An
 
 
 def _known_parts(parts: Sequence[str]) -> tuple[Part, ...]:
-    """`parts`, each once, in the order of PARTS. Raises UserError."""
+    """`parts` without repetitions, in the order of PARTS. Raises UserError for an unknown part, or if there is none."""
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--train {unknown[0]}: expected {', '.join(PARTS)}")
     if not parts:
@@ -135,13 +136,13 @@ def _known_parts(parts: Sequence[str]) -> tuple[Part, ...]:
 
 
 def _known_stages(stages: Sequence[str]) -> tuple[Stage, ...]:
-    """`stages` in the given order, checked. Raises UserError."""
+    """`stages` in the given order. Raises UserError if they are unknown, repeated or in an impossible order."""
     known = tuple(stage for name in stages for stage in STAGES if stage == name)
     named = ",".join(stages)
     if not known or len(known) < len(stages) or len(set(known)) < len(known):
         raise UserError(f"--stages {named}: expected one or more of {', '.join(STAGES)}, each at most once")
     if "codes" in known[1:]:
-        raise UserError(f"--stages {named}: new codes undo what was trained before; put codes first")
+        raise UserError(f"--stages {named}: new codes would undo the earlier training; put codes first")
     return known
 
 
@@ -164,9 +165,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "block_epochs": (1, float("inf"), "at least 1 pass"),
     "code_steps": (0, float("inf"), "at least 0 optimiser steps"),
 }
-"""The least and the largest value of each whole-numbered field, and both in words."""
+"""The smallest and the largest value of each integer field, and the range in words."""
 _LEARNING_RATES = {"learning_rate": "1e-3", "gain_learning_rate": "1e-3", "code_learning_rate": "1e-4"}
-"""Learning rates, with a usual value."""
+"""Each learning rate field, with a usual value for the error message."""
 
 
 def _check_choices(settings: FinetuneSettings) -> None:
@@ -193,4 +194,4 @@ def _check_combinations(settings: FinetuneSettings) -> None:
         raise UserError("--stages codes makes new codes, which an --adapter cannot hold; leave one of the two out")
     towards_dense = next((stage for stage in settings.stages if stage != "end-to-end"), None)
     if settings.loss == "text" and towards_dense is not None:
-        raise UserError(f"--stages {towards_dense} trains towards the dense model: it needs --loss kl")
+        raise UserError(f"--stages {towards_dense} trains the model to match the dense model: it needs --loss kl")

@@ -1,4 +1,4 @@
-"""The stages of one run, in order: new codes, block by block, end to end, and the write-back into bytes."""
+"""The stages of one run, in order: new codes, training block by block, training end to end, and write-back into bytes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .trainable_parts import TrainableParts
 
 LOG = logging.getLogger(__name__)
 MOMENT_WINDOWS = 8
-"""Windows from which the input moments of "lq-lora" are taken."""
+"""Number of windows over which "lq-lora" averages the input moments."""
 
 
 @dataclass(frozen=True)
 class RunFolders:
-    """Where a run reads and writes on the way."""
+    """The folders that a run reads and writes before it writes the result."""
 
     progress: Path
     """Checkpoints of this run."""
     measured: Path
-    """The measured folder of the plan, which the stage codes reads."""
+    """The work folder of the plan, which the stage "codes" reads."""
     checkpoint: Path | None = None
     """The last complete checkpoint in `progress`; None for a new run."""
 
@@ -42,7 +42,7 @@ def run_stages(
     folders: RunFolders,
     processes: TrainingProcesses = SINGLE_PROCESS,
 ) -> Gain:
-    """Run the stages of `settings`; the better of the initial and the trained state is then stored in the student.
+    """Run the stages of `settings`, then store the better of the initial and the trained state in the student.
 
     Raises UserError if there is nothing to train, or a stage cannot be run.
     """
@@ -73,7 +73,7 @@ def run_stages(
 
 
 def _freeze(pair: StudentTeacher, gradient_checkpointing: bool) -> None:
-    """Make no parameter of either model trainable yet; dropout stays off in both."""
+    """Freeze all parameters of both models and turn dropout off."""
     pair.dense.model.requires_grad_(False)
     pair.student.requires_grad_(False)
     if gradient_checkpointing:
@@ -83,9 +83,9 @@ def _freeze(pair: StudentTeacher, gradient_checkpointing: bool) -> None:
 def _renew_codes(
     pair: StudentTeacher, settings: ResolvedSettings, folders: RunFolders, before: float
 ) -> tuple[float, tuple[Stage, ...]]:
-    """Run the stage codes if the settings contain it; return the held-out loss after it and the stages that count.
+    """Run the stage "codes" if the settings contain it; return the held-out loss and the list of effective stages.
 
-    New codes that do not lower the loss are put back, and the stage does not count.
+    New codes that do not lower the loss are discarded, and "codes" is then left out of the list.
     """
     stages = tuple(settings.stages)
     if "codes" not in stages:
@@ -96,7 +96,10 @@ def _renew_codes(
 
 
 def _start(pair: StudentTeacher, parts: TrainableParts, settings: ResolvedSettings, encoded: float) -> float:
-    """Make the parts trainable; the held-out loss with their initial values (`encoded` without new factors)."""
+    """Make the parts trainable; return the held-out loss with their initial values.
+
+    Without new factors these values change nothing, so the result is `encoded`, the loss of the model as encoded.
+    """
     sample = pair.train[:MOMENT_WINDOWS].tokens
     uses_moments = settings.new_factors is not None and settings.init == "lq-lora"
     moments = input_moments(pair.student, pair.linears, sample) if uses_moments else {}
@@ -107,7 +110,7 @@ def _start(pair: StudentTeacher, parts: TrainableParts, settings: ResolvedSettin
 
 
 def _write_back(pair: StudentTeacher, parts: TrainableParts) -> float:
-    """The held-out loss with the trained values as they are stored; infinite if they cannot be stored."""
+    """Write the trained values back; return the held-out loss with the stored values, or infinity if they do not fit."""
     if not parts.is_finite():
         return math.inf
     try:

@@ -1,7 +1,7 @@
 """The two models of distillation, student (packed) and teacher (dense), and the windows that they are compared on.
 
-The last windows of the text are held out. Both models compute in the dense model's own bfloat16 where the machine is
-fast in it, else in float32.
+The last windows of the text are held out. Both models compute in bfloat16 if the dense model uses it and the machine
+computes fast in it, and in float32 otherwise.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class TrainingData:
     """Disjoint from `train`."""
 
     def free_teacher(self, rows: Tensor) -> None:
-        """Cache the teacher's hidden states on the windows `rows` of `train`, int64 [n], and on the held-out ones.
+        """Cache the teacher's hidden states on the held-out windows and the windows `rows`, int64 [n], of `train`.
 
-        Then free its weights; nothing is done if the states do not fit.
+        Then free the teacher's weights. If the states do not fit into the cache, nothing is done.
         """
         tokens, window_ids = self.needed_windows(rows)
         if self.teacher.cache_all(tokens, window_ids):
             self.teacher.free_weights()
 
     def needed_windows(self, rows: Tensor) -> tuple[Tensor, list[int]]:
-        """Token ids and window ids of the windows `rows` of `train`, each once, and of those held out."""
+        """Token ids and window ids of the held-out windows and of the windows `rows` of `train`, each window once."""
         parts = [self.train[torch.unique(rows)], self.held_out]
         return torch.cat([part.tokens for part in parts]), [i for part in parts for i in part.window_ids.tolist()]
 
@@ -88,7 +88,7 @@ class StudentTeacher:
 
     @torch.no_grad()
     def held_out_loss(self, maps: EmbeddingMaps | None = None) -> float:
-        """Mean loss of the student on the held-out windows, nats per token; `maps` are those being trained."""
+        """Mean loss of the student on the held-out windows, nats per token; `maps` are embedding maps in training."""
         device, total = self.student.device, 0.0
         for index in range(len(self.held_out.tokens)):
             window = self.held_out[index : index + 1]
@@ -97,9 +97,9 @@ class StudentTeacher:
         return total / len(self.held_out.tokens)
 
     def free_teacher(self, rows: Tensor) -> None:
-        """Free the teacher's weights, except its head, if training on the windows `rows` of `train` can do without.
+        """Free the teacher's weights, except its head, if training on the windows `rows`, int64 [n], does not need them.
 
-        `rows` int64 [n]. `reload_teacher` reads the weights again.
+        `rows` are indices into `train`. `reload_teacher` reads the weights again.
         """
         if self.objective.teacher_fits_in_cache(*self.data.needed_windows(rows)):
             self.data.teacher.free_weights()
@@ -111,7 +111,7 @@ class StudentTeacher:
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute the activations in the backward pass instead of keeping them."""
-    renamed = getattr(model, "activation_checkpointing_enable", None)  # by transformers on its way to 6
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # the name in newer versions of transformers
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -123,9 +123,9 @@ def open_training_data(
 ) -> TrainingData:
     """Load the model that `artifact` was made from and cut the text into windows; the last ones are held out.
 
-    Raises UserError if the model is missing or another one, or the text has fewer than two windows.
+    Raises UserError if the model is missing or is not the right one, or if the text has fewer than two windows.
     """
-    device = processes.own_device(parse_device(settings.device, ("cpu", "cuda")))  # the Trainer supports no other device
+    device = processes.own_device(parse_device(settings.device, ("cpu", "cuda")))  # the Trainer supports no others
     dense = load_model(settings.teacher or plan.model)
     if dense.digest != plan.model_sha256:
         raise UserError(f"{dense.source} is not the model {artifact} was made from; give that one as --teacher")
@@ -142,7 +142,7 @@ def open_training_data(
 
 
 def open_student(artifact: Path, data: TrainingData, settings: ResolvedSettings) -> StudentTeacher:
-    """Load the compressed model, which must be verified already, beside its teacher.
+    """Load the compressed model, which must have been verified, beside its teacher.
 
     With gradient checkpointing the student keeps no decoded weights.
     """
@@ -174,6 +174,6 @@ def _sample(dense: LoadedModel, source: Text, seqlen: int) -> SampledWindows:
 
 
 def compute_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """bfloat16 if the model uses it and the machine is fast in it, else float32; fp16 gradients would overflow."""
+    """bfloat16 if the model uses it and the machine computes fast in it, else float32; fp16 gradients would overflow."""
     fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if model_dtype == torch.bfloat16 and fast else torch.float32

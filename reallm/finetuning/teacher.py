@@ -1,9 +1,9 @@
 """The dense model as the teacher: its output head, and its hidden states on the windows that training will use.
 
-The hidden states are computed before the compressed model is loaded, and the rest of the dense model is freed then, so
-that the two models need not fit into memory side by side. When several processes train and `accelerate launch
---use_fsdp` asks for it, each process holds a shard of the dense model's blocks and gathers the others while it runs
-them (FSDP, arXiv 2304.11277).
+The hidden states are computed before the compressed model is loaded. Then the dense model except its head is freed, so
+that the two models need not fit into memory together. When `accelerate launch --use_fsdp` starts several processes,
+each process holds one shard of the dense model's blocks and gathers the other shards of a block while it runs the block
+(FSDP, arXiv 2304.11277).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def hidden_state(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plain_head(model: PreTrainedModel, input_ids: Tensor) -> nn.Linear | None:
-    """The head of `model` if the logits are exactly its weight times the hidden state, checked on `input_ids`.
+    """The head of `model` if the logits are exactly the head's weight times the hidden state, checked on `input_ids`.
 
-    None for any other head, and for a compressed one: while it is trained, its weight is not what it multiplies by.
+    Returns None for any other head, and for a compressed head, which during training multiplies by a different matrix
+    than its `weight`.
     """
     head = model.get_output_embeddings()
     if (
@@ -72,7 +73,7 @@ class Teacher:
         """`sample`: a few token ids [1, seqlen], used to check whether the head is a plain matrix."""
         self.loaded, self.device, self.dtype = loaded, device, dtype
         self.runner: PreTrainedModel = loaded.model
-        """The model that computes; where processes shard the weights, it holds a shard of everything but the head."""
+        """The model that computes; if processes shard the weights, it holds one shard of everything except the head."""
         self.sharded = processes.shards_teacher
         if self.sharded:
             _shard(loaded, device, dtype, processes)
@@ -85,9 +86,9 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, window_ids: Sequence[int]) -> Tensor:
-        """Hidden states [batch, seqlen, features] of the windows `input_ids`, from the cache if all are there.
+        """Hidden states [batch, seqlen, features] of the windows `input_ids`, from the cache if it holds them all.
 
-        Computed states are cached while they fit into CACHE_BYTES.
+        Otherwise they are computed, and cached as long as they fit into CACHE_BYTES.
         """
         if all(window in self.cached for window in window_ids):
             return torch.stack([self.cached[window] for window in window_ids])
@@ -103,7 +104,7 @@ class Teacher:
 
     @torch.no_grad()
     def cache_all(self, input_ids: Tensor, window_ids: Sequence[int]) -> bool:
-        """Cache the hidden states of all these windows, int64 [windows, seqlen].
+        """Cache the hidden states of all the windows `input_ids`, int64 [windows, seqlen], and return True.
 
         Returns False, having done nothing, if they do not fit into CACHE_BYTES or the head is not a plain matrix.
         Processes that shard the weights must call this together.
@@ -126,7 +127,7 @@ class Teacher:
         return True
 
     def free_weights(self) -> None:
-        """Free the weights until `reload_weights`, except the head's and this process's shard."""
+        """Free the weights, except the head and this process's shard, until `reload_weights` is called."""
         if self.sharded:
             self.loaded.model = self.runner
             return
@@ -147,7 +148,7 @@ class Teacher:
 
 
 def _shard(loaded: LoadedModel, device: torch.device, dtype: torch.dtype, processes: TrainingProcesses) -> None:
-    """Leave a shard of every block's weights, and of all else but the head, in each process; move them to `device`."""
+    """Shard all weights except the head's among the processes, block by block, and move this process's to `device`."""
     model, mesh = loaded.model.to(dtype), init_device_mesh(device.type, (processes.count,))
     for name in loaded.blocks:
         fully_shard(model.get_submodule(name), mesh=mesh, reshard_after_forward=True)

@@ -1,7 +1,7 @@
-"""The parts of a packed model that fine-tuning trains: made trainable, written back into bytes, or reset.
+"""The parts of a packed model that fine-tuning trains: make them trainable, write them back into bytes, or reset them.
 
-- factors     the low-rank terms; new ones where a matrix has none and the rank is not 0 (`factors`). With DoRA also the
-              magnitudes of rows (`runtime.training.part`), which only an adapter can store
+- factors     the low-rank terms; a matrix without one gets new factors if the rank is not 0 (`factors`). With DoRA also
+              the magnitudes of rows (`runtime.training.part`), which only an adapter can store
 - scales      a gain on every fp16 scale that a format stores directly; does not change the size
 - norms       a gain on every normalisation weight; does not change the size (`norms`)
 - codebooks   the fp16 values of codebooks and level tables; does not change the size (`codebooks`)
@@ -36,15 +36,15 @@ from .settings import FactorInit, Part
 def nothing_to_train(parts: Sequence[Part]) -> UserError:
     """The error for an artifact that has none of `parts`."""
     return UserError(
-        f"--train {','.join(parts)}: the artifact has nothing of that; give --rank 8 for new factors, or train scales "
-        "and norms"
+        f"--train {','.join(parts)}: the artifact has none of these parts; give --rank 8 for new factors, or train "
+        "scales and norms"
     )
 
 
 def formats_have(
     parts: Sequence[Part], new_factors: LowRank | None, formats: Iterable[tuple[Format, int, int]]
 ) -> bool:
-    """Whether a model with linears of these formats, rows and columns can have some of `parts`."""
+    """Whether a model whose linears have these (format, rows, columns) can have at least one of `parts`."""
     if new_factors is not None or {"norms", "embeddings"} & set(parts):
         return True
     return any(
@@ -63,11 +63,11 @@ class TrainableParts:
     linears: PackedLinears
     parts: tuple[Part, ...]
     new_factors: LowRank | None
-    """The term that linears without factors get; None for no new factors."""
+    """The low-rank term that linears without factors get; None for no new factors."""
     stored_dtype: torch.dtype
     """The dtype in which the artifact stores norms and plain embeddings."""
     init: FactorInit = "lq-lora"
-    """Where new factors start."""
+    """How new factors are initialised."""
     dora: bool = False
     """Whether row magnitudes are trained beside the factors."""
     _linears_before: dict[str, tuple[Format, dict[str, Tensor]]] = field(default_factory=dict)
@@ -121,9 +121,9 @@ class TrainableParts:
                 train_magnitude(linear)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters by learning rate: "factors", "gains" (scales and norms), "codebooks", "maps" (embeddings).
+        """The parameters of each learning rate: "factors", "gains" (scales, norms), "codebooks", "maps" (embeddings).
 
-        Magnitudes belong to the factors and have their learning rate, as in DoRA.
+        DoRA's magnitudes are in the group "factors", so they have the factors' learning rate.
         """
         linears = self.linears.values()
         training = [linear.training_part for linear in linears if linear.training_part is not None]
@@ -160,7 +160,7 @@ class TrainableParts:
         return all(bool(p.isfinite().all()) for p in self.parameters())
 
     def write_back(self) -> None:
-        """Write the trained values into bytes and end training. Raises ValueError for a value that cannot be stored."""
+        """Write the trained values into bytes and end training. Raises ValueError if a value cannot be stored."""
         if "factors" in self.parts:
             write_back_factors(self._linears_with_factors(), self.new_factors)
         for linear in self.linears.values():
@@ -187,7 +187,7 @@ class TrainableParts:
             write_back_factors(self._linears_with_factors(), self.new_factors)
 
     def added_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """L [rows, rank] and R [rank, cols] by linear: the stored term now, less the one before training."""
+        """Name of linear -> L [rows, rank] and R [rank, cols] with L R = stored low-rank term now - that before training."""
         added = {}
         for name, linear in self._linears_with_factors().items():
             left, right = decode_factors(linear.format, linear.fields, linear.rows, linear.cols)
@@ -197,7 +197,7 @@ class TrainableParts:
         return added
 
     def magnitudes(self) -> dict[str, Tensor] | None:
-        """m [rows] of the linears in `added_factors`, by name; None without DoRA."""
+        """The DoRA magnitude m [rows] of each linear in `added_factors`, by name; None without DoRA."""
         return {name: current_magnitudes(m) for name, m in self._linears_with_factors().items()} if self.dora else None
 
     def stored_tensors(self) -> dict[str, Tensor]:

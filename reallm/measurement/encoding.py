@@ -70,9 +70,9 @@ def matrix_metric(matrix: Matrix, statistics: BlockStatistics) -> Metric:
 
 
 def codebook_values(fmt: Format, fields: PackedFields) -> Tensor:
-    """Read what matrices of `fmt` share from its packed field, as float32.
+    """Read the packed field that several matrices of `fmt` share, as float32.
 
-    These are additive codebooks [M, 2^B, d], or the bytes of a neural decoder [bytes].
+    It contains additive codebooks [M, 2^B, d], or the bytes of a neural decoder [bytes].
     """
     codec, field = fmt.codec, fmt.shared_field
     assert isinstance(codec, AdditiveCodec | NeuralCodec) and field is not None

@@ -1,4 +1,4 @@
-"""One forward pass of a few tokens that shows how a model uses its weights, which their names cannot tell.
+"""One forward pass of a few tokens that shows how a model uses its weights, which cannot be told from their names.
 
 - Which matrices share one input: those whose input has the same bytes (q, k and v; gate and up).
 - The orientation of a 3-D stack of experts: for y = x W^T the contracted axis of W is the last one, [E, out, in]; for
@@ -75,7 +75,7 @@ def _watcher(name: str, uses: Uses) -> Callable[[nn.Module, tuple[Any, ...], dic
 
 
 def fingerprint(x: Tensor, owner: str) -> str:
-    """Digest of the rows of `x` [..., K]: equal for equal inputs, except that a constant (dead) input is not shared."""
+    """Digest of the rows of `x` [..., K], equal for equal inputs; constant (dead) inputs of different owners differ."""
     flat = x.detach().reshape(-1, x.shape[-1]).contiguous().cpu()
     if flat.numel() == 0 or bool((flat == flat[0, 0]).all()):
         return f"constant:{owner};"

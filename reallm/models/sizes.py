@@ -27,7 +27,7 @@ COUNTED_KINDS = ("linear", "expert")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Exact bytes and weights of one model."""
+    """Exact number of bytes and of weights of one model."""
 
     matrices_bytes: int
     """Bytes stored for the matrices of COUNTED_KINDS, shared codebooks included."""

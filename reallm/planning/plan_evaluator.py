@@ -23,7 +23,7 @@ from reallm.system.progress import progress_bar
 class PlanEvaluator:
     """Measures plans one after another: decodes them into a float32 model and compares it with the original model.
 
-    Between two plans only the matrices are decoded whose format differs.
+    From one plan to the next, only matrices whose format has changed are decoded.
     """
 
     def __init__(self, loaded: LoadedModel, work: Path, windows: Tensor, progress: bool = True) -> None:

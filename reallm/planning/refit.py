@@ -161,7 +161,7 @@ def _rounds(
     time_limit_s: float,
     rival: _Trial | None,
 ) -> list[_Trial]:
-    """`plan` and the plan of each round, measured; ends when a plan comes back or is not better than the one before."""
+    """`plan` and the plan of each round, measured; ends when a plan repeats or does not improve."""
     current = _trial(evaluator, plan, "plan")
     trials = [current]
     for number in range(1, rounds + 1):

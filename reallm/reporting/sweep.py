@@ -58,7 +58,7 @@ def sweep(
     PlanError
         For ends with different units, options that cannot be met, and budgets that no plan fits.
     UserError
-        For a figure with another ending or without any loss to draw, and as `plan` does.
+        For a figure whose file name has an unknown ending, for plans that lose nothing, and as `plan` does.
     RecordError
         When `work` holds no measured table.
 

@@ -1,7 +1,7 @@
 """A lock that lets one process at a time work in a folder.
 
-The kernel releases the lock when its holder ends, also under kill -9. On a shared file system it excludes processes of
-other machines where flock does so: NFS on Linux, and Lustre mounted with the option flock.
+The kernel releases the lock when its holder ends, even if it is killed with kill -9. On a shared file system the lock
+excludes processes of other machines only where flock does so: NFS on Linux, and Lustre mounted with the option flock.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The encoder for additive codebooks (AQLM, arXiv 2401.06118), fitted in the metric of H.
 
-1. Words, by weighted k-means for the first codebook and k-means of the residual for each further one.
-2. Codes, with error feedback over groups of d columns (block LDL; GPTVQ, arXiv 2402.15319), each group by beam search.
-3. Rounds of three steps: words by conjugate gradients on tr(E H E^T), which is quadratic in them; codes by beam search,
-   one group at a time given all others, where the best sum of words is the one nearest to
-   w_g + (E_others H)_g H_gg^-1 in the metric of H_gg; row scales in closed form. The rounds end when one gains less
-   than MIN_GAIN, and the best is returned.
+1. The words of the first codebook are fitted by weighted k-means, those of each further one by k-means of the residual.
+2. The codes are chosen group by group (d columns each) with error feedback (block LDL; GPTVQ, arXiv 2402.15319); within
+   a group by beam search.
+3. Rounds of three steps follow. The words are refitted by conjugate gradients on tr(E H E^T), which is quadratic in the
+   words. The codes are searched again, one group at a time with all other groups fixed: the best sum of words is the
+   one nearest to w_g + (E_others H)_g H_gg^-1 in the metric of H_gg. The row scales are set to their optimum in closed
+   form. The rounds end when one lowers the cost by a share of less than MIN_GAIN; the best result is returned.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BEAM = 4
 BLOCK_COLUMNS = 128
 KMEANS_SAMPLES = 1 << 15
 KMEANS_ITERATIONS = 20
-CG_ITERATIONS = 2  # more make no difference, because the codes move again anyway
+CG_ITERATIONS = 2  # more iterations make no difference, because the codes change again afterwards
 MAX_ROUNDS = 3
 MIN_GAIN = 0.01  # as in AQLM
 
@@ -36,17 +37,17 @@ class AdditiveCodes:
     codes: Tensor
     """int64 [N, G, M]"""
     scales: Tensor
-    """One per row, [N], in fp16 values."""
+    """One scale per row, [N], rounded to fp16."""
     codebooks: Tensor
-    """[M, 2^B, d], in fp16 values."""
+    """[M, 2^B, d], rounded to fp16."""
 
     def decode(self, cols: int) -> Tensor:
-        """W_hat [N, cols]."""
+        """The decoded matrix W_hat [N, cols]."""
         return gather_words(self.codes, self.codebooks)[:, :cols] * self.scales[:, None]
 
 
 def gather_words(codes: Tensor, books: Tensor) -> Tensor:
-    """The sums of the words that `codes` [N, G, M] choose from `books` [M, 2^B, d]: [N, G d]."""
+    """Look up the words of `codes` [N, G, M] in `books` [M, 2^B, d] and add them over the M codebooks: [N, G d]."""
     total = books[0][codes[:, :, 0]]
     for m in range(1, books.shape[0]):
         total = total + books[m][codes[:, :, m]]
@@ -54,7 +55,10 @@ def gather_words(codes: Tensor, books: Tensor) -> Tensor:
 
 
 def normalised_vectors(W: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Divide W[N, K] by its row scales: (scales [N] in fp16 values, vectors [N, G, d], the last padded with zeros)."""
+    """Divide W[N, K] by its row scales and cut it into vectors of d columns; the last one is padded with zeros.
+
+    Returns the scales [N], rounded to fp16, and the vectors [N, G, d].
+    """
     scales = to_half(W.square().mean(1).sqrt())
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     padded = torch.nn.functional.pad(W / scales[:, None], (0, -W.shape[1] % dim))
@@ -77,7 +81,7 @@ def fit_codebooks(vectors: Tensor, weights: Tensor, codec: AdditiveCodec, seed: 
 
 
 def _kmeans(vectors: Tensor, weights: Tensor, words: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(codebook [words, d], index of the nearest word to every vector [n])."""
+    """Run weighted k-means: (codebook [words, d], index of the word nearest to each vector [n])."""
     count = vectors.shape[0]
     start = torch.randperm(count, generator=generator)[:words]
     book = vectors[start].clone()
@@ -103,7 +107,7 @@ def _nearest(vectors: Tensor, book: Tensor, rows: int = 4096) -> Tensor:
 
 
 def beam_codes(target: Tensor, books: Tensor, row_scales: Tensor) -> Tensor:
-    """Search the codes [N, M] whose sum of words, times the row's scale, is nearest to `target` [N, d].
+    """Search for the codes [N, M] whose sum of words, times the row's scale, is nearest to `target` [N, d].
 
     `target` and the words of `books` [M, 2^B, d] must be whitened by the same matrix.
     """
@@ -143,7 +147,7 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
 
 
 class AdditiveFit:
-    """The codes, scales and codebooks of one matrix while they are fitted in turn."""
+    """The codes, scales and codebooks of one matrix during fitting, which updates them in turn."""
 
     def __init__(self, W: Tensor, codec: AdditiveCodec, work: Workspace, shared: Tensor | None, seed: int) -> None:
         self.W, self.codec, self.cols = W, codec, W.shape[1]
@@ -160,7 +164,7 @@ class AdditiveFit:
         )
 
     def _feedback_order(self, work: Workspace) -> tuple[list[int], Tensor]:
-        """(groups by falling mean diagonal of H, the inverse factor of H in this order of columns)."""
+        """The groups sorted by falling mean of H's diagonal, and the inverse factor of H with columns in that order."""
         count = -(-self.cols // self.codec.dim)
         weight = [float(work.column_weight[self._span(g)].mean()) for g in range(count)]
         groups = sorted(range(count), key=lambda g: -weight[g])
@@ -176,7 +180,7 @@ class AdditiveFit:
         return float(((error @ self.H) * error).sum(dtype=torch.float64))
 
     def feed_back(self) -> None:
-        """Choose the first codes with error feedback, group by group."""
+        """Choose the initial codes, group by group, with error feedback."""
         state, start = self.state, 0
         targets = torch.cat([self.W[:, self._span(g)] for g in self.groups], 1)
         for group in self.groups:
@@ -191,7 +195,7 @@ class AdditiveFit:
                 targets[:, start:].addmm_(error, self.factor[span, start:], alpha=-1)
 
     def refit_scales(self) -> None:
-        """Set every row scale to its optimum for the codes."""
+        """Set every row scale to its optimum for the current codes."""
         words = gather_words(self.state.codes, self.state.codebooks)[:, : self.cols]
         product = words @ self.H
         numerator, denominator = (product * self.W).sum(1), (product * words).sum(1)
@@ -232,10 +236,10 @@ class AdditiveFit:
         state.codebooks = to_half(books)
 
     def search_codes(self) -> None:
-        """Search the codes of every group again, given all others; codes are replaced only by better ones.
+        """Search again for the codes of each group, with all other groups fixed; only better codes replace the old ones.
 
-        With e the error and slope = e H, a change is visible at once to the groups in the same block of columns, and to
-        the other blocks when the block is finished.
+        With e the error, slope = e H. After a change of codes, the slope is updated at once for the groups in the same
+        block of columns, and for the other blocks when the block is finished.
         """
         error = self.W - self.state.decode(self.cols)
         slope = error @ self.H
@@ -253,11 +257,11 @@ class AdditiveFit:
             slope.addmm_(error[:, block] - before, self.H[block])
 
     def _improve(self, group: int, slope: Tensor) -> Tensor:
-        """Search the codes of one group again; returns by how much its error changes [N, width]."""
+        """Search again for the codes of one group; returns the change of the group's error [N, width]."""
         span, state = self._span(group), self.state
         width = span.stop - span.start
         root, failed = torch.linalg.cholesky_ex(self.H[span, span])
-        if int(failed):  # singular in float32: the diagonal serves as well, because worse codes are rejected below
+        if int(failed):  # singular in float32: use the diagonal; worse codes are rejected below
             root = torch.diag(self.H.diagonal()[span].sqrt())
         old, old_codes = self._group_values(group)[:, :width], state.codes[:, group].clone()
         optimum = old + torch.cholesky_solve(slope.T, root).T  # the minimiser with everything else fixed
@@ -286,7 +290,7 @@ def encode_additive(W: Tensor, codec: AdditiveCodec, context: EncodingContext) -
 def fit_additive_codes(
     W: Tensor, codec: AdditiveCodec, work: Workspace, shared: Tensor | None, seed: int, rounds: int = MAX_ROUNDS
 ) -> AdditiveCodes:
-    """Fit codes, scales and codebooks to W[N, K] float32; codebooks `shared` [M, 2^B, d] are used as they are."""
+    """Fit codes, scales and codebooks to W[N, K] float32; `shared` codebooks [M, 2^B, d], if given, stay unchanged."""
     fit = AdditiveFit(W, codec, work, shared, seed)
     fit.feed_back()
     fit.refit_scales()

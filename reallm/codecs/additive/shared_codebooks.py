@@ -1,4 +1,4 @@
-"""Additive codebooks that a family of matrices shares, fitted on a sample of each member."""
+"""Additive codebooks that all matrices of a family share, fitted on a sample of the vectors of each matrix."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SAMPLES_PER_MATRIX = 4096
 
 
 def fit_additive_codebooks(codec: AdditiveCodec, members: Iterable[tuple[Tensor, Metric]], seed: int) -> Tensor:
-    """Fit codebooks [M, 2^B, d], rounded to fp16, on the (weight [N, K], metric) of every member.
+    """Fit codebooks [M, 2^B, d], rounded to fp16, to the matrices of a family.
 
-    Every matrix has the same total weight: its vectors are weighted by the diagonal of its Hessian over the mean of
-    that diagonal.
+    `members` are (W[N, K], metric) of every matrix. Each matrix has the same total weight: its vectors are weighted by
+    the diagonal of its Hessian, divided by the mean of that diagonal.
     """
     generator = torch.Generator().manual_seed(seed)
     samples, weights = [], []

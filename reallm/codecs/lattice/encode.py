@@ -1,9 +1,9 @@
-"""The lattice encoder: block error feedback and the nearest words (QuIP#, arXiv 2402.04396).
+"""The lattice encoder: nearest words with block error feedback (QuIP#, arXiv 2402.04396).
 
-Groups of 8 columns are coded in storage order. With feedback, each compensates for the errors of the groups before it
-(block LDL on the inverse factor, as in the trellis encoder). A residual word is the word nearest to what the first one
-leaves. There is one scale per block of TILE columns, first set from the block's power, and finally fitted jointly by
-least squares in the metric. `ldl2` is treated as `ldl`.
+Groups of 8 columns are coded in storage order. With feedback, each group compensates for the errors of the groups
+before it (block LDL on the inverse factor, as in the trellis encoder). Above 2 bits per weight, a second word codes the
+residual that the first word leaves. There is one scale per block of TILE columns: it is first set from the block's mean
+square, and at the end all scales are fitted jointly by least squares in the metric of H. `ldl2` is treated as `ldl`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from reallm.kernels.formats.codecs import TILE, LatticeCodec
 from .nearest import nearest_e8p, nearest_root
 
 SCALES = {2: 0.96, 3: 1.0, 4: 1.1}
-"""Best ratio of the scale to the source's standard deviation, by bits (measured on a normal source)."""
+"""Best ratio of the scale to the weights' standard deviation, by bits per weight (measured on normal weights)."""
 
 
 def nearest_words(x: Tensor, bits: int) -> tuple[list[Tensor], Tensor]:
     """Find the words nearest to x [n, 8] at `bits` bits per weight.
 
-    Returns the codes, with the residual codes as a second entry above 2 bits, int64 [n] each, and the vectors that they
-    stand for, float32 [n, 8].
+    Returns a list of codes, int64 [n] each (above 2 bits, the second entry holds the residual codes), and the decoded
+    vectors, float32 [n, 8].
     """
     codes, words = nearest_e8p(x)
     if bits == 2:
@@ -40,7 +40,7 @@ def nearest_words(x: Tensor, bits: int) -> tuple[list[Tensor], Tensor]:
 
 
 class _Encoder:
-    """One matrix, with its columns padded to whole blocks."""
+    """The encoding of one matrix, whose columns are padded to whole blocks."""
 
     def __init__(self, W: Tensor, codec: LatticeCodec, feedback: bool, work: Workspace) -> None:
         self.codec, self.cols = codec, W.shape[1]
@@ -50,7 +50,7 @@ class _Encoder:
         self.factor = padded(work.natural_factor, width) if feedback else None
 
     def encode(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """([codes and residual codes, [N, groups] each], stored scales [blocks], what they decode to [N, K])."""
+        """Encode the matrix: ([codes, residual codes] [N, groups] each, stored scales [blocks], decoded [N, K])."""
         targets, unscaled, group_codes = self.W.clone(), torch.empty_like(self.W), []
         scales = torch.zeros(self.W.shape[1] // TILE)
         for start in range(0, self.W.shape[1], DIM):
@@ -69,7 +69,7 @@ class _Encoder:
         return codes, stored, (unscaled * stored.repeat_interleave(TILE))[:, : self.cols]
 
     def _feed_back(self, targets: Tensor, error: Tensor, span: slice) -> None:
-        """Add the correction for the error of the columns `span` to the targets of the columns behind them."""
+        """Correct the targets of the columns after `span` for the `error` of the columns in `span`."""
         if self.factor is None or span.stop == targets.shape[1]:
             return
         whitened = torch.linalg.solve_triangular(self.factor[span, span], error, upper=True, left=False)

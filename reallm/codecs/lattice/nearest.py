@@ -1,10 +1,12 @@
-"""The exact search for the nearest word of E8P, from the order of the coordinates' magnitudes.
+"""The exact search for the nearest word of the E8P codebook, by sorting the coordinates' magnitudes.
 
-For a shift s and y = x - s, the best word with a given multiset of magnitudes has its large magnitudes where |y| is
-large (rearrangement inequality) and the signs of y. If the parity of these signs is wrong, the sign at the smallest
-|y|, where the magnitude is 1/2, is flipped. So 7 multisets represent the 227 short vectors: up to four entries 3/2, or
-one 5/2 and at most one 3/2. The 29 long vectors are tried one by one, but only where a bound on them would win: five
-entries 3/2 at the five largest |y|. A word's score, without its shift, is <y, word> - |word|^2 / 2.
+For a shift s and y = x - s, consider all words with a given multiset of magnitudes. The best of them has the signs of y
+and its large magnitudes where |y| is large (rearrangement inequality). If these signs have the wrong parity, the sign
+at the smallest |y|, where the magnitude is 1/2, is flipped. So it is enough to try one word for each of 7 multisets to
+cover the 227 short vectors; these have up to four entries 3/2, or one entry 5/2 and at most one 3/2. The 29 long
+vectors are tried one by one, but only where an upper bound of their scores exceeds the best score so far; the bound is
+the score of five entries 3/2 at the five largest |y|. The score of a word, without its shift, is
+<y, word> - |word|^2 / 2; the nearest word has the highest score.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ MULTISETS = ((0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (0, 5))
 
 @cache
 def _multisets() -> tuple[Tensor, Tensor]:
-    """(magnitudes in falling order [8, 8 multisets], half of each squared norm [8])."""
+    """The 8 multisets: (magnitudes in falling order [8, multisets], half of each squared norm [multisets])."""
     columns = [[2.5] * five + [1.5] * three + [0.5] * (DIM - five - three) for five, three in MULTISETS]
     sorted_magnitudes = torch.tensor(columns).T.contiguous()
     return sorted_magnitudes, sorted_magnitudes.square().sum(0) / 2
@@ -32,7 +34,7 @@ def _multisets() -> tuple[Tensor, Tensor]:
 
 @cache
 def _vector_indices() -> Tensor:
-    """The index of every absolute vector, int64 [3^8], by a number in base 3: digits 0, 1, 2 for 1/2, 3/2, 5/2."""
+    """Table int64 [3^8]: vector of magnitudes, read as a base-3 number (digits 0, 1, 2 for 1/2, 3/2, 5/2) -> index."""
     indices = torch.zeros(3**DIM, dtype=torch.int64)
     digits = torch.from_numpy(absolute_vectors() - 0.5).long()
     indices[digits @ 3 ** torch.arange(DIM)] = torch.arange(256)
@@ -44,7 +46,8 @@ def nearest_e8p(x: Tensor) -> tuple[Tensor, Tensor]:
     count = len(x)
     y = torch.cat([x + SHIFT, x - SHIFT])
     magnitude, odd = y.abs(), (y < 0).sum(1) % 2 == 1
-    # the coordinate's number replaces the lowest three bits of its magnitude, 2^-21 of it, so that it is sorted along
+    # the coordinate's number replaces the lowest three bits of its magnitude (a change of 2^-21), so that one sort
+    # orders both
     keys = (magnitude.view(torch.int32) & -8) | torch.arange(DIM, dtype=torch.int32)
     order = torch.from_numpy(np.sort(keys.numpy(), axis=1)).flip(1)
     rank = (order & 7).long()
@@ -65,7 +68,7 @@ def nearest_e8p(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _try_long(magnitude: Tensor, odd: Tensor, bound: Tensor, best_score: Tensor, chosen: Tensor, flip: Tensor) -> None:
-    """Where a long vector scores higher, write it into `best_score`, `chosen` and `flip`."""
+    """Try the long vectors, and write those that score higher into `best_score`, `chosen` and `flip`."""
     rows = torch.nonzero(bound > best_score).flatten()
     if not len(rows):
         return
@@ -81,7 +84,7 @@ def _try_long(magnitude: Tensor, odd: Tensor, bound: Tensor, best_score: Tensor,
 
 
 def _assemble(y: Tensor, chosen: Tensor, flip: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, words) from the chosen magnitudes, the sign to flip (-1 for none) and the sign of the shift."""
+    """Assemble (codes, words) from the chosen magnitudes, the sign to flip (-1: none) and the sign of the shift."""
     minus = (y < 0) ^ (torch.arange(DIM) == flip[:, None])
     words = torch.where(minus, -chosen, chosen) + torch.where(plus, SHIFT, -SHIFT)[:, None]
     index = _vector_indices()[((chosen - 0.5) @ (3.0 ** torch.arange(DIM))).long()]
@@ -90,7 +93,10 @@ def _assemble(y: Tensor, chosen: Tensor, flip: Tensor, plus: Tensor) -> tuple[Te
 
 
 def nearest_root(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the nearest words of the residual codebook of three bits: (codes int64 [n], words float32 [n, 8])."""
+    """Find the words nearest to x [n, 8] in the residual codebook for three bits per weight.
+
+    Returns (codes int64 [n], words float32 [n, 8]).
+    """
     book = torch.from_numpy(root_words().copy()).float()
     scores = torch.addmm(-0.5 * book.square().sum(1), x, book.T)
     codes = torch.from_numpy(scores.numpy().argmax(1))

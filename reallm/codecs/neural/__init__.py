@@ -1,1 +1,1 @@
-"""Neural codes (ReALLM): a decoder network shared by a family of matrices turns codes into weights."""
+"""Neural codes (ReALLM): a decoder network, shared by all matrices of a family, turns codes into weights."""

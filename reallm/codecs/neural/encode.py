@@ -1,11 +1,12 @@
-"""The encoder for a given neural decoder: it chooses all codes of a column together, knowing what they decode to.
+"""The encoder for a given neural decoder: it chooses all codes of a column together.
 
-1. Scales of blocks of columns, from the power of each block.
-2. Codes, column by column: the cheapest ones for the column's target (see `viterbi`). With feedback the target includes
-   the errors of the columns before it (GPTQ, arXiv 2210.17323); without, it is the column itself.
-3. Scales again, by least squares in the metric. With feedback, passes of coordinate descent follow: each column's codes
-   are chosen again, given all other columns (QuantEase, arXiv 2309.01885). The best state is returned; the passes end
-   when one gains less than MIN_GAIN.
+1. The scale of each block of columns is set from the block's mean square.
+2. The codes are chosen column by column, so that the decoded column is nearest to its target (see `viterbi`). With
+   feedback, the target compensates for the errors of the columns before (GPTQ, arXiv 2210.17323); without feedback, it
+   is the column itself.
+3. The scales are fitted again by least squares in the metric of H. With feedback, passes of coordinate descent follow:
+   each column's codes are chosen again, with all other columns fixed (QuantEase, arXiv 2309.01885). The passes end when
+   one lowers the cost by a share of less than MIN_GAIN; the best state is returned.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .viterbi import cheapest_codes
 
 MAX_PASSES = 2
 MIN_GAIN = 0.005
-RIDGE = 1e-6  # towards the previous scale, in units of the mean curvature
+RIDGE = 1e-6  # strength of the pull towards the previous scale, in units of the mean curvature
 
 
 def patches(columns: Tensor, dim: int) -> Tensor:
@@ -36,7 +37,7 @@ def patches(columns: Tensor, dim: int) -> Tensor:
 
 
 def block_scales(W: Tensor) -> Tensor:
-    """The root mean square of every block of TILE columns, [blocks], rounded to fp16; 1 where it is zero."""
+    """The scale of each block of TILE columns: its root mean square, rounded to fp16, or 1 if that is zero; [blocks]."""
     power = torch.stack([block.square().mean() for block in torch.split(W, TILE, 1)])
     scales = to_half(power.sqrt())
     return torch.where(scales == 0, torch.ones_like(scales), scales)
@@ -61,7 +62,7 @@ class _Encoder:
         """Decoded columns [K, N] before they are multiplied by their scales."""
 
     def quantise(self, columns: Tensor, targets: Tensor) -> Tensor:
-        """Choose the codes of `columns` int64 [n] for `targets` [n, N]; returns what they decode to."""
+        """Choose the codes of `columns`, int64 [n], for `targets` [n, N]; returns the decoded values [n, N]."""
         scale = self.scales[columns // TILE, None]
         codes = cheapest_codes(self.codec, patches(targets / scale, self.codec.dim), self.values)
         decoded = self.values[windows_of(self.codec, codes.T)].transpose(0, 1).flatten(1)[:, : targets.shape[1]]
@@ -69,7 +70,7 @@ class _Encoder:
         return decoded * scale
 
     def decoded(self) -> Tensor:
-        """What the state decodes to, [N, K]."""
+        """The decoded matrix [N, K] of the current state."""
         return (self.unscaled * self.scales.repeat_interleave(TILE)[: len(self.unscaled), None]).T
 
     def cost(self) -> float:
@@ -81,11 +82,11 @@ class _Encoder:
         return _Snapshot(self.codes.clone(), self.scales.clone(), self.decoded(), self.cost())
 
     def quantise_column(self, position: int, target: Tensor) -> Tensor:
-        """`quantise` for the single column at `position` in the order of feedback."""
+        """Call `quantise` for one column, given by its `position` in the order of feedback."""
         return self.quantise(self.work.order[position : position + 1], target[None])[0]
 
     def refit_scales(self) -> None:
-        """Fit the scales that minimise tr(E H E^T); they stay if the system is singular."""
+        """Set the scales to those that minimise tr(E H E^T); they stay unchanged if the system is singular."""
         owner = torch.arange(len(self.unscaled)) // TILE
         gram = (self.unscaled @ self.unscaled.T * self.work.hessian32).double()
         blocks = len(self.scales)
@@ -102,7 +103,7 @@ class _Encoder:
 
 
 def encode_neural(W: Tensor, codec: NeuralCodec, context: EncodingContext) -> CodedMatrix:
-    """Encode W[N, K] float32 for the decoder whose bytes are `context.shared`; see `encoder` for the interface."""
+    """Encode W[N, K] float32 for the neural decoder with the bytes `context.shared`; see `encoder` for the interface."""
     assert context.shared is not None
     work, feedback = context.work, bool(context.fmt.feedback)
     state = _Encoder(W, codec, work, stored_values(codec, context.shared))

@@ -1,15 +1,16 @@
-"""Fitting the shared codebook and decoder of a family of matrices, on crops of every member.
+"""Fitting the codebook and decoder that a family of matrices shares, on crops (sampled columns) of each matrix.
 
-The cost of a matrix separates over columns: with H^-1 = U^T U it is sum_j |e_j|^2 / U_jj^2, where e_j is the error
-against the target of feedback. The weight of a crop is therefore its scale squared over U_jj^2, in nats, so that every
-matrix counts by what its errors cost. Crops are divided by the scale of their block, as in the encoder.
+The cost of a matrix is a sum over columns: with H^-1 = U^T U it is sum_j |e_j|^2 / U_jj^2, where e_j is the error of
+column j relative to its target under feedback. Crops are divided by the scale of their block, as in the encoder; the
+weight of a crop of column j is therefore its squared scale / U_jj^2, in nats.
 
 Codes and decoder are fitted in turn. Each round chooses the codes of all crops (see `viterbi`), then takes Adam steps
-on the decoder. The decoder's output depends on the window alone, so the loss sum_x w_x |f(s_x) - x|^2 equals
-sum_s n_s |f(s) - m_s|^2 up to a constant, with n_s the total weight and m_s the mean of the patches in window s: the
-cost of a step does not depend on the number of crops. The decoder's weights are rounded to their stored precision in
-the forward pass, and gradients pass straight through the rounding. One crop in HELD_OUT is held out to compare the
-rounds: the best one is returned, or the codebook without a decoder (plain quantisation) if no round is better.
+on the decoder. The output f(s) of the decoder depends only on the window s of codes, so the loss over all patches x,
+sum_x w_x |f(s_x) - x|^2, equals sum_s n_s |f(s) - m_s|^2 up to a constant, with n_s the total weight and m_s the mean of
+the patches in window s. So the time of a step does not depend on the number of crops. The forward pass rounds the
+decoder's weights to their stored precision; gradients pass straight through the rounding. One crop in HELD_OUT is held
+out to compare the rounds. The decoder of the best round is returned, or the codebook without a decoder (plain
+quantisation) if no round is better than that.
 """
 
 from __future__ import annotations
@@ -34,21 +35,24 @@ from .encode import block_scales, patches
 from .viterbi import cheapest_codes
 
 CROP_ROWS = 256
-CROP_COLS = 64  # columns taken from every member
+CROP_COLS = 64  # columns taken from every matrix
 HELD_OUT = 8
-MAX_VISITS = 1 << 28  # upper bound of windows times patches, which is what the search of one round costs
+MAX_VISITS = 1 << 28  # upper bound of windows times patches, to which the time of one round's search is proportional
 ROUNDS, STEPS = 30, 10
 LEARNING_RATE = 3e-3
 FREQUENCY = 6.0
 """Standard deviation of the first layer's output for unit latents: large enough to make windows independent."""
 LATENT_SHARE = 0.5
-"""Share of the standard deviation that comes from the words at the start; the decoder supplies the remaining power."""
+"""Share of the standard deviation that the words supply before training; the decoder supplies the remaining variance."""
 
 
 def fit_decoder(
     fmt: Format, codec: NeuralCodec, members: Iterable[tuple[Tensor, Metric]], seed: int
 ) -> NDArray[np.uint8]:
-    """Fit the codebook and decoder that `fmt` shares on every member's (weight [N, K], metric); returns their bytes."""
+    """Fit the shared codebook and decoder of `fmt` to a family of matrices; returns their bytes.
+
+    `members` are (W[N, K], metric) of every matrix of the family.
+    """
     generator = torch.Generator().manual_seed(seed)
     sampled = [_crops(*member, fmt, codec, generator) for member in members]
     longest = max(crop.shape[1] for crop, _ in sampled)
@@ -63,7 +67,7 @@ def fit_decoder(
 def _crops(
     W: Tensor, metric: Metric, fmt: Format, codec: NeuralCodec, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Sample crops of columns from one member: (patches [n, steps, dim], weight of each crop [n])."""
+    """Sample columns of one matrix as crops: (patches [n, steps, dim], weight of each crop [n])."""
     work = Workspace(metric)
     frame = transform(W, fmt, work) if fmt.transformed else None
     if frame is not None:
@@ -86,7 +90,10 @@ def _fit_words(codec: NeuralCodec, crops: Tensor, weight: Tensor, seed: int) -> 
 
 
 def _initial_tensors(codec: NeuralCodec, words: Tensor, seed: int) -> list[Tensor]:
-    """The words, scaled down, and random layers that supply the rest of the power, so that windows are independent."""
+    """The tensors before training: the words, scaled down, and random layers that supply the rest of the variance.
+
+    The outputs of random layers are nearly independent between windows.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = [LATENT_SHARE * words]
     for index, (shape, _) in enumerate(codec.tensors[1:]):
@@ -103,7 +110,7 @@ def _initial_tensors(codec: NeuralCodec, words: Tensor, seed: int) -> list[Tenso
 
 
 def _rounded(codec: NeuralCodec, tensors: list[Tensor]) -> list[Tensor]:
-    """Round the tensors to their stored precision; gradients pass through to the unrounded tensors."""
+    """Round the tensors to their stored precision; gradients pass straight through to the unrounded tensors."""
     result = []
     for (_, bits), values in zip(codec.tensors, tensors, strict=True):
         exponent = step_exponent(float(values.detach().abs().max()), bits)
@@ -124,7 +131,7 @@ class _Trainer:
             self.held_out = torch.ones(len(crops), dtype=torch.bool)
 
     def windows(self, raw: NDArray[np.uint8]) -> tuple[Tensor, float]:
-        """(windows [n, steps] of the best codes under the decoder `raw`, its error on the held-out crops)."""
+        """Choose the best codes for the decoder `raw`: (their windows [n, steps], the error on the held-out crops)."""
         values = stored_values(self.codec, torch.from_numpy(raw))
         codes = cheapest_codes(self.codec, self.crops, values)
         windows = windows_of(self.codec, codes.T).T
@@ -132,7 +139,7 @@ class _Trainer:
         return windows, float(error.sum(dtype=torch.float64))
 
     def targets(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """(total weight [2^L], mean [2^L, dim]) of the patches of the training crops in every window."""
+        """(total weight [2^L], mean [2^L, dim]) of the patches that fall into each window, over the training crops."""
         training = ~self.held_out if not bool(self.held_out.all()) else self.held_out
         index, mass = windows[training].reshape(-1), self.mass[training].reshape(-1)
         count = torch.zeros(1 << self.codec.window_bits).index_add_(0, index, mass)

@@ -1,8 +1,8 @@
 """Viterbi search for the codes of whole columns under a given neural decoder (as QTIP does, arXiv 2406.11235).
 
-A patch is decided by its window of codes, and the window of the next patch shifts in one code. This is a trellis whose
-states are windows, so the best codes of a column form its cheapest walk. The search runs in native code, or in torch
-where there is no C++ compiler.
+A window of codes decides one patch, and the window of the next patch is obtained by shifting in one more code. This is a
+trellis whose states are windows, so the best codes of a column are the cheapest walk through the trellis. The search
+runs in native code, or in torch where there is no C++ compiler.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def cheapest_codes(codec: NeuralCodec, target: Tensor, values: Tensor) -> Tensor
 def _portable(codec: NeuralCodec, target: Tensor, values: Tensor, norms: Tensor) -> Tensor:
     count, steps, _ = target.shape
     choices = 1 << codec.codebook_bits
-    suffixes = len(values) // choices  # a window without its oldest code, which is what the next window keeps of it
+    suffixes = len(values) // choices  # number of windows without their oldest code; the next window keeps this part
     best = torch.full((count, suffixes), torch.inf)
     best[:, 0] = 0
     oldest = torch.empty(steps, count, suffixes, dtype=torch.int64)

@@ -1,1 +1,1 @@
-"""Scalar codes: one code per weight, with levels from a table, a uniform grid or a table per row."""
+"""Scalar codes: one code per weight, whose levels come from a fixed table, a uniform grid or a table per row."""

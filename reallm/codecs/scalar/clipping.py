@@ -1,10 +1,10 @@
-"""Learned clipping (OmniQuant, arXiv 2308.13137): the ends of each group's grid, by gradient descent on the cost.
+"""Learned clipping (OmniQuant, arXiv 2308.13137): gradient descent on the cost moves the ends of each group's grid.
 
-A group of weights w with grid scale s and zero point z decodes to w_hat = (q(w / s + z) - z) s. The ends that the
-search found are multiplied by learned strengths, which start at one: one for each end for `uint`, whose s is
-(high - low) / (2^bits - 1) and z = -low / s; a single one on s for the other tables. Rounding passes gradients through
-unchanged inside the grid and stops them outside (a straight-through estimator). The gradient of 1/2 tr(E H E^T) with
-respect to w_hat is -E H.
+A group of weights w with grid scale s and zero point z decodes to w_hat = (q(w / s + z) - z) s. The ends of the grid
+that the scale search found are multiplied by learned factors ("strengths"), which start at one. `uint` has one strength
+for each end, with s = (high - low) / (2^bits - 1) and z = -low / s; the other tables have a single strength, for s.
+Rounding passes gradients through unchanged inside the grid and stops them outside (a straight-through estimator). The
+gradient of 1/2 tr(E H E^T) with respect to w_hat is -E H.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BETAS = (0.9, 0.95)
 CHUNK_NUMEL = 1 << 22  # weights whose autograd graph is held in memory at a time
 
 Pull = Callable[[Tensor], Tensor]
-"""E [N, K] -> E H, or the part of it that later feedback will not remove."""
+"""Error E [N, K] -> E H; for formats with feedback, only the part of E H that feedback will not remove."""
 
 
 def learn_clipping(
@@ -32,7 +32,7 @@ def learn_clipping(
 ) -> tuple[Tensor, Tensor | None]:
     """Learn scales and zero points [N, G] of W[N, K], starting from `scales` and `zeros`.
 
-    Each row keeps the cheapest ones of all steps, its start included.
+    Each row gets the scales and zero points of its cheapest step; the start counts as a step.
     """
     rows = max(1, CHUNK_NUMEL // W.shape[1])
     learned = [
@@ -70,7 +70,7 @@ def _learn_rows(
 
 
 def _ends(scales: Tensor, zeros: Tensor | None, strengths: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """(scales, zero points) as they are stored, differentiable in the strengths."""
+    """(scales, zero points) after multiplication by the strengths, rounded as stored, differentiable in the strengths."""
     if zeros is None:
         return _through(scales * strengths[0], to_half), None
     low, high = -zeros * scales * strengths[0], (grid.top - zeros) * scales * strengths[1]
@@ -80,7 +80,7 @@ def _ends(scales: Tensor, zeros: Tensor | None, strengths: Tensor, grid: Grid) -
 
 
 def _decoded(W: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    """W_hat, differentiable in the scale and the zero point."""
+    """The decoded weights W_hat, differentiable in the scale and the zero point."""
     position = W / torch.where(scale == 0, torch.inf, scale)
     level = grid.value(grid.code(position.detach(), zero if zero is None else zero.detach()), zero)
     low = grid.levels[0] if zero is None else -zero
@@ -90,5 +90,5 @@ def _decoded(W: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tenso
 
 
 def _through(values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`change(values)` with the gradient of `values` itself (straight-through)."""
+    """`change(values)`, through which gradients pass as if it were `values` (straight-through estimator)."""
     return values + (change(values.detach()) - values.detach())

@@ -1,10 +1,11 @@
 """The scalar encoder: it chooses the scales, then the codes, then refits the scales.
 
-1. Scales of every group, chosen on W by the least weighted squared error over a grid of clipping ratios, then by least
-   squares given the codes. With `+lwc` they are then learned (OmniQuant; `clipping`).
-2. Codes: the nearest level, or error feedback in the metric of H (GPTQ). Feedback visits the columns by falling
-   diagonal of H, but groups are those of storage order (static groups), so the order need not be stored.
-3. Scales, jointly for each row: with the codes fixed, 1/2 e H e^T is quadratic in the row's scales.
+1. The scale of each group is the one with the smallest weighted squared error over a list of clipping ratios, improved
+   by least squares with the codes fixed. With `+lwc` the scales are then learned (OmniQuant; see `clipping`).
+2. Each code is the nearest level, or is chosen with error feedback in the metric of H (GPTQ). Feedback visits the
+   columns by falling diagonal of H, but groups consist of neighbours in storage order (static groups), so the order of
+   feedback need not be stored.
+3. The scales of each row are refitted jointly: with the codes fixed, 1/2 e H e^T is quadratic in the row's scales.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .clipping import learn_clipping
 CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 LEAST_SQUARES_STEPS = 2
 DESCENTS = 2
-REFIT_BYTES = 1 << 28  # memory for the linear systems of the rows that are solved at a time
-REFIT_RIDGE = 1e-4  # towards the previous scale, in units of the mean curvature
+REFIT_BYTES = 1 << 28  # memory for the linear systems that are solved together, one per row
+REFIT_RIDGE = 1e-4  # strength of the pull towards the previous scale, in units of the mean curvature
 
 
 @dataclass
@@ -37,14 +38,14 @@ class ScalarCodes:
     codes: Tensor
     """int64 [N, K]"""
     scales: Tensor
-    """What the stored scales decode to, float32 [N, G]."""
+    """The scales as decoding reads them, float32 [N, G]."""
     zeros: Tensor | None
     """Zero points, float32 [N, G]; for `uint` only."""
     stored: dict[str, Tensor]
     """The values of the scale fields, by field name."""
 
     def decode(self, codec: ScalarCodec) -> Tensor:
-        """W_hat [N, K]."""
+        """The decoded matrix W_hat [N, K]."""
         owner = torch.arange(self.codes.shape[1]) // codec.group_width(self.codes.shape[1])
         zero = None if self.zeros is None else self.zeros[:, owner]
         return Grid(codec).value(self.codes, zero) * self.scales[:, owner]
@@ -58,7 +59,7 @@ def _grouped(values: Tensor, width: int) -> Tensor:
 
 
 class _ScaleSearch:
-    """The search for the scale of every group of W by the least weighted squared error."""
+    """The search for the scale of each group of W that gives the smallest weighted squared error."""
 
     def __init__(self, codec: ScalarCodec, W: Tensor, weight: Tensor) -> None:
         self.codec, self.grid, self.cols = codec, Grid(codec), W.shape[1]
@@ -66,7 +67,7 @@ class _ScaleSearch:
         self.W, self.h = _grouped(W, self.width), _grouped(weight, self.width)
 
     def candidates(self, ratio: float) -> tuple[Tensor, Tensor | None]:
-        """Scales [N, G] and zero points whose grid ends at `ratio` of the group's range."""
+        """Scales and zero points, both [N, G], of grids that cover the share `ratio` of each group's range."""
         if self.codec.table == "uint":
             low = self.W.amin(-1).clamp_max(0) * ratio
             high = self.W.amax(-1).clamp_min(0) * ratio
@@ -74,13 +75,13 @@ class _ScaleSearch:
             return scale, (-low * inverse(scale)).round().clamp(0, self.grid.top)
         peak = self.W.gather(-1, self.W.abs().argmax(-1, keepdim=True)).squeeze(-1)
         if self.codec.table == "lm" or self.codec.double_quant is not None:
-            peak = peak.abs()  # the table is symmetric, or scales are stored as offsets from their minimum
+            peak = peak.abs()  # no sign needed: the table is symmetric, or scales are stored as offsets from their minimum
         elif self.codec.table == "int":
             peak = -peak  # puts the extra level of two's complement on the side of the peak
         return to_half(peak * ratio), None
 
     def quantise(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(levels, weighted squared error [N, G]) of the nearest codes."""
+        """Round to the nearest codes: (their levels [N, G, width], weighted squared error [N, G])."""
         shift = None if zero is None else zero.unsqueeze(-1)
         code = self.grid.code(self.W * inverse(scale).unsqueeze(-1), shift)
         level = self.grid.value(code, shift)
@@ -88,7 +89,7 @@ class _ScaleSearch:
         return level, error
 
     def search(self) -> tuple[Tensor, Tensor | None]:
-        """The best scales and zero points [N, G] among the clipping ratios, then improved by least squares."""
+        """Find the scales and zero points [N, G]: choose each group's best clipping ratio, then improve by least squares."""
         best_scale, best_zero = self.candidates(1.0)
         best_level, best_error = self.quantise(best_scale, best_zero)
         for ratio in CLIP_RATIOS[1:]:
@@ -113,9 +114,9 @@ class _ScaleSearch:
 
 
 def store_scales(scales: Tensor, double: DoubleQuant | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Quantise scales [N, G] to fp16 or, if `double` is given, to codes.
+    """Round scales [N, G] to fp16 or, if `double` is given, quantise them to codes.
 
-    Returns what the stored scales decode to, [N, G], and the values of the scale fields by field name.
+    Returns the scales as decoding reads them, [N, G], and the values of the scale fields by field name.
     """
     if double is None:
         rounded = to_half(scales)
@@ -131,9 +132,10 @@ def store_scales(scales: Tensor, double: DoubleQuant | None) -> tuple[Tensor, di
 
 
 def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian: Tensor) -> Tensor:
-    """Fit scales [N, G] that minimise e H e^T for each row, e = w - sum_g s_g levels_g.
+    """Fit scales [N, G] that minimise e H e^T for each row, where e = w - sum_g s_g levels_g.
 
-    `levels` [N, K] are the levels of the codes, `scales` the previous scales, towards which a small ridge pulls.
+    `levels` [N, K] are the levels of the codes, in groups of `width` columns. A small ridge pulls towards `scales`, the
+    previous scales.
     """
     rows, cols = W.shape
     starts = range(0, cols, width)
@@ -154,9 +156,10 @@ def refit_scales(W: Tensor, levels: Tensor, scales: Tensor, width: int, hessian:
 
 
 class _FeedbackFit:
-    """The codes and scales of one matrix while they are fitted in turn with error feedback.
+    """The codes and scales of one matrix during fitting with error feedback, which updates them in turn.
 
-    Rows of `codes` and `scale_rows` are columns of the matrix; `codes` are in the order of feedback.
+    `codes` and `scale_rows` are transposed: their rows are columns of the matrix in `codes`, in the order of feedback,
+    and groups of columns in `scale_rows`.
     """
 
     def __init__(self, W: Tensor, codec: ScalarCodec, scales: Tensor, zeros: Tensor | None, work: Workspace) -> None:
@@ -174,7 +177,7 @@ class _FeedbackFit:
         self.inverse_rows = inverse(self.scale_rows)
 
     def quantise(self, position: int, target: Tensor) -> Tensor:
-        """Choose the codes of the column at `position` for `target` [N]; returns what they decode to."""
+        """Choose the codes of the column at `position` for `target` [N]; returns the decoded values [N]."""
         group = self.groups[position]
         zero = None if self.zero_rows is None else self.zero_rows[group]
         code = self.grid.code(target * self.inverse_rows[group], zero)
@@ -210,7 +213,7 @@ def encode_scalar(W: Tensor, codec: ScalarCodec, context: EncodingContext) -> Co
 def choose_scalar_codes(
     W: Tensor, codec: ScalarCodec, work: Workspace, *, feedback: bool, clipping: bool
 ) -> ScalarCodes:
-    """Choose codes and scales of W[N, K] float32, with error feedback and learned clipping (OmniQuant) on request."""
+    """Choose codes and scales of W[N, K] float32, optionally with error feedback and learned clipping (OmniQuant)."""
     if not feedback:
         rounded = round_scalar(W, codec, work.column_weight)
         if not clipping:
@@ -241,7 +244,7 @@ def _cost(W: Tensor, codes: ScalarCodes, codec: ScalarCodec, work: Workspace) ->
 
 
 def round_scalar(W: Tensor, codec: ScalarCodec, weight: Tensor) -> ScalarCodes:
-    """Round W[N, K] to the nearest codes, without feedback; `weight` [K] is what a squared error of a column counts."""
+    """Round W[N, K] to the nearest codes, without feedback; `weight` [K] weights the squared errors by column."""
     return _nearest_codes(W, codec, *_ScaleSearch(codec, W, weight).search())
 
 

@@ -1,12 +1,13 @@
 """The encoder for row tables: every row has its own table of levels (SqueezeLLM, arXiv 2306.07629).
 
-1. Levels, by weighted k-means: for each row the least sum_k h_k (w_k - level of its cell)^2 that Lloyd's iterations
-   reach from several starts. In a sorted row each cell is a contiguous run, so prefix sums of h and h w give all means
-   in O(2^bits log K) per iteration.
-2. Codes: the nearest level, or error feedback in the metric of H on the row's table (GPTQ, arXiv 2210.17323).
-3. With feedback, levels are refitted to the codes: with A[K, 2^bits] the one-hot codes of a row, e = w - A levels, so
-   e H e^T is least where (A^T H A) levels = A^T H w. A pass of coordinate descent follows; each row keeps its best
-   round.
+1. The levels of each row are fitted by weighted k-means: Lloyd's iterations run from several starts, and the result
+   with the smallest sum_k h_k (w_k - level of w_k's cell)^2 is kept. In a sorted row each cell is a contiguous run, so
+   prefix sums of h and h w give all means in O(2^bits log K) per iteration.
+2. Each code is the nearest level of the row's table, or is chosen with error feedback in the metric of H (GPTQ, arXiv
+   2210.17323).
+3. With feedback, the levels are refitted to the codes: with A[K, 2^bits] the one-hot codes of a row, e = w - A levels,
+   so e H e^T is smallest where (A^T H A) levels = A^T H w. A pass of coordinate descent over the codes follows. Refit
+   and pass are repeated, and each row keeps its best round.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from reallm.kernels.formats.codecs import KMeansCodec
 ITERATIONS = 50
 DESCENTS = 2
 START_POWERS = (1.0, 1 / 3)
-"""Starts are quantiles of the mass of h^p. For many levels the best cells have equal mass of h^(1/3) (Panter/Dite)."""
-REFIT_RIDGE = 1e-4  # towards the previous level, in units of the mean curvature
+"""Exponents p: the iterations start at levels that cut the total of h^p into equal shares. For many levels, the best
+cells have equal totals of h^(1/3) (Panter and Dite)."""
+REFIT_RIDGE = 1e-4  # strength of the pull towards the previous level, in units of the mean curvature
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class RowTables:
     codes: Tensor
     """int64 [N, K]"""
     levels: Tensor
-    """The table of each row, float32 [N, 2^bits], rising, in fp16 values."""
+    """The table of each row, float32 [N, 2^bits], in rising order, rounded to fp16."""
 
     @property
     def decoded(self) -> Tensor:
-        """W_hat [N, K]."""
+        """The decoded matrix W_hat [N, K]."""
         return self.levels.gather(1, self.codes)
 
 
@@ -53,19 +55,19 @@ class _SortedRows:
         self.mass, self.moment = _prefix(self.weight), _prefix(self.weight * self.values)
 
     def quantiles(self, power: float, count: int) -> Tensor:
-        """Levels [N, count] at the middles of `count` equal shares of the mass of weight^power."""
+        """Starting levels [N, count]: the medians of `count` runs of the row with equal sums of weight^power."""
         mass = self.weight.pow(power).cumsum(1)
         middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count * mass[:, -1:]
         positions = torch.searchsorted(mass, middles).clamp_max(self.values.shape[1] - 1)
         return self.values.gather(1, positions)
 
     def spread(self, count: int) -> Tensor:
-        """Levels [N, count] at the middles of `count` equal parts of the row's range."""
+        """Starting levels [N, count]: the middles of `count` equal parts of the row's range."""
         low, high = self.values[:, :1], self.values[:, -1:]
         return low + (high - low) * (torch.arange(count) + 0.5) / count
 
     def cells(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """(mass, weighted sum) [N, count] of the entries nearest to each level."""
+        """(sum of weights, weighted sum), [N, count] each, of the entries nearest to each level."""
         inner = torch.searchsorted(self.values, _edges(levels))
         ends = torch.nn.functional.pad(inner, (0, 1), value=self.values.shape[1])
         starts = torch.nn.functional.pad(inner, (1, 0))
@@ -77,7 +79,7 @@ class _SortedRows:
     def lloyd(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Run Lloyd's iterations from `levels` [N, count].
 
-        Returns levels [N, count] rounded to fp16, and their weighted squared error [N] minus that of all zeros.
+        Returns levels [N, count] rounded to fp16, and their weighted squared error [N] minus sum_k h_k w_k^2.
         """
         for _ in range(ITERATIONS):
             mass, moment = self.cells(levels)
@@ -99,9 +101,9 @@ def _edges(levels: Tensor) -> Tensor:
 
 
 def fit_levels(W: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Fit the table of every row of W[N, K]: levels [N, count], rising, in fp16 values.
+    """Fit the table of every row of W[N, K]: levels [N, count], in rising order, rounded to fp16.
 
-    `weight`, [K] or [N, K], is what a squared error counts; positive.
+    `weight`, [K] or [N, K], holds the positive weights of the squared errors.
     """
     rows = _SortedRows(W, weight)
     best, best_error = rows.lloyd(rows.spread(count))
@@ -113,13 +115,13 @@ def fit_levels(W: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def round_kmeans(W: Tensor, codec: KMeansCodec, weight: Tensor) -> RowTables:
-    """Fit tables to W[N, K] and round to the nearest codes; `weight` [K] is what a squared error of a column counts."""
+    """Fit tables to W[N, K] and round to the nearest codes; `weight` [K] weights the squared errors by column."""
     levels = fit_levels(W, weight, 1 << codec.bits)
     return RowTables(torch.searchsorted(_edges(levels), W.contiguous()), levels)
 
 
 def refit_levels(W: Tensor, tables: RowTables, hessian: Tensor) -> Tensor:
-    """Fit levels [N, 2^bits] that minimise e H e^T for each row, given its codes.
+    """Fit levels [N, 2^bits] that minimise e H e^T for each row with its codes fixed.
 
     A small ridge pulls towards the previous levels.
     """
@@ -137,7 +139,10 @@ def refit_levels(W: Tensor, tables: RowTables, hessian: Tensor) -> Tensor:
 
 
 class _FeedbackFit:
-    """The codes and levels of one matrix while they are fitted in turn; columns are in the order of feedback."""
+    """The codes and levels of one matrix during fitting, which updates them in turn.
+
+    Columns are in the order of feedback.
+    """
 
     def __init__(self, W: Tensor, levels: Tensor, work: Workspace) -> None:
         self.W, self.work = W, work
@@ -150,7 +155,7 @@ class _FeedbackFit:
         self.edges = _edges(self.levels)
 
     def quantise(self, position: int, target: Tensor) -> Tensor:
-        """Choose the codes of the column at `position` for `target` [N]; returns what they decode to."""
+        """Choose the codes of the column at `position` for `target` [N]; returns the decoded values [N]."""
         codes = torch.searchsorted(self.edges, target[:, None])
         self.codes[position] = codes[:, 0]
         return self.levels.gather(1, codes)[:, 0]
@@ -177,7 +182,7 @@ def _row_costs(W: Tensor, tables: RowTables, work: Workspace) -> Tensor:
 
 
 def _better(first: RowTables, second: RowTables, W: Tensor, work: Workspace) -> RowTables:
-    """Take the cheaper codes and table for every row; the first in a tie."""
+    """For every row, take the codes and table with the lower cost; `first` if the costs are equal."""
     cheaper = (_row_costs(W, second, work) < _row_costs(W, first, work))[:, None]
     return RowTables(torch.where(cheaper, second.codes, first.codes), torch.where(cheaper, second.levels, first.levels))
 

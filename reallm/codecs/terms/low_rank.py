@@ -1,13 +1,14 @@
-"""The low-rank term: a weighted truncated SVD, and factors in the precision in which they are stored.
+"""The low-rank term: a truncated SVD in one of three metrics, and factors rounded to the precision they are stored in.
 
-There are three metrics, with E = W - Q the residual that the codes leave.
+Let Q be the decoded codes and E = W - Q the residual that the factors approximate.
 
-- LQ-LoRA's diagonal metric: the SVD of D_row E D_col, D the roots of the row and column means of the Fisher
-  (arXiv 2311.12023).
-- The metric of H: the SVD of B^T E C with H = C C^T, and G = B B^T for two-sided feedback, otherwise B = I. Optimal for
-  tr(G E H E^T) once the codes are given.
-- The plain metric, for the first factors when the codes that follow use feedback: the cost of such codes is about the
-  power of the matrix they code times the geometric mean of H's pivots, and the factors change only the power.
+- LQ-LoRA's diagonal metric: the SVD of D_row E D_col, where the diagonals D are the square roots of the row and column
+  means of the Fisher information (arXiv 2311.12023).
+- The metric of H: the SVD of B^T E C with H = C C^T, and G = B B^T for two-sided feedback, otherwise B = I. This is
+  optimal for tr(G E H E^T) with the codes fixed.
+- The plain squared error, for the first factors if the codes are then chosen with feedback: the cost of such codes is
+  about the mean square of the coded matrix times the geometric mean of H's pivots, and the factors change only the
+  former.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from reallm.kernels.formats.terms import LowRank
 OVERSAMPLING = 8
 POWER_ITERATIONS = 3
 CLIPS = {"i8": (1.0,), "i4": (1.0, 0.9, 0.8, 0.7, 0.6)}
-"""Shares of a component's largest entry that the largest code may stand for; the one of least squared error is used."""
+"""Clipping ratios for integer factors: the largest code decodes to this share of the component's largest entry. The
+ratio with the smallest squared error is used."""
 
 EPSILON = 1e-3
-"""Least weight of a row or column relative to the largest, so that dead rows are not divided by rounding errors."""
+"""Minimum weight of a row or column relative to the largest, so that rows without gradients are not divided by nearly
+zero."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Factors:
     stored: dict[str, Tensor]
     """The values of the term's fields, by field name."""
     left: Tensor
-    """L as the stored values decode, float32 [N, r]."""
+    """L as decoding reads it, float32 [N, r]."""
     right: Tensor
-    """R as the stored values decode, float32 [r, K]."""
+    """R as decoding reads it, float32 [r, K]."""
 
     @cached_property
     def product(self) -> Tensor:
@@ -49,7 +52,7 @@ class Factors:
 
 
 def _svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `rank` singular triplets; a randomised SVD (Halko et al., arXiv 0909.4061) where that is cheaper."""
+    """The first `rank` singular triplets (U, S, V^T), by randomised SVD (Halko et al., arXiv 0909.4061) if cheaper."""
     small = min(matrix.shape)
     if rank + OVERSAMPLING > small // 3:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -77,7 +80,8 @@ def factorise(
 ) -> Factors:
     """The best low-rank approximation of `residual` [N, K] in the metric of `work`, in the precision of `term`.
 
-    `in_hessian` selects the metric of H, with `two_sided` also that of G; otherwise it is LQ-LoRA's diagonal metric.
+    With `in_hessian` the metric is that of H, and with `two_sided` also that of G; otherwise it is LQ-LoRA's diagonal
+    metric.
     """
     rank = min(term.rank, *residual.shape)
     if in_hessian:
@@ -94,9 +98,10 @@ def factorise(
 
 
 def store_factors(left: Tensor, right: Tensor, term: LowRank) -> Factors:
-    """Round L [N, r'] and R [r', K], r' <= rank, to fp16, or to integers with one scale per component and side.
+    """Round L [N, r'] and R [r', K], with r' <= rank, to the precision of `term`.
 
-    Missing components are zero. Each component is first scaled so that its largest entries in L and R are equal.
+    That is fp16, or integers with one scale per component for each of L and R. Components beyond r' are zero. Each
+    component is first scaled so that its largest entries in L and in R are equal.
     """
     missing = term.rank - left.shape[1]
     if missing:

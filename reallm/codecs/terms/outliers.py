@@ -3,11 +3,12 @@
 
     W_hat = decode(codes of W with zeros at the outliers) + S
 
-1. Positions. Let h be the diagonal of H, or what error feedback leaves of it. One half of the outliers are the weights
-   of the largest h w^2, which would widen the grid of their neighbours; the other half those of the largest h e^2, with
-   e the error of coding the rest without feedback.
-2. Values. S starts as W at the outliers, and each value then moves to where tr(E H E^T) is least given all others: so
-   the outliers also compensate for the errors of the codes around them.
+1. Positions. Let h_k be the cost of a squared error in column k: the diagonal of H, or, for formats with error feedback,
+   what later columns cannot compensate. One half of the outliers are the weights with the largest h w^2, which would
+   widen the grid of their neighbours. The other half have the largest h e^2, where e is the error of coding the
+   remaining weights without feedback.
+2. Values. S starts as W at the outliers. Then each value moves to the minimum of tr(E H E^T) with all other values
+   fixed, so that the outliers also compensate for the errors of the codes around them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from reallm.codecs.packed_fields import to_half
 from reallm.kernels.formats.terms import Sparse
 
 LARGE_SHARE = 0.5
-"""Share of the outliers that are chosen by size; the others are chosen by error (docs/log.md)."""
+"""Share of the outliers that are chosen by h w^2; the others are chosen by h e^2 (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Outliers:
     """float32 [N, K]: W with zeros at the outliers."""
 
     def fit(self, W: Tensor, decoded: Tensor, work: Workspace) -> tuple[dict[str, Tensor], Tensor]:
-        """Fit the values of the outliers, given what the codes of `rest` decode to, `decoded` [N, K].
+        """Fit the values of the outliers; `decoded` [N, K] is what the codes of `rest` decode to.
 
         Returns the values of the sparse fields by field name, and the term S [N, K].
         """
@@ -57,10 +58,10 @@ class Outliers:
 
 
 def find_outliers(W: Tensor, term: Sparse, weight: Tensor, trial: Callable[[Tensor], Tensor] | None) -> Outliers:
-    """Choose the outliers of W[N, K]; of equal weights the earlier one in storage order is taken.
+    """Choose the outliers of W[N, K]; if scores are equal, the earlier one in storage order is taken.
 
-    `weight` [K] is what a squared error of each column counts. `trial` gives what a matrix would decode to; without it
-    all outliers are chosen by size.
+    `weight` [K] is h, the cost of a squared error in each column. `trial` encodes a matrix without feedback and returns
+    it decoded; if None, all outliers are chosen by h w^2.
     """
     count = term.count(*W.shape)
     mask = _largest(W.square() * weight, count if trial is None else int(count * LARGE_SHARE))

@@ -2,10 +2,11 @@
 
     W x = (W diag(s)) (diag(s)^-1 x),    s_j = size(x_j)^alpha / size(w_j)^beta
 
-s is divided by the root of its largest times its smallest entry. size(x_j) is the root of H_jj, size(w_j) the root mean
-square of column j. For each beta, alpha rises over a grid on [0, 1] as long as the codes of W diag(s), rounded without
-feedback, get cheaper. alpha = beta = 0 leaves W unchanged, so the search never ends above the cost of no scales. If the
-format uses feedback, the codes are compared by the cost that feedback would leave (see `rounding`).
+size(x_j) is the square root of H_jj, and size(w_j) is the root mean square of column j. s is normalised by the square
+root of (its largest entry times its smallest). For each beta, alpha rises from 0 to 1 in steps, as long as rounding
+W diag(s) without feedback gets cheaper. alpha = beta = 0 leaves W unchanged, so the result never costs more than coding
+without channel scales. If the format uses feedback, the costs compared are those that feedback would leave (see
+`rounding`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from reallm.kernels.formats.formats import Format
 ALPHAS = tuple(i / 10 for i in range(11))
 BETAS = (0.0, 0.5)
 LARGEST = 2.0**14
-"""Upper bound of a scale and of its inverse: both are exact in fp16, and W / scale cannot overflow float32."""
+"""Upper bound of a scale and of its inverse. The bound and its inverse are exact in fp16, and W / scale cannot overflow
+float32."""
 
 
 def find_channel_scales(W: Tensor, fmt: Format, work: Workspace) -> Tensor:
-    """Find the factors 1 / s by which decoded columns of W[N, K] are multiplied: float32 [K], positive, fp16 values."""
+    """Find the factors 1 / s that multiply the columns of the decoded W[N, K]: float32 [K], positive, rounded to fp16."""
     rounding, supported = RoundingCost(fmt, work), RoundingCost.supports(fmt)
     input_size, weight_size = work.column_weight.sqrt(), W.square().mean(0).sqrt()
     weight_size = torch.where(weight_size > 0, weight_size, 1.0)
@@ -48,6 +50,7 @@ def find_channel_scales(W: Tensor, fmt: Format, work: Workspace) -> Tensor:
 def _even_cost(scaled: Tensor, weight: Tensor) -> float:
     """The cost, up to a constant factor, of codes whose error is spread evenly over the columns of `scaled` [N, K].
 
-    This describes rotated weights and vector codes; `weight` [K] is what a squared error of each column counts.
+    This is the case for rotated weights and for vector codes. `weight` [K] is the cost of a squared error in each
+    column.
     """
     return float(scaled.square().sum(dtype=torch.float64) * weight.sum(dtype=torch.float64))

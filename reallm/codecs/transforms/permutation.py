@@ -1,12 +1,12 @@
 """A permutation of the columns that puts similar columns next to each other (ReALLM, arXiv 2405.13155).
 
-For scalar codecs with scales per group, three orders are compared by what rounding in them costs: storage order,
-columns sorted by falling norm, and a greedy chain. The chain starts at the column of the largest norm and always
-continues with the column nearest to the mean of the last RUN. Distances are taken between random projections of the
-columns on PROJECTIONS axes, which change them by a few tenths at most (Johnson and Lindenstrauss), so that K columns
-take O(K^2 PROJECTIONS). The trellis assigns bits to blocks of columns by what their errors cost, so its columns are
-sorted by falling diagonal of H. Other codecs gain nothing measurable from reordering (docs/log.md) and keep storage
-order.
+For scalar codecs with scales per group, three orders are compared by the cost of rounding: storage order, columns
+sorted by falling norm, and a greedy chain. The chain starts at the column with the largest norm and always continues
+with the column nearest to the mean of the last RUN columns. Distances are computed between random projections of the
+columns onto PROJECTIONS axes, which changes the distances by at most some tens of percent (Johnson and Lindenstrauss)
+and takes O(K^2 PROJECTIONS) time for K columns. The trellis codec assigns more bits to blocks of columns whose errors
+cost more, so its columns are sorted by falling diagonal of H. Other codecs do not gain measurably from reordering
+(docs/log.md) and keep storage order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def similar_columns(W: Tensor, fmt: Format, work: Workspace) -> Tensor:
 
 
 def column_chain(W: Tensor) -> Tensor:
-    """The greedy chain of the columns of W[N, K], int64 [K]; deterministic."""
+    """The order of the columns of W[N, K] along the greedy chain, int64 [K]; deterministic."""
     columns = W.T.contiguous()
     if len(W) > PROJECTIONS:
         axes = torch.randn(len(W), PROJECTIONS, generator=torch.Generator().manual_seed(0))

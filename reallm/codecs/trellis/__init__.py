@@ -1,1 +1,1 @@
-"""Trellis codes (QTIP): a tile of weights is a closed walk through a trellis."""
+"""Trellis codes (QTIP): the codes of a tile of weights are a closed walk through a trellis."""

@@ -1,12 +1,15 @@
-"""The trellis encoder: bits assigned to blocks of columns, block error feedback, Viterbi search of every tile (QTIP).
+"""The trellis encoder (QTIP): it assigns widths to blocks of columns and codes each tile by Viterbi search.
 
-1. Bits. With H^-1 = U^T U, a block b of 16 columns costs D_b times the code's error, log D_b = -2 mean log U_jj. The
-   geometric mean of D is that of the determinant, in whatever order the columns stand. Reverse water-filling assigns
-   the widths: from the narrowest one, the block that gains most per bit is widened repeatedly.
-2. Codes. Blocks are coded in storage order, each compensating for the errors of the blocks before it (block LDL; QuIP#,
-   arXiv 2402.04396). With two-sided feedback a tile also compensates for the tiles above it, in the metric of the
-   output's gradients: tr(G E H E^T) separates, so the same elimination serves both sides (YAQA, arXiv 2505.22988).
-3. Scales. One per block, first set from the block's power, finally all fitted jointly by least squares in the metric.
+1. Widths. With H^-1 = U^T U, the cost of a block b of 16 columns is D_b times the squared error of its code, where
+   log D_b = -2 mean_j log U_jj. The geometric mean of D over the blocks follows from det H, so it does not depend on the
+   order of the columns. Widths are assigned by reverse water-filling: all blocks start at the smallest width, and the
+   block that gains most per bit is widened, again and again.
+2. Codes. Blocks are coded in storage order, and each compensates for the errors of the blocks before it (block LDL;
+   QuIP#, arXiv 2402.04396). With two-sided feedback, a tile also compensates for the tiles above it, in the metric of
+   the output's gradients: tr(G E H E^T) has the same form in rows and columns, so the same elimination works for both
+   (YAQA, arXiv 2505.22988).
+3. Scales. There is one per block: it is first set from the block's mean square, and at the end all scales are fitted
+   jointly by least squares in the metric.
 """
 
 from __future__ import annotations
@@ -34,12 +37,14 @@ GAUSSIAN_ERROR: dict[int, dict[int, float]] = {
     10: {2: 0.2885, 3: 0.1555, 4: 0.0779, 5: 0.0483, 6: 0.0205, 8: 0.0055, 10: 0.00169, 12: 0.00058},
     12: {2: 0.2835, 3: 0.1462, 4: 0.0728, 5: 0.041, 6: 0.0191, 8: 0.0051, 10: 0.00139, 12: 0.00043},
 }
-"""Measured mean squared error of a unit normal source, by state bits and width (half bits per weight). Widths that a
-mixture of their two neighbours would beat (3.5 bits; 2.5 bits with few states) are left out."""
+"""Measured mean squared error on weights from a unit normal distribution, by state bits and width (half bits per
+weight). Widths that are worse than a mixture of the next smaller and the next larger width (3.5 bits; 2.5 bits with few
+states) are left out."""
 SCALES = {2: 0.90, 3: 0.96, 4: 1.05, 5: 1.10, 6: 1.13, 8: 1.20, 10: 1.27, 12: 1.28}
-"""Best ratio of the scale to the source's standard deviation, by width."""
+"""Best ratio of the scale to the weights' standard deviation, by width."""
 CLIPS = {2: 5.0, 3: 5.2, 4: 4.0, 5: 3.4, 6: 2.6, 8: 1.6, 10: 1.0, 12: 0.6}
-"""Upper bound of a distance in the search, in standard deviations of the code; no surviving path gets that far."""
+"""Upper bound of the distance between a weight and its code in the search, by width, in standard deviations of the code;
+the best paths stay below it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class TrellisCodes:
     widths: list[int]
     """Half bits per weight of each block."""
     scales: Tensor
-    """float32 [blocks], in fp16 values: W_hat is the code times CODE_UNIT times the scale."""
+    """float32 [blocks], rounded to fp16: W_hat is the code times CODE_UNIT times the scale."""
 
 
 def error_table(state_bits: int) -> dict[int, float]:
@@ -60,10 +65,11 @@ def error_table(state_bits: int) -> dict[int, float]:
 
 
 def share_widths(importance: list[float], total: int, state_bits: int) -> list[int]:
-    """Assign widths to blocks of columns, at most `total` half bits in sum.
+    """Assign a width to every block of columns, so that the sum of widths is at most `total` half bits.
 
-    `importance` is the factor by which each block's error counts. Greedy on the lower convex hull of the error table,
-    which is optimal for every total that it passes through. Raises ValueError if `total` is below the least widths.
+    `importance` holds D_b, the factor of each block's error in the cost. The algorithm is greedy on the lower convex
+    hull of the error table, which is optimal for every sum that it passes through. Raises ValueError if `total` is too
+    small for the smallest widths.
     """
     levels = sorted(error_table(state_bits).items())
     widths, errors = [w for w, _ in levels], [e for _, e in levels]
@@ -72,7 +78,7 @@ def share_widths(importance: list[float], total: int, state_bits: int) -> list[i
         raise ValueError(f"{total} half bits are fewer than {widths[0]} for each of {len(importance)} blocks")
 
     def next_step(block: int) -> tuple[float, int] | None:
-        """(minus the gain per half bit, block), to be taken from a heap; None at the largest width."""
+        """The heap entry for widening `block`: (minus the gain per half bit, block); None at the largest width."""
         level = chosen[block]
         if level + 1 == len(widths):
             return None
@@ -94,7 +100,7 @@ def share_widths(importance: list[float], total: int, state_bits: int) -> list[i
 
 
 class _Encoder:
-    """One matrix, padded to whole tiles."""
+    """The encoding of one matrix, padded to whole tiles."""
 
     def __init__(self, W: Tensor, codec: TrellisCodec, feedback: Feedback, work: Workspace) -> None:
         self.codec, self.shape = codec, W.shape
@@ -110,12 +116,12 @@ class _Encoder:
             self.below = feedback_below(padded(work.output_factor, rows))
 
     def importance(self) -> list[float]:
-        """The cost factor D of every block of columns."""
+        """The cost factor D_b of every block of columns."""
         diagonal = self.H.diagonal() if self.factor is None else self.factor.diagonal().square().reciprocal()
         return diagonal.reshape(-1, TILE).double().log().mean(1).exp().tolist()
 
     def encode(self) -> tuple[TrellisCodes, Tensor]:
-        """(codes, what they decode to [N, K])."""
+        """Encode the matrix: (codes, decoded matrix [N, K])."""
         widths = share_widths(self.importance(), self.codec.total_width(self.shape[1]), self.codec.state_bits)
         targets, unscaled = self.W.clone(), torch.zeros_like(self.W)
         scales, walks = torch.zeros(self.across), []
@@ -138,7 +144,7 @@ class _Encoder:
         return TrellisCodes(walks, widths, stored), decoded[: self.shape[0], : self.shape[1]]
 
     def _feed_back(self, targets: Tensor, error: Tensor, span: slice) -> None:
-        """Add the correction for the error of the columns `span` to the targets of the columns behind them."""
+        """Correct the targets of the columns after `span` for the `error` of the columns in `span`."""
         if self.factor is None or span.stop == targets.shape[1]:
             return
         corner = self.factor[span, span]
@@ -147,7 +153,10 @@ class _Encoder:
 
 
 def feedback_below(factor: Tensor) -> Tensor:
-    """What the error of each tile takes off the rows below it: [tiles, N, TILE], from the output's factor [N, N]."""
+    """The coefficients of feedback between tiles, [tiles, N, TILE], from the output's factor [N, N].
+
+    They multiply the error of each tile; the product is subtracted from the targets of the rows below the tile.
+    """
     result = torch.zeros(len(factor) // TILE, len(factor), TILE)
     for tile in range(len(result)):
         span = slice(tile * TILE, (tile + 1) * TILE)

@@ -1,9 +1,10 @@
 """Viterbi search for the closed walks of one block of columns, in native code, or in torch without a C++ compiler.
 
-Both searches minimise the squared error of every tile over the walks that end where they began, in two passes: a free
-walk around the tile's seam finds the bits that its two ends share, and a second search is constrained to these bits
-(QTIP, arXiv 2406.11235). The torch search keeps its path metrics in float32, so its walks can differ from the native
-ones where two are equally good.
+Both searches minimise the squared error of every tile over the walks that end in the state where they began. They do so
+in two passes (QTIP, arXiv 2406.11235): an unconstrained walk around the seam, where the end of the tile meets its start,
+finds the bits that the first and the last state have in common; the second pass searches with these bits fixed. The
+torch search keeps its path metrics in float32, so its walks can differ from those of the native search where two walks
+are equally good.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ SEAM = 128
 def closed_walks(
     target: Tensor, state_bits: int, width: int, clip: float, below: Tensor | None
 ) -> tuple[Tensor, NDArray[np.uint16]]:
-    """Find the walks for the t tiles of `target` [16 t, 16], in units of the code's standard deviation.
+    """Find the closed walks for the t tiles of `target` [16 t, 16], which is in units of the code's standard deviation.
 
     `width` is the number of half bits per weight. `clip` bounds the distances in the native search. `below`
-    [t, 16 t, 16] says what the error of a tile takes off the rows below it; None for no feedback between tiles.
-    Returns the decoded values [16 t, 16] and the states of the walks [t, steps].
+    [t, 16 t, 16] holds the coefficients of feedback from a tile to the rows below it (see `encode.feedback_below`);
+    None for no feedback between tiles. Returns the decoded values [16 t, 16] and the states of the walks [t, steps].
     """
     native = library("trellis")
     if native is None:
@@ -83,7 +84,7 @@ def search(x: Tensor, code: Tensor, bits: int) -> Tensor:
 
 
 def _viterbi(x: Tensor, code: Tensor, bits: int, shared: Tensor | None) -> Tensor:
-    """The cheapest walks [t, n]; `shared` [t] fixes the bits that the first and the last state have in common."""
+    """The cheapest walks [t, n]; `shared` [t] fixes the bits that the first and last state have in common, if given."""
     tiles, steps, _ = x.shape
     states, branches = len(code), 1 << bits
     groups = states // branches
