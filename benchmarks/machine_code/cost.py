@@ -53,7 +53,7 @@ def product_cost(
         turns = [-(-cols // spec.tile.block_k)]
         weights = float(spec.tile.block_n * cols)
     else:
-        raise CodegenError(f"loop counts of {spec.name} are not known; expected a trellis product or a product by spans")
+        raise CodegenError(f"loop counts of {spec.name} are unknown; expected a trellis product or a product by spans")
     packed = sum(field.nbytes for field in fmt.fields(rows, cols))
     if isinstance(fmt.codec, TrellisCodec):
         packed = fmt.fields(rows, cols)[0].nbytes + 2 * -(-cols // TILE)

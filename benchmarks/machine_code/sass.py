@@ -72,7 +72,7 @@ def tool(name: str) -> Path:
 
 
 def read_code(path: Path) -> Code:
-    """The code of the kernel in the object file at `path`, which holds only one. Raises CodegenError if it cannot be read."""
+    """The code of the only kernel in the object file at `path`. Raises CodegenError if it cannot be read."""
     return parse_listing(listing(path))
 
 

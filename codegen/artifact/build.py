@@ -7,8 +7,8 @@
 
 The objects are not read at run time: they are for inspection, and can be compiled without the GPU. The objects of a
 trellis product decode only blocks of the widths that the manifest lists, which are close to the format's bits per
-weight; `finish` objects add up SPLITS partial sums. The same plan and toolchain give the same bytes. Objects are compiled by `compile_worker`, in separate
-processes.
+weight; `finish` objects add up SPLITS partial sums. The same plan and toolchain give the same bytes. Objects are
+compiled by `compile_worker`, in separate processes.
 """
 
 from __future__ import annotations

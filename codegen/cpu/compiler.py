@@ -70,11 +70,11 @@ def library(name: str) -> ctypes.CDLL | None:
 
 @cache
 def generated_library(name: str, text: str) -> ctypes.CDLL | None:
-    """The library built from a generated `text`, which may include headers of kernels/native; None if it cannot be built here.
+    """The library built from a generated `text`, which may include headers of kernels/native; None if that fails.
 
     One warning is logged for all generated sources together, not one for each.
     """
-    return _library(name, text, GENERATED_FLAGS, "matrices are decoded to dense weights, as large as the original's")
+    return _library(name, text, GENERATED_FLAGS, "matrices are decoded to dense weights, as large as the original")
 
 
 def included_headers(text: str) -> dict[str, str]:

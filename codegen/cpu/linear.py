@@ -98,7 +98,7 @@ CPU_KERNELS: Mapping[type, Callable[[Any], CpuKernel] | None] = {
 
 
 def kernel_for(fmt: Format) -> CpuKernel | None:
-    """The kernel for matrices stored as `fmt`, or None if the codec has no kernel, so that torch decodes the weights."""
+    """The kernel for matrices stored as `fmt`; None if the codec has no kernel, so that torch decodes the weights."""
     kernel = CPU_KERNELS[type(fmt.codec)]
     return kernel(fmt.codec) if kernel else None
 
@@ -124,7 +124,7 @@ class CpuFunctions:
 
     @property
     def layout(self) -> int:
-        """A number that identifies how the extra floats are used; kernels with the same number can share a prepared x."""
+        """A number for how the extra floats are used; kernels with the same number can share a prepared x."""
         return int(self.library.reallm_layout())
 
     @property

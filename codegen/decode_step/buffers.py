@@ -1,4 +1,4 @@
-"""Buffers: places in the scratch area for the values of a decode step; a place is reused once its value is dead.
+"""Buffers: places in the scratch area for the values of a decode step, reused once their values are no longer needed.
 
 Buffers are taken and released in the order of the graph, so that every layer uses the same ones.
 """

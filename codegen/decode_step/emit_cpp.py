@@ -60,9 +60,9 @@ class _Block:
 
 
 def emit_step(graph: StepGraph, cache: CacheDtype = "f32") -> StepProgram:
-    """The program of a `graph` after the passes. Raises CodegenError for an operation that the passes should have removed.
+    """The program of a `graph` that the passes have rewritten; `cache` is the dtype of cached keys and values.
 
-    `cache` is the dtype of cached keys and values.
+    Raises CodegenError for an operation that the passes should have removed.
     """
     return _Emission(graph, cache).program()
 
@@ -84,7 +84,7 @@ class _Emission:
                 self.emit(index, *self.order[index])
         weights = tuple(weight for block in self.blocks for weight in block.weights)
         if len(self.heads) != 1:
-            raise CodegenError(f"the layers of {self.graph.model} differ in the number or size of their heads; the cache needs equal ones")
+            raise CodegenError(f"the layers of {self.graph.model} differ in heads; the cache needs equal heads")
         ((kv_heads, head_dim),) = self.heads
         return StepProgram(
             source=self.source(),
@@ -132,7 +132,10 @@ class _Emission:
         return f"w + {len(block.weights) - len(weights)}"
 
     def _order(self, index: int, reader: str) -> str:
-        """The last argument of an operation that writes in the order of the stored columns of `reader`, a later matrix."""
+        """The last argument of an operation that writes in the order of the stored columns of `reader`.
+
+        `reader` is a matrix of a later operation; the argument is empty without one.
+        """
         if not reader:
             return ""
         later = [weight.name for _, op in self.order[index:] if isinstance(op, Linear) for weight in op.weights]

@@ -1,8 +1,8 @@
 """The decode step of a decoder-only model as a printable dataflow graph, which turns one token into its logits.
 
 A node is one operation; an edge carries one value. A value has the name of its node, followed by the number of the
-output if the node has several (`x.1`). `reallm.runtime.step.model_reader` builds the graph of a model, `passes` rewrites it, `verify` checks
-it, and `emit_cpp` writes its C++.
+output if the node has several (`x.1`). `reallm.runtime.step.model_reader` builds the graph of a model, `passes`
+rewrites it, `verify` checks it, and `emit_cpp` writes its C++.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Rotary(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Attention(Operation):
-    """Appends key and value to the cache of `layer`, then computes softmax(cap(scale q K^T)) V over the visible positions.
+    """Appends key and value to the cache of `layer`, then gives softmax(cap(scale q K^T)) V over the visible positions.
 
     A query at position p sees the positions from max(0, p - window + 1) to p; cap(s) = softcap tanh(s / softcap).
     """

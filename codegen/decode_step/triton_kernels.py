@@ -93,7 +93,7 @@ def attend(
     q_0 *= SCALE
     q_1 *= SCALE
     cache = kv.to(tl.int64) * capacity * (2 * HALF)
-    # the new position, which only the first share counts
+    # the new position, which only the first share includes
     k_0, k_1 = _turned(k + kv * 2 * HALF, k_weight, cos, sin, k_eps, lane, inside, HALF, K_NORM)
     k_0, k_1 = k_0.to(keys.dtype.element_ty), k_1.to(keys.dtype.element_ty)
     counted = inside & (lane * 0 + split == 0)

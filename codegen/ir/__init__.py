@@ -1,1 +1,1 @@
-"""The typed operations of a matrix product, the program of a plan, its lowering and its verifier."""
+"""The typed operations of a matrix product, programs made of them, lowering of plans to programs, and the verifier."""

@@ -1,6 +1,7 @@
-"""Which matrices of a model multiply the same vector, told from their names as transformers' decoders have them.
+"""Finds the matrices of a model that multiply the same vector, from the names that transformers' decoders give them.
 
-A matrix whose name is not recognised is taken to share its input with none, which costs a kernel and is never wrong.
+A matrix with an unknown name is assumed to share its input with no other. That is always correct, and costs at most an
+extra kernel launch.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Last parts of the names of modules to which one parent gives the same input: attention and gated MLP."""
+"""Modules that get the same input from their parent (attention, gated MLP), by the last part of their names."""
 
 
 def shared_inputs(names: Iterable[str]) -> dict[str, str]:
-    """Matrix -> name of its input: equal for matrices that share it, otherwise the name of the matrix itself."""
+    """Matrix -> name of its input. Matrices with a shared input have the same name for it; others, their own name."""
     result = {}
     for name in names:
         parent, _, last = name.rpartition(".")
@@ -22,7 +23,7 @@ def shared_inputs(names: Iterable[str]) -> dict[str, str]:
 
 
 def input_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """The groups of two or more matrices of `names` with one input, each in the order in which models call them."""
+    """Groups of two or more matrices among `names` that share an input, each in the order in which models call them."""
     by_input: dict[str, list[str]] = {}
     for name, shared in shared_inputs(names).items():
         by_input.setdefault(shared, []).append(name)

@@ -1,6 +1,7 @@
-"""Lowering: the operations of a matrix, chosen by its format alone.
+"""Lowering: translates the format of a matrix into operations; nothing else decides what they are.
 
-`LOWERINGS` holds the operations of each codec; a new codec is one more entry, None if it has no generated kernel.
+`LOWERINGS` gives the operations of each codec. To support a new codec, add an entry; it is None for a codec without a
+generated kernel.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def decode_operations(codec: AnyCodec) -> Operations:
 def lower(fmt: Format, bias: bool = False, prefill: bool = False) -> Operations:
     """The operations of a compressed format, before any pass. Raises CodegenError for a format without kernels.
 
-    `prefill` is for many rows of x: a GEMM decodes the values of a trellis around their mean, so that no `Centre` is
-    needed.
+    With `prefill` they are for many rows of x, that is, for a GEMM. It subtracts the mean of a trellis' values while
+    decoding, so that no `Centre` is needed.
     """
     if isinstance(fmt.codec, DenseCodec):
         raise CodegenError(f"format {fmt.name!r} is dense: there is nothing to decode; multiply with torch")
@@ -123,7 +124,7 @@ def lower(fmt: Format, bias: bool = False, prefill: bool = False) -> Operations:
 
 
 def lower_plan(plan: Plan, biased: Collection[str] = ()) -> Program:
-    """The program, before any pass, of all matrices of a plan that have kernels; `biased` names those with a bias."""
+    """The program, before any pass, of the matrices of a plan that have kernels; `biased` names those with a bias."""
     matrices = []
     for choice in plan.choices:
         fmt = Format.parse(choice.format)

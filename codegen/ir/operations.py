@@ -4,14 +4,14 @@ Every operation turns one kind of value into another, and `verify.verify_program
 Shapes are those of one tile, BLOCK_N rows by BLOCK_K columns of W[N, K]:
 
     words    packed fields, as 32-bit words          values   decoded weights [BLOCK_N, BLOCK_K]
-    codes    integers [BLOCK_N, BLOCK_K/dim]         sums     float32 [BLOCK_N], one for each row of x
-    stored   what the kernel has written to memory
+    codes    integers [BLOCK_N, BLOCK_K/dim]         sums     float32 [BLOCK_N] for each row of x
+    stored   the result, which the kernel has written to memory
 
 A transformed matrix W = T^-1(C) is multiplied as T'^-1(C (T x)): `Prepare` computes T x, and `Unrotate` undoes the
 rotation of the output. The formulas are those of `reallm.kernels.formats.formats`.
 
-To add an operation, write a frozen dataclass with its parameters as fields, pick the base class that says what it takes
-and gives, list the stored fields it reads, and give the text that prints it.
+To add an operation, write a frozen dataclass with its parameters as fields, choose the base class for the kinds that
+it takes and gives, list the stored fields that it reads, and define its printed form.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Read: TypeAlias = tuple[str, str]
 SCALES: Read = ("scales", "f16")
 
 LIFT = 76
-"""x is multiplied by 2^LIFT where codes are read as denormal floats (see `triton.trellis`): the products are then
+"""x is multiplied by 2^LIFT if codes are read as denormal floats (see `triton.trellis`), so that the products are
 normal floats for x from 2^-52 to 2^52."""
 
 
@@ -45,9 +45,9 @@ class Operation:
     takes: ClassVar[Value]
     gives: ClassVar[Value]
     fields: ClassVar[tuple[Read, ...]] = ()
-    """Stored fields that the operation reads whatever its parameters are."""
+    """Stored fields that the operation reads for all values of its parameters."""
     text: ClassVar[str]
-    """The printed form, a format string over the operation `op`."""
+    """The printed form: a format string in which `op` is the operation."""
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -59,7 +59,7 @@ class Operation:
 
 
 class InputOperation(Operation):
-    """An operation on x that runs before the packed words are read."""
+    """An operation on x, which runs before the packed words are read."""
 
     __slots__ = ()
     takes = "words"
@@ -111,8 +111,9 @@ class Project(InputOperation):
 class Prepare(InputOperation):
     """x' = R_K P (channel_scales * x) / norm, float32 [M, K padded to whole blocks]; norm [M] is a power of two.
 
-    P x [j] = x[permutation[j]]. Dividing by the norm brings the largest entry of a row of x to between 1 and 2, so that
-    x' fits half precision whatever the model's activations are; then x' is multiplied by 2^lift.
+    R_K is the rotation of the input, and (P x)[j] = x[permutation[j]]. After division by the norm the largest entry of
+    a row of x lies between 1 and 2, so that x' fits half precision for all activations; then x' is multiplied by
+    2^lift.
     """
 
     rotated: bool = False
@@ -150,7 +151,7 @@ class Reuse(InputOperation):
 
 @dataclass(frozen=True, slots=True)
 class Unpack(Operation):
-    """Planar codes of `bits` bits: `count` codes for every `dim` weights (1 for 1 in a scalar codec)."""
+    """Reads codes of `bits` bits from their bit planes: `count` codes per `dim` weights (1 per 1 in a scalar codec)."""
 
     bits: int
     count: int = 1
@@ -165,7 +166,10 @@ class Unpack(Operation):
 
     @property
     def chunk_width(self) -> int:
-        """Columns that a tile handles together: those of one word of the widest plane, or of one additive group."""
+        """Number of columns of a chunk, which a tile handles together.
+
+        A chunk is the columns of one word of the widest bit plane, or those of one group of an additive codec.
+        """
         return self.dim if self.dim > 1 else WORD_BITS // plane_widths(self.bits)[0]
 
     def __str__(self) -> str:
@@ -175,7 +179,7 @@ class Unpack(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Trellis(Operation):
-    """The values of the states of a trellis with 2^state_bits states, as integers (`kernels.codes.trellis`)."""
+    """Decodes a trellis with 2^state_bits states: the values of its states, as integers (`kernels.codes.trellis`)."""
 
     state_bits: int
 
@@ -187,7 +191,7 @@ class Trellis(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Levels(Decode):
-    """Looks up each code in a scalar table."""
+    """Looks up the value of each code in a table."""
 
     table: TableName
     bits: int
@@ -197,7 +201,7 @@ class Levels(Decode):
 
 @dataclass(frozen=True, slots=True)
 class RowLevels(Decode):
-    """Looks up each code in the row's own table of 2^bits levels."""
+    """Looks up the value of each code in a table of 2^bits levels, which every row has separately."""
 
     bits: int
 
@@ -222,7 +226,7 @@ class Offset(Decode):
 
 @dataclass(frozen=True, slots=True)
 class Codebooks(Decode):
-    """The sum of `count` words of `dim` weights, each from its own codebook of 2^bits words."""
+    """The sum of `count` vectors of `dim` weights, one from each of `count` codebooks of 2^bits vectors."""
 
     count: int
     bits: int
@@ -234,7 +238,10 @@ class Codebooks(Decode):
 
 @dataclass(frozen=True, slots=True)
 class Lattice(Decode):
-    """The words of 8 weights of E8P, and of its residual codebook, that the codes select (`kernels.codes.lattice`)."""
+    """The vectors of 8 weights that the codes select from the codebook E8P and its residual codebook.
+
+    See `kernels.codes.lattice`.
+    """
 
     bits: int
 
@@ -247,7 +254,7 @@ class Lattice(Decode):
 
 @dataclass(frozen=True, slots=True)
 class ColumnScale(Scale):
-    """values * scale of their block of `block` columns; the scale is the same in every row."""
+    """values * the scale of their block of `block` columns; all rows have the same scale."""
 
     block: int
 
@@ -257,7 +264,7 @@ class ColumnScale(Scale):
 
 @dataclass(frozen=True, slots=True)
 class GroupScale(Scale):
-    """values * scale of their group; group_size 0 is the whole row."""
+    """values * the scale of their group of `group_size` weights in a row; 0 means the whole row."""
 
     group_size: int
     double_quant: DoubleQuant | None = None
@@ -284,10 +291,10 @@ class Dot(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Keep(Operation):
-    """Writes the values themselves, for a product by a library: dense [N, K].
+    """Writes the values to memory as dense [N, K], which a library then multiplies.
 
-    They are in the dtype of x or, for a transformed matrix, in half precision. The values of a trellis are divided by
-    the smallest power of two that is no less than any scale.
+    They have the dtype of x or, for a transformed matrix, half precision. The values of a trellis are divided by the
+    smallest power of two that is at least as large as every scale.
     """
 
     takes = "values"
@@ -300,7 +307,7 @@ class Keep(Operation):
 
 @dataclass(frozen=True, slots=True)
 class RowScale(SumOperation):
-    """sums * scale of their row: a GroupScale over the whole row, moved behind the Dot."""
+    """sums * the scale of their row: a GroupScale over the whole row, moved after the Dot."""
 
     double_quant: DoubleQuant | None = None
 
@@ -314,7 +321,7 @@ class RowScale(SumOperation):
 
 @dataclass(frozen=True, slots=True)
 class Centre(SumOperation):
-    """sums - mean * sum_k scale_k x'_k: subtracts the mean of a trellis' values, which `Dot` did not."""
+    """sums - mean * sum_k scale_k x'_k: removes the mean of a trellis' values, which `Dot` has not subtracted."""
 
     mean: float
 
@@ -323,7 +330,7 @@ class Centre(SumOperation):
 
 @dataclass(frozen=True, slots=True)
 class Unrotate(SumOperation):
-    """R_N^T sums, multiplied by the norm that `Prepare` divided by."""
+    """norm * R_N^T sums: undoes the rotation of the output, and the division by the norm in `Prepare`."""
 
     rotated: bool
 
@@ -370,12 +377,12 @@ class Store(Operation):
 
 
 def stored_factor(dtype: str) -> str:
-    """The dtype of the field that stores a low-rank factor: 4-bit factors are stored as codes."""
+    """The dtype of the stored field of a low-rank factor of `dtype`; 4-bit factors are stored as codes."""
     return "u4" if dtype == "i4" else dtype
 
 
 def scale_reads(double_quant: DoubleQuant | None) -> tuple[Read, ...]:
-    """The fields that hold scales, plain or double-quantised."""
+    """The stored fields that hold plain or double-quantised scales."""
     if double_quant is None:
         return (SCALES,)
     return (("scale_codes", f"u{double_quant.bits}"), ("scale_ranges", "f16"), ("scale_min", "f32"))

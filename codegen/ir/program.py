@@ -1,4 +1,4 @@
-"""The program of a plan: for each compressed matrix the typed operations that compute y = W_hat x, printable.
+"""The program of a plan: for each compressed matrix, the typed operations that compute y = W_hat x. It can be printed.
 
     plan --lower--> operations --passes--> operations, tiles and shared kernels --emit--> Triton
 
@@ -17,9 +17,11 @@ from reallm.kernels.formats.formats import Format
 from .operations import Keep, Operation, Prepare, Project, Reuse, Unrotate
 
 SPAN = 32
-"""Columns that a thread takes at a time if rows are whole spans; a span is whole words of every plane."""
+"""Columns of a span, which a thread processes at a time if the columns of a matrix are a multiple of SPAN.
+
+The codes of a span fill whole words of every bit plane."""
 GEMM_BATCH = 16
-"""A kernel whose instances take this many rows of x or more is a GEMM: tensor cores take no fewer."""
+"""A kernel whose instances take this many rows of x or more is a GEMM; tensor cores need at least this many."""
 
 Function = Literal["project", "prepare", "finish", "dense", "gemm", "gemv"]
 
@@ -41,23 +43,26 @@ class KernelSpec:
     """Everything that a generated kernel is specialised on; equal specifications give byte-equal sources."""
 
     label: str
-    """The format, without the parts that a kernel does not depend on (feedback, sharing of codebooks)."""
+    """What the kernel computes, for its name.
+
+    For a product it is the format, without the parts that the kernel does not depend on (feedback, shared codebooks).
+    """
     operations: tuple[Operation, ...]
     tile: Tile
     aligned: bool
-    """Whether a row is whole chunks (see `Unpack.chunk_width`)."""
+    """Whether a row is a whole number of chunks (see `Unpack.chunk_width`)."""
     even: bool
-    """Whether a row is whole tiles; in a rotation, whether an instance holds all pieces at once."""
+    """Whether a row is a whole number of tiles; in a rotation, whether an instance holds all pieces at once."""
     batch: int = 1
     """Rows of x that one instance takes; GEMM_BATCH or more make the kernel a GEMM."""
     widths: tuple[int, ...] = ()
-    """Widths of blocks that a trellis kernel can decode."""
+    """Widths of blocks that a trellis kernel can decode; empty in other kernels."""
     span: int = 0
-    """SPAN where a scalar product has rows of whole spans (`triton.scalar_spans`), else 0."""
+    """SPAN if the kernel works by spans (`triton.scalar_spans`), else 0."""
     pieces: int = 0
-    """Pieces that an instance of a rotation holds at once."""
+    """Number of pieces that an instance of a rotation holds at once."""
     members: int = 1
-    """Matrices that one launch serves (`triton.group_select`)."""
+    """Number of matrices that one launch serves (`triton.group_select`)."""
 
     @property
     def function(self) -> Function:
@@ -75,7 +80,7 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        """Unique in a program; also the stem of the kernel's files."""
+        """The kernel's name, unique in a program; also the stem of its files."""
         facts = ("" if self.aligned else "-unaligned") + ("" if self.even else "-tail")
         batch = f"-m{self.batch}" if self.batch > 1 else ""
         widths = "-b" + "_".join(str(width) for width in self.widths) if self.widths else ""
@@ -103,7 +108,7 @@ class MatrixProgram:
 
     @property
     def prepared_by(self) -> str:
-        """The matrix that computes the x' multiplied here: this one or an earlier one; "" if x itself is multiplied."""
+        """Name of the matrix that computes x' for this one: itself or an earlier one; "" if x is used unchanged."""
         for operation in self.operations:
             if isinstance(operation, Reuse):
                 return operation.leader
@@ -127,7 +132,7 @@ class MatrixProgram:
 class Group:
     """Matrices with the same input for which one launch of `kernel` computes, or finishes, all products.
 
-    `matrices` are names in the program's order. Each matrix also keeps its own kernels, for a call by itself.
+    `matrices` are names in the program's order. Each matrix also keeps the kernels that multiply it alone.
     """
 
     matrices: tuple[str, ...]
@@ -139,7 +144,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The compressed matrices of a plan, in the plan's order; `str` prints all of it."""
+    """The compressed matrices of a plan, in the plan's order, and their groups; `str` gives its printed form."""
 
     matrices: tuple[MatrixProgram, ...]
     groups: tuple[Group, ...] = ()

@@ -1,6 +1,7 @@
 """The verifier of programs: two tables of checks, one for a matrix and one for a group of matrices.
 
-A check yields what is wrong, in words that follow the name of the matrix or group. `verify_program` raises the first.
+A check yields descriptions of what is wrong, which are printed after the name of the matrix or group.
+`verify_program` raises an error for the first.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from .operations import (
 from .program import Group, KernelSpec, MatrixProgram, Program
 
 MAX_CODES = 2**31
-"""Codes of one matrix, so that the index of every chunk fits 32 bits."""
+"""Limit on the codes of one matrix, below which the index of every chunk fits 32 bits."""
 
 Faults: TypeAlias = Iterator[str]
 Earlier: TypeAlias = Mapping[str, MatrixProgram]
-"""The matrices of the program before the one that is checked, by name."""
+"""The matrices that precede the checked one in the program, by name."""
 Members: TypeAlias = Sequence[MatrixProgram]
 
 
 def verify_program(program: Program) -> None:
-    """Raise CodegenError, naming the matrix, unless each matrix's operations compute W_hat x from its stored fields."""
+    """Raise CodegenError, naming the matrix or group, if one of them fails a check."""
     earlier: dict[str, MatrixProgram] = {}
     for matrix in program.matrices:
         for check in MATRIX_CHECKS:
@@ -66,7 +67,7 @@ def _group_faults(group: Group, program: Program, matrices: Mapping[str, MatrixP
 
 
 def kinds_meet(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """Each operation takes what the one before it gives, from the packed words to a store."""
+    """Each operation takes the kind of value that the one before it gives, from the packed words to a store."""
     kind = "words"
     for operation in matrix.operations:
         if operation.takes != kind:
@@ -77,7 +78,7 @@ def kinds_meet(matrix: MatrixProgram, earlier: Earlier) -> Faults:
 
 
 def is_scaled_once(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """There is one scale, and a row's scale directly follows the product."""
+    """There is exactly one scale, and the scale of a row directly follows the product."""
     operations = matrix.operations
     scales = [i for i, op in enumerate(operations) if isinstance(op, GroupScale | RowScale | ColumnScale | RowLevels)]
     if len(scales) != 1:
@@ -119,7 +120,7 @@ def reads_its_fields(matrix: MatrixProgram, earlier: Earlier) -> Faults:
 
 
 def codes_fit_32_bit_indices(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """Every code, or chunk of codes, has a 32-bit index."""
+    """The index of every code, or of every chunk of codes, fits 32 bits."""
     codec = matrix.format.codec
     per_row = codec.group_count(matrix.cols) * codec.num_codebooks if isinstance(codec, AdditiveCodec) else 0
     if matrix.rows * max(per_row, -(-matrix.cols // 4)) >= MAX_CODES:
@@ -127,14 +128,14 @@ def codes_fit_32_bit_indices(matrix: MatrixProgram, earlier: Earlier) -> Faults:
 
 
 def tile_is_powers_of_two(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """Triton's blocks are powers of two."""
+    """The sizes of a tile are powers of two, as Triton requires."""
     tile = matrix.tile
     if tile and any(size < 1 or size & (size - 1) for size in (tile.block_n, tile.block_k, tile.num_warps)):
         yield f"tile {tile} is not made of powers of two"
 
 
 def kernels_run_its_operations(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """The kernels, once there are any, run all operations in order; a reused x' needs no kernel."""
+    """The kernels, once the passes have made them, run all operations in order; `Reuse` needs no kernel."""
     in_kernels = tuple(operation for kernel in matrix.kernels for operation in kernel.operations)
     needed = tuple(operation for operation in matrix.operations if not isinstance(operation, Reuse))
     if matrix.kernels and in_kernels != needed:
@@ -142,14 +143,14 @@ def kernels_run_its_operations(matrix: MatrixProgram, earlier: Earlier) -> Fault
 
 
 def reuses_what_an_earlier_matrix_prepares(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """A reused x' comes from an earlier matrix with as many columns that transforms it only by a rotation."""
+    """A reused x' is prepared by an earlier matrix with the same number of columns, and at most rotated."""
     for operation in matrix.operations:
         if isinstance(operation, Reuse):
             leader = earlier.get(operation.leader)
             prepared = [op for op in leader.operations if isinstance(op, Prepare)] if leader else []
             same = [(op.rotated, op.reads) for op in prepared] == [(operation.rotated, ())]
             if not leader or leader.cols != matrix.cols or not same:
-                yield f"{operation}, which no earlier matrix of {matrix.cols} columns makes for others"
+                yield f"{operation}, which no earlier matrix of {matrix.cols} columns can share"
 
 
 MATRIX_CHECKS: tuple[Callable[[MatrixProgram, Earlier], Faults], ...] = (
@@ -170,7 +171,7 @@ MATRIX_CHECKS: tuple[Callable[[MatrixProgram, Earlier], Faults], ...] = (
 
 
 def names_its_matrices_in_order(group: Group, members: Members, program: Program) -> Faults:
-    """The group names each of its matrices once, in the program's order, and as many as its kernel serves."""
+    """The group lists its matrices once each, in the program's order; their number is what its kernel serves."""
     if group.kernel.members != len(members) or len(members) < 2:
         yield f"has {len(members)} matrices for a kernel of {group.kernel.members}"
     names = set(group.matrices)
@@ -187,14 +188,14 @@ def shares_its_input(group: Group, members: Members, program: Program) -> Faults
 
 
 def runs_its_members_operations(group: Group, members: Members, program: Program) -> Faults:
-    """The kernel of the group does what the members' own kernels do."""
+    """The kernel of the group has the same operations as the kernel of each member."""
     single = [matrix.kernel(group.kernel.function) for matrix in members]
     if any(kernel is None or kernel.operations != group.kernel.operations for kernel in single):
-        yield "has a kernel of other operations than its matrices'"
+        yield "has a kernel whose operations differ from those of its matrices' kernels"
 
 
 def computes_nothing_twice(group: Group, members: Members, program: Program) -> Faults:
-    """No matrix has its product, or what finishes it, in two groups."""
+    """No two groups compute the product of the same matrix, or finish it."""
     for other in program.groups:
         in_both = sorted(set(other.matrices) & set(group.matrices))
         if other is not group and in_both and _is_finish(other.kernel) == _is_finish(group.kernel):
@@ -202,7 +203,7 @@ def computes_nothing_twice(group: Group, members: Members, program: Program) -> 
 
 
 def finishes_one_group_of_products(group: Group, members: Members, program: Program) -> Faults:
-    """Products that are finished together were computed together."""
+    """Products that one group finishes were computed by one group."""
     products = [other for other in program.groups if not _is_finish(other.kernel)]
     if _is_finish(group.kernel) and not any(set(group.matrices) <= set(other.matrices) for other in products):
         yield "finishes matrices whose products are not one group"

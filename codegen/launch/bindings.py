@@ -24,7 +24,7 @@ VECTOR_BYTES = 16
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix W[rows, cols] with its stored fields, as `launch.multiply` takes them."""
+    """A matrix W[rows, cols] with its stored fields; the attributes are described at `launch.multiply`."""
 
     format: Format
     fields: Mapping[str, torch.Tensor]
@@ -32,7 +32,7 @@ class StoredMatrix:
     cols: int
     bias: torch.Tensor | None = None
     derived: Derived | None = None
-    """What `derive` made of the same fields; made again if None."""
+    """The result of `derive` for the same fields; computed when needed if None."""
 
 
 @dataclass
@@ -45,15 +45,15 @@ class ProductCall:
     rank: int
     widths: tuple[int, ...]
     splits: int = 1
-    """Instances that share out the columns of the product."""
+    """Number of kernel instances among which the columns are divided."""
     filled: bool = True
-    """Whether every block of a trellis has bits."""
+    """Whether every block of a trellis has a width other than 0."""
     shared: dict[Any, Any] = field(default_factory=dict)
-    """Results for the same x that other products can use, see `input_cache`."""
+    """Results for the same x that other products can use; see `input_cache`."""
 
     @property
     def count(self) -> int:
-        """Rows of x."""
+        """The number of rows of x."""
         return self.tensors["x"].shape[0]
 
     def new(self, *shape: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ class ProductCall:
 
 
 def begin_product(matrix: StoredMatrix, x: torch.Tensor, y: torch.Tensor) -> ProductCall:
-    """Check and bind the arguments of y = x W_hat^T (+ bias); no kernel has been launched yet.
+    """Check the arguments of y = x W_hat^T (+ bias) and return them as a ProductCall; launches no product kernel.
 
     Raises CodegenError on a wrong shape, dtype or device.
     """
@@ -85,8 +85,8 @@ def begin_product(matrix: StoredMatrix, x: torch.Tensor, y: torch.Tensor) -> Pro
 def input_cache(x: torch.Tensor) -> dict[Any, Any]:
     """Results that belong to x and that its products with several matrices can use, such as its rotation.
 
-    The cache lives as long as x and is emptied when x is changed in place. In inference mode changes are not counted,
-    so nothing is kept.
+    The cache lives as long as x and is emptied when x is changed in place. In inference mode torch does not count
+    changes, so nothing is kept.
     """
     if x.is_inference():
         return {}
@@ -100,7 +100,7 @@ def input_cache(x: torch.Tensor) -> dict[Any, Any]:
 def _field_views(
     fmt: Format, fields: Mapping[str, torch.Tensor], rows: int, cols: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Each stored field as a tensor of its element type (codes as 32-bit words), its size and device checked."""
+    """Each stored field as a tensor of its element type (codes as 32-bit words); sizes and devices are checked."""
     stored = fmt.fields(rows, cols) + ((fmt.shared_field,) if fmt.shared_field else ())
     return {field.name: _field_view(field, fields, device) for field in stored}
 

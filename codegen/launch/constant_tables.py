@@ -1,4 +1,4 @@
-"""Tensors that kernels read and that belong to no matrix: levels, lattice words, rotations; made once per device."""
+"""Tensors that kernels read but no matrix stores: levels, lattice vectors and rotations, made once per device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def constant_tables(spec: KernelSpec, rows: int, cols: int, device: torch.device
 
 @cache
 def _lattice(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors of E8P, their last entry negative where an odd number of signs are, and the residual words."""
+    """(absolute vectors of E8P, vectors of its residual codebook), float32.
+
+    The last entry of an E8P vector is stored as negative if the vector has an odd number of negative signs.
+    """
     import torch
 
     grid = absolute_vectors().copy()
@@ -45,7 +48,7 @@ def _lattice(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def _rotation(order: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(base, signs) of a rotation, float32."""
+    """(base, signs) of the rotation of `order` entries, float32; see `rotation_factors`."""
     import torch
 
     base, _ = rotation_factors(order)

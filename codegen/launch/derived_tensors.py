@@ -1,10 +1,11 @@
-"""Small tensors that kernels read in place of some stored fields, made from them once, when a matrix is first used.
+"""Small tensors that kernels read in place of some stored fields; computed once, when a matrix is first used.
 
-index            from the widths of a trellis, int32: the bits of a float32 power of two that no scale exceeds; for each
-                 width 0 to 16 the number of blocks of columns that are narrower; the blocks sorted by width; the first
-                 word of each of these
-scales           of a trellis, with zeros where a block has no bits
-sparse_offsets   from the counts of the outliers, int32 [rows + 1]: where the outliers of each row begin
+index            int32, computed from the widths of a trellis; four parts, one after another: the bit pattern of a
+                 float32 power of two that no scale exceeds; for each width from 0 to 16 the number of blocks of columns
+                 with a smaller width; the numbers of the blocks, sorted by width; the first word of each block in this
+                 order
+scales           the scales of a trellis, with zeros for blocks whose width is 0
+sparse_offsets   int32 [rows + 1], computed from the counts of the outliers: the index of each row's first outlier
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ _DAMAGED = "; the artifact is damaged: copy or compile it again"
 
 @dataclass(frozen=True)
 class Derived:
-    """The derived tensors of a matrix by name, and the widths that occur in its trellis."""
+    """The derived tensors of a matrix by name, and the nonzero widths that occur in its trellis."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     widths: tuple[int, ...] = ()
     filled: bool = True
-    """Whether every block of the trellis has bits."""
+    """Whether every block of the trellis has a width other than 0."""
 
 
 def trellis_index(
     codec: TrellisCodec, widths: NDArray[np.integer], scales: NDArray[np.float16], rows: int, cols: int
 ) -> NDArray[np.int32]:
-    """The tensor `index` of the module's docstring. Raises CodegenError for widths that contradict the format."""
+    """The tensor `index` (see the module's docstring). Raises CodegenError for widths that contradict the format."""
     try:
         check_widths(codec, widths, cols)
     except ValueError as error:
@@ -61,7 +62,7 @@ def trellis_index(
 
 
 def present_widths(index: NDArray[np.int32]) -> tuple[int, ...]:
-    """The widths, other than zero, that occur among the blocks of an index."""
+    """The nonzero widths that occur among the blocks of an `index` tensor."""
     runs = index[RUNS_AT:ORDER_AT]
     return tuple(width for width in range(1, MAX_WIDTH) if runs[width] < runs[width + 1])
 
@@ -69,7 +70,7 @@ def present_widths(index: NDArray[np.int32]) -> tuple[int, ...]:
 def derive(fmt: Format, fields: Mapping[str, torch.Tensor], rows: int, cols: int) -> Derived:
     """All derived tensors that kernels of `fmt` read, on the device of the fields. Synchronises with the device.
 
-    Raises CodegenError for fields that contradict each other, before a kernel indexes with them.
+    Raises CodegenError for fields that contradict each other, so that kernels never index with invalid values.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Products of several matrices with one x: those that `passes.group_products` finds alike are one launch.
+"""Products of several matrices with the same x; the products that `passes.group_products` groups run in one launch.
 
-The programs here contain only the matrices that share an input, named by the last part of their names, so that all
+A program here contains only matrices that share an input. It names them by the last part of their names, so that all
 layers of a model use the same programs.
 """
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 MAX_ROWS = 32
-"""Most rows of x in a grouped launch. With more, one product is work enough for a launch, and the pointers of a group's
-GEMM cost registers (152 for 64 rows of x an instance, where one matrix takes 128)."""
+"""Maximum number of rows of x in a grouped launch. With more rows, a single product is enough work for a launch, and
+the pointers of a group's GEMM cost registers (with 64 rows of x per instance 152, against 128 for a single matrix)."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a program depends on of one matrix; `name` is one of `dataflow.SAME_INPUT`."""
+    """The properties of a matrix that its program depends on; `name` is one of `dataflow.SAME_INPUT`."""
 
     name: str
     format: Format
@@ -43,7 +43,7 @@ class Member:
 
 @cache
 def program_of(members: tuple[Member, ...], prefill: bool) -> Program:
-    """The program, after the passes, of those matrices of one input that have kernels."""
+    """The program, after the passes, of those `members` that have kernels; all members share one input."""
     return run_passes(
         Program(
             tuple(
@@ -57,7 +57,7 @@ def program_of(members: tuple[Member, ...], prefill: bool) -> Program:
 
 @cache
 def group_of_leader(members: tuple[Member, ...], leader: str) -> tuple[Member, ...]:
-    """The members whose products one launch computes when `leader` is called; empty unless it leads a group."""
+    """The members of the group that `leader` leads, whose products run in one launch; empty if it leads no group."""
     groups = [group.matrices for group in program_of(members, prefill=False).groups]
     names = next((names for names in groups if names[0] == leader), ())
     return tuple(member for member in members if member.name in names)
@@ -66,10 +66,11 @@ def group_of_leader(members: tuple[Member, ...], leader: str) -> tuple[Member, .
 def multiply_group(
     members: Sequence[Member], matrices: Sequence[StoredMatrix], x: torch.Tensor, prefill: bool | None = None
 ) -> list[torch.Tensor]:
-    """y = x W_hat^T (+ bias) of each matrix, [..., rows] in the dtype of x [..., cols], in one launch for all products.
+    """y = x W_hat^T (+ bias) for each matrix, [..., rows] in the dtype of x [..., cols]; one launch for all products.
 
-    The results are those of `launch.multiply` except for the order of sums. `members` are all of a `group_of_leader`.
-    Raises CodegenError for members that are not one group, for more than MAX_ROWS rows of x, and as `launch.multiply`.
+    The results equal those of `launch.multiply`, except that sums are added in another order. `members` is a whole
+    group, as returned by `group_of_leader`. Raises CodegenError if it is not, for more than MAX_ROWS rows of x, and
+    where `launch.multiply` does.
     """
     import torch
 
@@ -90,7 +91,7 @@ def multiply_group(
 
 
 def _launch_program(program: Program, calls: dict[str, ProductCall], many: bool) -> None:
-    """Launch what comes before the products, the groups, and what finishes matrices outside of a group."""
+    """Launch the kernels before the products, those of the groups, and those that finish matrices outside a group."""
     for matrix in program.matrices:
         for spec in matrix.kernels:
             if spec.function in ("project", "prepare"):

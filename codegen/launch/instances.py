@@ -1,4 +1,4 @@
-"""How a product is shared out among kernel instances: rows of x an instance takes, and splits of the columns."""
+"""How a product is divided among kernel instances: the rows of x per instance, and the splits of the columns."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from reallm.kernels.formats.codecs import TILE
 from .bindings import ProductCall
 
 MAX_BATCH = 4
-"""Rows of x that one instance of a GEMV takes at most; further rows become further instances, or a GEMM."""
+"""Maximum number of rows of x per instance of a GEMV; for more rows there are more instances, or a GEMM."""
 GEMM_BATCHES = (16, 32, 64)
-"""Rows of x that an instance of a GEMM may take."""
+"""Possible numbers of rows of x per instance of a GEMM."""
 WANTED_WARPS = 2048
-"""Warps of a trellis product to aim for: about fifteen for each multiprocessor."""
+"""Maximum number of warps for which the columns of a trellis product are split: about 15 per multiprocessor."""
 SPLITS = (8, 4, 2, 1)
-"""Numbers of instances that may share out the columns of a product, preferred first."""
+"""Possible numbers of instances among which the columns of a product are divided; preferred ones first."""
 
 
 def for_calls(spec: KernelSpec, calls: Sequence[ProductCall], many: bool) -> KernelSpec:
-    """The specification for the calls' rows of x and the widths of their trellises; `many` selects a GEMM."""
+    """`spec`, adapted to the rows of x in `calls` and to the widths of their trellises; `many` selects a GEMM."""
     limits = GEMM_BATCHES if many else range(1, MAX_BATCH + 1)
     batch = next((limit for limit in limits if limit >= calls[0].count), limits[-1])
     widths = {width for call in calls for width in call.widths}
@@ -36,10 +36,10 @@ def for_calls(spec: KernelSpec, calls: Sequence[ProductCall], many: bool) -> Ker
 
 
 def with_batch(spec: KernelSpec, batch: int) -> KernelSpec:
-    """The specification for `batch` rows of x an instance.
+    """`spec`, changed to `batch` rows of x per instance.
 
-    A trellis tile gets fewer rows of W in return, so that a thread has as many sums as with one row of x; its registers
-    hold no more.
+    A trellis GEMV gets fewer rows of W per instance in return, so that a thread has as many sums as with one row of x;
+    its registers cannot hold more.
     """
     tile = spec.tile
     if spec.widths and spec.function == "gemv":
@@ -48,9 +48,9 @@ def with_batch(spec: KernelSpec, batch: int) -> KernelSpec:
 
 
 def splits_for(spec: KernelSpec, rows: int, cols: int, count: int) -> int:
-    """The number of instances that share out the columns of a product with `count` rows of x.
+    """The number of instances among which the columns of a product with `count` rows of x are divided.
 
-    It is 1 for a kernel whose parts nothing adds up.
+    It is 1 for kernels other than trellis products, because no later kernel adds up their partial sums.
     """
     if not spec.widths:
         return 1
@@ -62,7 +62,7 @@ def splits_for(spec: KernelSpec, rows: int, cols: int, count: int) -> int:
 
 
 def vector_instances(spec: KernelSpec, order: int) -> tuple[int, int]:
-    """(instances that share out a vector of `order` entries, pieces of its rotation)."""
+    """(number of instances of `spec` for a vector of `order` entries, number of pieces of its rotation or 1)."""
     if any(name.startswith("base") for name, _ in pointers(spec)):
         pieces = order // spec.tile.block_k
         return -(-pieces // spec.tile.block_n), pieces

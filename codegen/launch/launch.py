@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DENSE_ROWS = 32
 """With more rows of x than this, the values are decoded to memory and a library computes the product."""
 DENSE_SPLITS = 16
-"""Instances that share out the columns of a trellis that is decoded to memory."""
+"""Number of instances among which the columns are divided when a trellis is decoded to memory."""
 
 
 @cache
@@ -66,9 +66,9 @@ def multiply(
     """y = x W_hat^T (+ bias) with generated kernels: [..., rows] in the dtype of x [..., cols], summed in float32.
 
     `fields` holds each of `fmt.fields(rows, cols)` (and a shared codebook under its field's name) as uint8
-    [field.nbytes] on the device of x. `out`, contiguous and of the result's shape, is filled if given; `derived` is
-    what `derive` made of the same fields before; `tile` and `prefill` are for tuning. Raises CodegenError on a wrong
-    shape, dtype or device, and for a format without kernels.
+    [field.nbytes] on the device of x. If given, `out` (contiguous, of the result's shape) receives the result, and
+    `derived` is an earlier result of `derive` for the same fields. `tile` and `prefill` are for tuning. Raises
+    CodegenError on a wrong shape, dtype or device, and for a format without kernels.
     """
     import torch
 
@@ -89,11 +89,15 @@ def multiply(
 
 
 def _library_can_multiply(last: KernelSpec, x: torch.Tensor) -> bool:
-    """Whether a library GEMM may compute the product: it ends in a `finish` kernel, or adds nothing but a bias."""
+    """Whether a library GEMM may compute the product whose last kernel is `last`.
+
+    It may if a `finish` kernel follows the product, or if x is not float32 and at most a bias is added to the product;
+    but never on a GPU with torch before 2.8.
+    """
     import torch
 
     kinds = {type(operation) for operation in last.operations}
-    if x.is_cuda and not hasattr(torch.ops.aten.mm, "dtype"):  # float32 sums of half inputs, torch 2.8 and later
+    if x.is_cuda and not hasattr(torch.ops.aten.mm, "dtype"):  # before torch 2.8: no float32 output of half inputs
         return False
     return last.function == "finish" or (x.dtype != torch.float32 and not kinds & {AddLowRank, AddSparse})
 
@@ -116,7 +120,7 @@ def _multiply_dense(spec: KernelSpec, call: ProductCall, dense: KernelSpec) -> N
     inputs = (tensors["ready"][:, : call.cols] * (2.0**-LIFT if lifted else 1.0)).half()
     if inputs.is_cuda:
         part = torch.mm(inputs, weights.T, out_dtype=torch.float32)
-    else:  # in the interpreter: torch has no such product on a CPU
+    else:  # in Triton's interpreter: on a CPU, torch has no half-precision product with float32 output
         part = inputs.float() @ weights.float().T
     if lifted:
         part *= tensors["index"][:1].view(torch.float32)
@@ -131,7 +135,7 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 def device_path(device: torch.device) -> str:
-    """The value of DEVICE on `device`; "portable" where there is no assembler, as in the interpreter."""
+    """The value of the kernel argument DEVICE on `device`; "portable" where no assembler exists (the interpreter)."""
     import torch
 
     return "portable" if device.type != "cuda" else "hip" if torch.version.hip else "cuda"
@@ -139,7 +143,7 @@ def device_path(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class _Launch:
-    """A kernel's grid and its integer arguments."""
+    """A kernel's specification for one launch, its grid and its integer arguments."""
 
     spec: KernelSpec
     grid: tuple[int, ...]
@@ -147,9 +151,9 @@ class _Launch:
 
 
 def launch_kernel(spec: KernelSpec, calls: Sequence[ProductCall], many: bool) -> None:
-    """Launch one kernel over all rows of x, for each of the `calls`, whose x is the same.
+    """Launch one kernel for all rows of x and all `calls`, which have the same x.
 
-    What the kernel writes is left among the tensors of the calls, where later kernels find it.
+    The tensors that the kernel writes are added to the tensors of the calls, where later kernels find them.
     """
     first = calls[0]
     device = first.tensors["x"].device
@@ -179,7 +183,7 @@ def _plan_project(spec: KernelSpec, calls: Sequence[ProductCall], many: bool) ->
 
 
 def _plan_prepare(spec: KernelSpec, calls: Sequence[ProductCall], many: bool) -> _Launch | None:
-    """None if x' of another product with the same x can be used."""
+    """The launch that computes x', or None if x' of another product with the same x can be used."""
     call = calls[0]
     can_share = not any(operation.reads for operation in spec.operations)
     if can_share and (spec, "ready") in call.shared:
@@ -218,4 +222,4 @@ _PLANS: Mapping[Function, Callable[[KernelSpec, Sequence[ProductCall], bool], _L
     "gemm": _plan_product,
     "gemv": _plan_product,
 }
-"""For each kind of kernel: allocate what it writes, and choose its grid."""
+"""For each kind of kernel, the function that allocates what the kernel writes, and chooses its grid."""

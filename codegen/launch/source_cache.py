@@ -1,4 +1,4 @@
-"""Generated sources in the user's cache, and the Triton functions imported from there.
+"""Writes generated sources to the user's cache folder and imports the Triton functions from there.
 
 The source that runs is always the one that the installed package generates; a cached file that differs is rewritten.
 """
@@ -21,7 +21,7 @@ from reallm.kernels.storage.cache_folder import cache_folder
 
 @cache
 def load_kernel(spec: KernelSpec) -> Any:
-    """The Triton function of `spec`, which Triton compiles at its first launch."""
+    """The Triton function for the kernel `spec`; Triton compiles it at its first launch."""
     text = emit(spec)
     digest = hashlib.sha256(text.encode()).hexdigest()
     path = cache_folder() / "kernels" / f"{spec.name}-{digest[:16]}.py"

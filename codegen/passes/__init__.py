@@ -1,1 +1,1 @@
-"""The passes over a program: one module each, with the table it needs beside it; `run.PASSES` is their order."""
+"""The passes over a program, one module per pass, and modules that they use; `run.PASSES` gives their order."""

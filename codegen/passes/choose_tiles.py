@@ -1,4 +1,4 @@
-"""Pass: BLOCK_N, BLOCK_K and num_warps of each matrix's product, from tables of what was fastest on an H100."""
+"""Pass that chooses BLOCK_N, BLOCK_K and num_warps of each product, from tables of the fastest tiles on an H100."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from reallm.codegen.ir.program import SPAN, MatrixProgram, Program, Tile
 from reallm.codegen.triton.scalar_spans import takes_span
 
 CHUNK_TILES: dict[type, Tile] = {Lattice: Tile(1, 256, 1), Codebooks: Tile(1, 512, 1), Unpack: Tile(1, 1024, 2)}
-"""Tiles of products whose rows are chunks. Times for 4096 x 4096 on an H100: e8p2 16 us, aq2x8 11, km3 13; torch in
-bf16 16."""
+"""Tiles of products that process a row by chunks (see `Unpack.chunk_width`). Times for a 4096 x 4096 matrix on an H100:
+e8p2 16 us, aq2x8 11 us, km3 13 us; torch in bf16 takes 16 us."""
 WANTED_INSTANCES = 256
-"""About two for each of the 108 (A100) to 132 (H100) multiprocessors."""
+"""Desired number of kernel instances: about two for each of the 108 (A100) to 132 (H100) multiprocessors."""
 TRELLIS_TILES = (Tile(128, 16, 8), Tile(32, 16, 16))
-"""Tiles of a trellis product: a thread has four rows of W in a matrix of MANY_ROWS or more, otherwise one; each warp
-has its own columns. On an H100 the first takes 8.6 us for 4096 x 4096 in 3 bits, the second 9.7; for 1024 x 4096 they
-take 5.8 and 4.8."""
+"""Tiles of a trellis product for matrices with at least MANY_ROWS rows (four rows of W per thread), and with fewer (one
+row of W per thread); each warp has different columns. On an H100 the first takes 8.6 us and the second 9.7 us for a
+4096 x 4096 matrix in 3 bits; for 1024 x 4096 they take 5.8 us and 4.8 us."""
 MANY_ROWS = 2048
 SPAN_ROWS = (4, 2)
-"""Rows of W that an instance of a product by spans may have, preferred first."""
+"""Possible numbers of rows of W per instance of a product by spans (`triton.scalar_spans`); preferred ones first."""
 SPAN_TURN = 2 * 32 * SPAN
 """Columns that a warp covers in two turns of its loop."""
 PREFILL_TILE = Tile(128, 16, 4)
@@ -29,7 +29,7 @@ GEMM_TILE = Tile(64, 64, 8)
 
 
 def choose_tiles(program: Program) -> Program:
-    """Give every matrix that has no tile one."""
+    """Choose a tile for every matrix that has none yet."""
     return program.map(lambda matrix: replace(matrix, tile=matrix.tile or product_tile(matrix)))
 
 
@@ -45,14 +45,17 @@ def product_tile(matrix: MatrixProgram) -> Tile:
 
 
 def trellis_tile(rows: int, prefill: bool) -> Tile:
-    """The tile of a trellis product: more rows in a thread read x less often, fewer rows make more instances."""
+    """The tile of a trellis product: more rows per thread read x less often, fewer rows give more instances."""
     if prefill:
         return PREFILL_TILE
     return TRELLIS_TILES[rows < MANY_ROWS]
 
 
 def span_tile(rows: int, cols: int) -> Tile:
-    """The tile of a product by spans: SPAN_ROWS rows share each x; one warp for each SPAN_TURN columns."""
+    """The tile of a product by spans.
+
+    All rows of an instance (see SPAN_ROWS) share each load of x; there is one warp per SPAN_TURN columns, up to 4.
+    """
     block_n = next((block for block in SPAN_ROWS if rows >= WANTED_INSTANCES * block), SPAN_ROWS[-1])
     warps = next((count for count in (4, 2) if cols >= count * SPAN_TURN), 1)
     return Tile(block_n, 32 * SPAN * warps, warps)

@@ -1,4 +1,4 @@
-"""Pass: matrices that share an input and the operations of their product are multiplied by one launch."""
+"""Pass that multiplies matrices in one launch if they have the same input and the same operations in their product."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .kernel_specs import nominal_widths, product_kernel
 def group_products(program: Program) -> Program:
     """Compute the products that have the same input and the same operations in one launch.
 
-    Its tile is the one chosen for a single matrix with all their rows. The kernels that finish these products are
-    joined as well, where their pieces have the same size.
+    The tile of the launch is the one for a single matrix with the rows of all of them. The kernels that finish these
+    products are joined as well, where their pieces have the same size.
     """
     inputs = shared_inputs(matrix.name for matrix in program.matrices)
     alike: dict[tuple[object, ...], list[MatrixProgram]] = {}
@@ -31,12 +31,12 @@ def group_products(program: Program) -> Program:
 
 def _product(matrix: MatrixProgram) -> KernelSpec:
     product = matrix.kernel("gemv", "gemm")
-    assert product is not None  # every matrix that was cut has one
+    assert product is not None  # share_kernels gives every matrix a product
     return product
 
 
 def _groups(members: list[MatrixProgram]) -> list[Group]:
-    """The group of the members' products, then the groups of what finishes them."""
+    """The group of the members' products, then the groups of the kernels that finish them."""
     joined = replace(members[0], rows=sum(matrix.rows for matrix in members))
     operations = _product(members[0]).operations
     kernel = product_kernel(joined, operations, product_tile(joined))

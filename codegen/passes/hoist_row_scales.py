@@ -1,4 +1,4 @@
-"""Pass: a scale that a whole row shares multiplies the finished sum instead of every weight."""
+"""Pass for scales of whole rows: such a scale multiplies the finished sum of its row instead of every weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reallm.codegen.ir.program import MatrixProgram, Program
 
 
 def hoist_row_scales(program: Program) -> Program:
-    """(values * s_n) . x = s_n * (values . x) where s_n is one scale for the row."""
+    """Replace (values * s_n) . x by s_n * (values . x) where s_n is a single scale for row n."""
     return program.map(_hoist)
 
 

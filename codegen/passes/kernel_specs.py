@@ -1,8 +1,8 @@
-"""The specification of each kernel of a matrix, from its operations: projection, preparation, product, finish.
+"""Makes the specifications of a matrix's kernels from its operations: projection, preparation, product and finish.
 
-The projection t = R x is a separate kernel. Inside the GEMV, each of the N / BLOCK_N instances would read R:
-N / BLOCK_N * rank * K * bytes, for N = 576, K = 1536, r16 in fp16 and BLOCK_N = 2 about 14 MB, against 0.3 MB of 3-bit
-codes. A separate kernel reads R once (49 kB) and passes on M * rank floats, at the price of one launch.
+The projection t = R x is a separate kernel. If it were part of the GEMV, each of the N / BLOCK_N instances would read
+R, in total N / BLOCK_N * rank * K * bytes: about 14 MB for N = 576, K = 1536, rank 16 in fp16 and BLOCK_N = 2, against
+0.3 MB of 3-bit codes. A separate kernel reads R once (49 kB) and writes M * rank floats, at the cost of one launch.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ from reallm.kernels.formats.formats import Format
 from .choose_tiles import PREFILL_TILE
 
 DENSE_TILE = Tile(16, 128, 4)
-"""Tile of a kernel that writes decoded values."""
+"""Tile of a kernel that writes decoded values, except those of a trellis."""
 PROJECT_TILE = Tile(1, 1024, 4)
 PROJECT_CHUNK = 8
 """Columns of a factor R that a thread loads as one vector."""
 WARP_ENTRIES = 256
-"""Entries for each warp, of a vector that is prepared or finished without a rotation."""
+"""Entries per warp of a vector that is prepared or finished without a rotation."""
 OWN_ENTRIES = 64
-"""Entries of a rotated vector that an instance computes at least, where its pieces are smaller."""
+"""Entries of a rotated vector that an instance computes if its pieces are smaller than that; otherwise one piece."""
 THREAD_ENTRIES = 16
-"""Entries that a thread of such an instance holds in its registers."""
+"""Entries that a thread of an instance of a rotation holds in its registers."""
 MAX_WARPS = 16
-"""Warps of such an instance."""
+"""Maximum number of warps of an instance of a rotation."""
 PREPARED_ENTRIES, FINISHED_ENTRIES = 16384, 8192
-"""Entries of the pieces that such an instance mixes at once; fewer when finishing, since the sums come in parts."""
+"""Maximum numbers of entries that an instance of a rotation holds at once while it mixes pieces, in the kernels
+`prepare` and `finish`. It is smaller in `finish`, where every entry is first added up from partial sums."""
 
 
 def product_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], tile: Tile) -> KernelSpec:
-    """The kernel that decodes and multiplies; it also finishes the product where nothing is transformed."""
+    """The kernel that decodes and multiplies; for a matrix without transforms it also finishes the product."""
     batch = GEMM_BATCH if matrix.prefill else 1
     if isinstance(trellis := operations[0], Trellis):
         widths = nominal_widths([matrix.format], trellis)
@@ -74,14 +75,14 @@ def product_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], til
 
 
 def nominal_widths(formats: Iterable[Format], trellis: Trellis) -> tuple[int, ...]:
-    """The widths that kernels of these formats decode before the widths of their blocks are known."""
+    """The widths that kernels of these formats decode while the widths of the matrices' blocks are not known."""
     rates = {nominal_width(fmt.codec) for fmt in formats if isinstance(fmt.codec, TrellisCodec)}
     return kernel_widths(rates, trellis.state_bits)
 
 
 @cache
 def dense_kernel(fmt: Format, cols: int) -> KernelSpec:
-    """The kernel that writes the decoded values of a matrix of `cols` columns, without what is added to its product."""
+    """The kernel that writes the decoded values of a matrix of `cols` columns, without outliers and factors."""
     operations = (*decode_operations(fmt.codec), Keep())
     if isinstance(trellis := operations[0], Trellis):
         widths = nominal_widths([fmt], trellis)
@@ -92,12 +93,12 @@ def dense_kernel(fmt: Format, cols: int) -> KernelSpec:
 
 
 def project_kernel(matrix: MatrixProgram, project: Project) -> KernelSpec:
-    """The kernel of t = R x."""
+    """The kernel that computes t = R x."""
     return KernelSpec(project.dtype, (project,), PROJECT_TILE, matrix.cols % PROJECT_CHUNK == 0, even=False)
 
 
 def prepare_kernel(matrix: MatrixProgram, prepare: Prepare) -> KernelSpec:
-    """The kernel of x'."""
+    """The kernel that computes x'."""
     label = prepare.label + ("-lifted" if prepare.lift else "")
     return _piece_kernel(label, (prepare,), matrix.cols, prepare.rotated, PREPARED_ENTRIES)
 

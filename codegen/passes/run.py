@@ -1,4 +1,4 @@
-"""All passes over a program, in order; the verifier runs before the first and after every one.
+"""Runs all passes over a program, in order; the verifier runs before the first pass and after every one.
 
 Each pass takes a program and returns a better one with the same result.
 """
@@ -26,7 +26,7 @@ PASSES: tuple[tuple[str, Callable[[Program], Program]], ...] = (
 
 
 def run_passes(program: Program) -> Program:
-    """All passes in order, verified before the first and after each. Raises CodegenError for an invalid program."""
+    """The program after all passes, verified before and after each. Raises CodegenError for an invalid program."""
     verify_program(program)
     for _name, transform in PASSES:
         program = transform(program)

@@ -1,4 +1,4 @@
-"""Pass: matrices that share an input (q, k, v; gate, up) and transform it in the same way have it prepared once."""
+"""Pass that prepares an input once for all matrices that share it (q, k, v; gate, up) and transform it alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reallm.codegen.ir.program import MatrixProgram, Program
 
 
 def share_inputs(program: Program) -> Program:
-    """The first matrix of each input prepares it for the later ones.
+    """Let the first matrix of those with the same input and transform prepare x' for the others.
 
     A permutation or channel scales belong to one matrix, so a vector prepared with them is not shared.
     """

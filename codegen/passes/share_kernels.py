@@ -1,4 +1,4 @@
-"""Pass: the operations of each matrix are cut into kernels; matrices with equal specifications share a kernel."""
+"""Pass that divides the operations of each matrix into kernels; kernels with equal specifications are shared."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .kernel_specs import finish_kernel, prepare_kernel, product_kernel, project
 
 
 def share_kernels(program: Program) -> Program:
-    """Give every matrix its kernels; equal specifications are one kernel from here on."""
+    """Give every matrix its kernels; equal specifications are the same kernel from here on."""
     return program.map(lambda matrix: replace(matrix, kernels=cut(matrix)))
 
 
 def cut(matrix: MatrixProgram) -> tuple[KernelSpec, ...]:
-    """The kernels of a matrix in order: projection, preparation, product, finish; only the product is always there."""
+    """The kernels of a matrix in order: projection, preparation, product, finish. Only the product is always there."""
     kernels, rest = [], list(matrix.operations)
     while rest and isinstance(first := rest[0], Project | Prepare | Reuse):
         if isinstance(first, Project):

@@ -1,1 +1,1 @@
-"""Writers of the Triton source of kernels."""
+"""Generators of the Triton source of kernels."""

@@ -40,16 +40,16 @@ from .trellis import BYTE_SUM, emit_trellis
 
 Pointers = tuple[tuple[str, str], ...]
 DERIVED = {"widths": ("index", "i32"), "sparse_counts": ("sparse_offsets", "i32")}
-"""Stored field -> the tensor that kernels read in its place, see `launch.derived_tensors`."""
+"""Stored field -> the tensor that kernels read in its place; see `launch.derived_tensors`."""
 
 
 def pointers(spec: KernelSpec) -> Pointers:
-    """(name, dtype) of the kernel's tensors in the order of its arguments; the dtype "x" is that of x."""
+    """(name, dtype) of the kernel's tensors in the order of its arguments; the dtype "x" means that of x."""
     return tuple((argument, dtype) for argument, dtype, _, _ in bindings(spec))
 
 
 def bindings(spec: KernelSpec) -> tuple[tuple[str, str, str, int], ...]:
-    """For each tensor argument: its name in the kernel, its dtype, the tensor's name, and the member it belongs to."""
+    """(name of the argument, dtype, name of the tensor, number of the group's member) for each tensor argument."""
     plain = _pointers_of_one(spec)
     if spec.members == 1:
         return tuple((name, dtype, name, 0) for name, dtype in plain)
@@ -60,7 +60,7 @@ def bindings(spec: KernelSpec) -> tuple[tuple[str, str, str, int], ...]:
 
 
 def member_tensors(spec: KernelSpec) -> tuple[str, ...]:
-    """The tensors that every matrix of a group has separately, in the order of the kernel of one matrix."""
+    """Names of the tensors that each matrix of a group has separately, in the order of a single matrix's kernel."""
     read = {DERIVED.get(name, (name, dtype)) for operation in spec.operations for name, dtype in operation.reads}
     return tuple(name for name, dtype in _pointers_of_one(spec) if name in MEMBER_TENSORS or (name, dtype) in read)
 
@@ -81,7 +81,7 @@ def _pointers_of_one(spec: KernelSpec) -> Pointers:
 
 
 def _extra(operation: Operation) -> Pointers:
-    """Tensors that an operation reads besides stored fields."""
+    """(name, dtype) of the tensors that an operation reads besides stored fields."""
     match operation:
         case Levels(table) if table != "int":
             return (("levels", "f32"),)
@@ -101,7 +101,7 @@ def _extra(operation: Operation) -> Pointers:
 
 
 def scalars(spec: KernelSpec) -> tuple[str, ...]:
-    """The kernel's integer arguments, which follow the tensors."""
+    """Names of the kernel's integer arguments, which follow the tensors."""
     plain = _scalars_of_one(spec)
     if spec.members == 1:
         return plain
@@ -122,9 +122,10 @@ def _scalars_of_one(spec: KernelSpec) -> tuple[str, ...]:
 
 
 def constants(spec: KernelSpec) -> tuple[str, ...]:
-    """The kernel's compile-time arguments, which come last.
+    """Names of the kernel's compile-time arguments, which come last.
 
-    DEVICE is "cuda", "hip" or "portable"; SPLITS is the number of instances that shared out the columns of a product.
+    DEVICE is "cuda", "hip" or "portable"; SPLITS is the number of instances among which the columns of a product were
+    divided, and thus the number of partial sums that `finish` adds up.
     """
     if spec.function == "finish":
         return ("SPLITS",)
@@ -147,7 +148,7 @@ def emit(spec: KernelSpec) -> str:
 
 
 def _signature(spec: KernelSpec) -> str:
-    """The first line of a function, and its decorator."""
+    """The decorator and the first line of a kernel's function."""
     counted = scalars(spec)
     unspecialised = ", ".join(f'"{name}"' for name in counted)
     fixed = [f"{name}: tl.constexpr" for name in constants(spec)]
@@ -156,14 +157,14 @@ def _signature(spec: KernelSpec) -> str:
 
 
 def _select(spec: KernelSpec) -> list[str]:
-    """Lines by which an instance selects the arguments of its matrix."""
+    """Lines with which an instance selects the arguments of its matrix."""
     return select_lines(
         spec, [*member_tensors(spec), *(name for name in _scalars_of_one(spec) if name in MEMBER_SIZES)]
     )
 
 
 def _start_lines(spec: KernelSpec) -> list[str]:
-    """The first lines of a product that is written from a template."""
+    """The first lines in the body of a product that is written from a template."""
     block = spec.tile.block_n
     return [*_select(spec), f"n = {tile_index(spec)} * {block} + tl.arange(0, {block})"]
 
@@ -173,7 +174,7 @@ def _listing(spec: KernelSpec) -> str:
 
 
 def _head(spec: KernelSpec) -> str:
-    """The text before a function: what it computes, and its imports."""
+    """The text before a kernel's function: a docstring that says what it computes, and the imports."""
     meaning = {
         "prepare": "x' of the transformed matrix",
         "finish": "y of the parts of a transformed product",

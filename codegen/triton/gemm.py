@@ -1,9 +1,12 @@
-"""The writer of a GEMM for many rows of x: the decode of `gemv`, then tensor cores.
+"""The writer of a GEMM for many rows of x: it decodes as in `gemv`, then multiplies with tensor cores.
 
-A tile of W is decoded in float32 as for a GEMV, rounded to the dtype of x as a decoded weight would be, and multiplied
-with float32 sums. A float32 x is multiplied without rounding and without tensor cores; x' of a transformed matrix and
-the values of its codes are rounded to half precision. Names besides those of `gemv`: `m` [BLOCK_M] rows of x, `total`
-[BLOCK_M, BLOCK_N] their sums. Factors of the low-rank term are read in whole words where the rank allows it.
+A tile of W is decoded in float32 as in a GEMV, rounded to the dtype of x as a decoded weight would be, and multiplied
+with sums in float32. A float32 x is multiplied without rounding and without tensor cores; x' of a transformed matrix
+and the values of its codes are rounded to half precision. Factors of the low-rank term are read in whole words where
+the rank allows it.
+
+Names in the generated text, besides those of `gemv`: `m` [BLOCK_M] are indices of rows of x, `total` [BLOCK_M, BLOCK_N]
+their sums.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from .prepare_finish import factor_lines
 from .snippets import code_lines, planes, scale_lines, scale_setup
 
 FACTOR_BITS = {"f16": 16, "i8": 8}
-"""Bits of an entry of a low-rank factor; int4 factors are codes, which come in words."""
+"""Bits per entry of a low-rank factor stored as floats or bytes; int4 factors are stored as codes, in whole words."""
 
 
 class GemmWriter(GemvWriter):
-    """The lines of one GEMM, filled by `write`. Its loop is not pipelined: the copies would cost registers."""
+    """The lines of one GEMM, collected by `write`. Its loop is not pipelined: copies would cost registers."""
 
     def __init__(self, spec: KernelSpec, width: int) -> None:
         super().__init__(spec, width)
@@ -47,7 +50,7 @@ class GemmWriter(GemvWriter):
                 super().write(operation)
 
     def finish(self) -> None:
-        """Append the lines that pass the sums on to the kernel `finish`, if the operations end before a store."""
+        """Append the lines that store the sums for the kernel `finish`, unless the operations end with a Store."""
         if not isinstance(self.spec.operations[-1], Store):
             self.tail.append("tl.store(part + m.to(tl.int64)[:, None] * rows + n[None, :], total, mask=wanted)")
 

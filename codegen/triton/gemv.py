@@ -1,7 +1,8 @@
 """The writer of a GEMV: each operation becomes lines before, inside or after the loop over K.
 
-Names in the generated text: `row` [BLOCK_N], `place` [CHUNKS] and `k` [CHUNKS, WIDTH] are indices; `code` and `value`
-[BLOCK_N, CHUNKS, WIDTH]; `total_m` their running products with row m of x; `sum_m` [BLOCK_N].
+Names in the generated text: `row` [BLOCK_N], `place` [CHUNKS] and `k` [CHUNKS, WIDTH] are indices of rows, chunks and
+columns. `code` and `value` are [BLOCK_N, CHUNKS, WIDTH], and `total_m` holds the running sums of their products with
+row m of x; `sum_m` [BLOCK_N] holds the finished sums.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from .prepare_finish import BLOCK_TILE, factor_lines, sparse_lines
 from .snippets import chunk_lines, code_lines, divide, plane_lines, planes, scale_lines, scale_setup
 
 RANK_BLOCK = 64
-"""Columns of L that are in registers at once."""
+"""Number of columns of L that are in registers at once."""
 CUBE = "[:, :, None]"
 
 
 class GemvWriter:
-    """The lines of one GEMV, filled by `write`; `width` is the number of columns of a chunk."""
+    """The lines of one GEMV, collected by `write`; `width` is the number of columns of a chunk."""
 
     def __init__(self, spec: KernelSpec, width: int) -> None:
         self.spec, self.width = spec, width
@@ -101,7 +102,7 @@ class GemvWriter:
                 raise CodegenError(f"{operation} cannot be part of a GEMV")
 
     def _mask(self, cube: bool) -> str:
-        """The mask of a load inside the loop, for each weight (`cube`) or for each chunk."""
+        """The mask argument of a load inside the loop that loads an entry per weight (`cube`) or per chunk."""
         if self.spec.even:
             return ""
         return ", mask=inside[None, :, :], other=0" if cube else ", mask=begun, other=0"
@@ -125,7 +126,10 @@ class GemvWriter:
             self.body += code_lines(parts, "at", self._mask(True), "code")
 
     def _group(self, group_size: int, target: str) -> bool:
-        """Write the flat index of each chunk's group; of each weight's, and return True, if a chunk may span two."""
+        """Write lines that set `target` to the flat index of the group of each chunk, and return False.
+
+        If a chunk may span two groups, they set it to the index of the group of each weight; then return True.
+        """
         if group_size == 0:
             self.body.append(f"{target} = row[:, None] + tl.zeros_like(place)[None, :]")
             return False
@@ -207,7 +211,7 @@ class GemvWriter:
             self.tail.append(f"tl.store(y + row_{m} * rows + n, sum_{m}.to(y.dtype.element_ty), mask=n < {limit})")
 
     def finish(self) -> None:
-        """Append the lines that pass the sums on to the kernel `finish`, if the operations end before a store."""
+        """Append the lines that store the sums for the kernel `finish`, unless the operations end with a Store."""
         if isinstance(self.spec.operations[-1], Store | Keep):
             return
         for m in range(self.spec.batch):
@@ -216,9 +220,10 @@ class GemvWriter:
 
 
 def _word_lines(code: str, target: str) -> list[str]:
-    """Lines that set `target` [BLOCK_N, CHUNKS, 8] to the E8P words of `code` [BLOCK_N, CHUNKS].
+    """Lines that set `target` [BLOCK_N, CHUNKS, 8] to the E8P vectors that `code` [BLOCK_N, CHUNKS] selects.
 
-    `grid` [256, 8] holds the absolute vectors, their last entry negative where an odd number of signs is negative.
+    `grid` [256, 8] holds absolute vectors; the last entry is stored as negative where an odd number of signs is
+    negative.
     """
     return [
         f"minus = ({code} >> 1) & 127",

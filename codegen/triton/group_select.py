@@ -1,9 +1,9 @@
 """One kernel for all matrices of a group: how an instance finds its matrix, and the tensors and sizes of that matrix.
 
-The tiles of all members follow each other along one axis of the grid. An instance compares its index with the running
-counts of tiles and selects among the members' arguments, all of which are passed (`words_of_0`, `words_of_1`, ...).
-This needs no table in memory, and the compiler knows the alignment of the pointers. The rest is the kernel of one
-matrix.
+Members are the matrices of a group. Their tiles follow each other along one axis of the grid. The arguments of all
+members are passed to the kernel (`words_of_0`, `words_of_1`, ...). An instance compares its index with the running
+counts of tiles to select the arguments of its member. This needs no table in memory, and the compiler knows the
+alignment of the pointers. The rest is the same as in the kernel of a single matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def member_name(name: str, member: int) -> str:
 
 
 def _tiles(spec: KernelSpec) -> str:
-    """An expression for the number of tiles (of rows or of pieces) of a member; `{}` stands for the member's number."""
+    """A format string for an expression: the number of tiles (of rows or pieces) of the member with the number `{}`."""
     order, size = "rows_of_{}", spec.tile.block_n
     if spec.function == "finish":
         rotated = any(isinstance(operation, Unrotate) and operation.rotated for operation in spec.operations)
@@ -43,7 +43,10 @@ def _axis(spec: KernelSpec) -> int:
 
 
 def select_lines(spec: KernelSpec, names: Sequence[str]) -> list[str]:
-    """Lines that set `down` and each of `names` to those of the instance's matrix; none in a kernel of one matrix."""
+    """Lines that set each of `names` to the value for the instance's matrix, and `down` to the tile's index in it.
+
+    A kernel of a single matrix needs no such lines.
+    """
     if spec.members == 1:
         return []
     lines = [f"down = tl.program_id({_axis(spec)})"]

@@ -27,9 +27,9 @@ from .snippets import code_lines, indent, planes
 
 BLOCK_TILE = 16
 LARGEST_EXPONENT = 100
-"""norm is 2^-100 to 2^100, so that its inverse is a float too, whatever x is."""
+"""The norm is limited to 2^-100 to 2^100, so that its inverse is a normal float32 for all x."""
 CHUNK = 1024
-"""Entries of a row that an instance prepares or finishes without a rotation."""
+"""Number of entries of a row that one instance prepares or finishes if there is no rotation."""
 NORM_CHUNK = 4096
 """Maximum number of entries of a row that an instance loads at once to find the largest one."""
 MAX_PIECES = 64
@@ -53,17 +53,18 @@ def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
 
 
 def pieces_at_once(computed: int, base: int, size: int, entries: int) -> int:
-    """Pieces of a vector that an instance holds at once, in at most `entries` registers of all its threads.
+    """The number of pieces of a vector that an instance can hold at once in `entries` registers of all its threads.
 
-    The vector has `base` pieces of `size` entries, of which the instance computes `computed`.
+    The vector has `base` pieces of `size` entries each; the instance computes `computed` of them.
     """
     return max(1, min(MAX_PIECES, entries // (computed * size), 1 << (base - 1).bit_length()))
 
 
 def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
-    """Lines that add the pieces from `begin` on, each times an entry of B, to `total` [computed pieces, size].
+    """Lines that multiply the pieces from `begin` on by entries of B and add them to `total` [computed pieces, size].
 
-    `load` sets `value` [1, count, size] to the pieces `other` [count] of the vector, and to zero where not `known`.
+    `load` are the lines that set `value` [1, count, size] to the pieces of the vector with the indices `other` [count],
+    and to zero where `known` is false, that is, beyond the last piece.
     """
     count = spec.pieces
     return [
@@ -76,7 +77,7 @@ def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
 
 
 def _mixing(spec: KernelSpec, base: str, load: list[str]) -> list[str]:
-    """Lines that set `total` [computed pieces, size] to the vector's pieces mixed by rows of B; `load` as in `_mix`."""
+    """Lines that set `total` [computed pieces, size] to rows of B times the pieces; `load` is as in `_mix`."""
     computed, size = spec.tile.block_n, spec.tile.block_k
     zero = [
         f"own = tl.minimum(first * {computed} + tl.arange(0, {computed}), pieces - 1)",
@@ -101,7 +102,7 @@ def _value_lines(prepare: Prepare, target: str, mask: str) -> list[str]:
 
 
 def _norm_lines(prepare: Prepare, warps: int) -> list[str]:
-    """Lines that set `norm` to the power of two of the row's largest magnitude."""
+    """Lines that set `norm` to the largest magnitude of the row, rounded down to a power of two."""
     plain, chunk = Prepare(channel_scales=prepare.channel_scales), min(NORM_CHUNK, CHUNK * warps)
     return [
         f"largest = tl.zeros(({chunk},), tl.float32)",
@@ -114,7 +115,7 @@ def _norm_lines(prepare: Prepare, warps: int) -> list[str]:
 
 
 def _power_lines(largest: str) -> list[str]:
-    """Lines that set `norm` to the power of two of the expression `largest`; the first instance stores it."""
+    """Lines that round the expression `largest` down to a power of two, `norm`; the first instance stores it."""
     return [
         f"top = tl.minimum({largest}, {2.0**LARGEST_EXPONENT!r})",
         f"top = tl.maximum(top, {2.0**-LARGEST_EXPONENT!r})",
@@ -127,7 +128,7 @@ def _power_lines(largest: str) -> list[str]:
 def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
     """The body of the kernel that computes x' and norm.
 
-    The tile is some pieces of P entries, or a chunk of columns where nothing is rotated.
+    An instance computes some pieces of P entries of a rotated vector, or CHUNK entries if there is no rotation.
     """
     size, entries = spec.tile.block_k, spec.tile.block_n * spec.tile.block_k
     lines = [
@@ -137,10 +138,10 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
         f"padded = (cols + {BLOCK_TILE - 1}) // {BLOCK_TILE} * {BLOCK_TILE}",
         "goal = ready + m.to(tl.int64) * padded",
     ]
-    has_row = prepare.rotated and spec.even  # every instance has the whole row in its registers anyway
+    has_row = prepare.rotated and spec.even  # every instance holds the whole row in registers
     if not has_row:
         lines += _norm_lines(prepare, spec.tile.num_warps)
-    factor = "(1 / norm)" + (f" * {2.0**prepare.lift!r}" if prepare.lift else "")  # two factors in order: no overflow
+    factor = "(1 / norm)" + (f" * {2.0**prepare.lift!r}" if prepare.lift else "")  # not one factor: it might overflow
     if prepare.rotated:
         load = [
             f"k = other[None, :, None] * {size} + lane",
@@ -172,7 +173,7 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
 
 
 def sparse_lines(sums: list[str], rows_of_x: list[str]) -> list[str]:
-    """Lines that add S x, at the rows `row`, to each of `sums`, one for each row of x."""
+    """Lines that add S x for the rows `row` of W to the variables `sums`, one for each of `rows_of_x`."""
     lines = [
         "begin = tl.load(sparse_offsets + row)",
         "many = tl.load(sparse_offsets + row + 1) - begin",
@@ -191,7 +192,7 @@ def sparse_lines(sums: list[str], rows_of_x: list[str]) -> list[str]:
 
 
 def factor_lines(dtype: str, at: str, mask: str, target: str) -> list[str]:
-    """Lines that set `target` to entries of the factor L at the flat indices named `at`, without its scales."""
+    """Lines that set `target` to the entries of the factor L, without scales, at the flat indices `at`."""
     if dtype != "i4":
         return [f"{target} = tl.load(left + {at}{mask}).to(tl.float32)"]
     return [*code_lines(planes("left", 4), at, mask, target), f"{target} = ({target} - 8).to(tl.float32)"]
@@ -218,7 +219,7 @@ def _finish_step(spec: KernelSpec, operation: Operation) -> list[str]:
 
 
 def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
-    """Lines that set `total` to the sums of the parts, rotated back."""
+    """Lines that add up the parts and set `total` to the result, rotated back if `rotated`."""
     size = spec.tile.block_k
     at = f"other[None, :, None] * {size} + lane" if rotated else "row"
     mask = ", mask=known, other=0" if rotated else ""
@@ -240,7 +241,7 @@ def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
 def emit_finish(spec: KernelSpec, select: list[str]) -> str:
     """The body of the kernel that turns the parts into y.
 
-    The tile is as for `emit_prepare`; `select` are the lines that choose the matrix.
+    Instances are as in `emit_prepare`; `select` are the lines that select the instance's matrix in a group.
     """
     entries = spec.tile.block_n * spec.tile.block_k
     lines = [

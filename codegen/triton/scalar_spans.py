@@ -1,13 +1,16 @@
-"""The writer of a scalar GEMV whose rows are whole spans of SPAN columns; a thread takes a span of each row at a time.
+"""The writer of a GEMV for scalar codecs by spans: rows consist of whole spans of SPAN columns.
 
-All tensors are [CHUNKS], one entry per thread. Every row and column of the tile has separate lines, so that the
-position of each code is known when the kernel is compiled. Codes are loaded 64 bits at a time, two words of a plane.
+A thread processes one span of each row of the tile at a time. All tensors are [CHUNKS], one entry per thread. Every row
+and column of the tile has separate lines, so that the position of each code is known when the kernel is compiled. Codes
+are loaded 64 bits at a time, that is, two words of a bit plane.
 
-    integers     A code is masked in place and its bits are read as those of a float: code 2^p 2^-149, a denormal number
-                 that FMA multiplies exactly. x is multiplied by 2^(LIFT - p) once for all rows. The zero point, the
-                 same for a whole group, times the sum of the group's x is subtracted from the group's sum.
-    tables       The level of a code is loaded from a table that lies in one cache line. Tables of pairs take fewer
-                 loads, but from several lines: on an H100, lm2 took 14 us instead of 9 with them, lm4 13 instead of 11.
+    integers     The bits of a code are masked where they are in the word, at bit p, and read as the bits of a float:
+                 code 2^p 2^-149, a denormal number that FMA multiplies exactly. x is multiplied by 2^(LIFT - p) once
+                 for all rows. A group has a single zero point, so the zero point times the sum of the group's x is
+                 subtracted from the group's sum.
+    tables       The level of a code is loaded from a table that fits one cache line. Tables with the levels of pairs of
+                 codes would need fewer loads, but from several cache lines: on an H100, lm2 took 14 us with them
+                 instead of 9 us, lm4 13 us instead of 11 us.
 
 The sums of a group are float32 and are multiplied by the group's scale.
 """
@@ -23,13 +26,16 @@ from .snippets import code_lines, divide, plane_lines, planes, scale_lines, scal
 from .trellis import DENORMAL
 
 QUAD = 4
-"""Columns whose x is loaded together."""
+"""Number of columns whose x is loaded together."""
 HALF_WORD = 16
-"""A code at this bit of a word or above is shifted down by as many bits: a denormal number has 23 bits."""
+"""A code at this bit of a word or above is shifted down by HALF_WORD bits, since a denormal number has only 23 bits."""
 
 
 def takes_span(operations: tuple[Operation, ...], cols: int) -> bool:
-    """Whether a product of these operations has rows of whole spans, and groups that are multiples or parts of one."""
+    """Whether a product of these operations can be computed by spans.
+
+    Its rows must be whole spans, and a group of weights a multiple or a divisor of a span.
+    """
     unpack = next((op for op in operations if isinstance(op, Unpack)), None)
     groups = [op.group_size for op in operations if isinstance(op, GroupScale | Offset)]
     known = any(isinstance(op, Levels | Offset) for op in operations)
@@ -114,7 +120,7 @@ class SpanWriter:
                     self.body.append(f"w_{r}_{index}_{2 * load + 1} = (pair >> 32).to(tl.int32)")
 
     def _quad(self, column: int) -> None:
-        """Four columns: their x, then the products with the values of each row."""
+        """Write the lines for four columns: they load x, then multiply it by the values of each row."""
         for m in self.batch:
             names = ", ".join(f"x_{i}_{m}" for i in range(QUAD))
             masked = "place < spans" if self.live else "place >= 0"
@@ -142,7 +148,7 @@ class SpanWriter:
             shift += width
 
     def _index(self, r: int, column: int) -> str:
-        """An expression for the code of a column, with its bits from every plane."""
+        """An expression that joins the bits of a column's code from all planes."""
         parts, at = [], 0
         for index, width in enumerate(plane_widths(self.unpack.bits)):
             word, bit = divmod(column * width, WORD_BITS)
@@ -160,7 +166,7 @@ class SpanWriter:
                 self.body += [f"sum_{r}_{m} += level * x_{i}_{m}" for m in self.batch]
 
     def _flush(self, group: int) -> None:
-        """Add the sums so far, multiplied by the scale of their group, to the totals."""
+        """Write the lines that add the current sums, multiplied by the scale of their group, to the totals."""
         if not self.group:
             self.body += [f"total_{r}_{m} += sum_{r}_{m}" for r, m in self._sums()]
             self.body += [f"whole_{m} += plain_{m}" for m in self.batch if self.integers]
@@ -177,7 +183,7 @@ class SpanWriter:
                 self.body.append(f"total_{r}_{m} += scale * ({self._centred(f'sum_{r}_{m}', f'plain_{m}')})")
 
     def _centred(self, total: str, plain: str) -> str:
-        """An expression for the sum of code * x without the factor 2^LIFT and without the part of the zero point."""
+        """An expression for the sum of (code - zero) * x, from which the factor 2^LIFT has been removed."""
         if not self.integers:
             return total
         if self.offset:
@@ -186,7 +192,10 @@ class SpanWriter:
         return f"{total} * {2.0**-LIFT / DENORMAL / half!r} - {plain}"
 
     def _finish_row(self) -> None:
-        """Subtract the zero point of a row without groups after the loop; `RowScale` applies its scale."""
+        """Write the lines after the loop that subtract the zero point of a row without groups.
+
+        The scale of the row is applied by `RowScale`.
+        """
         for r in self.rows if self.integers else ():
             if self.offset:
                 self.after.append(f"group_at = line_{r}")

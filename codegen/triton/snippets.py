@@ -1,4 +1,4 @@
-"""Lines of Triton that read packed fields: planes of codes, plain and double-quantised scales.
+"""Lines of Triton code that read packed fields: bit planes of codes, plain scales and double-quantised scales.
 
 All functions return text. An index is an expression over a tile; division by a power of two is written as a shift,
 since Triton's `//` on signed numbers handles negative values, which indices never have.
@@ -14,18 +14,18 @@ from reallm.kernels.formats.bit_planes import WORD_BITS, plane_widths
 from reallm.kernels.formats.codecs import DoubleQuant
 
 Planes: TypeAlias = tuple[tuple[str, int], ...]
-"""Pointer and width in bits of every plane of a field of codes."""
+"""(name of the pointer, width in bits) of every bit plane of a field of codes."""
 
 
 def divide(expression: str, number: int) -> str:
-    """`expression // number` for non-negative numbers."""
+    """An expression for `expression // number`, where `expression` is never negative."""
     if number == 1:
         return expression
     return f"({expression} >> {number.bit_length() - 1})" if _power(number) else f"({expression} // {number})"
 
 
 def modulo(expression: str, number: int) -> str:
-    """`expression % number` for non-negative numbers."""
+    """An expression for `expression % number`, where `expression` is never negative."""
     return f"({expression} & {number - 1})" if _power(number) else f"({expression} % {number})"
 
 
@@ -34,7 +34,7 @@ def _power(number: int) -> bool:
 
 
 def planes(name: str, bits: int) -> Planes:
-    """The planes of field `name`; the pointers are those that `plane_lines` defines."""
+    """The bit planes of field `name`, whose codes have `bits` bits; `plane_lines` defines the pointers."""
     return tuple((f"{name}_{i}" if i else name, width) for i, width in enumerate(plane_widths(bits)))
 
 
@@ -49,7 +49,7 @@ def plane_lines(name: str, bits: int, per_row: str) -> list[str]:
 
 
 def code_lines(parts: Planes, at: str, mask: str, target: str) -> list[str]:
-    """Lines that load the codes at the flat indices named `at` into `target`; a code may lie anywhere in its word."""
+    """Lines that load the codes at the flat indices named `at` into `target`; codes may start anywhere in a word."""
     lines, shift = [], 0
     for pointer, width in parts:
         per_word = WORD_BITS // width
@@ -62,10 +62,10 @@ def code_lines(parts: Planes, at: str, mask: str, target: str) -> list[str]:
 
 
 def chunk_lines(parts: Planes, at: str, width: int, mask: str, target: str) -> list[str]:
-    """Lines that load whole chunks of `width` codes, chunk `at` [A, B] into `target` [A, B, width].
+    """Lines that load the chunks of `width` codes with the indices `at` [A, B] into `target` [A, B, width].
 
-    `width` is the number of codes in a word of the widest plane, so a chunk takes one word there and a part of one in
-    the other planes.
+    `width` is the number of codes in a word of the widest plane, so a chunk is one word of this plane and a part of a
+    word of every other plane.
     """
     lines, shift = [], 0
     for pointer, bits in parts:
@@ -92,7 +92,7 @@ def scale_setup(double: DoubleQuant | None, per_row: str) -> list[str]:
 
 
 def scale_lines(double: DoubleQuant | None, at: str, mask: str) -> list[str]:
-    """Lines that set `scale` to the scales at the flat indices named `at`: plain, or min + code / steps * range."""
+    """Lines that set `scale` to the scales at the flat indices `at`: plain ones, or min + code / steps * range."""
     if double is None:
         return [f"scale = tl.load(scales + {at}{mask}).to(tl.float32)"]
     reach = f"tl.load(scale_ranges + {divide(at, double.block)}{mask}).to(tl.float32)"

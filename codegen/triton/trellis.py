@@ -1,15 +1,16 @@
 """The writer of trellis products over tiles of `kernels.codes.trellis`: a GEMV for few rows of x, a GEMM for many.
 
-In a tile of `width` half bits per weight, a row owns 8 width bits of the tile's ring, from bit 8 width (15 - row) on,
-and its states reach into the next few bits; together they are its window. Each thread holds whole rows. It loads the
-words of the window, shifts them to the window's start once (`a_0`, `a_1`, ...), and finds every state at a fixed
-position in them. Blocks of columns of one width follow each other (`index`, see `launch.derived_tensors`), so that all
-shifts of a loop are known when it is compiled.
+The bits of a tile of 16 x 16 weights form a ring. With `width` half bits per weight, each row has 8 width bits of the
+ring, which begin at bit 8 width (15 - row). The states of the row also extend into the next few bits; all these bits
+are the window of the row. Each thread holds whole rows. It loads the words of the window, shifts them once so that the
+window starts at bit 0 (`a_0`, `a_1`, ...), and finds every state at a fixed position in them. Blocks of columns are
+visited by width (`index`, see `launch.derived_tensors`), so that all shifts in a loop are known when it is compiled.
 
-The sum s of the four bytes of a product is one instruction (dp4a, v_sad_u8). The GEMV reads its bits as those of a
-float: s 2^-149, a denormal number that FMA multiplies exactly; x comes multiplied by 2^LIFT, and the mean of s is
-subtracted from the finished sums (`Centre`). The GEMM writes s - 510 exactly in half precision: 0x6400 are the bits
-of 1024, whose last place is one.
+A value is decoded from the product of a state and a constant: s is the sum of the four bytes of the product, computed
+by one instruction (dp4a, v_sad_u8). The GEMV reads the bits of s as those of a float: s 2^-149, a denormal number that
+FMA multiplies exactly. For this, x is multiplied by 2^LIFT before, and the mean of s is subtracted from the finished
+sums (`Centre`). The GEMM computes s - 510 exactly in half precision: it puts s into the last bits of 0x6400, the
+pattern of 1024, whose lowest bit has the value 1.
 """
 
 from __future__ import annotations
@@ -27,25 +28,24 @@ from .snippets import indent
 WIDTHS = (2, 3, 4, 5, 6, 8, 10, 12)
 """The widths that the encoder chooses among; a matrix with other widths gets a separate kernel."""
 WINDOWS = (3, 5, len(WIDTHS))
-"""Numbers of widths that one kernel may decode. Triton's time to compile it grows with the third power: about 3, 9 and
-30 s."""
+"""Possible numbers of widths that one kernel can decode. Triton's compile times for them are about 3, 9 and 30 s."""
 RUNS_AT, ORDER_AT = 1, 18
-"""Where `index` holds the first block of each width, and where the blocks sorted by width."""
+"""Positions in `index` of the first block of each width, and of the blocks sorted by width."""
 DENORMAL = 2.0**-149
 HALF_1024, HALF_BITS = 1024, 0x6400
 WARP = 32
 TILE_BITS = TILE.bit_length() - 1
 ROW_BITS = TILE // 2
-"""Bits of a row of a tile, for each half bit per weight."""
+"""Bits of a row of a tile whose width is 1, that is, with half a bit per weight."""
 
 
 def kernel_widths(needed: Collection[int], state_bits: int) -> tuple[int, ...]:
-    """The widths that a kernel should decode so that it can decode those `needed`.
+    """The widths that a kernel is compiled for if it must decode the `needed` widths.
 
-    The matrices of a model should share few kernels, but a kernel with many widths takes long to compile. So these are
-    the fewest neighbours in WIDTHS, in steps of WINDOWS, that contain all needed widths and lie around their mean, of
-    those that a trellis of 2^state_bits states can have. If a needed width is not among WIDTHS, they are exactly those
-    needed.
+    The matrices of a model should share few kernels, but a kernel with many widths takes long to compile. So the result
+    is the smallest range of consecutive entries of WIDTHS that contains all needed widths. Its length is one of
+    WINDOWS, its middle is close to the mean of the needed widths, and it contains only widths that a trellis of
+    2^state_bits states can have. If no such range contains all needed widths, the result is exactly those needed.
     """
     middle = sum(needed) / max(1, len(needed))
     possible = tuple(width for width in WIDTHS if step_shape(width)[1] <= state_bits)
@@ -58,25 +58,25 @@ def kernel_widths(needed: Collection[int], state_bits: int) -> tuple[int, ...]:
 
 
 def nominal_width(codec: TrellisCodec) -> int:
-    """The width in WIDTHS nearest to a codec's rate; the widths of most of its blocks are near it."""
+    """The entry of WIDTHS closest to the bits per weight of a codec; most of its blocks have about this width."""
     return min(WIDTHS, key=lambda width: abs(width - codec.eighths / 4))
 
 
 def window_words(width: int, state_bits: int) -> tuple[int, int]:
-    """(32-bit words that the window of a row can touch, words of the window once it is shifted to its start)."""
+    """(number of 32-bit words that the window of a row can touch, number once the window is shifted to bit 0)."""
     needed = ROW_BITS * width + state_bits - step_shape(width)[1]
     furthest = max(ROW_BITS * width * row % 32 for row in range(TILE))
     return -(-(furthest + needed) // 32), -(-needed // 32)
 
 
 def position(width: int, column: int) -> tuple[int, int]:
-    """(bit of the window where the state of a tile's column begins, which of the state's values the column takes)."""
+    """(bit of the window at which the state for a tile's column begins, index of the column's value in that state)."""
     values, bits, _ = step_shape(width)
     return bits * (TILE // values - 1 - column // values), column % values
 
 
 def _row_lines(spec: KernelSpec, index: str) -> list[str]:
-    """Lines at the start of all kernels: where the rows of a tile, at `index`, lie."""
+    """Lines at the start of all kernels that locate the rows of a tile; `index` is an expression for their indices."""
     return [
         f"n = {tile_index(spec)} * {spec.tile.block_n} + {index}",
         "row = tl.minimum(n, rows - 1)",
@@ -86,9 +86,10 @@ def _row_lines(spec: KernelSpec, index: str) -> list[str]:
 
 
 def _width_lines(width: int, state_bits: int) -> list[str]:
-    """Lines before the loop of a width: where its blocks are in `index`, and pointers to the words of a row's window.
+    """Lines before the loop over the blocks of a width.
 
-    The pointers `at_0`, ... are for the first block.
+    They find the range of these blocks in `index` and set the pointers `at_0`, ... to the words of a row's window, as
+    they would be if the block's first word were word 0.
     """
     values, bits, _ = step_shape(width)
     size = WORDS_PER_WIDTH * width
@@ -110,7 +111,7 @@ def _width_lines(width: int, state_bits: int) -> list[str]:
 
 
 def _window_lines(width: int, state_bits: int) -> list[str]:
-    """Lines that shift the words `w_0`, ... of a row's window to its start: `a_0`, ..., uint32."""
+    """Lines that shift the words `w_0`, ... so that a row's window starts at bit 0 of the result `a_0`, ..., uint32."""
     touched, needed = window_words(width, state_bits)
     word = "w_{}.to(tl.uint32, bitcast=True)"
     if ROW_BITS * width % 32 == 0:
@@ -127,7 +128,7 @@ def _window_lines(width: int, state_bits: int) -> list[str]:
 
 
 def product(width: int, state_bits: int, column: int) -> str:
-    """An expression for the product whose bytes add up to the value of one column."""
+    """An expression for the product of state and constant whose bytes add up to the value of one column."""
     bit, which = position(width, column)
     word, shift = divmod(bit, 32)
     low = f"a_{word} >> {shift}" if shift else f"a_{word}"
@@ -138,7 +139,7 @@ def product(width: int, state_bits: int, column: int) -> str:
 
 
 def _find_lines(prefix: str) -> list[str]:
-    """Lines that look up the block at `own`, which a warp takes next: its number and its first word."""
+    """Lines that look up the number and the first word of the block that a warp takes next, at position `own`."""
     return [
         f"{prefix}live = own < end",
         f"{prefix}block = tl.load(index + {ORDER_AT} + own, mask={prefix}live, other=0)",
@@ -147,11 +148,12 @@ def _find_lines(prefix: str) -> list[str]:
 
 
 def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
-    """The body of y_part[split, m, n] = sum over the split's blocks of (s - mean) scale x'.
+    """The body of a GEMV: part[split, m, n] = sum over the split's blocks of (s - mean) scale x'.
 
-    All warps have the same rows of W and different blocks of columns; their sums are added at the end. Tensors of a
-    block are [T], one entry for each of the instance's threads; those of a row are [R T], since each thread has one of
-    every 32 rows. While a warp multiplies, the words of its next block and the position of the one after are loading.
+    All warps have the same rows of W and different blocks of columns; their sums are added at the end. T is the number
+    of threads of an instance, and R the number of rows per thread, which has one of every 32 rows. Tensors that depend
+    on the block only are [T]; tensors that also depend on the row are [R T]. While a warp multiplies, the words of its
+    next block and the position of the block after that are being loaded.
     """
     decode, centre = operations[0], next(op for op in operations if isinstance(op, Centre))
     assert isinstance(decode, Trellis)
@@ -159,7 +161,7 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
     threads, each = WARP * warps, spec.tile.block_n // WARP
 
     def wide(name: str) -> str:
-        """The value `name` of each thread, repeated for each of its rows."""
+        """An expression that repeats the value `name` of each thread for each of the thread's rows."""
         return (
             name
             if each == 1
@@ -188,7 +190,7 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
         words = range(window_words(width, state_bits)[0])
 
         def fetch(target: str, source: str, words: Sequence[int] = words) -> list[str]:
-            """Lines that load the scale and the words of the block that `source` names."""
+            """Lines that load the scale and the words of the block in the variables that begin with `source`."""
             return [
                 f"{target}scale = tl.load(scales + {source}block, mask={source}live, other=0).to(tl.float32)",
                 f"from_here, seen = {wide(f'{source}start')}, {wide(f'{source}live')}",
@@ -237,12 +239,15 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
 
 
 def _joined(names: list[str]) -> str:
-    """[BLOCK_N] tensors as one [BLOCK_N, 2, ..., 2], the last axis the lowest bit of the index."""
+    """An expression that joins tensors [BLOCK_N] to one [BLOCK_N, 2, ..., 2].
+
+    The last axis is the lowest bit of the index in `names`.
+    """
     return names[0] if len(names) == 1 else f"tl.join({_joined(names[::2])}, {_joined(names[1::2])})"
 
 
 def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
-    """Lines that set `weights` [BLOCK_N, 16] to s - 510 of the block at `turn`, in half precision, exactly."""
+    """Lines that set `weights` [BLOCK_N, 16] to the exact s - 510, in half precision, of the block at `turn`."""
     lines = [
         f"block = tl.load(index + {ORDER_AT} + turn)",
         f"start = tl.load(index + {ORDER_AT} + across + turn)",
@@ -258,9 +263,9 @@ def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
 
 
 def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
-    """The body of y_part[split, m, n] for blocks of `spec.batch` rows of x, by tensor cores in half precision.
+    """The body of a GEMM, which computes part[split, m, n] for `spec.batch` rows of x with half-precision tensor cores.
 
-    x' scale is divided by the power of two of the largest scale, the first entry of `index`, to fit half precision.
+    To fit half precision, x' scale is divided by the first entry of `index`, a power of two that no scale exceeds.
     """
     decode, block_n, block_m = operations[0], spec.tile.block_n, spec.batch
     assert isinstance(decode, Trellis)
@@ -296,9 +301,9 @@ def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
 
 
 def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
-    """The body of dense[n, k] = (s - 510) CODE_UNIT scale / unit in half precision.
+    """The body of a kernel that writes dense[n, k] = (s - 510) CODE_UNIT scale / unit in half precision.
 
-    Blocks without bits are not written; the caller has filled them with zeros.
+    Here unit is the first entry of `index`. Blocks of width 0 are not written; the caller has filled them with zeros.
     """
     decode, block_n = operations[0], spec.tile.block_n
     assert isinstance(decode, Trellis)
@@ -327,7 +332,7 @@ def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str
 
 
 def emit_trellis(spec: KernelSpec, select: list[str]) -> str:
-    """The body of the function; `select` are the lines that choose its matrix."""
+    """The body of a trellis kernel; `select` are the lines that select the instance's matrix in a group."""
     body = {"gemm": gemm_lines, "gemv": gemv_lines, "dense": dense_lines}[spec.function](spec, spec.operations)
     shape = f"{spec.tile.block_n} rows of W, {spec.batch} of x, every `splits`-th block of each width"
     return (

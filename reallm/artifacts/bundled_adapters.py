@@ -38,9 +38,9 @@ class AdapterView:
 
 
 def find_adapter(artifact: Path, adapter: Path | str) -> Path:
-    """The folder of `adapter`, which is the name of an adapter inside `artifact`, or else a folder itself.
+    """The folder of an adapter; `adapter` is the name of one inside `artifact`, or the folder itself.
 
-    Raises UserError, with the names there are, if it is neither.
+    Raises UserError, which lists the names inside `artifact`, if it is neither.
     """
     inside = adapters_in(artifact)
     if str(adapter) in inside:
@@ -61,9 +61,9 @@ def linear_shapes(plan: Plan, tensors: Mapping[str, StoredTensor]) -> Shapes:
 
 
 def view_adapters(artifact: Path, shapes: Shapes) -> tuple[AdapterView, ...]:
-    """Describe every adapter inside `artifact`, whose linear modules have `shapes`, in the order of names.
+    """Describe every adapter inside `artifact`, whose linear modules have `shapes`, sorted by name.
 
-    Reads no values.
+    Reads headers, but no values.
     """
     artifact_sha256 = sha256_file(artifact / MANIFEST_FILE)
     return tuple(
@@ -88,7 +88,7 @@ def _view(name: str, folder: Path, artifact: Path, artifact_sha256: str, shapes:
 
 
 def check_adapters(artifact: Path, shapes: Shapes, deep: bool) -> tuple[AdapterView, ...]:
-    """As `view_adapters`, but raise UserError for an adapter that cannot be used; `deep` reads all values too."""
+    """Like `view_adapters`, but raise UserError for an adapter that cannot be used; `deep` reads all values too."""
     parent = artifact / ADAPTERS_FOLDER
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         if not path.is_dir() and not path.name.startswith("."):

@@ -1,7 +1,7 @@
-"""The artifact: a model directory that transformers loads (after `import reallm`). Format: docs/format.md.
+"""Read and write artifacts: model directories that transformers loads after `import reallm` (see docs/format.md).
 
-It is written to a hidden folder beside its destination and renamed when it is complete, so that no reader ever sees
-half an artifact, and a full disk or Ctrl-C leaves what was there before.
+An artifact is written to a hidden folder beside its destination and renamed when it is complete, so that no reader ever
+sees half an artifact, and a full disk or Ctrl-C does not change what was there before.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_record_of(folder: Path) -> QuantizationRecord:
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """Name -> folder of the adapters inside an artifact, sorted. Runs in progress (NAME.partial) are left out."""
+    """Name -> folder of the adapters inside an artifact, sorted. Unfinished ones (NAME.partial) are left out."""
     parent = folder / ADAPTERS_FOLDER
     paths = sorted(parent.iterdir()) if parent.is_dir() else []
     return {p.name: p for p in paths if p.is_dir() and not p.name.startswith(".") and p.suffix != ".partial"}
@@ -72,7 +72,8 @@ def adapters_in(folder: Path) -> dict[str, Path]:
 def check_output(output: Path, force: bool, mark: str = MANIFEST_FILE) -> None:
     """Raise UserError unless `output` can be written.
 
-    It must be free, or with `force` replaceable: an artifact without adapters, or a folder that holds a file `mark`.
+    It may be missing or an empty folder. With `force` it may also be an artifact without adapters, or a folder that
+    holds a file `mark`.
     """
     if not output.exists():
         return
@@ -106,7 +107,7 @@ def new_artifact(output: Path, force: bool = False, mark: str = MANIFEST_FILE) -
         _replace(partial, output)
     except OSError as error:
         raise UserError(
-            f"{output} cannot be written: {error.strerror or error}; nothing was left behind, free some space or give "
+            f"{output} cannot be written: {error.strerror or error}; nothing was left behind; free some space or give "
             "another place"
         ) from error
     finally:
@@ -114,7 +115,7 @@ def new_artifact(output: Path, force: bool = False, mark: str = MANIFEST_FILE) -
 
 
 def _replace(partial: Path, output: Path) -> None:
-    """Rename `partial` to `output`; an artifact already there is moved aside first, and back if renaming fails."""
+    """Rename `partial` to `output`; an existing `output` is moved aside before, and back if renaming fails."""
     for path in partial.rglob("*"):
         if path.is_file():
             _sync(path)

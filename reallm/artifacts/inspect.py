@@ -1,4 +1,4 @@
-"""Inspect: what an artifact contains, matrix by matrix, without reading a weight."""
+"""Describe what an artifact contains, matrix by matrix, without reading a weight."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class MatrixView:
     format: str
     nbytes: int
     cost: float
-    """Predicted increase of the loss by its format, nats per token."""
+    """Predicted increase of the loss through its format, in nats per token."""
     packed: bool
     """Whether it is stored in packed fields; otherwise it is a plain tensor of the model."""
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over weights, scales and everything else included."""
+        """Stored bits per weight; scales and all other fields are included."""
         return 8 * self.nbytes / (self.rows * self.cols)
 
 
@@ -46,13 +46,13 @@ class FormatView:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over weights."""
+        """Stored bits per weight."""
         return 8 * self.nbytes / self.weights
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """An artifact at a glance.
+    """What an artifact contains: its plan, formats, sizes and adapters.
 
     >>> reallm.inspect("out").architecture
     'LlamaForCausalLM'
@@ -74,7 +74,7 @@ class Inspection:
     file_bytes: int
     """Size of the weights files: matrices + shared + other + headers."""
     adapters: tuple[AdapterView, ...] = ()
-    """The adapters inside the artifact, which no figure above includes."""
+    """The adapters inside the artifact; the figures above do not include them."""
 
 
 def inspect(path: Path | str) -> Inspection:
@@ -88,13 +88,13 @@ def inspect(path: Path | str) -> Inspection:
     Returns
     -------
     Inspection
-        The plan, formats and sizes (in bytes) by matrix and in sum, and the adapters inside the artifact.
+        The plan, the formats and sizes (in bytes) per matrix and in total, and the adapters inside the artifact.
 
     Raises
     ------
     UserError, RecordError
-        If one of these files is missing or damaged. Both are a ReallmError. Weights are not read: use `verify` to
-        check them.
+        If one of these files is missing or damaged. Both are subclasses of ReallmError. Weights are not read; use
+        `verify` to check them.
 
     Examples
     --------

@@ -3,12 +3,12 @@
 It lists the size and sha256 of every guarded file and the sha256 of every tensor. Its own bytes are guarded twice: they
 must be the canonical JSON of their content, and `digest` is the sha256 of that JSON without `digest`.
 
-A folder that people publish also holds files that decide nothing about the model: its card, licences, pictures and the
-files of git and of the hub. Such free files may be added, changed and removed; the manifest does not list them. Every
-other file is guarded: it may not appear unless it is listed, and may not change. That covers all that transformers,
-PEFT or Python would act on (weights, config.json, tokenizer files, chat templates, plan.json, code, kernels), and any
-kind of file that is not known here. Folders of adapters, in `adapters/`, are not part of the artifact; they are checked
-by themselves (`bundled_adapters`).
+A published folder also holds files that do not affect the model: its card, licences, pictures and the files of git and
+of the hub. Such files are called free: they may be added, changed and removed, and the manifest does not list
+them. Every other file is guarded: it must be listed, and may not change. That covers all that transformers, PEFT or
+Python would act on (weights, config.json, tokenizer files, chat templates, plan.json, code, kernels), and files
+of any other kind. The folders of adapters in `adapters/` are not part of the artifact; `bundled_adapters` checks them
+separately.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from reallm.planner.tables.records import Record
 
 MANIFEST_FILE = "manifest.json"
 ADAPTERS_FOLDER = "adapters"
-"""Adapters may be added to and removed from this folder of an artifact; the artifact stays what was compiled."""
+"""The folder for adapters inside an artifact. It is not in the manifest, so adapters may be added and removed."""
 FREE_SUFFIXES = frozenset({".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"})
-"""Cards and pictures, in lower case."""
+"""Suffixes of cards and pictures, in lower case."""
 FREE_STEMS = frozenset({"license", "licence", "notice", "copying"})
-"""Licence texts, in lower case: without a suffix or with one of TEXT_SUFFIXES."""
+"""What the names of licence texts begin with, up to the first "." or "-", in lower case."""
 TEXT_SUFFIXES = frozenset({"", ".txt", ".rst"})
+"""Suffixes that a licence text may have, apart from FREE_SUFFIXES."""
 FREE_NAMES = frozenset({".gitattributes", ".gitignore", ".gitkeep", ".ds_store"})
-"""Files of git and of file managers, in lower case."""
+"""Names of files of git and of file managers, in lower case."""
 FREE_FOLDERS = frozenset({".git", ".cache", ".huggingface"})
 """Top-level folders of git and of hub downloads; nothing in them is read."""
 MAX_MANIFEST_BYTES = 1 << 30
@@ -64,7 +65,7 @@ class Manifest(Record):
     model_sha256: str
     plan_sha256: str = Field(pattern=_SHA256)
     toolchain: Mapping[str, str]
-    """Package -> the version that wrote the artifact."""
+    """Package, or "python" -> its version when the artifact was written."""
     digest: str = ""
 
     @field_validator("files")
@@ -98,13 +99,13 @@ def is_free(name: str) -> bool:
 
 
 def toolchain() -> dict[str, str]:
-    """The versions that decide the bytes of an artifact."""
+    """The versions of Python and of the packages that affect the bytes of an artifact, by name."""
     packages = ("reallm", "numpy", "torch", "transformers", "safetensors")
     return {"python": python_version()} | {name: version(name) for name in packages}
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in chunks."""
+    """The sha256 of a file, in hexadecimal; the file is read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -113,7 +114,7 @@ def sha256_file(path: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(relative path, path) of every file in `folder`, except the manifest and what lies in a folder of an adapter."""
+    """(relative path, path) of every file in `folder`, except the manifest and everything inside `adapters/`."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         of_adapters = len(relative.parts) > 1 and relative.parts[0] == ADAPTERS_FOLDER
@@ -127,7 +128,7 @@ def artifact_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def free_files(folder: Path) -> tuple[str, ...]:
-    """Relative paths of the free files in `folder`; those in FREE_FOLDERS as the folder's name and a slash."""
+    """Relative paths of the free files in `folder`; a folder of FREE_FOLDERS is one entry, its name and a slash."""
     found = (name for name, _ in _files(folder) if is_free(name))
     return tuple(dict.fromkeys(f"{n.split('/')[0]}/" if n.split("/")[0] in FREE_FOLDERS else n for n in found))
 

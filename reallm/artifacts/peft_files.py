@@ -3,7 +3,7 @@
 W = W_hat + s B A                    LoRA (arXiv 2106.09685): `<prefix><module>.lora_A.weight` A [r, in] and
                                      `.lora_B.weight` B [out, r]; s = lora_alpha / r, or lora_alpha / sqrt(r) with
                                      use_rslora (arXiv 2312.03732)
-W = m o (W_hat + s B A) / ||.||_row  DoRA (arXiv 2402.09353), with use_dora: `.lora_magnitude_vector` m [out] too
+W = m o (W_hat + s B A) / ||.||_row  DoRA (arXiv 2402.09353), with use_dora: also `.lora_magnitude_vector` m [out]
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ class Adapter:
     factors: Factors
     """Module name -> L [rows, rank], R [rank, cols], float32; the scaling s is multiplied into L."""
     artifact_sha256: str | None
-    """None for an adapter that reallm did not write."""
+    """The value stored under ARTIFACT_KEY; None for an adapter that reallm did not write."""
     magnitudes: Magnitudes = field(default_factory=dict)
     """Module name -> m [rows], float32, for every module in `factors` of a DoRA adapter; empty for LoRA."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What an adapter's files say, without their values."""
+    """Names, shapes and settings of an adapter, without its values."""
 
     shapes: Mapping[str, tuple[int, int, int]]
     """Module name -> rows, rank, cols."""
     scalings: Mapping[str, float]
     """Module name -> s."""
     prefixed: Mapping[str, str]
-    """Module name -> the beginning of its tensors' names."""
+    """Module name -> the prefix of the names of its tensors."""
     dora: bool
     artifact_sha256: str | None
     nbytes: int
@@ -77,8 +77,8 @@ def write_adapter(
 ) -> Path:
     """Write `factors` (module -> L, R) as an adapter trained on `artifact`; with `magnitudes` as a DoRA adapter.
 
-    Raises UserError if `output` exists and `force` is not given, or for an error of the file system; nothing is left
-    behind then.
+    Raises UserError if `output` exists and `force` is not given, or for an error of the file system; then no
+    partial output is left behind.
     """
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     largest = max(ranks.values())
@@ -157,7 +157,7 @@ def read_layout(folder: Path | str) -> Layout:
 def read_adapter(folder: Path | str) -> Adapter:
     """Read the adapter in `folder`, reallm's or PEFT's.
 
-    Raises UserError as `read_layout`, and for a value that is not finite.
+    Raises UserError in the same cases as `read_layout`, and for a value that is not finite.
     """
     layout, path = read_layout(folder), Path(folder) / WEIGHTS_FILE
     factors, magnitudes = {}, {}

@@ -1,4 +1,4 @@
-"""`quantization_config` of config.json: which matrix is packed how, checked before anything is built from it."""
+"""`quantization_config` of config.json: the format of every packed matrix, checked before a model is built from it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class QuantizationRecord(Record):
 
 
 def read_quantization(value: Mapping[str, object]) -> QuantizationRecord:
-    """Check the value of `quantization_config`. Raises UserError with the first field that is wrong."""
+    """Check the value of `quantization_config`. Raises UserError that names the first wrong field."""
     try:
         record = QuantizationRecord.model_validate(value)
     except ValidationError as error:

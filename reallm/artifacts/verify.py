@@ -1,8 +1,8 @@
-"""Verify that an artifact is, byte for byte, what was compiled, and that it holds what its plan says.
+"""Verify that an artifact is byte for byte what was compiled, and that its formats and sizes are those of its plan.
 
-The quick checks read no tensor: the manifest, the names and sizes of files, headers, and config.json and the plan
-against each other. The deep checks hash every guarded file and every tensor, recompute the digests of all codes, and
-look for padding that is not zero and values that are not finite.
+The quick checks read no tensor values: they check the manifest, the names and sizes of files, the headers, and that
+config.json agrees with the plan. The deep checks hash every tensor and every guarded file (see `manifest`), recompute
+the digests of all codes, and look for padding that is not zero and values that are not finite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .quantization_config import QuantizationRecord
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked. A report exists only if everything was right.
+    """What `verify` checked and found to be right; it raises an error instead of returning a report otherwise.
 
     >>> reallm.verify("out", deep=False).deep
     False
@@ -41,7 +41,7 @@ class Report:
 
     path: str
     files: int
-    """Number of guarded files, the manifest among them."""
+    """Number of guarded files, including the manifest."""
     file_bytes: int
     """Total size of the weights files, in bytes."""
     tensors: int
@@ -51,8 +51,8 @@ class Report:
     adapters: tuple[AdapterView, ...] = ()
     """The adapters inside the artifact."""
     unchecked: tuple[str, ...] = ()
-    """Cards, licences, pictures and files of git and of the hub, which decide nothing about the model, by relative
-    path; a folder ends with a slash."""
+    """Relative paths of the files that are not checked because they do not affect the model: cards, licences, pictures
+    and files of git and of the hub. The path of a folder ends with a slash."""
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -64,7 +64,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report:
-    """Check an artifact: nothing in it may differ from what was compiled, and it must hold what its plan says.
+    """Check that an artifact is unchanged since it was compiled, and that its formats and sizes are those of its plan.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report
         With one line about the first thing that is wrong: a file or tensor that is missing, changed or not listed, a
         configuration that differs from the plan, or an adapter that cannot be used.
     RecordError
-        Likewise, for a plan that cannot be read. Both are a ReallmError.
+        Likewise, for a plan that cannot be read. Both are subclasses of ReallmError.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report
 
 
 def _check_files(folder: Path, guarded: Mapping[str, FileEntry], deep: bool) -> None:
-    """The guarded files of the folder are those of the manifest, in size and, if `deep`, in content."""
+    """Check that the guarded files in `folder` are the listed ones, with their sizes and, if `deep`, their sha256."""
     paths = dict(artifact_files(folder))
     if missing := sorted(set(guarded) - set(paths)):
         raise UserError(f"{folder} lacks {missing[0]}, which {MANIFEST_FILE} lists; copy the artifact again")
@@ -150,7 +150,7 @@ def _check_files(folder: Path, guarded: Mapping[str, FileEntry], deep: bool) -> 
 
 
 def _check_plan(folder: Path, plan: Plan, record: QuantizationRecord, tensors: Mapping[str, StoredTensor]) -> None:
-    """config.json names the formats the plan chose, and every matrix takes the bytes the plan counted."""
+    """Check that config.json names the plan's formats, and that the matrices take as many bytes as the plan says."""
     formats = {matrix: fmt.name for matrix, fmt in record.matrices()}
     for choice in plan.choices:
         fmt = Format.parse(choice.format)
@@ -194,7 +194,7 @@ def read_bytes(tensor: StoredTensor) -> NDArray[np.uint8]:
 def _check_contents(
     manifest: Manifest, plan: Plan, record: QuantizationRecord, tensors: Mapping[str, StoredTensor]
 ) -> None:
-    """Every tensor has the digest of the manifest, every matrix the codes of the plan, and all values are valid."""
+    """Check that tensors match the manifest's digests and codes those of the plan, and that all values are valid."""
     for name, tensor in tensors.items():
         if hashlib.sha256(read_bytes(tensor).tobytes()).hexdigest() != manifest.tensors[name]:
             raise UserError(f"{tensor.path}: tensor {name!r} was changed (sha256 differs); copy the artifact again")

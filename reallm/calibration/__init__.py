@@ -1,1 +1,1 @@
-"""The statistics that say what an error in a weight costs: second moments and the diagonal Fisher information."""
+"""The statistics that determine the cost of an error in a weight: second moments and diagonal Fisher information."""

@@ -1,7 +1,8 @@
-"""A model seen as a front (embeddings), a chain of blocks and a tail (norm and head), run one part at a time.
+"""Running a model in parts, one at a time: a front (embeddings), a chain of blocks, and a tail (norm and head).
 
-Each part can be run alone, with gradients, on what the other parts left in the `HiddenStates`. The model must call its
-blocks one after another, each on the hidden state of the one before; this is checked by replaying every block.
+Each part can be run by itself, with gradients, on the hidden states and gradients that the neighbouring parts stored in
+`HiddenStates`. The model must call its blocks in order, each on the output of the block before it; this is checked by
+replaying every block.
 """
 
 from __future__ import annotations
@@ -25,27 +26,30 @@ from .hidden_states import HiddenStates
 from .hooks import StatisticsHooks
 
 MAX_NATS = 700.0
-"""Cap of a reported loss in nats per token: its exponential still fits into a float."""
+"""Upper bound of a reported loss in nats per token, so that the perplexity exp(loss) does not overflow."""
 WAY_OUT = "check the weights, or convert a float16 model to bfloat16 or float32"
 
 
 class _ReachedBlocksError(Exception):
-    """Ends a forward pass once the first block has been reached."""
+    """Raised to end a forward pass when it reaches the first block."""
 
 
 @dataclass(frozen=True)
 class _BlockCall:
-    """How the model calls one block: all arguments but the hidden state."""
+    """The arguments with which the model calls one block, except the hidden state."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
 
 class BlockStreamer:
-    """Runs the parts of `loaded` over token windows [n, seqlen]; `folder` holds what passes between the parts."""
+    """Runs the parts of `loaded` on token `windows` [n, seqlen].
+
+    The hidden states and gradients that pass between the parts are stored in `folder`.
+    """
 
     def __init__(self, loaded: LoadedModel, folder: Path, windows: Tensor, seed: int, *, masked: bool = False) -> None:
-        """`masked` says that the windows of an encoder are masked already."""
+        """Prepare the parts; `masked` says that the windows are already masked (for an encoder)."""
         self.loaded, self.windows, self.seed = loaded, windows, seed
         self.device = loaded.model.device
         self.blocks = [loaded.model.get_submodule(name) for name in loaded.blocks]
@@ -53,9 +57,9 @@ class BlockStreamer:
         self.notes: list[str] = []
         """Notes for the user, one line each."""
         self.inputs: Tensor = windows
-        """The windows as the model sees them."""
+        """The token ids that the model reads: the windows, masked for an encoder, int64 [n, seqlen]."""
         self.scored: Tensor | None = None
-        """Where the loss of a masked language model is taken, bool [n, seqlen]; None: at every token."""
+        """The tokens on which a masked language model's loss is computed, bool [n, seqlen]; None for all tokens."""
         self._calls: list[_BlockCall | None] = [None] * len(self.blocks)
         self._returns_tuple = [False] * len(self.blocks)
         if loaded.is_encoder and not masked:
@@ -76,7 +80,7 @@ class BlockStreamer:
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def store_inputs(self) -> None:
-        """Run all windows and store every block's input and the last one's output, unless an earlier pass did.
+        """Run all windows and store the input of every block and the output of the last, unless an earlier pass did.
 
         Raises UserError for activations that are not finite, and for blocks that do not form a chain.
         """
@@ -93,7 +97,7 @@ class BlockStreamer:
 
     @contextmanager
     def _watched(self, store: bool) -> Iterator[None]:
-        """Record how the model calls its blocks and what they return; with `store`, also the hidden states."""
+        """Record the arguments and the type of result of each block; with `store`, also store the hidden states."""
 
         def before(number: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,7 +135,7 @@ class BlockStreamer:
         self.hidden_states.append(boundary, hidden)
 
     def _check_chain(self) -> None:
-        """Raise UserError unless replaying every block on the first window gives the next one's input, bit for bit."""
+        """Raise UserError unless replaying each block on the first window gives exactly the input of the next block."""
         counts = self.hidden_states.windows
         if None in self._calls or set(counts) != {len(self.windows)}:
             what = f"its blocks ran {min(counts)} to {max(counts)} times on {len(self.windows)} windows"
@@ -150,7 +154,10 @@ class BlockStreamer:
         return self.hidden_states.read(boundary, count).to(self.device)
 
     def replay(self, number: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
-        """The output of block `number`, or of `block` in its place, for hidden states [1, seqlen, hidden]."""
+        """The output [1, seqlen, hidden] of block `number` for hidden states [1, seqlen, hidden].
+
+        If `block` is given, it is run in place of that block.
+        """
         call = self._calls[number]
         assert call is not None
         return _first((block or self.blocks[number])(hidden, *call.arguments, **call.keywords))
@@ -160,7 +167,8 @@ class BlockStreamer:
     def run_tail(self, hooks: StatisticsHooks) -> float:
         """Run the tail on all windows and store the loss gradient at the last block's output.
 
-        Returns the perplexity of the text itself. Raises UserError for logits or gradients that are not finite.
+        Gradients are those of the loss on sampled labels; the perplexity returned is that of the text. Raises UserError
+        for logits or gradients that are not finite.
         """
         last = len(self.blocks)
         hidden, generator = self._read(last), torch.Generator().manual_seed(self.seed)
@@ -178,7 +186,7 @@ class BlockStreamer:
         return math.exp(min(total / max(scored, 1), MAX_NATS))
 
     def _losses(self, logits: Tensor, window: int, generator: torch.Generator) -> tuple[Tensor, float, int]:
-        """(summed loss against sampled labels, summed loss against the text, number of tokens in the latter)."""
+        """(summed loss on sampled labels, summed loss on the text, number of tokens in the latter sum)."""
         scores, text = logits.float(), self.windows[window].to(self.device)
         with torch.no_grad():
             sampled = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(self.device)
@@ -192,7 +200,7 @@ class BlockStreamer:
         return sampled_loss, float(text_loss), len(text) - 1
 
     def run_block(self, number: int, hooks: StatisticsHooks) -> Tensor:
-        """Replay one block over all windows with gradients; returns the gradient at its input without storing it."""
+        """Replay one block on all windows with gradients; returns the gradient at its input, which is not stored."""
         hidden, gradient = self._read(number), self.hidden_states.read_gradient(number + 1).to(self.device)
         result = torch.empty_like(hidden)
         for window in range(len(self.windows)):
@@ -204,7 +212,7 @@ class BlockStreamer:
         return result
 
     def run_front(self, hooks: StatisticsHooks) -> None:
-        """Carry the gradient from the first block's input to the embeddings."""
+        """Propagate the gradient from the first block's input back to the embeddings."""
         gradient = self.hidden_states.read_gradient(0).to(self.device)
         for window in range(len(self.windows)):
             with hooks.recording(), self._bypassed(None):
@@ -223,7 +231,10 @@ class BlockStreamer:
 
     @contextmanager
     def _bypassed(self, last_output: Tensor | None) -> Iterator[None]:
-        """Blocks return their input; the last one returns `last_output`. With None, the first block ends the pass."""
+        """Within the context, blocks compute nothing: each returns its input, and the last one returns `last_output`.
+
+        If `last_output` is None, the forward pass ends when it reaches the first block.
+        """
 
         def pass_through(number: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -249,12 +260,12 @@ class BlockStreamer:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state among a block's arguments."""
+    """The hidden state from a block's arguments."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
 
 def _first(output: Any) -> Tensor:
-    """The hidden state in a block's output."""
+    """The hidden state from a block's output."""
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result

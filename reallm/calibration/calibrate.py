@@ -1,18 +1,18 @@
-"""Calibration: one streaming pass over the blocks that gathers the statistics of every matrix.
+"""Calibration: one pass over the blocks of the model that gathers the statistics of every matrix.
 
 The forward pass runs once and stores each block's input on disk. Then, from the last block to the first, one block at
-a time is replayed with gradients, so only one block's statistics are ever in memory. With labels sampled from the
-model, g_t the gradient of the summed loss at a matrix's output and x_t its input at token t, over the n tokens of the
-text (for an encoder the loss is taken at the masked ones):
+a time is replayed with gradients, so only one block's statistics are in memory at any time. Labels are sampled from the
+model. Let x_t be the input of a matrix at token t, and g_t the gradient of the summed loss at the matrix's output; for
+an encoder the loss is that of the masked tokens. The sums run over the n tokens of the text:
 
     H_guided  = 1/n sum mean_i(g_ti^2) x_t x_t^T         per matrix (GuidedQuant, arXiv 2505.07004)
     F_ij      = 1/n sum g_ti^2 x_tj^2                    per matrix, the diagonal Fisher (LQ-LoRA, arXiv 2311.12023)
     G         = 1/n sum mean_j(x_tj^2) g_t g_t^T         per linear layer: H_guided x G is a Kronecker factorisation of
                                                          the Fisher information (as in K-FAC, arXiv 1503.05671)
 
-An output head also gets a weight per row, mean_t(g_ti^2) divided by its mean over rows; an embedding gets the diagonal
-Fisher information of its look-ups. There is one file per block, and an interrupted pass resumes at the block it had
-reached.
+An output head also has a weight per row: mean_t(g_ti^2) divided by its mean over rows. An embedding has the diagonal
+Fisher information of its look-ups. Statistics are stored in one file per block; an interrupted pass resumes at the
+block it had reached.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from .statistics import statistics_keys, statistics_path
 DONE_FILE = "calibration.json"
 PARTIAL_FOLDER = "partial"
 MEMORY_SHARE = 0.3
-"""Share of the free memory that a float32 copy of the model may take."""
+"""Largest share of the free memory that a float32 copy of the model may take."""
 
 
 @dataclass
 class CalibrationReport:
-    """What a calibration measured besides the statistics."""
+    """The results of a calibration other than the statistics."""
 
     tokens: int
-    """Tokens of the text, n in the formulas."""
+    """Number of tokens of the text, n in the formulas."""
     perplexity: float
     """Perplexity of the model on the text."""
     seconds: float
@@ -70,12 +70,13 @@ def calibrate(
     seed: int = 0,
     weights: AbstractContextManager[object] | None = None,
 ) -> CalibrationReport:
-    """Write the statistics of every matrix of `loaded` on `windows` (int64 [n, seqlen]) to `folder`; resumable.
+    """Gather the statistics of every matrix of `loaded` on `windows` (int64 [n, seqlen]) and write them to `folder`.
 
-    `weights` is a context that gives the model other weights, so that statistics are gathered on the inputs that these
-    produce (None: the model's own weights). It is not entered if `folder` has the statistics already. The caller
-    chooses one folder per combination of model, text and settings; a second process in it waits for the first.
-    Raises UserError for activations or gradients that are not finite, and for blocks that do not form a chain.
+    An interrupted calibration is resumed. `weights` is a context in which the model has other weights, so that the
+    statistics are gathered on the inputs that these weights produce; None uses the model's own weights. The context is
+    not entered if `folder` already has the statistics. The caller chooses one folder per combination of model, text and
+    settings; a second process that uses the folder waits for the first. Raises UserError for activations or gradients
+    that are not finite, and for blocks that do not form a chain.
     """
     with exclusive_lock(folder):
         done = folder / DONE_FILE
@@ -93,7 +94,7 @@ def calibrate(
 
 
 def compute_dtype(loaded: LoadedModel) -> torch.dtype:
-    """Float32, or the model's own dtype where a float32 copy would take more than MEMORY_SHARE of the free memory.
+    """The dtype to calibrate in: float32, or the model's dtype if float32 would take over MEMORY_SHARE of free memory.
 
     Float32 is more exact and, on processors without bfloat16 arithmetic, six times as fast.
     """
@@ -130,7 +131,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _gather(loaded: LoadedModel, windows: Tensor, folder: Path, seed: int) -> CalibrationReport:
-    """Run the whole pass; every step writes its file when it is done and is skipped where that file exists."""
+    """Run the whole pass; each step writes its file when it is done, and is skipped if that file exists."""
     began = time.monotonic()
     partial = folder / PARTIAL_FOLDER
     streamer = BlockStreamer(loaded, partial, windows, seed)
@@ -160,9 +161,9 @@ def _gather(loaded: LoadedModel, windows: Tensor, folder: Path, seed: int) -> Ca
 
 
 def _unreached_note(loaded: LoadedModel, folder: Path) -> list[str]:
-    """A note on the matrices without statistics, which no token of the text reached; empty if there are none.
+    """A note on the matrices that no token of the text reached and that have no statistics; empty if there are none.
 
-    Raises UserError when all experts of a stack lack statistics: then their products are hidden from the hooks.
+    Raises UserError if all experts of a stack have no statistics, because then the hooks cannot see their products.
     """
     keys = statistics_keys(folder, {m.block for m in loaded.matrices})
     unreached = [m for m in loaded.matrices if not {f"guided/{m.name}", f"lookup/{m.name}"} & keys]

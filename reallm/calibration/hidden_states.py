@@ -1,7 +1,7 @@
-"""The hidden states between a model's blocks and the gradients there, kept in files so that memory holds one block's.
+"""The hidden states between a model's blocks and the gradients with respect to them, stored in files to save memory.
 
 Boundary b is the input of block b; the last boundary is the output of the last block. `<b>.hidden` holds the raw values
-of all windows, appended one window at a time. `inputs.json` is written once they are complete; it lists their shapes.
+of all windows, appended one window at a time. `inputs.json` lists the shapes; it is written when all values are stored.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class HiddenStates:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Open all files for `append`, overwriting what an earlier pass left."""
+        """Open all files for `append` within the context; files of an earlier pass are overwritten."""
         self.windows = [0] * self.count
         with ExitStack() as stack:
             self._streams = [stack.enter_context(self._path(b).open("wb")) for b in range(self.count)]
@@ -56,12 +56,12 @@ class HiddenStates:
         self._streams[boundary].write(raw.reshape(-1).view(torch.uint8).numpy().data)
 
     def mark_complete(self) -> None:
-        """Record that the hidden states of all windows are stored."""
+        """Write `inputs.json`, which records that the hidden states of all windows are stored."""
         state = {"shapes": self.shapes, "windows": self.windows, "dtype": torch_name(self.dtype)}
         write_text_atomic(self.folder / COMPLETE_FILE, canonical_json(state))
 
     def is_complete(self) -> bool:
-        """Whether an earlier pass stored all hidden states; if so, their shapes are read."""
+        """Whether an earlier pass stored all hidden states; reads their shapes from `inputs.json`."""
         path = self.folder / COMPLETE_FILE
         if not path.exists():
             return False
@@ -74,7 +74,7 @@ class HiddenStates:
         )
 
     def read(self, boundary: int, count: int | None = None) -> Tensor:
-        """Hidden states of the first `count` windows, or (None) of all: [count, seqlen, hidden]."""
+        """Read the hidden states of the first `count` windows (None: of all) at `boundary`: [count, seqlen, hidden]."""
         windows = self.windows[boundary] if count is None else count
         raw = np.fromfile(self._path(boundary), dtype=np.uint8, count=windows * self._window_bytes(boundary))
         return torch.from_numpy(raw).view(self.dtype).reshape(windows, *self.shapes[boundary])
@@ -88,17 +88,17 @@ class HiddenStates:
     # -- gradients --------------------------------------------------------------------------------------------------
 
     def store_gradient(self, boundary: int, gradient: Tensor) -> None:
-        """Store the gradient of all windows at `boundary` and delete that of the next one, which is used up."""
+        """Store the gradient of all windows at `boundary`, and delete that at the next boundary, no longer needed."""
         save_tensors(self._gradient_path(boundary), {"gradient": gradient})
         self._gradient_path(boundary + 1).unlink(missing_ok=True)
 
     def read_gradient(self, boundary: int) -> Tensor:
-        """The stored gradient at `boundary`, [windows, seqlen, hidden]."""
+        """Read the stored gradient at `boundary`: [windows, seqlen, hidden]."""
         gradient: Tensor = load_file(self._gradient_path(boundary))["gradient"]
         return gradient
 
     def first_gradient(self) -> int | None:
-        """The first boundary with a stored gradient, that is how far the backward pass has come; None before it."""
+        """The first boundary with a stored gradient, which the backward pass has reached; None if it has not begun."""
         return next((b for b in range(self.count) if self._gradient_path(b).exists()), None)
 
     def _gradient_path(self, boundary: int) -> Path:

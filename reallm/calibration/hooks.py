@@ -1,7 +1,7 @@
-"""Hooks that turn the inputs and output gradients of matrices into statistics while a model runs.
+"""Hooks that compute statistics from the inputs and output gradients of matrices while a model runs.
 
-Modules are watched by forward hooks. Embedding look-ups and products with slices of 3-D expert stacks are watched as
-function calls, so that whatever else a module does (Gemma scales its look-ups) does not enter the statistics.
+Linear layers are watched by forward hooks. Embedding look-ups and products with slices of 3-D expert stacks are watched
+as function calls, so that other operations of the same module (Gemma scales its look-ups) do not affect the statistics.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from reallm.models.loaded import LoadedModel, Matrix
 
 ROW_BLOCK = 8192
-"""Rows of a head's Fisher information that are updated at a time."""
+"""Number of rows of an output head's Fisher information that are updated at a time, to save memory."""
 PANELS = 4
-"""Panels of a symmetric sum, each computed up to the diagonal only: 5/8 of the products."""
+"""Number of panels into which a symmetric sum is cut; each is computed only up to the diagonal, which saves 3/8 of the
+work."""
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
 
 
@@ -28,9 +29,9 @@ def _on_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
 
 
 def add_moment(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add scale left^T right, both [tokens, n], to the lower triangle of `total` [n, n].
+    """Add scale left^T right to the lower triangle of `total` [n, n], for `left` and `right` [tokens, n].
 
-    The part above the diagonal is updated only in places and must not be read.
+    Only some entries above the diagonal are updated; they must not be read.
     """
     width = -(-len(total) // PANELS)
     for start in range(0, len(total), width):
@@ -60,7 +61,7 @@ class StatisticsHooks:
     """Accumulates the statistics of `matrices`, in float32, over many forward and backward passes."""
 
     def __init__(self, loaded: LoadedModel, matrices: list[Matrix], tokens: int) -> None:
-        """`tokens` is the number of tokens of the whole text, by which every sum is divided."""
+        """Start with empty sums; `tokens` is the number of tokens of the whole text, by which every sum is divided."""
         self.tokens = tokens
         self.sums: dict[str, Tensor] = {}
         """Key "<kind>/<matrix name>" -> sum over the tokens seen so far."""
@@ -90,9 +91,9 @@ class StatisticsHooks:
             yield
 
     def statistics(self) -> dict[str, Tensor]:
-        """The statistics as they are stored; call it after the last pass.
+        """The statistics in the form in which they are stored; call this after the last pass.
 
-        Fisher, look-ups and Gram matrices are bf16, the others float32; row weights have mean one.
+        Fisher information, look-ups and Gram matrices are bf16, the others float32; row weights have mean one.
         """
         result = {}
         for key, value in self.sums.items():
@@ -115,13 +116,16 @@ class StatisticsHooks:
         return hook
 
     def on_product(self, value: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Record a product with `weight` [2-D] if that is a slice of a watched expert stack."""
+        """Record a product of `value` with the 2-D `weight`, if `weight` is a slice of a watched expert stack."""
         matrix = self._experts.get(weight.data_ptr())
         if matrix is not None:
             self._record(matrix, value, output)
 
     def on_lookup(self, ids: Tensor, weight: Tensor, output: Tensor) -> Tensor:
-        """What a look-up in table `weight` is to return: a leaf whose gradient is recorded if the table is watched."""
+        """The tensor that a look-up of `ids` in table `weight` must return in place of `output`.
+
+        It is a new leaf tensor whose gradient is recorded if the table is watched, else `output` itself.
+        """
         matrix = next((m for m, parameter in self._embeddings if parameter.data_ptr() == weight.data_ptr()), None)
         if matrix is None:
             return output
@@ -143,7 +147,7 @@ class StatisticsHooks:
         return self.sums[key]
 
     def _input(self, matrix: Matrix, value: Tensor) -> Tensor:
-        """x [tokens, K] in float32, converted once for all matrices that share the input."""
+        """The input x [tokens, K] in float32, converted once for all matrices with the same input."""
         cached = self._inputs.get(matrix.input)
         if cached is not None and (cached[0] is value or torch.equal(cached[0], value)):
             return cached[1]
@@ -152,7 +156,7 @@ class StatisticsHooks:
         return x
 
     def _record(self, matrix: Matrix, value: Tensor, output: Tensor) -> None:
-        """Keep the input `value`; when the gradient of `output` arrives, add both to the sums of `matrix`."""
+        """Remember the input `value`; when the gradient of `output` arrives, update the sums of `matrix` with both."""
         if not output.requires_grad or not value.numel():
             return
         x, input_dtype = self._input(matrix, value), value.dtype
@@ -178,7 +182,7 @@ class StatisticsHooks:
     def _add_fisher(self, matrix: Matrix, g2: Tensor, x: Tensor, input_dtype: torch.dtype) -> None:
         """Add sum_t g_ti^2 x_tj^2, computed in bf16 where the input is bf16.
 
-        All terms are positive, so bf16's relative error of 2^-9 is also that of each window's contribution.
+        No term is negative, so the relative error of 2^-9 of bf16 also bounds that of each window's contribution.
         """
         dtype = torch.bfloat16 if input_dtype == torch.bfloat16 else torch.float32
         peak = g2.max().clamp_min(1e-30)

@@ -1,4 +1,4 @@
-"""The calibration statistics on disk: one safetensors file per block, keys "<kind>/<matrix name>"."""
+"""The calibration statistics on disk: one safetensors file per block, with the keys "<kind>/<matrix name>"."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = ("guided", "fisher", "row_weight", "lookup", "gram")
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """Float32 statistics of the matrices of one block, or of those outside all blocks; see `calibrate` for formulas."""
+    """Float32 statistics of the matrices of one block, or of those outside all blocks; formulas are in `calibrate`."""
 
     guided: dict[str, Tensor]
     """Matrix name -> H_guided [K, K]."""
@@ -34,12 +34,12 @@ class BlockStatistics:
 
 
 def statistics_path(folder: Path, block: int | None) -> Path:
-    """The file with the statistics of block number `block`, or (None) of the matrices outside all blocks."""
+    """The path of the file for block number `block` or, if that is None, for the matrices outside all blocks."""
     return folder / (f"{OUTSIDE_BLOCKS}.safetensors" if block is None else f"block-{block:04d}.safetensors")
 
 
 def read_statistics(folder: Path, block: int | None, matrices: Sequence[Matrix]) -> BlockStatistics:
-    """Read the statistics of `matrices`, which all lie in `block`, and nothing else.
+    """Read only the statistics of `matrices`, all of which must belong to `block` (None: outside all blocks).
 
     Raises UserError for a file that is missing or damaged.
     """
@@ -58,7 +58,7 @@ def read_statistics(folder: Path, block: int | None, matrices: Sequence[Matrix])
 
 
 def statistics_keys(folder: Path, blocks: set[int | None]) -> set[str]:
-    """The keys stored for all of `blocks`."""
+    """The keys in the files of all `blocks`."""
     keys: set[str] = set()
     for block in blocks:
         with safe_open(statistics_path(folder, block), framework="pt") as file:

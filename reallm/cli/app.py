@@ -103,18 +103,15 @@ def start(
 
     Or run all of it on a small model: [bold]reallm demo[/bold]
     """
+    if not sys.stderr.isatty():
+        # No bars of other libraries in a log file. tqdm reads this when torch imports it; our own lines stay on.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("reallm").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def quiet_transformers() -> None:
-    """Switch off transformers' progress bars and warnings; in a log file, the bars of all other libraries too.
-
-    tqdm reads TQDM_DISABLE when it is imported, so this must run before torch and transformers are. Our own progress
-    (`system.progress`) writes whole lines there and stays on.
-    """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    """Switch off transformers' progress bars and warnings."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -120,7 +120,9 @@ def _print_overview(folder: Path, budget: str, finished: Mapping[str, Stage], co
         [name, purpose, f"done, {finished[name].seconds:.0f} s" if name in finished else duration]
         for name, (purpose, duration) in STAGES.items()
     ]
-    console.print(columns_table("stages to run", ("stage", "what it does", "time"), rows))
+    table = columns_table("stages to run", ("stage", "what it does", "time"), rows)
+    table.columns[1].justify = "left"
+    console.print(table)
 
 
 def fetch_model(folder: Path, console: Console) -> Path:

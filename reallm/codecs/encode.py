@@ -1,7 +1,8 @@
 """Encoding: from a matrix and a format to the packed fields. `encode` is the entry point.
 
 The encoder is nested in four layers, from the outside to the inside: the low-rank term, the sparse outliers, the
-transforms, and the codes themselves. To add a codec, add a folder with its encoder (see `encoder`) and a row in ENCODERS.
+transforms, and the codes themselves. To add a codec, add a folder with its encoder (see `encoder`) and a row in
+ENCODERS.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _encode_with_outliers(W: Tensor, context: EncodingContext) -> CodedMatrix:
 
 
 def _trial_decoder(context: EncodingContext) -> Callable[[Tensor], Tensor] | None:
-    """A function that encodes a matrix without feedback and returns it decoded; None if the codec is too slow for that."""
+    """A function that encodes a matrix without feedback and returns it decoded; None if that would be too slow."""
     if not RoundingCost.supports(context.fmt):
         return None
     plain = replace(context, fmt=replace(context.fmt, feedback="", clipping=False))

@@ -24,7 +24,7 @@ LOG = logging.getLogger(__name__)
 DAMPING = 0.01
 """Damping of H: the share of the mean of its diagonal that is added to the diagonal (GPTQ, arXiv 2210.17323)."""
 OUTPUT_DAMPING = 2.0
-"""Damping of the output Hessian G, likewise. With less, encoders would rely too much on the estimated G (docs/log.md)."""
+"""Damping of the output Hessian G, likewise; with less, encoders would rely too much on an inexact G (docs/log.md)."""
 MAX_DAMPING = 1e4
 DIRECT_SIZE = 128
 """Triangular matrices up to this size are inverted directly."""
@@ -36,7 +36,7 @@ def symmetric(H: Tensor) -> Tensor:
 
 
 def _upper_inverse(R: Tensor) -> Tensor:
-    """The inverse of an upper triangular R [n, n], by recursion on its halves: n^3 / 3 flops, mostly matrix products."""
+    """The inverse of an upper triangular R [n, n], by recursion on halves: n^3 / 3 flops, mostly matrix products."""
     n, half = len(R), len(R) // 2
     if n <= DIRECT_SIZE:
         corner: Tensor = torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype), upper=True)
@@ -123,8 +123,8 @@ class Workspace:
         """The damped Hessian in whose metric encoders minimise, float64 [K, K].
 
         It is scaled by a power of two to a mean diagonal near one, which prevents underflow in float32 and does not
-        change which codes are best. Columns whose input is zero throughout the calibration text ("dead" columns) get the
-        smallest diagonal of the others, so that their weights are still rounded sensibly.
+        change which codes are best. Columns whose input is zero throughout the calibration text ("dead" columns) get
+        the smallest diagonal of the others, so that their weights are still rounded sensibly.
         """
         if self._hessian is not None:
             return self._hessian
@@ -205,7 +205,7 @@ class Workspace:
         return torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
 
     def inverse_factor(self, order: Tensor | None = None) -> Tensor:
-        """The upper triangular U with (H[order, order])^-1 = U^T U, float32 [K, K]; H is damped further if necessary."""
+        """The upper triangular U with (H[order, order])^-1 = U^T U, float32 [K, K]; H is damped more if necessary."""
         return self._factor(self.hessian if order is None else self.hessian[order][:, order])
 
     @cached_property

@@ -43,5 +43,5 @@ def store_all(fields: Iterable[Field], values: Mapping[str, Tensor]) -> PackedFi
 
 
 def to_half(values: Tensor) -> Tensor:
-    """Clamp to the finite range of fp16, round to fp16 and convert back to float32: the values as decoding reads them."""
+    """Clamp `values` to the finite range of fp16, round them to fp16 and convert back: the values that decoding reads."""
     return values.clamp(-65504.0, 65504.0).half().float()

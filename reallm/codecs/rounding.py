@@ -49,7 +49,7 @@ class RoundingCost:
         return type(fmt.codec) in _ROUND and not fmt.rotated
 
     def error(self, W: Tensor, weight: Tensor) -> Tensor:
-        """The error [N, K] of rounding W[N, K] to the nearest codes, with scales chosen for column weights `weight` [K]."""
+        """The error [N, K] of rounding W[N, K] to the nearest codes, with scales fitted for column weights [K]."""
         return W - _ROUND[type(self.codec)](W, self.codec, weight)
 
     def cost(self, error: Tensor) -> float:

@@ -1,1 +1,1 @@
-"""From a plan to an artifact: a directory that transformers loads."""
+"""Compile a plan into an artifact: a directory that transformers loads."""

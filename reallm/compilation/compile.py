@@ -1,7 +1,7 @@
 """Compile a plan, the model it was made for and the measured codes into an artifact.
 
-Compiling decides nothing. Every matrix is written in the format that the plan names, from codes whose digest the plan
-holds, in as many bytes as the plan counted. Any difference is an error, and then no artifact is written.
+Compiling makes no choices. Every matrix is written in the format that the plan names, its codes have the digest that
+the plan records, and it takes exactly as many bytes as planned. Any difference is an error, and no artifact is written.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class CodeSource(Protocol):
     """A source of the codes of a plan, such as `MeasuredCodes`."""
 
     def fields(self, choice: Choice) -> Mapping[str, Bytes]:
-        """The packed fields of a choice whose format is not dense."""
+        """The packed fields, name -> uint8 [nbytes], of a choice whose format is not dense."""
         ...
 
     def shared(self, key: str) -> Bytes:
-        """The packed codebooks of a shared key."""
+        """The packed codebooks that matrices share under `key`, uint8 [nbytes]."""
         ...
 
 
 @dataclass
 class Compilation:
-    """The plan, model and codes of one artifact, and how they become its tensors."""
+    """Combines a plan, a model and codes into the tensors and the configuration of one artifact."""
 
     plan: Plan
     loaded: LoadedModel
@@ -71,7 +71,7 @@ class Compilation:
     digests: dict[str, str] = field(default_factory=dict)
     """Tensor name -> sha256 of its bytes, filled while writing."""
     tuned: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors that replace the model's tensors of these names, in the model's dtype."""
+    """Tensor name -> a fine-tuned tensor, in the model's dtype, that replaces the model's tensor of that name."""
 
     def __post_init__(self) -> None:
         self.matrices = {matrix.name: matrix for matrix in self.loaded.matrices}
@@ -99,7 +99,7 @@ class Compilation:
         return isinstance(self.formats[name].codec, DenseCodec)
 
     def specs(self) -> list[TensorSpec]:
-        """Every tensor of the weights files, as the planner counted them.
+        """Every tensor of the weights files, with the sizes that the planner counted.
 
         Dense matrices have the shape of the model's tensor, which may be transposed; the planner only knows rows and
         columns. A transposed shape has the same number of digits in the header, so no size changes.
@@ -136,7 +136,7 @@ class Compilation:
         return fields
 
     def payload(self, spec: TensorSpec, owner: Mapping[str, tuple[str, str]]) -> Bytes:
-        """The bytes of one tensor, given what `owners` returns; its digest is recorded in `digests`."""
+        """The bytes of one tensor, uint8; `owner` is the result of `owners`. Records the digest in `digests`."""
         if spec.name in owner:
             matrix, field_name = owner[spec.name]
             data = self.fields(matrix)[field_name] if field_name else self.codes.shared(matrix)
@@ -165,13 +165,13 @@ class Compilation:
             raise UserError(f"the weights files have {written} bytes, {self.plan.file_bytes} in the plan; plan again")
 
     def _check_bytes(self, specs: list[TensorSpec]) -> None:
-        """Every matrix takes as many bytes as planned (invariant 1)."""
+        """Check that every matrix takes as many bytes as planned. Raises UserError."""
         sizes = {spec.name: spec.nbytes for spec in specs}
         packed = self.packed()
         for name, choice in self.choices.items():
             record, fmt = self.matrices[name].record(), self.formats[name]
             nbytes = sum(sizes.get(spec.name, 0) for spec in matrix_tensors(record, fmt))
-            if name not in packed and record.kind == "expert":  # its stack is one tensor
+            if name not in packed and record.kind == "expert":  # all experts of its stack are in one tensor
                 nbytes = dense_nbytes(fmt, record.rows, record.cols) or 0
             if nbytes != choice.nbytes:
                 raise UserError(f"{name} in {fmt.name} takes {nbytes} bytes, {choice.nbytes} in the plan; plan again")
@@ -244,7 +244,7 @@ def write_config(folder: Path, loaded: LoadedModel, record: QuantizationRecord) 
 
 
 def biased_matrices(loaded: LoadedModel) -> frozenset[str]:
-    """Names of the matrices whose module adds a bias."""
+    """Names of the matrices whose modules have a bias."""
     modules = dict(loaded.model.named_modules())
     return frozenset(m.name for m in loaded.matrices if getattr(modules.get(m.name), "bias", None) is not None)
 
@@ -259,7 +259,7 @@ def write_artifact(
 ) -> Path:
     """Write the artifact of `compilation` to the folder `output`, completely or not at all, and return `output`.
 
-    `kernels` adds the generated kernel sources, `objects` names GPU targets to compile them for. Raises UserError, and
+    `kernels` adds the generated kernel sources; `objects` are GPU targets to compile them for. Raises UserError, and
     CodegenError if a kernel does not compile.
     """
     plan, loaded = compilation.plan, compilation.loaded
@@ -294,7 +294,7 @@ def compile_plan(
     plan_path
         The plan.json that `reallm plan` wrote.
     output
-        The folder to create. It appears when it is complete, or not at all.
+        The folder to create. It appears only when it is complete.
     model
         The model that the plan was made for, if it has moved: a folder, .gguf file, hub name or loaded model.
     work
@@ -317,11 +317,12 @@ def compile_plan(
     Raises
     ------
     UserError
-        If `output` exists, or model, measured folder and plan do not belong together.
+        If `output` exists, or the plan was made for another model or with other measured codes.
     RecordError
         If the plan is missing or damaged.
     CodegenError
-        For an unknown target, without Triton, or if a kernel does not compile. All of them are a ReallmError.
+        For an unknown target, without Triton, or if a kernel does not compile. All of these are subclasses of
+        ReallmError.
 
     Examples
     --------

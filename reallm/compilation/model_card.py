@@ -1,4 +1,4 @@
-"""README.md of an artifact: what it is, its size, its predicted loss and how to run it. It depends on the plan only."""
+"""The model card (README.md) of an artifact: what it is, its size, its predicted loss and how to load it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Packed with reallm. Load it with `import reallm` before transformers' `from_pret
 
 
 def hub_name(source: str) -> str | None:
-    """The name org/name on the Hugging Face hub of a model that the user named `source`; None if there is none.
+    """The Hugging Face hub name (org/name) of the model that the user named `source`; None if it has none.
 
-    A local folder has one if it lies in the hub's cache; a .gguf file has none.
+    A local folder has a hub name if it is in the hub's cache; a .gguf file has none.
 
     >>> hub_name("Qwen/Qwen3-8B"), hub_name("/models/mine"), hub_name("/c/hub/models--Qwen--Qwen3-8B/snapshots/1ab")
     ('Qwen/Qwen3-8B', None, 'Qwen/Qwen3-8B')
@@ -48,7 +48,7 @@ def hub_name(source: str) -> str | None:
 
 
 def model_card(plan: Plan, base_model: str | None = None) -> str:
-    """The model card of the artifact of `plan`, Markdown; `base_model` is the original's name on the hub."""
+    """The model card, in Markdown, of the artifact of `plan`; `base_model` is the original model's name on the hub."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for choice in plan.choices:
         counts[choice.format][0] += 1

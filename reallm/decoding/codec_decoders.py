@@ -1,7 +1,7 @@
-"""From the codes of each codec to the weights they stand for. Formulas: see `reallm.kernels.formats.codecs`.
+"""The decoder of each codec: from codes to values. For the formulas see `reallm.kernels.formats.codecs`.
 
-DECODERS has one function for every codec. It returns the decoded codes, before any transform is undone and without the
-sparse and low-rank terms: float32 [n, cols] for the n rows that the reader selects.
+DECODERS has one function for every codec. It returns the decoded codes as float32 [n, cols] for the n rows that the
+reader selects. Transforms are not yet undone, and the sparse and low-rank terms are not yet added.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _decode_dense(codec: DenseCodec, read: FieldReader, rows: int, cols: int) ->
 
 
 def _scalar_scales(codec: ScalarCodec, read: FieldReader, groups: int) -> Tensor:
-    """Scales [n, groups]."""
+    """The scales of a scalar codec, [n, groups]."""
     double = codec.double_quant
     if double is None:
         return read.row_floats("scales")
@@ -75,7 +75,7 @@ def _decode_kmeans(codec: KMeansCodec, read: FieldReader, rows: int, cols: int) 
 
 
 def _e8p_words(codes: Tensor) -> Tensor:
-    """Words [..., 8] of E8P codes."""
+    """The words [..., 8] of E8P codes [...]."""
     codes = codes.to(torch.int32)
     magnitudes = torch.from_numpy(absolute_vectors().copy()).to(codes.device, torch.float32)
     odd = torch.from_numpy(odd_sign_parity().copy()).to(codes.device)
@@ -98,7 +98,7 @@ def _decode_lattice(codec: LatticeCodec, read: FieldReader, rows: int, cols: int
 
 
 def _decode_trellis(codec: TrellisCodec, read: FieldReader, rows: int, cols: int) -> Tensor:
-    """All rows of the matrix, because a tile spans TILE of them."""
+    """Decode trellis codes: always all rows of the matrix, because a tile spans TILE rows."""
     down, across = codec.grid(rows, cols)
     widths = read.all_codes("widths")
     too_wide = any(step_shape(width)[1] > codec.state_bits for width in widths.tolist())
@@ -123,7 +123,7 @@ def _decode_trellis(codec: TrellisCodec, read: FieldReader, rows: int, cols: int
 
 
 def _decode_neural(codec: NeuralCodec, read: FieldReader, rows: int, cols: int) -> Tensor:
-    """All rows of the matrix, because a patch depends on the patches above it."""
+    """Decode neural codes: always all rows of the matrix, because a patch depends on the codes above it."""
     codes = read.all_codes("codes").view(-1, cols)
     return decode_neural(codec, read.all_codes("codebooks"), codes, read.all_floats("scales"), rows)
 

@@ -1,9 +1,11 @@
-"""From the packed fields of a matrix to its weight, on any device. Formulas: see `reallm.kernels.formats.formats`.
+"""From the packed fields of a matrix to its weight, on any device.
 
     W_hat = T^-1(decode(codes)) + S + L R
 
-Arithmetic is in float32 and the result is rounded once to the requested dtype, so a weight does not depend on when it
-is decoded. This module is independent of `kernels/reference.py`, which its tests compare it with.
+T^-1 undoes the transforms, S holds the sparse outliers, L R is the low-rank term; for the formulas see
+`reallm.kernels.formats.formats`. Arithmetic is in float32 and the result is rounded once, to the requested dtype, so
+that a matrix decodes to the same weight whenever it is decoded. The tests compare this module with
+`kernels/reference.py`, which is an independent implementation.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def decode(
 ) -> Tensor:
     """Decode W_hat [rows, cols], or only its rows `select` (int64 [n]) as [n, cols], on the device of the fields.
 
-    `fields` maps field names to bytes (uint8). `shared` holds the bytes of the shared codebooks if the format has
-    them. `low_rank=False` leaves out the term L R. Raises ValueError for a missing field or a field of a wrong size.
+    `fields` maps field names to bytes (uint8). `shared` holds the bytes of the shared codebooks, if the format has any.
+    `low_rank=False` leaves out the term L R. Raises ValueError for a missing field or a field of a wrong size.
     """
     stored, fields = fields_with_shared(fmt, fields, rows, cols, shared)
     needs_all_rows = fmt.rotated or bool(fmt.sparse) or isinstance(fmt.codec, WHOLE_MATRIX_CODECS)

@@ -1,4 +1,4 @@
-"""Access to the packed fields of one matrix by name, with the values of all rows or of selected rows."""
+"""Access to the packed fields of one matrix by name: the values of all rows or of selected rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_fields(stored: tuple[Field, ...], fields: Fields) -> None:
 
 
 class FieldReader:
-    """Reads the fields of one matrix: of all its rows, or of the rows `select` (int64 [n])."""
+    """Reads the fields of one matrix: values of all rows, or only of the rows `select` (int64 [n])."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class FieldReader:
         select: Tensor | None = None,
         overrides: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`overrides` replaces the stored values of float fields by others, float32 [count] by field name."""
+        """Make a reader; `overrides` maps names of float fields to values float32 [count] that replace the stored ones."""
         self.stored = {field.name: field for field in stored}
         self.fields, self.rows, self.select, self.overrides = fields, rows, select, overrides or {}
 
     def row_codes(self, name: str) -> Tensor:
-        """Codes of a field that is stored by rows: [n, count / rows]."""
+        """The codes of a field that is stored row by row: [n, count / rows]."""
         field = self.stored[name]
         bits, width = int(field.dtype[1:]), field.count // self.rows
         if self.select is None:
@@ -50,7 +50,7 @@ class FieldReader:
         return unpack(self.fields[name], bits, field.count, self.positions(width))
 
     def row_floats(self, name: str) -> Tensor:
-        """Values of a float field that is stored by rows: float32 [n, count / rows]."""
+        """The values of a float field that is stored row by row: float32 [n, count / rows]."""
         values = self.all_floats(name).view(self.rows, -1)
         return values if self.select is None else values[self.select]
 
@@ -71,7 +71,7 @@ class FieldReader:
         return read_words(self.fields[name], self.stored[name].count)
 
     def positions(self, width: int) -> Tensor:
-        """Flat positions [n, width] of the rows that are read, in a field of `width` values per row."""
+        """Positions [n, width] of the selected rows' values in a flat field with `width` values per row."""
         device = self.fields[next(iter(self.stored))].device
         rows = torch.arange(self.rows, device=device) if self.select is None else self.select
         positions: Tensor = rows[:, None] * width + torch.arange(width, device=device)

@@ -1,7 +1,8 @@
-"""The neural decoder in torch: it is evaluated once for every possible window, and each patch then looks up its own.
+"""The neural decoder in torch: it is evaluated once for every possible window, then patches are looked up by window.
 
-A patch depends only on its window, the last `taps` codes of its column. There are at most 2^16 different windows, far
-fewer than the patches of a family of matrices. Formulas and layout are those of `kernels/codes/neural.py`.
+A patch depends only on its window: its own code and the codes before it in its column, `taps` codes in all. There are
+at most 2^16 different windows, far fewer than the patches of a family of matrices. Formulas and layout are those of
+`kernels/codes/neural.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from reallm.kernels.formats.codecs import TILE, NeuralCodec
 
 
 def window_values(codec: NeuralCodec, words: Tensor, layers: Sequence[Tensor]) -> Tensor:
-    """Evaluate E + D(E) for every window: [2^(taps codebook_bits), dim].
+    """Evaluate E + D(E), codebook words plus decoder network, for every window: [2^(taps codebook_bits), dim].
 
-    `words` is the codebook [2^codebook_bits, dim], `layers` alternates weights and biases. The lowest bits of a
-    window's number are its newest code. Differentiable in `words` and `layers`.
+    `words` is the codebook [2^codebook_bits, dim]; `layers` alternates the weights and biases of the network. The
+    lowest bits of a window's number are its newest code. The result is differentiable in `words` and `layers`.
     """
     bits = codec.codebook_bits
     windows = torch.arange(1 << codec.window_bits, device=words.device)
@@ -32,14 +33,17 @@ def window_values(codec: NeuralCodec, words: Tensor, layers: Sequence[Tensor]) -
 
 
 def stored_values(codec: NeuralCodec, raw: Tensor) -> Tensor:
-    """Evaluate a stored decoder for every window, float32; `raw` holds its bytes, in any integer or float dtype."""
+    """Evaluate a stored decoder for every window: float32 [2^(taps codebook_bits), dim].
+
+    `raw` holds the decoder's bytes, as a tensor of any integer or float dtype.
+    """
     tensors = unpack_tensors(codec, raw.cpu().numpy().astype(np.uint8))
     words, *layers = (torch.from_numpy(values).to(raw.device, torch.float32) for values in tensors)
     return window_values(codec, words, layers)
 
 
 def windows_of(codec: NeuralCodec, codes: Tensor) -> Tensor:
-    """The number of every patch's window, for codes [patches, ...] in the order in which they stand in a column."""
+    """The number of each patch's window, [patches, ...]; `codes` has the same shape, in the order of the patches."""
     result = torch.zeros_like(codes)
     for back in range(min(codec.taps, len(codes))):
         result[back:] |= codes[: len(codes) - back] << (codec.codebook_bits * back)

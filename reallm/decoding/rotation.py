@@ -1,4 +1,7 @@
-"""The rotations of `kernels.codes.hadamard`, by Kronecker factors: n (m + 128) products per vector instead of n^2."""
+"""The rotations of `kernels.codes.hadamard`, applied by Kronecker factors.
+
+This takes n (m + 128) multiplications per vector of n = 2^k m entries instead of n^2.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ MAX_SYLVESTER = 7
 
 
 def _kronecker(n: int, like: Tensor) -> list[Tensor]:
-    """Orthogonal factors whose Kronecker product is R without its signs."""
+    """Orthogonal factors whose Kronecker product is the rotation R [n, n] without its random signs."""
     base, power = factors(n)
     parts, remaining = [torch.from_numpy(base.copy()) / len(base) ** 0.5], power.bit_length() - 1
     while remaining:
@@ -25,7 +28,10 @@ def _kronecker(n: int, like: Tensor) -> list[Tensor]:
 
 
 def _apply(x: Tensor, parts: list[Tensor], inner: int = 1) -> Tensor:
-    """Apply kron(parts) along the dimension of x that has `inner` entries behind it: one batched product per factor."""
+    """Multiply x by kron(parts) along one dimension, by one batched product per factor.
+
+    `inner` is the number of entries of x in the dimensions after that one.
+    """
     shape, stride = x.shape, inner * math.prod(len(part) for part in parts)
     for part in parts:
         stride //= len(part)
@@ -38,25 +44,25 @@ def _signs(n: int, like: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotate every vector x along the last dimension, R x, in the dtype of x."""
+    """Rotate the vectors along the last dimension of x: R x, in the dtype of x."""
     n = x.shape[-1]
     return _apply(x * _signs(n, x), _kronecker(n, x))
 
 
 def unrotate(x: Tensor) -> Tensor:
-    """Rotate every vector x along the last dimension back, R^T x, in the dtype of x."""
+    """Undo `rotate`: R^T x along the last dimension of x, in the dtype of x."""
     n = x.shape[-1]
     return _apply(x, [part.T for part in _kronecker(n, x)]) * _signs(n, x)
 
 
 def _rotate_rows(W: Tensor) -> Tensor:
-    """R_N W for W[N, K]."""
+    """The product R_N W for W[N, K]."""
     n = len(W)
     return _apply(W * _signs(n, W)[:, None], _kronecker(n, W), W.shape[1])
 
 
 def _unrotate_rows(W: Tensor) -> Tensor:
-    """R_N^T W for W[N, K]."""
+    """The product R_N^T W for W[N, K]."""
     n = len(W)
     return _apply(W, [part.T for part in _kronecker(n, W)], W.shape[1]) * _signs(n, W)[:, None]
 

@@ -1,6 +1,6 @@
-"""Decoding for training: the codes without their scales, the scales, and the codebook, each as a tensor.
+"""Decoding for fine-tuning: the unscaled codes, the scales and the codebook as separate tensors.
 
-A trainer multiplies codes by scales itself, so that gradients reach the scales and the codebook:
+Fine-tuning multiplies the codes by the scales itself, so that gradients reach the scales and the codebook:
 
     decoded codes = decode_unscaled(...) * spread_scales(decode_scales(...))
 """
@@ -57,7 +57,7 @@ def decode_unscaled(
 
 
 def codebook_field(fmt: Format, rows: int, cols: int) -> Field | None:
-    """The field of the fp16 values that codes index, in the matrix or shared; None if the codec has no such table."""
+    """The field with the table of fp16 values that codes index, which may be shared; None if the codec has none."""
     if isinstance(fmt.codec, AdditiveCodec):
         return fmt.codec.codebook_field()
     if isinstance(fmt.codec, KMeansCodec):
@@ -66,7 +66,7 @@ def codebook_field(fmt: Format, rows: int, cols: int) -> Field | None:
 
 
 def scale_count(fmt: Format, rows: int, cols: int) -> int:
-    """The number of fp16 scales in the matrix; 0 if the codec has none or stores them double-quantised."""
+    """The number of fp16 scales in the matrix; 0 if the codec has no scales or stores them double-quantised."""
     return next((field.count for field in fmt.fields(rows, cols) if field.name == "scales"), 0)
 
 
@@ -76,10 +76,10 @@ def decode_scales(fmt: Format, fields: Fields, rows: int, cols: int) -> Tensor:
 
 
 def spread_scales(fmt: Format, scales: Tensor, rows: int, cols: int) -> Tensor:
-    """Bring scales [count] into the shape in which they multiply the codes.
+    """Expand scales [count] to a shape that can be multiplied with the codes [rows, cols].
 
-    That is [rows, cols] for scales per group, [rows, 1] for scales per row, and [cols] where all rows share them.
-    Raises ValueError for a codec without scales.
+    The result is [rows, cols] for scales per group, [rows, 1] for scales per row, and [cols] where all rows have the
+    same scales. Raises ValueError for a codec without scales.
     """
     spread = SCALE_SPREADS[type(fmt.codec)]
     if spread is None:
@@ -108,4 +108,4 @@ SCALE_SPREADS: Mapping[type[AnyCodec], Callable[[Any, Tensor, int, int], Tensor]
     TrellisCodec: _per_column_block,
     NeuralCodec: _per_column_block,
 }
-"""How the scales of each codec are laid out; None for codecs without scales."""
+"""For each codec, the function that expands its scales as `spread_scales` does; None for codecs without scales."""

@@ -1,4 +1,4 @@
-"""Reading packed bytes into torch tensors: codes from their bit planes, and floats, on any device."""
+"""Reading packed bytes into torch tensors, on any device: codes from their bit planes, floats and words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def unpack(packed: Tensor, bits: int, count: int, index: Tensor | None = None) -
 
     `packed` (uint8) holds `count` codes. With `index` (int64, any shape) only the codes at those positions are
     returned, in the shape of `index`; without it all of them, as [count]. The result is uint8 up to 8 bits and int32
-    above. The bit planes are those of `kernels.codes.packing`: in a plane of width w <= 8, code i lies in byte i w / 8.
+    above. The bit planes are those of `kernels.codes.packing`: in a plane of width w <= 8, code i is in byte
+    floor(i w / 8).
     """
     code_dtype = torch.uint8 if bits <= 8 else torch.int32
     shape = (count,) if index is None else tuple(index.shape)
@@ -50,7 +51,7 @@ def _wide_plane_codes(plane: Tensor, width: int) -> Tensor:
 
 
 def word_aligned(packed: Tensor) -> Tensor:
-    """`packed`, copied if its storage does not start at a multiple of four bytes, so that it can be viewed as words."""
+    """Return `packed`, or a copy if it does not start at a multiple of four bytes: it can then be viewed as words."""
     return packed.clone() if packed.storage_offset() % 4 else packed
 
 

@@ -1,12 +1,13 @@
-"""How far one language model's predictions are from another's, window by window.
+"""Measure how far one language model's predictions are from another's, window by window.
 
-At every scored position, with p the base model's distribution over the vocabulary and q the compressed one's,
+At every scored position, p is the base model's distribution over the vocabulary and q that of the compressed model:
 
     KL(p || q) = sum_v p_v (log p_v - log q_v)      in nats per token (Kullback & Leibler 1951)
 
-beside the perplexity exp(mean -log q[target]) of both and the share of positions where both put the same token first;
-llama.cpp's --kl-divergence reports the same figures. A causal model is scored on every token after the first of a
-window; a masked model on a seeded 15% of the tokens, replaced by the mask token, which gives a pseudo-perplexity.
+The perplexity of the compressed model is exp(mean -log q[target]), and that of the base is the same with p. Also
+reported is the share of positions where both models have the same most likely token. llama.cpp's --kl-divergence
+reports the same figures. A causal model is scored on every token after the first of a window. A masked model is scored
+on a seeded 15% of the tokens, which are replaced by the mask token; this gives a pseudo-perplexity.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from reallm.text.masking import ScoredWindow, causal_window, mask_window
 ROWS_AT_ONCE = 128
 """Positions whose distributions are in memory at once: 128 x 49152 floats are 25 MB."""
 MAX_NATS = 700.0
-"""Mean losses above this have no perplexity in float64."""
+"""Mean losses above this are an error, because the perplexity may overflow float64."""
 PERCENTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 
 
@@ -38,7 +39,7 @@ class Divergence:
     mean: float
     """Nats per token."""
     median: float
-    """Nats per token, as all percentiles below."""
+    """Nats per token, like all percentiles below."""
     p90: float
     """90th percentile."""
     p95: float
@@ -50,12 +51,12 @@ class Divergence:
     max: float
     """Largest value at any scored position, nats per token."""
     same_top1: float
-    """Share of positions, 0 to 1, where both models put the same token first."""
+    """Share of positions, 0 to 1, where both models have the same most likely token."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_models` measured; the figures of the base are None when there was no base.
+    """What `compare_models` measured; `base_perplexity` and `divergence` are None without a base model.
 
     >>> result = reallm.evaluate("out", text="test.txt", seqlen=32, windows=4, progress=False)
     >>> result.comparison.windows, result.comparison.divergence is None
@@ -69,7 +70,7 @@ class Comparison:
     tokens: int
     """Number of scored positions in all windows."""
     perplexity: float
-    """exp of the mean loss in nats per token; of masked tokens for an encoder."""
+    """exp of the mean loss in nats per token; for an encoder, of the loss on masked tokens."""
     base_perplexity: float | None
     """The same for the base model."""
     divergence: Divergence | None
@@ -77,7 +78,7 @@ class Comparison:
 
 
 class CachedLogits:
-    """A base model whose logits on each window are computed once and kept on the CPU, to compare several models with.
+    """A base model for comparing several models: its logits on each window are computed once and kept on the CPU.
 
     A window of 1024 tokens takes 200 MB with a vocabulary of 49152 in float32.
     """
@@ -107,9 +108,9 @@ def compare_models(
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Score `model`, against `base` where given, on `windows` int64 [n, seqlen].
+    """Score `model` on `windows`, int64 [n, seqlen], and compare it with `base` if that is given.
 
-    With `mask_token` the evaluation is masked (encoders); window i is masked with the seed `seed` + i. Both models run
+    With `mask_token` (encoders), masked tokens are scored; window i is masked with the seed `seed` + i. Both models run
     in their own dtype and on their own device; distributions are computed in float32, with the logits of one window in
     memory at a time. Raises UserError when logits are not finite or the vocabularies differ.
     """
@@ -147,7 +148,7 @@ def _logits(model: PreTrainedModel | CachedLogits, scored: ScoredWindow, what: s
 
 
 def _score(logits: Tensor, base_logits: Tensor | None, targets: Tensor) -> Tensor:
-    """Float64 [P, 4]: -log q[target], -log p[target], KL(p || q), and 1 where both agree on the first token.
+    """Float64 [P, 4]: -log q[target], -log p[target], KL(p || q), and 1 where both have the same top token.
 
     Logits [P, vocabulary] are taken ROWS_AT_ONCE rows at a time; without a base the last three columns are zero.
     """

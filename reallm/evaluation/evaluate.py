@@ -1,8 +1,9 @@
-"""`reallm eval`: how good a compressed model is, and how large.
+"""`reallm eval`: measure the quality and the size of a compressed model.
 
-Protocol (WikiText-2's, and llama.cpp's for the divergence): the text is tokenised once and cut into consecutive windows
-of `seqlen` tokens, the last partial one dropped; every token after the first of a window is scored with no more context
-than its window. Always state the context: figures at 1024 and 2048 are not comparable. See `reallm.evaluation.compare`.
+The protocol is that of WikiText-2, and of llama.cpp for the divergence: the text is tokenised once and cut into
+consecutive windows of `seqlen` tokens, without an incomplete last one; every token after the first of a window is
+scored with the tokens before it in the same window as context. Always state the context length: figures at 1024 and
+2048 tokens are not comparable. See `reallm.evaluation.compare`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Evaluation:
     peak_rss_bytes: int
     """Peak resident memory of the process, in bytes."""
     notes: tuple[str, ...]
-    """What a reader of the figures must know, one line each."""
+    """What a reader of the figures must know, one sentence per entry."""
     versions: dict[str, str]
     """Package name -> version, of reallm, torch and transformers."""
     adapter: str | None = None
@@ -91,7 +92,7 @@ def evaluate(
     against
         The original model, for the KL divergence; None measures perplexity and sizes only.
     text
-        What to evaluate on (see `reallm.text.corpus.load_text`); None for English text that comes with Python.
+        What to evaluate on (see `reallm.text.corpus.load_text`); None for an English text that comes with Python.
     seqlen
         Context in tokens. Perplexities at different contexts cannot be compared.
     windows
@@ -167,4 +168,4 @@ def _notes(text: Text, mask: int | None, adapter: str | Path | None) -> Iterator
     if adapter is not None:
         yield f"evaluated with the adapter {adapter}; the sizes do not include it"
     if mask is not None:
-        yield f"an encoder: the pseudo-perplexity of a seeded {MASK_SHARE:.0%} of the tokens, masked"
+        yield f"the model is an encoder: the perplexity is that of a random {MASK_SHARE:.0%} of the tokens, masked"

@@ -146,13 +146,13 @@ def open_student(artifact: Path, data: TrainingData, settings: ResolvedSettings)
 
     With gradient checkpointing the student keeps no decoded weights.
     """
-    dense = data.teacher.loaded
+    teacher = data.teacher
     decode: DecodeMode = "call" if settings.gradient_checkpointing else "load"
-    student, _ = load(artifact, device=dense.model.device, dtype=dense.dtype, decode=decode, verify=False)
+    student, _ = load(artifact, device=teacher.device, dtype=teacher.dtype, decode=decode, verify=False)
     linears = trainable_linears(student)
-    objective = Objective(student, data.teacher, data.train.tokens[:1], settings.loss)
+    objective = Objective(student, teacher, data.train.tokens[:1], settings.loss)
     if objective.head is None and settings.loss == "kl":
-        data.teacher.reload_weights()  # the loss needs the teacher's logits, which its hidden states cannot give
+        teacher.reload_weights()  # the loss needs the teacher's logits, which its hidden states cannot give
     return StudentTeacher(data, student, linears, objective)
 
 

@@ -1,1 +1,1 @@
-"""Measuring what storing each matrix in each candidate format costs."""
+"""Measuring how much loss and how many bytes each matrix costs in each candidate format."""

@@ -1,8 +1,9 @@
-"""The content-addressed cache of encoded matrices: two files per entry, named by the hash of all that determines it.
+"""The content-addressed cache of encoded matrices: the key of an entry is a hash of everything its content depends on.
 
-`<xx>/<key>.json` holds the measurement, `<xx>/<key>.safetensors` the packed fields. The fields may be left out to save
-disk space; `compile` then encodes the chosen ones again. Files are written atomically, so kill -9 costs only the work
-under way, and two processes, on one machine or on two that share the folder, may at worst do the same work twice.
+An entry has two files: `<xx>/<key>.json` holds the measurement, `<xx>/<key>.safetensors` the packed fields. The fields
+may be left out to save disk space; `compile` then encodes the chosen matrices again. Files are written atomically, so
+kill -9 loses only the work in progress. Two processes, on one machine or on two that share the folder, at worst do the
+same work twice.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ class Cache:
         return self.folder / key[:2] / f"{key}.{suffix}"
 
     def measurement(self, key: str) -> MeasurementRecord | None:
-        """Read the measurement stored under `key`; None if there is none or it is damaged."""
+        """Read the measurement stored under `key`; None if it is missing or damaged."""
         try:
             return MeasurementRecord.model_validate_json(self._path(key, "json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValidationError, json.JSONDecodeError, UnicodeDecodeError):
             return None
 
     def fields(self, key: str) -> PackedFields | None:
-        """Read the packed fields stored under `key`; None if there are none or their file is damaged."""
+        """Read the packed fields stored under `key`; None if their file is missing or damaged."""
         path = self._path(key, "safetensors")
         try:
             return dict(load_file(path))
@@ -53,7 +54,7 @@ class Cache:
             return None
 
     def has_fields(self, key: str) -> bool:
-        """Whether there are packed fields under `key`; they are not read."""
+        """Whether packed fields are stored under `key`, without reading them."""
         return self._path(key, "safetensors").is_file()
 
     def put_fields(self, key: str, fields: PackedFields) -> None:
@@ -68,5 +69,5 @@ class Cache:
             partial.unlink(missing_ok=True)
 
     def put_measurement(self, key: str, record: MeasurementRecord) -> None:
-        """Store a measurement atomically. Its packed fields, if they are kept, must be stored before it."""
+        """Store a measurement atomically. Packed fields that are to be kept must be stored before their measurement."""
         write_record(self._path(key, "json"), record)

@@ -1,9 +1,9 @@
-"""Calibration on the compressed prefix: every block sees the inputs that an already compressed model gives it.
+"""Calibration on a compressed prefix: statistics are gathered on the inputs that blocks receive in a compressed model.
 
-GPTQ and AQLM (arXiv 2210.17323, 2401.06118) compress the blocks in order and calibrate each on the outputs of the
-compressed blocks before it. Here the prefix is an artifact made earlier: its decoded weights replace the model's own
-while statistics are gathered; what is then encoded is still the original weight. Each further round of measure, plan
-and compile with the last artifact as prefix is one such pass.
+GPTQ and AQLM (arXiv 2210.17323, 2401.06118) compress the blocks in order and calibrate each block on the outputs of the
+compressed blocks before it. Here an earlier artifact takes the role of the compressed blocks ("prefix"): its decoded
+weights replace the original ones while statistics are gathered. The weights that are then encoded are still the
+original ones. Measuring, planning and compiling can be repeated, each time with the previous artifact as prefix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reallm.runtime.load import load
 
 
 def prefix_digest(artifact: Path, loaded: LoadedModel) -> str:
-    """sha256 of the manifest of `artifact`, which contains the digests of all its files.
+    """sha256 of the manifest of `artifact`, which contains the digests of all other files in the artifact.
 
     Raises UserError when the artifact was compiled from another model than `loaded`.
     """
@@ -35,7 +35,7 @@ def prefix_digest(artifact: Path, loaded: LoadedModel) -> str:
 
 @contextmanager
 def prefix_weights(artifact: Path, loaded: LoadedModel) -> Iterator[None]:
-    """Give the matrices of `loaded` the decoded weights of `artifact` within the context, and their own back after."""
+    """Replace the weights of `loaded` by the decoded weights of `artifact` within the context; restore them after it."""
     parameters = {name: loaded.model.get_parameter(name) for name in {m.parameter for m in loaded.matrices}}
     original = {name: parameter.data for name, parameter in parameters.items()}
     compressed, _ = load(artifact)
@@ -51,5 +51,5 @@ def prefix_weights(artifact: Path, loaded: LoadedModel) -> Iterator[None]:
 
 
 def _decoded(weight: Tensor | ExpertStack) -> Tensor:
-    """The dense values of a compressed weight, a copy that owns its memory."""
+    """The decoded values of a compressed weight, as a plain tensor with its own memory."""
     return weight.dense() if isinstance(weight, ExpertStack) else weight.detach().as_subclass(Tensor).clone()

@@ -1,4 +1,4 @@
-"""What encoding a matrix needs: its metric, shared codebooks, and the keys under which the cache keeps results."""
+"""What encoding a matrix requires: its metric, its shared codebooks, and the keys of results in the cache."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .cache import Cache, content_key
 
 @dataclass(frozen=True)
 class Job:
-    """The folders and settings of one measurement, the same for all its matrices."""
+    """The folders and settings of one run of `measure`, the same for all matrices."""
 
     cache: Cache
     statistics: Path
-    """Folder of the calibration statistics."""
+    """The folder of the calibration statistics."""
     identity: str
-    """Hash of the model, the text and the settings of calibration."""
+    """Hash of the model, the text and the calibration settings."""
     seed: int
     keep_codes: bool = True
     """Whether packed fields are stored in the cache beside the measurements."""
 
     @staticmethod
     def at(output: Path, identity: str, seed: int, keep_codes: bool = True) -> Job:
-        """The job in the measured folder `output`."""
+        """The job whose files are in the work folder `output`."""
         return Job(Cache(output / "cache"), output / "statistics" / identity[:16], identity, seed, keep_codes)
 
     def key(self, matrix: str, fmt: Format) -> str:
@@ -54,7 +54,7 @@ class Job:
 
 
 def matrix_metric(matrix: Matrix, statistics: BlockStatistics) -> Metric:
-    """The metric of `matrix`; statistics are zero if the calibration text never used the matrix."""
+    """The metric of `matrix`; H and the Fisher information are zero if no token of the calibration text reached it."""
     lookup = statistics.lookups.get(matrix.name)
     fisher = statistics.fisher.get(matrix.name)
     if fisher is None:
@@ -70,9 +70,9 @@ def matrix_metric(matrix: Matrix, statistics: BlockStatistics) -> Metric:
 
 
 def codebook_values(fmt: Format, fields: PackedFields) -> Tensor:
-    """Read the packed field that several matrices of `fmt` share, as float32.
+    """Read the packed field that the matrices of a family share in format `fmt`, as float32.
 
-    It contains additive codebooks [M, 2^B, d], or the bytes of a neural decoder [bytes].
+    It holds additive codebooks [M, 2^B, d], or the bytes of a neural decoder [bytes].
     """
     codec, field = fmt.codec, fmt.shared_field
     assert isinstance(codec, AdditiveCodec | NeuralCodec) and field is not None
@@ -80,7 +80,7 @@ def codebook_values(fmt: Format, fields: PackedFields) -> Tensor:
 
 
 def codebook_bytes(fmt: Format, codebooks: Tensor | None) -> Tensor | None:
-    """Pack shared codebooks into the bytes that `decode` takes, uint8; None if there are none."""
+    """Pack shared codebooks into the bytes that `decode` takes, uint8 [bytes]; None if `codebooks` is None."""
     if codebooks is None or fmt.shared_field is None:
         return None
     return torch.from_numpy(store(fmt.shared_field, codebooks))

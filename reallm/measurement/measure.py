@@ -1,7 +1,7 @@
-"""Measuring a model: every matrix is encoded in every candidate format, and its actual error is weighted.
+"""Measuring a model: every matrix is encoded in every candidate format, and the cost of its error is computed.
 
-Calibration comes first, then shared codebooks, then one task per matrix (`schedule`, `tasks`). Workers find weights,
-statistics and cache in the measured folder, so they may also run on other machines that share it.
+Calibration comes first, then the fitting of shared codebooks, then one task per matrix (`schedule`, `tasks`). Workers
+read the weights, the statistics and the cache in the work folder, so they may also run on other machines that share it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def measure(
     backend: Backend = "processes",
     ray_address: str | None = None,
 ) -> MeasuredTable:
-    """Measure what each matrix of a model costs in each candidate format, and write the table to a folder.
+    """Measure the bytes and the cost of each matrix of a model in each candidate format, and write the measured table.
 
-    An interrupted run is resumed by the same call. Costs are in nats per token.
+    Costs are in nats per token. Repeat the call to resume an interrupted run.
 
     Parameters
     ----------
@@ -79,25 +79,26 @@ def measure(
     jobs
         Number of matrices encoded at the same time; -1 for one per core.
     chat_template
-        Wrap plain documents in the model's chat template as messages of a user.
+        Wrap plain documents in the model's chat template, as messages from a user.
     keep_codes
         Keep the packed codes of all candidates in the cache. False saves about the sum of their sizes on disk, and
         `compile` then encodes the chosen candidates again.
     bpw
-        The least and the most bits per weight that will be planned for. Candidates that cannot matter in this range are
-        not measured (see `screening`); the table and its plans list them. None measures every candidate.
+        The lowest and the highest number of bits per weight that you will plan for. Candidates that no plan in this
+        range would choose are not measured (see `screening`); the table and plans made from it list how many. None
+        measures every candidate.
     prefix
-        An artifact of the same model: calibrate on the inputs that each block receives from its compressed weights.
+        An artifact of the same model: calibrate on the inputs that each block receives in this compressed model.
     backend
-        Where matrices are encoded: "processes" of this machine, or a "ray" cluster.
+        Where matrices are encoded: in "processes" on this machine, or on a "ray" cluster.
     ray_address
-        Address of the Ray cluster; None for RAY_ADDRESS, or the cluster that this machine belongs to. Its machines must
-        see `output` under the same path.
+        Address of the Ray cluster. None uses the environment variable RAY_ADDRESS or, without it, the cluster that this
+        machine belongs to. All machines of the cluster must have access to `output` under the same path.
 
     Returns
     -------
     MeasuredTable
-        The table as written, with what earlier runs measured on the same model, text and settings.
+        The table as written, including what earlier runs measured on the same model, text and settings.
 
     Raises
     ------
@@ -154,8 +155,8 @@ def sample_windows(
 ) -> Tensor:
     """Sample calibration windows from `text`: token ids, int64 [n, seqlen].
 
-    Logs a warning if `text` is only the fallback and if it holds fewer than `nsamples` windows. Raises UserError for a
-    model without a tokenizer and for a text shorter than one window.
+    Logs a warning if `text` is the offline default or has fewer than `nsamples` windows. Raises UserError for a model
+    without a tokenizer and for a text shorter than one window.
     """
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer; add its tokenizer files to the folder")
@@ -188,9 +189,9 @@ def _screen(
     workers: Workers,
     bpw: tuple[float, float],
 ) -> tuple[dict[str, Sequence[Format]], Measured]:
-    """Measure every linear matrix in one anchor format, and leave out candidates that cannot matter.
+    """Measure every linear matrix in one anchor format, and rule out candidates that no plan would choose.
 
-    Returns the formats worth measuring by matrix name, and the measurements in the anchor formats.
+    Returns the formats still to be measured, by matrix name, and the measurements in the anchor formats.
     """
     inner = [m for m in loaded.matrices if m.kind in ("linear", "expert")]
     anchors = {m.name: choose_anchor(space.formats[m.kind]) for m in inner}

@@ -1,4 +1,4 @@
-"""The packed codes that a plan chose: from the cache of the measured folder, or encoded again.
+"""The packed codes of the formats that a plan chose: read from the cache in the work folder, or encoded again.
 
 `measure` and this module call the same encoder on one thread, so encoding again gives the same bytes.
 """
@@ -32,10 +32,10 @@ LOG = logging.getLogger(__name__)
 
 
 class MeasuredCodes:
-    """The packed fields of a plan's choices, read from the measured folder `work`."""
+    """The packed fields of a plan's choices, from the work folder `work`."""
 
     def __init__(self, work: Path, loaded: LoadedModel) -> None:
-        """Raises UserError if `work` was measured on another model than `loaded`."""
+        """Open the cache in `work`. Raises UserError if `work` was measured on another model than `loaded`."""
         table = read_record(work / TABLE_FILE, MeasuredTable, "measure")
         if table.model_sha256 != loaded.digest:
             raise UserError(f"{work} was measured on another model than {loaded.source}; measure again, or give --work")
@@ -44,7 +44,7 @@ class MeasuredCodes:
         self.matrices = {matrix.name: matrix for matrix in loaded.matrices}
 
     def log_missing(self, choices: Sequence[Choice]) -> None:
-        """Log how many of the choices have to be encoded again because the cache does not hold their codes."""
+        """Log how many of the choices must be encoded again because the cache does not hold their codes."""
         packed = [c for c in choices if not isinstance(Format.parse(c.format).codec, DenseCodec)]
         keys = [self.job.key(choice.matrix, Format.parse(choice.format)) for choice in packed]
         if missing := sum(not self.job.cache.has_fields(key) for key in keys):

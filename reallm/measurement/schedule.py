@@ -1,6 +1,6 @@
-"""Scheduling: what the cache already holds, and the tasks that measure the rest on workers.
+"""Scheduling: read the measurements that the cache already holds, and let workers make the others.
 
-There is one task per matrix, so that the factorisations of its metric are computed once for all formats.
+There is one task per matrix, so that the factorisations of the matrix's metric are computed once for all formats.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Measured:
 
     records: list[MeasurementRecord]
     worker_peak_bytes: int
-    """Peak memory of the largest process that encoded, in bytes; 0 if the cache held everything."""
+    """The largest peak memory of a worker process, in bytes; 0 if the cache held all measurements."""
 
 
 def measure_formats(
@@ -45,9 +45,9 @@ def measure_formats(
     codebooks: Mapping[str, Tensor],
     workers: Workers,
 ) -> Measured:
-    """Measure every matrix in its `formats` (by matrix name), on `workers` as far as the cache does not hold it yet.
+    """Measure every matrix in its `formats` (by matrix name), on `workers` unless the cache holds the measurement.
 
-    `codebooks` maps shared keys to codebook values. Notes of the workers are logged as warnings.
+    `codebooks` maps the keys of shared codebooks to their values. Notes of the workers are logged as warnings.
     """
     records, missing = _split_by_cache(loaded, formats, job)
     numel = {matrix.name: matrix.numel for matrix, _ in missing}
@@ -80,7 +80,7 @@ def measure_formats(
 def _split_by_cache(
     loaded: LoadedModel, formats: Mapping[str, Sequence[Format]], job: Job
 ) -> tuple[list[MeasurementRecord], list[tuple[Matrix, list[Format]]]]:
-    """(records in the cache, the formats that each matrix lacks), the largest matrices first."""
+    """(records in the cache, (matrix, formats to be measured) of the other matrices, the largest matrix first)."""
     known, missing = [], []
     for matrix in sorted(loaded.matrices, key=lambda m: -m.numel):
         absent = []

@@ -1,14 +1,16 @@
-"""Screening: candidates that cannot matter at the requested budgets need not be measured.
+"""Screening: candidates that no plan in the requested range of budgets would choose are not measured.
 
-After every matrix has been measured in one anchor format a, the cost of any other format f is predicted from the
-errors e that both make on a normal source. Rotated weights are close to normal; for others the prediction is too low,
-which only keeps more candidates.
+Every matrix is first measured in one format a, the anchor. The cost of any other format f is then predicted from the
+errors e of both formats on normally distributed weights:
 
     cost(f) ~ cost(a) e(f) / e(a)
 
-Let lambda, the loss per byte, run between the prices of the predicted planning problem at the two ends of the range of
-budgets. f is measured unless at every such price another format g of the matrix is cheaper even if both predictions are
-wrong by the factor t = TOLERANCE to the disadvantage of g:
+Rotated weights are close to normal; for others the prediction is too low, so that more candidates are kept than
+necessary.
+
+Let lambda be the price of a byte in loss. It runs between its values at the two ends of the range of budgets, found by
+solving the planning problem with predicted costs. f is left out if, at every such price, another format g of the matrix
+is cheaper even if both predictions are wrong by the factor t = TOLERANCE to the disadvantage of g:
 
     cost(f) / t + lambda bytes(f)  >  min_g  t cost(g) + lambda bytes(g)
 """
@@ -38,13 +40,13 @@ from reallm.models.matrix import Matrix
 from reallm.planner.tables.measured_table import Kind
 
 TOLERANCE = 1.5
-"""Factor by which a predicted cost may be wrong; on SmolLM2-135M the trellis formats were within it (docs/log.md)."""
+"""Factor by which predicted costs may be wrong; on SmolLM2-135M those of trellis formats were within it (docs/log.md)."""
 PRICES = 24
-"""Number of prices that are tried between the two ends."""
+"""Number of prices to try between the two ends of the range."""
 LLOYD_MAX_ERROR = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000644, 8: 0.0000415}
-"""The least error of a scalar code by bits (Max 1960)."""
+"""The smallest possible relative squared error of a scalar code on a normal source, by bits (Max 1960)."""
 VECTOR_ERROR = 1.3
-"""The error of a codebook at b bits per weight is at least this times 4^-b (at two bits 0.081; E8P has 0.093)."""
+"""A codebook of b bits per weight has at least this error times 4^-b: 0.081 at two bits, where E8P has 0.093."""
 
 Array = NDArray[np.float64]
 
@@ -71,7 +73,7 @@ NORMAL_ERRORS: Mapping[type[AnyCodec], Callable[[Any], float] | None] = {
     TrellisCodec: _trellis_error,
     NeuralCodec: None,
 }
-"""A lower bound of each codec's relative squared error on a normal source; None where none is known."""
+"""A lower bound of each codec's relative squared error on a normal source; None if no bound is known."""
 
 
 def normal_error(fmt: Format) -> float | None:
@@ -92,9 +94,9 @@ class AnchorCost:
 
 
 def choose_anchor(formats: Sequence[Format]) -> Format | None:
-    """Choose the format to measure first: rotated formats before others, then the one nearest to three bits.
+    """Choose the anchor: prefer rotated formats, and among them the one whose error is nearest to that of three bits.
 
-    None if no format has a known error.
+    Returns None if the error of no format is known.
     """
     known = [fmt for fmt in formats if normal_error(fmt) is not None]
     return min(known, key=lambda f: (not f.rotated, abs(np.log(normal_error(f) or 1) - np.log(4.0**-3))), default=None)
@@ -103,10 +105,10 @@ def choose_anchor(formats: Sequence[Format]) -> Format | None:
 def worth_measuring(
     anchor_costs: Sequence[AnchorCost], formats: Mapping[Kind, Sequence[Format]], budgets: tuple[float, float]
 ) -> dict[str, list[Format]]:
-    """Find the formats that may matter, by matrix name.
+    """Find the formats that have to be measured, by matrix name.
 
-    `formats` are the candidates by kind of matrix, `budgets` the least and the most bytes for all these matrices
-    together. Formats without a known error are always kept.
+    `formats` holds the candidates for each kind of matrix, `budgets` the smallest and the largest total of bytes for
+    the matrices of `anchor_costs`. Formats without a known error are always included.
     """
     predictions = {a.matrix.name: _predict(a, formats[a.matrix.kind]) for a in anchor_costs}
     ends = [_price_of_budget(list(predictions.values()), budget) for budget in budgets]
@@ -123,7 +125,7 @@ def worth_measuring(
 
 
 def _predict(anchor_cost: AnchorCost, formats: Sequence[Format]) -> tuple[Array, Array]:
-    """(predicted costs, bytes) of `formats`; a cost is NaN where no error is known."""
+    """(predicted costs, bytes) of `formats`; the cost is NaN for a format without a known error."""
     matrix, anchor = anchor_cost.matrix, choose_anchor(formats)
     scale = anchor_cost.cost / (normal_error(anchor) or 1.0) if anchor else np.nan
     errors = [normal_error(fmt) for fmt in formats]

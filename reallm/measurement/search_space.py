@@ -1,4 +1,4 @@
-"""Candidate spaces: the formats that are measured for each kind of matrix.
+"""Search spaces: the candidate formats for each kind of matrix.
 
 A space is the name of a preset or a YAML file:
 
@@ -89,7 +89,7 @@ DEFAULT_SPACE = "default"
 
 @dataclass(frozen=True)
 class Space:
-    """The candidate formats of every kind of matrix, in the order in which the space lists them."""
+    """The candidate formats for every kind of matrix, in the order in which the user or the preset lists them."""
 
     name: str
     formats: Mapping[Kind, tuple[Format, ...]]
@@ -122,7 +122,7 @@ def _build(name: str, lists: Mapping[str, object]) -> Space:
 def load_space(space: str | Path | None = None) -> Space:
     """Load the preset called `space`, or the YAML file of that name; None for the default preset.
 
-    Raises UserError for an unknown name and for a file that is not a space.
+    Raises UserError for an unknown name and for a file that does not describe a space.
     """
     name = str(space or DEFAULT_SPACE)
     if name in PRESETS:

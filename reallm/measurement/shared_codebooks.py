@@ -1,4 +1,4 @@
-"""The shared codebooks of a space: one for every format that shares and every family of matrices."""
+"""The shared codebooks of a search space: one set for each family of matrices and each format with shared codebooks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .search_space import Space
 def load_or_fit_codebooks(loaded: LoadedModel, space: Space, job: Job) -> tuple[dict[str, Tensor], list[SharedRecord]]:
     """Read the shared codebooks from the cache, or fit them and store them there.
 
-    Returns the codebook values by shared key, and their records for the table.
+    Returns the codebook values by key (see `planner.tables.tensor_layout.shared_key`) and their records for the table.
     """
     codebooks, records = {}, []
     shared_formats = {

@@ -1,4 +1,4 @@
-"""Assembling the measured table: from the records of one run, joined with what earlier runs measured."""
+"""Assembling the measured table from the records of this run and of earlier runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def assemble_table(
     tokens: int,
     base: Mapping[str, float],
 ) -> MeasuredTable:
-    """Make the table of one run; `tokens` were used for calibration, `base` holds perplexity, timings and memory."""
+    """Make the table of one run.
+
+    `tokens` is the number of calibration tokens; `base` holds the model's perplexity, timings and memory use.
+    """
     order = {m.name: i for i, m in enumerate(loaded.matrices)}
     return MeasuredTable.model_validate(
         {
@@ -50,9 +53,9 @@ def assemble_table(
 
 
 def write_table(table: MeasuredTable, space: Space, output: Path) -> MeasuredTable:
-    """Add what earlier runs measured to `table`, record what is unmeasured, and write it to the folder `output`.
+    """Add the measurements of earlier runs to `table`, count those that are missing, and write it to folder `output`.
 
-    The folder is locked meanwhile, because another process or machine may be adding its own measurements.
+    The folder is locked during this, because another process or machine may be adding its measurements too.
     """
     with exclusive_lock(output):
         table = _with_earlier(table, output)
@@ -62,7 +65,7 @@ def write_table(table: MeasuredTable, space: Space, output: Path) -> MeasuredTab
 
 
 def _with_earlier(table: MeasuredTable, output: Path) -> MeasuredTable:
-    """Add what an earlier run measured in other formats on the same model, text and settings."""
+    """Add to `table` what earlier runs measured in other formats on the same model, text and settings."""
     try:
         earlier = read_record(output / TABLE_FILE, MeasuredTable, "measure")
     except RecordError:  # no table yet, or one of another version
@@ -82,7 +85,7 @@ def _with_earlier(table: MeasuredTable, output: Path) -> MeasuredTable:
 
 
 def _count_unmeasured(table: MeasuredTable, space: Space) -> dict[str, int]:
-    """By format of the space, the number of matrices that were not measured in it; formats without any are left out."""
+    """Format name -> number of matrices that were not measured in it, for formats of the space where it is not zero."""
     known = {(record.matrix, record.format) for record in table.measurements}
     counts: dict[str, int] = {}
     for matrix in table.matrices:

@@ -1,7 +1,7 @@
-"""The task of a worker: encode one matrix in several formats and measure the error of each.
+"""The task of a worker: encode one matrix in several formats and measure the cost of each.
 
-A worker may be this process, another one, or another machine. It reads the weight, the statistics and the cache from
-the measured folder, and stores every result in the cache at once, so that an interrupted run can be resumed.
+A worker may be this process, another process, or a process on another machine. It reads the weight, the statistics and
+the cache in the work folder. It stores each result in the cache immediately, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def measure_matrix(
 ) -> MatrixResult:
     """Measure `matrix` in all `formats`, on one thread, so that the bytes do not depend on the number of workers.
 
-    `weight_path` is a file written by `WorkerWeights.write_weight`, `codebooks` maps shared keys to values, and
-    `codec_version` is the CODEC_VERSION of the process that created the task. Raises UserError if this worker's
-    encoders have another version, or if it does not see the weight file.
+    `weight_path` is a file written by `WorkerWeights.write_weight`, `codebooks` maps the keys of shared codebooks to
+    their values, and `codec_version` is the CODEC_VERSION of the process that created the task. Raises UserError if the
+    encoders of this worker have another version, or if this machine has no access to the weight file.
     """
     if codec_version != CODEC_VERSION:
         versions = f"{CODEC_VERSION}, not {codec_version}"
@@ -62,7 +62,7 @@ def measure_matrix(
         W, records = read_weight(weight_path), []
         work = Workspace(job.metric(matrix))
         for fmt in formats:
-            record = job.cache.measurement(job.key(matrix.name, fmt))  # by a worker that died, or by another machine
+            record = job.cache.measurement(job.key(matrix.name, fmt))  # from a worker that died, or from another machine
             if record is None:
                 codebook = codebooks.get(shared_key(fmt, matrix.family) or "")
                 record = _measure_format(W, matrix, fmt, work, job, codebook)

@@ -1,7 +1,7 @@
-"""Weights for the workers: one file per matrix in the measured folder, which every machine sees.
+"""Weights for the workers: one file per matrix in the work folder, to which every machine has access.
 
-Whatever the model is loaded from (safetensors, GGUF, the hub), a worker reads one matrix from the disk, and no weight
-is pickled. A file is removed when its matrix has been measured.
+Workers read only the matrix they need, in the same way whatever the model was loaded from (safetensors, GGUF, the hub),
+and weights need not be pickled. A file is removed when its matrix has been measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from reallm.models.matrix import Matrix
 from reallm.system.lock import exclusive_lock, remove_abandoned
 from reallm.system.tensor_file import save_tensors
 
-if TYPE_CHECKING:  # its import of transformers would cost every worker seconds
+if TYPE_CHECKING:  # at run time this would import transformers, which takes seconds in every worker
     from reallm.models.loaded import LoadedModel
 
 PREFIX = "weights-"
@@ -37,7 +37,7 @@ class WorkerWeights:
     folder: Path
 
     def write_weight(self, loaded: LoadedModel, matrix: Matrix) -> Path:
-        """Write the weight of `matrix` in the model's dtype; returns the path, which is the same on every machine."""
+        """Write the weight of `matrix` in the model's dtype; returns the path, which must be valid on every machine."""
         path = self._path(matrix.name)
         dtype = loaded.model.get_parameter(matrix.parameter).dtype
         save_tensors(path, {"weight": loaded.weight(matrix).to(dtype)})
@@ -53,7 +53,7 @@ class WorkerWeights:
 
 @contextmanager
 def worker_weights_dir(output: Path) -> Iterator[WorkerWeights]:
-    """A new folder of weight files in the folder `output`, removed when the context ends.
+    """Create a folder for weight files inside the folder `output`; it is removed when the context ends.
 
     Folders that killed runs left behind are removed too.
     """
@@ -67,7 +67,7 @@ def worker_weights_dir(output: Path) -> Iterator[WorkerWeights]:
 
 
 def read_weight(path: Path) -> Tensor:
-    """Read W[N, K] float32 from a file of `WorkerWeights`. Raises UserError on a machine that does not see it."""
+    """Read W[N, K] float32 from a file of `WorkerWeights`. Raises UserError if this machine has no access to it."""
     try:
         weight: Tensor = load_file(path)["weight"].to(torch.float32, copy=True)
     except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Loading a model from wherever the user has it, and finding its weight matrices."""
+"""Loading a model from a folder, a GGUF file or the Hugging Face hub, and finding its weight matrices."""

@@ -1,6 +1,6 @@
-"""Checks of a model's weights files before any of them reaches transformers.
+"""Checks of a model's weights files, made before transformers reads any of them.
 
-The headers are read by `kernels.storage.safetensors_reader`; here its errors become UserErrors.
+`kernels.storage.safetensors_reader` reads the headers; this module turns its errors into UserErrors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reallm.system.torch_dtypes import TORCH_DTYPES
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError when the file is missing, damaged or not an object."""
+    """Read the JSON object in `path`. Raises UserError if the file is missing or damaged, or holds no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in `folder`, one file or shards, with all headers checked.
+    """List the tensors of the checkpoint in `folder` (one file or shards) by name, after checking all headers.
 
     Raises UserError for a folder without weights, a missing shard, a damaged file and an index that contradicts the
     shards.
@@ -49,9 +49,9 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def main_dtype(tensors: Iterable[StoredTensor], label: str) -> torch.dtype:
-    """The dtype in which most bytes are stored; float32 for float64. Raises UserError when it is not a plain float.
+    """The dtype that takes up most bytes of `tensors`; float32 instead of float64.
 
-    `label` names the model in the error.
+    Raises UserError, naming the model as `label`, when this is not a floating-point type that can be compressed.
     """
     sizes: Counter[str] = Counter()
     for tensor in tensors:

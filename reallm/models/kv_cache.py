@@ -1,8 +1,8 @@
-"""The memory that a model needs besides its weights while it decodes: its KV cache, measured on a few tokens.
+"""The size of a model's KV cache, measured on a few tokens, and the number of experts per token.
 
-No formulas of known architectures are used: a forward pass of PROBE_TOKENS tokens fills the model's own cache, and the
-values in it are counted. This also gives the right size for grouped queries, latent attention, layers that share a
-cache, and hybrid models with layers that have none (Mamba).
+The size does not come from formulas for known architectures: a forward pass of PROBE_TOKENS tokens fills the model's KV
+cache, and the values in it are counted. So the size is also right for grouped queries, latent attention, layers that
+share a cache, and hybrid models in which some layers have no cache (Mamba).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .probe import eager_experts, probe_ids
 
 
 def kv_cache(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
-    """Values per token and attention window of each layer's KV cache; empty for a model without such a cache."""
+    """Each layer's number of KV cache values per token and its attention window; empty for a model without KV cache."""
     if not model.can_generate():
         return ()
     training, ids = model.training, probe_ids(model)
@@ -34,7 +34,7 @@ def kv_cache(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
 
 
 def _layer(layer: Any) -> CacheLayer | None:
-    """The record of one layer of transformers' cache; None if it holds no keys and values [1, heads, tokens, dim]."""
+    """The record of one `layer` of transformers' cache; None if that has no keys and values [1, heads, tokens, dim]."""
     cached = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
     values = sum(tensor.numel() // tensor.shape[-2] for tensor in cached if tensor.ndim == 4 and tensor.shape[-2])
     window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
@@ -42,6 +42,6 @@ def _layer(layer: Any) -> CacheLayer | None:
 
 
 def experts_per_token(model: PreTrainedModel) -> int | None:
-    """Number of experts that each token goes through in a layer; None where the configuration does not say."""
+    """Number of experts that process each token in a layer; None where the model's configuration does not say."""
     count = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     return count if isinstance(count, int) and count > 0 else None

@@ -34,7 +34,7 @@ __all__ = [
     "model_digest",
 ]
 
-# Settings that depend on where and by whom the model was saved, and not on what it computes.
+# Settings of a configuration that depend on how the model was saved and do not change what it computes.
 _INCIDENTAL = frozenset({"architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config"})
 
 
@@ -47,9 +47,9 @@ class LoadedModel:
     source: str
     """Path or hub name, as the user gave it."""
     digest: str
-    """sha256 of the configuration and weights, see `model_digest`."""
+    """sha256 of the configuration and the weights; see `model_digest`."""
     dtype: torch.dtype
-    """The dtype of its weights."""
+    """The dtype of the weights."""
     blocks: tuple[str, ...]
     """Module paths of the repeated blocks, in order."""
     matrices: tuple[Matrix, ...]
@@ -68,7 +68,7 @@ class LoadedModel:
         return max_positions(self.model)
 
     def weight(self, matrix: Matrix) -> Tensor:
-        """The weights of `matrix`, a float32 copy [rows, cols]."""
+        """A float32 copy of the weights of `matrix`, [rows, cols]."""
         tensor: Tensor = self.model.get_parameter(matrix.parameter).detach()
         if matrix.expert is not None:
             tensor = tensor[matrix.expert]
@@ -77,7 +77,7 @@ class LoadedModel:
         return torch.empty(matrix.rows, matrix.cols, dtype=torch.float32, device=tensor.device).copy_(tensor)
 
     def other_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every stored tensor that is not a matrix; a tied tensor is listed under its first name."""
+        """Name -> shape of every stored tensor that is not a matrix; a tied tensor is listed only by its first name."""
         matrices = {self.model.get_parameter(matrix.parameter) for matrix in self.matrices}
         seen = {id(tensor) for tensor in matrices}
         others: dict[str, tuple[int, ...]] = {}
@@ -89,10 +89,11 @@ class LoadedModel:
 
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load `source` on the CPU and find its matrices; `dtype` None keeps the dtype of the file (bfloat16 for GGUF).
+    """Load `source` on the CPU and find its matrices.
 
-    Raises UserError, one line, for a source that is unknown, damaged, incomplete, quantised or of an unsupported
-    architecture, and for NaN or infinity in a tensor.
+    With `dtype` None the weights keep the dtype of the file (bfloat16 for GGUF). Raises UserError with a message of one
+    line for a source that is unknown, damaged, incomplete, quantised or of an unsupported architecture, and for NaN or
+    infinity in a tensor.
     """
     located = locate(source)
     model, notes = load_dense(located, dtype)
@@ -115,12 +116,12 @@ def max_positions(model: PreTrainedModel) -> int | None:
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
-            return limit - module.padding_idx - 1  # RoBERTa: positions start after the padding's
+            return limit - module.padding_idx - 1  # RoBERTa: the first position comes after padding_idx
     return limit
 
 
 def check_storable(loaded: LoadedModel) -> None:
-    """Raise UserError, naming the tensor, unless all tensors that stay uncompressed fit the model's dtype exactly."""
+    """Raise UserError, naming the tensor, if the model's dtype cannot hold an uncompressed tensor exactly."""
     if loaded.dtype not in FLOAT_NAMES:
         raise UserError(f"{loaded.source}: its weights are {loaded.dtype}; expected float16, bfloat16 or float32")
     tensors = loaded.model.state_dict()
@@ -133,15 +134,15 @@ def check_storable(loaded: LoadedModel) -> None:
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of every parameter and persistent buffer in state-dict order, tied ones under each name."""
+    """Name and tensor of every parameter and persistent buffer in state-dict order; tied ones under all their names."""
     yield from model.state_dict(keep_vars=True).items()
 
 
 def check_finite(model: PreTrainedModel, label: str) -> None:
-    """Raise UserError, naming the tensor and the number of values, when a stored value is NaN or infinite."""
+    """Raise UserError if a stored value is NaN or infinite; the message names the tensor and counts such values."""
     for name, tensor in stored_tensors(model):
         if not tensor.is_floating_point() or bool(tensor.detach().sum(dtype=torch.float32).isfinite()):
-            continue  # a finite sum has finite terms; one that is not may have overflowed, so count
+            continue  # a finite sum has only finite terms; a sum that is not finite may have overflowed, so count below
         count = int((~tensor.detach().isfinite()).sum())
         if count:
             what = f"{count} of the {tensor.numel()} values of {name} are NaN or infinite"
@@ -149,9 +150,9 @@ def check_finite(model: PreTrainedModel, label: str) -> None:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """sha256 over class, configuration, and name, shape, dtype and bytes of every stored tensor, in name order.
+    """sha256 of a model: its class, its configuration, and name, shape, dtype and bytes of every stored tensor.
 
-    Independent of the path, the sharding and the file format that the model was loaded from.
+    Tensors are in name order. The digest does not depend on the path, the sharding or the file format of the model.
     """
     digest = hashlib.sha256(json.dumps([type(model).__name__, _configuration(model)], sort_keys=True).encode())
     first: dict[int, str] = {}
@@ -164,7 +165,10 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def _configuration(model: PreTrainedModel) -> object:
-    """The configuration as JSON values, without incidental settings and defaults (new releases add defaults)."""
+    """The configuration as JSON values, without incidental settings and without settings at their default.
+
+    Defaults are left out because new releases of transformers add settings.
+    """
     values = json.loads(json.dumps(model.config.to_dict(), default=str))
     defaults = json.loads(json.dumps(type(model.config)().to_dict(), default=str))
     absent = object()

@@ -1,9 +1,9 @@
-"""The weight matrices of a transformers model, found by class and shape and not by a list of names.
+"""The weight matrices of a transformers model, found by class and shape instead of by a list of names.
 
-A matrix is W[rows, cols] = [out_features, in_features]: every nn.Linear, every Conv1D (GPT-2's, stored transposed), the
-token embedding, the output head, and every slice of a 3-D stack of experts. A fused projection (qkv, gate_up) is one
-matrix, and so is a tensor tied to several names. Norms, biases, positions, routers and convolutions do not count as
-matrices.
+A matrix is W[rows, cols] = [out_features, in_features]. These count as matrices: every nn.Linear, every Conv1D
+(GPT-2's, stored transposed), the token embedding, the output head, and every slice of a 3-D stack of experts. A fused
+projection (qkv, gate_up) is one matrix, and so is a tensor with several tied names. Norms, biases, position embeddings,
+routers and convolutions do not count.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .probe import Uses, probe
 
 @dataclass(frozen=True)
 class _WeightTensor:
-    """A weight tensor, 2-D or a 3-D stack, before it is known how the model uses it."""
+    """A weight tensor, 2-D or a 3-D stack of experts, before the probe has shown how the model uses it."""
 
     path: str
-    """Path of the module; for a stack, of the parameter."""
+    """Path of the module; for a stack, path of the parameter."""
     parameter: str
     tensor: Tensor
     kind: Kind
@@ -38,7 +38,8 @@ class _WeightTensor:
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Module paths of the repeated blocks, in order: the children of the ModuleList with the most parameters.
 
-    In most models these have one class; hybrid models (attention and state space) may mix two.
+    In most models all blocks have the same class; hybrid models (attention and state space) may have blocks of two
+    classes.
     """
     largest, blocks = 0, tuple[str, ...]()
     for path, module in model.named_modules():
@@ -50,9 +51,9 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def discover(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[Matrix, ...]]:
-    """Module paths of the blocks, and every weight matrix in module order.
+    """Find the blocks and matrices of `model`: (module paths of the blocks, all weight matrices in module order).
 
-    Runs one forward pass of a few tokens (see `probe`). Raises UserError when the model cannot run on token ids alone.
+    Runs one forward pass of a few tokens (see `probe`). Raises UserError if the model needs more inputs than token ids.
     """
     blocks = find_blocks(model)
     head = model.get_output_embeddings()
@@ -79,7 +80,7 @@ def discover(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[Matrix, ...
 
 
 def _weight_tensors(model: PreTrainedModel, head: nn.Module | None) -> Iterator[_WeightTensor]:
-    """Every weight tensor once, a tied one under the embedding if it is tied to that, else under its first module."""
+    """Yield every weight tensor once: if tied, with the embedding if that has the tensor, else with the first module."""
     embedding = model.get_input_embeddings()
     owned = {id(embedding.weight)} if isinstance(embedding, nn.Embedding) else set()
     for path, module in model.named_modules():
@@ -96,12 +97,12 @@ def _weight_tensors(model: PreTrainedModel, head: nn.Module | None) -> Iterator[
 
 
 def _is_expert_stack(stack: _WeightTensor, uses: Uses) -> bool:
-    """Whether a 3-D parameter is a stack of matrices: it is used as one, or transformers declares it as one."""
+    """Whether a 3-D parameter is a stack of matrices: the probe saw it used as such, or transformers declares it so."""
     return stack.path in uses.transposed or hasattr(stack.module, "is_transposed")
 
 
 def _names_of_tensors(model: nn.Module) -> dict[int, list[str]]:
-    """id of a parameter -> all its names."""
+    """id() of each parameter -> all its names."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -109,12 +110,15 @@ def _names_of_tensors(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _block_of(path: str, blocks: tuple[str, ...]) -> int | None:
-    """Index of the block that contains the module at `path`; None outside all blocks."""
+    """Index of the block that contains the module at `path`; None if no block contains it."""
     return next((index for index, block in enumerate(blocks) if path.startswith(block + ".")), None)
 
 
 def _input_names(weights: list[_WeightTensor], uses: Uses, blocks: tuple[str, ...]) -> dict[str, str]:
-    """Path -> path of the first tensor in the same block with the same input; itself if the probe did not use it."""
+    """Path of each tensor -> path of the first tensor in the same block with the same input.
+
+    A tensor that the probe did not use maps to itself.
+    """
     first: dict[tuple[int | None, str], str] = {}
     names = {}
     for weight in weights:
@@ -126,7 +130,7 @@ def _input_names(weights: list[_WeightTensor], uses: Uses, blocks: tuple[str, ..
 def _slices(
     weight: _WeightTensor, uses: Uses, source: str, block: int | None, family: str, tied: tuple[str, ...]
 ) -> Iterator[Matrix]:
-    """The matrices of one tensor: itself, or every expert of a stack."""
+    """The matrices of one tensor: a single one, or one per expert of a stack."""
     if weight.kind == "expert":
         transposed = uses.transposed.get(weight.path, bool(getattr(weight.module, "is_transposed", False)))
         experts: list[int | None] = list(range(weight.tensor.shape[0]))
@@ -153,7 +157,7 @@ def _slices(
 
 
 def _family(path: str, block: str, numbered: set[str]) -> str:
-    """`path` inside its block, without indices into a ModuleList (`experts.3.w1` -> `experts.w1`)."""
+    """The path relative to its block, without indices into a ModuleList (`experts.3.w1` -> `experts.w1`)."""
     parts = path.split(".")
     named = [part for i, part in enumerate(parts) if ".".join(parts[:i]) not in numbered]
     outside = [part for i, part in enumerate(block.split(".")) if ".".join(block.split(".")[:i]) not in numbered]

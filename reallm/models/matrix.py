@@ -1,7 +1,7 @@
 """The description of one weight matrix of a model.
 
-A module of its own, because workers that encode a matrix need this description but not transformers, which takes
-seconds to import.
+It is in a separate module because workers that encode a matrix need it without transformers, which takes seconds to
+import.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Matrix:
     """One weight matrix of a loaded model and its place in the model."""
 
     name: str
-    """Module path; for an expert the parameter's path and the index: `model.layers.0.mlp.experts.down_proj.3`."""
+    """Module path; for an expert, path of the parameter and index: `model.layers.0.mlp.experts.down_proj.3`."""
     parameter: str
-    """Name in the model's state dict; all experts of a stack share it."""
+    """Name in the model's state dict; it is the same for all experts of a stack."""
     rows: int
     """Output features."""
     cols: int
@@ -27,11 +27,12 @@ class Matrix:
     transposed: bool
     """Whether it is stored [in, out] (Conv1D, some expert stacks)."""
     block: int | None
-    """Index into the model's blocks; None outside them."""
+    """Index of the block that contains the matrix; None if no block contains it."""
     input: str
-    """Name of the input: that of the first matrix that reads it. For an embedding: its tied head, or empty."""
+    """Name of the matrix's input: the name of the first matrix with the same input. For an embedding: the name of its
+    tied head, or empty."""
     family: str
-    """Its role across blocks: the name without block and expert numbers, e.g. `self_attn.q_proj`."""
+    """The role of the matrix in every block: its name without block and expert numbers, e.g. `self_attn.q_proj`."""
     expert: int | None
     """Index into the stack of experts; None for other matrices."""
     tied: tuple[str, ...]

@@ -1,8 +1,10 @@
-"""One forward pass of a few tokens that shows how a model uses its weights, which cannot be told from their names.
+"""One forward pass of a few tokens that shows how a model uses its weights, since their names do not tell.
 
-- Which matrices share one input: those whose input has the same bytes (q, k and v; gate and up).
-- The orientation of a 3-D stack of experts: for y = x W^T the contracted axis of W is the last one, [E, out, in]; for
-  y = x W it is the middle one, [E, in, out].
+It shows two things:
+
+- Which matrices have the same input: those whose input has the same bytes (q, k and v; gate and up).
+- The orientation of a 3-D stack of experts: if the model computes y = x W^T, the last axis is summed over, so the stack
+  is [E, out, in]; if it computes y = x W, the middle axis is summed over, so the stack is [E, in, out].
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.
 
 @dataclass(frozen=True)
 class Uses:
-    """What one forward pass showed; a module or stack that it did not use is missing."""
+    """What one forward pass showed about each module and stack; those that the pass did not use have no entry."""
 
     inputs: dict[str, str] = field(default_factory=dict)
     """Module path, or parameter path of a 3-D stack -> fingerprint of its input."""
@@ -35,9 +37,9 @@ class Uses:
 
 
 def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapping[str, Tensor]) -> Uses:
-    """Run PROBE_TOKENS tokens through `model` and watch `modules` and the 3-D parameters `stacks`, both by path.
+    """Run PROBE_TOKENS tokens through `model` and watch `modules` and the 3-D parameters `stacks`, both given by path.
 
-    The model is left as it was. Raises UserError when it cannot be run on token ids alone.
+    The model is left unchanged. Raises UserError if it needs more inputs than token ids.
     """
     uses = Uses()
     watchers = {name: _watcher(name, uses) for name in modules}
@@ -58,7 +60,7 @@ def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapp
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
-    """Int64 [1, PROBE_TOKENS]: distinct token ids spread over the vocabulary, without the padding token."""
+    """Distinct token ids spread over the vocabulary, without the padding token, int64 [1, PROBE_TOKENS]."""
     rows = model.get_input_embeddings().weight.shape[0]
     special = {getattr(model.config.get_text_config(), "pad_token_id", None)}
     ids = [token for token in range(rows) if token not in special]
@@ -75,7 +77,10 @@ def _watcher(name: str, uses: Uses) -> Callable[[nn.Module, tuple[Any, ...], dic
 
 
 def fingerprint(x: Tensor, owner: str) -> str:
-    """Digest of the rows of `x` [..., K], equal for equal inputs; constant (dead) inputs of different owners differ."""
+    """Digest of the rows of `x` [..., K], the same for equal inputs.
+
+    If all entries of `x` are equal, the digest depends on `owner` instead, because such inputs are equal by chance.
+    """
     flat = x.detach().reshape(-1, x.shape[-1]).contiguous().cpu()
     if flat.numel() == 0 or bool((flat == flat[0, 0]).all()):
         return f"constant:{owner};"
@@ -86,7 +91,7 @@ def fingerprint(x: Tensor, owner: str) -> str:
 
 @contextmanager
 def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Use the plain loop over experts within the context: grouped implementations hide all products in one call."""
+    """Make the model loop over its experts within the context; grouped implementations hide all products in one call."""
     if not (hasattr(model, "set_experts_implementation") and hasattr(model, "get_experts_implementation")):
         yield
         return

@@ -1,8 +1,8 @@
-"""A model's size in three ways, which are easily confused: its matrices, all its weights, its files.
+"""Three measures of a model's size, which are easily confused: of its matrices, of all its weights, and of its files.
 
-(a) Bits per weight of the matrices that a bpw budget counts, with every byte stored for them: codes, scales, codebooks,
-factors, padding. (b) Bits per weight of the whole model, including embeddings, head and norms. (c) Bytes of the weights
-files, including headers.
+(a) Bits per weight of the matrices that a budget in bits per weight counts, with every byte stored for them: codes,
+scales, codebooks, factors, padding. (b) Bits per weight of the whole model, including embeddings, head and norms.
+(c) Bytes of the weights files, including headers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .source import locate
 BYTE_DTYPE = "U8"
 SHARED_PREFIX = "reallm_shared."
 COUNTED_KINDS = ("linear", "expert")
-"""Kinds of matrices that a bpw budget counts."""
+"""Kinds of matrices that a budget in bits per weight counts."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Exact number of bytes and of weights of one model."""
+    """Exact numbers of bytes and of weights of one model."""
 
     matrices_bytes: int
     """Bytes stored for the matrices of COUNTED_KINDS, shared codebooks included."""

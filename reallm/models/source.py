@@ -43,14 +43,14 @@ class Source:
     """A model's files on this machine."""
 
     label: str
-    """As the user wrote it."""
+    """The path or hub name as the user wrote it."""
     folder: Path
     gguf_file: str | None = None
-    """Name of the file in `folder`, for a GGUF model."""
+    """Name of the file in `folder` for a GGUF model; None for other models."""
 
 
 def locate(source: str | Path) -> Source:
-    """Find `source` on this machine, or fetch it from the hub; raises UserError when neither works."""
+    """Find `source` on this machine, or download it from the hub. Raises UserError when neither works."""
     label, path = str(source), Path(source).expanduser()
     if path.is_dir():
         return Source(label, path)
@@ -73,7 +73,10 @@ def _locate_file(label: str, path: Path) -> Source:
 
 
 def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model on the CPU in evaluation mode, and notes for the user; see `load_model` for the errors."""
+    """Load the uncompressed model on the CPU: (model in evaluation mode, notes for the user).
+
+    For the errors see `load_model`.
+    """
     if source.gguf_file is not None:
         return _load_gguf(source, dtype or torch.bfloat16)
     config = _read_config(source)
@@ -87,7 +90,7 @@ def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedMod
 def _load(
     auto: Any, source: Source, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load with from_pretrained; raises UserError for weights that the files lack, which would be random."""
+    """Load with from_pretrained. Raises UserError if weights are missing in the files; they would be random."""
     try:
         model, info = auto.from_pretrained(
             source.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
@@ -107,7 +110,7 @@ def _load(
 
 
 def _read_config(source: Source) -> PretrainedConfig:
-    """Read the configuration of a folder; raises UserError when it says that the weights are quantised."""
+    """Read the configuration in a folder. Raises UserError when it says that the weights are quantised."""
     path = source.folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{source.label} has no {CONFIG_FILE}; expected the folder of a transformers model")
@@ -126,7 +129,7 @@ def _read_config(source: Source) -> PretrainedConfig:
 
 
 def _auto_class(config: PretrainedConfig, label: str) -> Any:
-    """AutoModelForCausalLM or AutoModelForMaskedLM, from the architectures the configuration names, else its type."""
+    """AutoModelForCausalLM or AutoModelForMaskedLM, by the configuration's architectures or else by its model type."""
     causal, masked = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()), set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     named = set(config.architectures or ())
     if named & causal:
@@ -145,7 +148,10 @@ def _auto_class(config: PretrainedConfig, label: str) -> Any:
 
 
 def _load_gguf(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load a GGUF file with its blocks unpacked to `dtype` and its quantisation forgotten, so that it can be saved."""
+    """Load a GGUF file: the quantised weights are unpacked to `dtype`.
+
+    The quantisation is removed from the configuration, so that the model can be saved as an ordinary one.
+    """
     path = source.folder / str(source.gguf_file)
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{source.label} needs the package gguf; install it: pip install 'reallm[gguf]'")
@@ -171,7 +177,7 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tup
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the model, or None when there is none; raises UserError when it is damaged."""
+    """Load the tokenizer stored with the model; None if there is none. Raises UserError if it is damaged."""
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     if not source.gguf_file and not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         return None

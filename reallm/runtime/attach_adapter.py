@@ -2,8 +2,8 @@
 
     y = g o (x W_hat^T + (x R^T) L^T)        L = s B, R = A; g = m / ||W_hat + L R||_row with DoRA, else 1
 
-The factors are stored beside the module's own in fp16, and the gain in float32, both in memory only. Products are
-therefore computed as for any artifact with low-rank factors. The files of an adapter: `artifacts.peft_files`.
+The factors are appended in fp16 to those that the module has, and the gain is kept in float32, both in memory only.
+Products are therefore computed as for any artifact with low-rank factors. `artifacts.peft_files` reads the files.
 """
 
 from __future__ import annotations

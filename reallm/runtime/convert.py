@@ -1,4 +1,4 @@
-"""From a model's own modules to packed ones with the same state, except for the weight."""
+"""Convert a model's own modules to packed modules with the same state, except for the weight."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _packed_subclass(original: Any, packed: Any) -> Any:
 def _converted(module: nn.Module, packed: Any, plain: type[nn.Module]) -> Any:
     """A module of the class `packed` with the state of `module` (bias, buffers, hooks, attributes) but no weight.
 
-    If `module` is of a subclass of the torch class `plain`, the result's class derives from that subclass too, because
-    the model's code may rely on it: Gemma's embedding scales its rows in its own `forward`, and code asks isinstance.
+    If the class of `module` is a subclass of torch's `plain`, the result's class derives from it too, because the model
+    may rely on it: Gemma's embedding scales its rows in its own `forward`, and code may check isinstance.
     The subclass is not constructed again, since its arguments are unknown; its state is copied, as copy.copy does.
     """
     original: Any = type(module)
@@ -40,7 +40,7 @@ def _converted(module: nn.Module, packed: Any, plain: type[nn.Module]) -> Any:
 def pack_linear(
     module: nn.Linear, fmt: Format, mode: DecodeMode, dtype: torch.dtype, shared: Shared
 ) -> CompressedLinear:
-    """A CompressedLinear in place of `module`, with uninitialised fields, that computes in `dtype`."""
+    """A CompressedLinear that replaces `module`; its fields are uninitialised, and it computes in `dtype`."""
     result = _converted(module, CompressedLinear, nn.Linear)
     assert isinstance(result, CompressedLinear)
     result.allocate_fields(fmt, module.out_features, module.in_features, mode=mode, dtype=dtype, shared=shared)
@@ -50,7 +50,7 @@ def pack_linear(
 def pack_embedding(
     module: nn.Embedding, fmt: Format, mode: DecodeMode, dtype: torch.dtype, shared: Shared
 ) -> CompressedEmbedding:
-    """A CompressedEmbedding in place of `module`, with uninitialised fields, that gives rows in `dtype`."""
+    """A CompressedEmbedding that replaces `module`; its fields are uninitialised, and it returns rows in `dtype`."""
     result = _converted(module, CompressedEmbedding, nn.Embedding)
     assert isinstance(result, CompressedEmbedding)
     result.allocate_fields(fmt, module.num_embeddings, module.embedding_dim, mode=mode, dtype=dtype, shared=shared)
@@ -58,7 +58,7 @@ def pack_embedding(
 
 
 def tie_head(head: nn.Linear, source: CompressedEmbedding) -> TiedHead:
-    """A head in place of `head` that uses the weight of `source`."""
+    """A TiedHead that replaces `head` and uses the weight of `source`."""
     result = _converted(head, TiedHead, nn.Linear)
     assert isinstance(result, TiedHead)
     result._source = (source,)

@@ -2,9 +2,10 @@
 
     Packed --operand--> NativeMatrix (an `Operand` of linear.hpp) --> y = W_hat x, or rows of W_hat
 
-Native kernels serve calls without autograd, with any number of rows of x; a format without a kernel, or a machine
-without a compiler, uses the decoded weight. They compute with float32 weights whatever the dtype of x. An Operand
-points into the module's own fields, so it is built again whenever they change (`Packed.drop_cache`).
+Native kernels are used for calls without autograd, for any number of rows of x. The decoded weight is used instead if
+the format has no kernel or the machine has no compiler. The kernels compute with float32 weights whatever the dtype of
+x. An Operand points into the fields of the packed module, so it is built again whenever they change
+(`Packed.drop_cache`).
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ class NativeMatrix:
         self._filler.fill()
 
     def __deepcopy__(self, memo: object) -> None:
-        """Give None, because a copied module builds its own operand."""
+        """Return None, so that a copied module builds an operand that points to its own fields."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
     def add_gain(self, gain: Tensor) -> None:
-        """Let the operand multiply its rows by a copy of `gain` [rows]."""
+        """Make the kernels multiply the rows of W_hat by a copy of `gain` [rows]."""
         self._filler.point_to("gain", gain.detach().to(torch.float32, copy=True).contiguous())
 
     def add_bias(self, bias: Tensor) -> None:
-        """Let the operand add a copy of `bias` [rows]."""
+        """Make the kernels add a copy of `bias` [rows] to the product."""
         self._filler.point_to("bias", bias.detach().to(torch.float32).clone())
 
     def linear(self, inputs: Tensor) -> Tensor:
-        """x W_hat^T for x [..., cols] of a dtype in `_KINDS`: [..., rows]."""
+        """y = x W_hat^T, [..., rows], for x [..., cols] of a dtype in `_KINDS`."""
         x = inputs.contiguous()
         y = torch.empty((*x.shape[:-1], self.rows), dtype=x.dtype)
         batch = x.numel() // self.cols
@@ -64,7 +65,7 @@ class NativeMatrix:
         return y
 
     def lookup(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `index` (int64, any shape) of W_hat: [..., cols]. Raises IndexError for a row that does not exist."""
+        """The rows `index` (integers [...]) of W_hat, [..., cols]. Raises IndexError for a row that does not exist."""
         rows = index.detach().to(torch.int64).contiguous()
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
             raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of a matrix of {self.rows}")
@@ -77,9 +78,10 @@ class NativeMatrix:
 def native_matrix(
     fmt: Format, fields: Mapping[str, Tensor], rows: int, cols: int, shared: Tensor | None = None
 ) -> NativeMatrix | None:
-    """The matrix of `fields` (uint8, on the CPU; `shared` its shared codebooks), or None without a kernel for it here.
+    """The native matrix of `fields` (uint8, on the CPU); None if the format has no kernel or it cannot be built here.
 
-    Raises ValueError for fields of a wrong size or that contradict each other.
+    `shared` are the shared codebooks, if the format uses them. Raises ValueError for fields that have a wrong size or
+    contradict each other.
     """
     kernel = kernel_for(fmt)
     built = load_functions(kernel, ctypes.sizeof(Operand)) if kernel else None

@@ -24,16 +24,16 @@ class PackedExpert(Packed):
     """One expert's matrix in a stack."""
 
     def forward(self) -> Tensor:
-        """W_hat [rows, cols]."""
+        """The decoded matrix W_hat [rows, cols]."""
         return self.dense()
 
 
 class ExpertStack(Decoding):
     """The matrices of all experts (children 0, 1, ...), in place of the model's 3-D parameter.
 
-    `stack[e]` with a single index decodes one expert. Every other use decodes all of them: [experts, rows, cols], or
-    with the last two axes swapped if the model stores them so. The stack is a module, so that its fields have their
-    names in the model, and behaves as a tensor where the model's code expects the parameter.
+    In decode mode "call", `stack[e]` with a single index decodes one expert. Every other use decodes all of them into
+    [experts, rows, cols], or [experts, cols, rows] if the model stores them transposed. The stack is a module, so that
+    the fields get tensor names in the model, but behaves like a tensor in model code that expects the parameter.
     """
 
     def __init__(self, experts: Sequence[Packed], *, transposed: bool, mode: DecodeMode, dtype: torch.dtype) -> None:
@@ -44,14 +44,14 @@ class ExpertStack(Decoding):
         self.start_decoding(mode, dtype)
 
     def expert(self, index: int, dtype: torch.dtype) -> Tensor:
-        """One expert's matrix in the model's own orientation. Raises IndexError."""
+        """The decoded matrix of one expert, transposed if the model stores it so. Raises IndexError."""
         packed = self.get_submodule(str(range(self.count)[index]))
         assert isinstance(packed, Packed)
         weight = packed.decode_now(dtype)
         return weight.T if self.transposed else weight
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
-        """Decode all experts, [experts, ...]."""
+        """Decode all experts into one tensor [experts, rows, cols], or [experts, cols, rows] if `transposed`."""
         return torch.stack([self.expert(index, dtype) for index in range(self.count)])
 
     def __getitem__(self, index: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Values back into the bytes of packed fields: fp16 values, and low-rank factors."""
+"""Convert values to the bytes of packed fields: fp16 values and low-rank factors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .packed import Packed
 
 
 def packed_bytes(values: Tensor) -> Tensor:
-    """The bit pattern of `values`, zero-padded to the size of a field: uint8 [aligned]."""
+    """The bytes of `values`, uint8 [nbytes], zero-padded to the aligned size of a field."""
     raw = values.contiguous().reshape(-1).view(torch.uint8)
     result = raw.new_zeros(aligned(raw.numel()))
     result[: raw.numel()] = raw
@@ -27,7 +27,7 @@ def packed_bytes(values: Tensor) -> Tensor:
 def pack_factors(left: Tensor, right: Tensor, term: LowRank) -> dict[str, Tensor]:
     """Pack L [rows, rank] and R [rank, cols] (float32) into the fields of `term`, each uint8 [nbytes].
 
-    Raises ValueError for a factor, or the scale of one, that is not finite in fp16.
+    Raises ValueError if a factor, or a scale of a factor, is not finite in fp16.
     """
     if term.dtype == "f16":
         codes, floats = {}, {"left": left.to(torch.float16), "right": right.to(torch.float16)}
@@ -52,7 +52,7 @@ def _quantised(factor: Tensor, dim: int, term: LowRank) -> tuple[Tensor, Tensor]
 
 
 def store_factors(packed: Packed, left: Tensor, right: Tensor, term: LowRank) -> None:
-    """Make L [rows, rank] R [rank, cols] the low-rank term of `packed`; its format changes to hold `term`.
+    """Make L [rows, rank] R [rank, cols] the low-rank term of `packed`, whose format gets `term`.
 
     Raises ValueError, and leaves `packed` as it was, for a dense format or a factor that is not finite in fp16.
     """
@@ -65,9 +65,9 @@ def store_factors(packed: Packed, left: Tensor, right: Tensor, term: LowRank) ->
 
 
 def add_low_rank(packed: Packed, left: Tensor, right: Tensor) -> None:
-    """Store L [rows, rank] R [rank, cols] beside the low-rank term of `packed`, all of it as fp16; its format grows.
+    """Add L [rows, rank] R [rank, cols] to the low-rank term of `packed`, which then has the sum of the ranks, in fp16.
 
-    Raises ValueError as `store_factors`.
+    Raises ValueError in the same cases as `store_factors`.
     """
     stored_left, stored_right = decode_factors(packed.format, packed.fields, packed.rows, packed.cols)
     left, right = torch.cat([stored_left, left.to(stored_left)], 1), torch.cat([stored_right, right.to(stored_right)])

@@ -19,7 +19,7 @@ REFUSAL = (
 
 
 class FrozenWeightError(RuntimeError):
-    """A decoded weight was to be written in place."""
+    """Raised when code tries to write to a decoded weight in place."""
 
 
 def _writes(function: Callable[..., object]) -> bool:
@@ -45,7 +45,7 @@ class DecodedWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
-        target = args[0] if args else named.get("tensor")  # torch.nn.init passes it by name
+        target = args[0] if args else named.get("tensor")  # torch.nn.init passes the tensor by name
         if (_writes(func) and isinstance(target, DecodedWeight)) or isinstance(named.get("out"), DecodedWeight):
             raise FrozenWeightError(REFUSAL)
         with torch._C.DisableTorchFunctionSubclass():

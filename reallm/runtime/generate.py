@@ -1,4 +1,4 @@
-"""Continue a text with a model from the disk, as `reallm generate` does."""
+"""Continue a text with a model, as `reallm generate` does."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def generate(
     device
         Where to run, such as "cpu" or "cuda:0".
     dtype
-        The dtype of unpacked tensors, and of transformers' loop. By default the tensors are kept as stored, and the
-        loop computes in float32.
+        The dtype of unpacked tensors and of transformers' decoding loop. By default the tensors keep their stored
+        dtype, and the loop computes in float32.
     seed
         Seed of the sampling.
     adapter
@@ -61,7 +61,7 @@ def generate(
     Raises
     ------
     UserError
-        For a model that does not generate, a prompt without tokens, and `chat` without a chat template.
+        For a model that cannot generate text, a prompt without tokens, and `chat` without a chat template.
 
     Examples
     --------

@@ -1,9 +1,9 @@
 """Packed linear modules that multiply the same x (q, k, v; gate, up), computed by one GPU launch.
 
-The first module of a group that is called computes the products of all members and stores the others' with the tensor
-x. A member that is then called with that very tensor, unchanged, takes its product from there. Correctness does not
-depend on it: a member that finds no stored product multiplies by itself. A leader whose stored products are never taken
-(a decoder's q beside the k and v of an encoder's output) stops computing them.
+The leader, the first module of a group to be called, computes the products of all members and stores those of the other
+members with the tensor x. A member that is then called with the same unchanged tensor object takes its product from
+there; a member that finds no stored product computes its own. A leader whose stored products are never taken (as in
+cross-attention, where q has another input than k and v) stops computing them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .packed import Packed
 from .training.part import TrainingPart
 
 PATIENCE = 3
-"""After this many calls in a row whose stored products nobody took, a group computes none any more."""
+"""A group stops storing products after this many launches in a row whose stored products no member took."""
 
 
 class GroupedLinear(Packed, nn.Linear):  # type: ignore[override]  # weight: a property, not a Parameter
     """A packed linear module that may share its input with others."""
 
     input_group: InputGroup | None = None
-    """The modules that multiply the same x, this one among them; they are not children of this module."""
+    """The modules that multiply the same x, including this one; they are not children of this module."""
     training_part: TrainingPart | None
-    """What is being trained of the matrix, while anything is; attached and removed by `runtime.training`."""
+    """The parameters of the matrix that are being trained; None if there are none. Set by `runtime.training`."""
 
     def start_decoding(self, mode: DecodeMode, dtype: torch.dtype) -> None:
-        """As for every module that decodes; nothing is being trained yet."""
+        """Set the mode and the compute dtype; nothing is being trained yet."""
         super().start_decoding(mode, dtype)
         self.register_module("training_part", None)
 
@@ -48,27 +48,28 @@ class GroupedLinear(Packed, nn.Linear):  # type: ignore[override]  # weight: a p
 
 @dataclass(frozen=True)
 class _StoredProduct:
-    """A product computed for a module, and the module's `derived` then, which is another one if fields have changed."""
+    """A product stored for a module, and the module's `derived` at that time, which is replaced when fields change."""
 
     derived: Derived | None
     product: Tensor
 
 
 class InputGroup:
-    """The packed linear modules that share one input, by the last parts of their names, in the order of their calls."""
+    """The packed linear modules that share one input: last part of the name -> module, in the order they are called."""
 
     def __init__(self, modules: Mapping[str, GroupedLinear]) -> None:
         self.modules = dict(modules)
         self.wasted = 0
-        """Launches in a row whose stored products nobody has taken."""
+        """Number of launches in a row whose stored products no member has taken."""
 
     def product(self, linear: GroupedLinear, inputs: Tensor) -> Tensor | None:
-        """y [..., rows] of `linear` for x [..., cols], or None if it has to multiply by itself.
+        """y [..., rows] of `linear` for x [..., cols]; None if `linear` must compute the product alone.
 
-        The product was stored with `inputs` by an earlier call, or is computed now with those of the group it leads.
+        The product was stored with `inputs` by an earlier call, or is computed now, together with those of the other
+        members if `linear` leads a group.
         """
-        # A gain is applied before the bias; nothing can be stored with an inference tensor; for many rows, one launch
-        # per matrix is as fast.
+        # No group launch with a gain, which must be applied before the bias, for an inference tensor, which cannot hold
+        # stored products, or for many rows, for which one launch per matrix is as fast.
         if linear.gain is not None or inputs.is_inference() or inputs.shape[:-1].numel() > MAX_ROWS:
             return None
         cache = input_cache(inputs)
@@ -117,7 +118,7 @@ def stored_matrix(packed: Packed, bias: Tensor | None) -> StoredMatrix:
 
 
 def link_input_groups(modules: Mapping[str, GroupedLinear]) -> None:
-    """Give the modules of a model that share an input, as their names tell, their common InputGroup."""
+    """Give modules that share an input, as their names imply, a common InputGroup; `modules` maps names to modules."""
     for names in input_groups(modules):
         group = InputGroup({name.rpartition(".")[2]: modules[name] for name in names})
         for name in names:

@@ -1,4 +1,4 @@
-"""Put packed modules into a model, in place of the modules whose matrices a record names."""
+"""Put packed modules into a model, for the matrices that a `QuantizationRecord` names."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .packed import Decoding, Packed, Shared, SharedCodebooks
 
 
 class _Installer:
-    """One pass over a model; every packed module gets the record's decode mode and computes in `dtype`."""
+    """Replaces modules of one model; the packed ones get the record's decode mode and compute in `dtype`."""
 
     def __init__(self, model: PreTrainedModel, record: QuantizationRecord, dtype: torch.dtype) -> None:
         self.model, self.record, self.dtype = model, record, dtype
         self.mode: DecodeMode = record.decode
         self.partial = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
-        """Whether the model is of another class than was compiled, such as a base model without a head."""
+        """Whether the model's class differs from the compiled one (a model without its head); parts may be missing."""
         self.codebook_keys = {matrix: key for key, matrices in record.shared.items() for matrix in matrices}
         fields = {key: fmt.shared_field for key, fmt in record.shared_formats().items()}
         self.linears: dict[str, CompressedLinear] = {}
@@ -51,7 +51,7 @@ class _Installer:
             setattr(parent, name, replacement)
 
     def find(self, name: str) -> tuple[str, nn.Module] | None:
-        """The module called `name`, with or without the base model's prefix, and its path."""
+        """(path, module) for `name`, with or without the base model's prefix; None if there is no such module."""
         prefix = f"{self.model.base_model_prefix}."
         for candidate in (name, name.removeprefix(prefix), prefix + name):
             module = _submodule(self.model, candidate)
@@ -60,14 +60,14 @@ class _Installer:
         return None
 
     def require(self, name: str) -> tuple[str, nn.Module] | None:
-        """As `find`, but raise UserError for a missing module, unless the model is partial."""
+        """Like `find`, but raise UserError for a missing module, unless the model is partial."""
         located = self.find(name)
         if located is None and not self.partial:
             raise UserError(f"config.json names {name!r}, which {type(self.model).__name__} does not have")
         return located
 
     def pack(self, matrix: str, fmt: Format) -> None:
-        """Replace the linear or embedding module `matrix`."""
+        """Replace the linear or embedding module `matrix` by a packed one in format `fmt`."""
         located = self.require(matrix)
         if located is None:
             return
@@ -86,7 +86,7 @@ class _Installer:
             )
 
     def stack_of(self, matrix: str) -> tuple[str, int] | None:
-        """The 3-D parameter and the index of an expert called `<parameter>.<index>`; None for a plain module."""
+        """(3-D parameter, index) of an expert's matrix, named `<parameter>.<index>`; None for other matrices."""
         stack, _, index = matrix.rpartition(".")
         owner, _, parameter = stack.rpartition(".")
         located = self.find(owner) if index.isdecimal() and len(index) < 7 else None
@@ -94,7 +94,7 @@ class _Installer:
         return (stack, int(index)) if tensor is not None and tensor.ndim == 3 else None
 
     def pack_stack(self, stack: str, formats: dict[int, Format]) -> None:
-        """Replace the 3-D parameter `stack`, whose experts are stored in `formats`."""
+        """Replace the 3-D parameter `stack` by packed experts; `formats` maps the index of each to its format."""
         owner, _, parameter = stack.rpartition(".")
         located = self.find(owner)
         assert located is not None  # `stack_of` has found it
@@ -132,7 +132,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _as_linear(module: Conv1D) -> nn.Linear:
-    """A linear module with the Conv1D's bias; its weight is about to be replaced."""
+    """A linear module with the bias of `module`; its weight is on "meta", because the caller replaces it."""
     result = nn.Linear(module.nx, module.nf, bias=False, device="meta")
     result.bias = module.bias
     result.train(module.training)
@@ -140,7 +140,7 @@ def _as_linear(module: Conv1D) -> nn.Linear:
 
 
 def install(model: PreTrainedModel, record: QuantizationRecord, dtype: torch.dtype) -> None:
-    """Replace every module that `record` names by its packed kind, which computes in `dtype`.
+    """Replace every module that `record` names by a packed one that computes in `dtype`.
 
     The fields are uninitialised and on the current default device: run this under torch.device("meta") or on a meta
     model to allocate nothing. Raises UserError for a name that the model lacks or a module that cannot be packed.
@@ -161,7 +161,7 @@ def install(model: PreTrainedModel, record: QuantizationRecord, dtype: torch.dty
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, Packed]]:
-    """Every packed matrix of `model`, with the prefix of its fields' names."""
+    """(name, module) of every packed matrix of `model`; the tensors of its fields are called `<name>.<field>`."""
     for name, module in model.named_modules():
         if isinstance(module, Packed):
             yield name, module
@@ -185,7 +185,7 @@ def set_decode_mode(model: nn.Module, mode: DecodeMode) -> None:
 
 
 def prepare(model: nn.Module) -> None:
-    """Build native kernels and decode the weights to be kept now, rather than at their first use."""
+    """Prepare every packed module for its first use: build its native matrix, or decode the weight that it keeps."""
     for module in model.modules():
         if isinstance(module, Decoding) and not isinstance(module, PackedExpert):
             module.prepare()

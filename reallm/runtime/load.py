@@ -40,15 +40,15 @@ def load(
     device
         Where the model goes, such as "cpu" or "cuda:0".
     dtype
-        The dtype it computes in, and in which unpacked tensors are kept; by default the dtype it was compiled from.
+        The dtype of the computation and of unpacked tensors; by default that of the model that was compiled.
     decode
         What to do where packed matrices cannot be multiplied as they are stored (without a compiler on the CPU, or
         without Triton on a GPU): "load" keeps the decoded weights, which are as large as the original model; "call"
         decodes at every call, which is slower and keeps only the packed weights.
     verify
-        Hash every byte of the artifact first; otherwise only headers and sizes are checked.
+        Hash every byte of the artifact first; otherwise only the headers and sizes of tensors are checked.
     adapter
-        A LoRA or DoRA adapter to attach: the name of one inside the artifact, or else the folder of one.
+        A LoRA or DoRA adapter to attach: its name, if it is inside the artifact, or else its folder.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def load(
 
 
 def _model_class(folder: Path) -> type[PreTrainedModel]:
-    """The class of transformers that config.json names. Raises UserError if transformers has no such model."""
+    """The transformers class that config.json names. Raises UserError if transformers has no such model."""
     names = read_config(folder).get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     kind = getattr(transformers, name, None) if name.isidentifier() else None

@@ -1,4 +1,4 @@
-"""Packed modules that stand in for a model's own: linear, embedding and tied head."""
+"""The packed modules that replace a model's own: linear modules, embeddings and tied heads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .triton_linear import packed_linear, takes_kernel
 
 
 class CompressedLinear(GroupedLinear):
-    """y = x W_hat^T + b, in the dtype of x."""
+    """A packed linear module: y = x W_hat^T + b, in the dtype of x."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """x [..., in_features] to y [..., out_features]."""
+        """y [..., out_features] for x [..., in_features]."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if self.training_part is not None:
             result = self.training_part.output(self, input)
@@ -37,17 +37,21 @@ class CompressedLinear(GroupedLinear):
         return linear(input, self.dense(input.dtype), bias)
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
-        """Decode W_hat [rows, cols]; while its low-rank term is being trained, without that term and the gain."""
+        """Decode W_hat [rows, cols] in `dtype`.
+
+        While the low-rank term is being trained, the result has neither that term nor the gain:
+        `TrainingPart.output` applies their current values.
+        """
         if self.training_part is not None and self.training_part.left_factor is not None:
             return self.decode_stored(dtype, low_rank=False)
         return super().decode_now(dtype)
 
 
 class CompressedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # weight: a property, not a Parameter
-    """Rows of W_hat. With native kernels, and in decode mode "call", only the requested rows are decoded."""
+    """A packed embedding. With native kernels, or in decode mode "call", only the requested rows are decoded."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Token ids [...] to [..., embedding_dim]."""
+        """The rows of W_hat, [..., embedding_dim], for token ids [...]."""
         dtype = self.decoded.dtype
         if can_look_up(input, dtype) and (native := self.native) and native.looks_up:
             return native.lookup(input, dtype)
@@ -60,13 +64,13 @@ class CompressedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # we
         return rows.view(*input.shape, self.cols)
 
     def prepare(self) -> None:
-        """As for every packed matrix; a rotated one needs its decoded weight, because single rows cannot be decoded."""
+        """Build the native matrix; also decode the weight unless native kernels can look up its rows."""
         if self.native is None or not self.native.looks_up:
             super(Packed, self).prepare()
 
 
 class TiedHead(nn.Linear):
-    """A head that uses the weight of the packed embedding."""
+    """A head that multiplies by the weight of a packed embedding, its source."""
 
     _source: tuple[CompressedEmbedding]  # a tuple, so that torch does not make it a child of this module
     _is_hf_initialized: bool  # tells transformers not to initialise the weight
@@ -82,7 +86,7 @@ class TiedHead(nn.Linear):
         return self.source.weight
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """x [..., in_features] to logits [..., out_features]."""
+        """Logits [..., out_features] for x [..., in_features]."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if can_multiply(input) and (native := self.source.native):
             product = native.linear(input)

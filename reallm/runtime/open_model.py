@@ -1,4 +1,4 @@
-"""Open whatever the user names for running it: an artifact, or any transformers model."""
+"""Load the model that the user names, ready to run: an artifact, or any transformers model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def open_model(
 ) -> RunnableModel:
     """Load the model at `path`, which is an artifact, model folder, .gguf file or hub name.
 
-    `dtype` is "float32", "bfloat16", "float16", or None for the model's own; `adapter` is an adapter to an artifact, as
-    for `load`. Raises UserError if the model cannot be loaded, or has no tokenizer, which running it needs.
+    `dtype` is "float32", "bfloat16", "float16", or None for the model's own; `adapter` is an adapter for an artifact,
+    as in `load`. Raises UserError if the model cannot be loaded, or has no tokenizer, which running it needs.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")

@@ -64,17 +64,17 @@ class OperandFiller:
     """Fills `operand` from the fields (uint8, on the CPU) of a matrix in `fmt`, after the same checks as `decode`."""
 
     def __init__(self, operand: Operand, fmt: Format, fields: Mapping[str, Tensor], layout: int) -> None:
-        """`layout` is that of the kernel's prepared input. Raises ValueError for missing fields and wrong sizes."""
+        """`layout` is the layout of the kernel's prepared input. Raises ValueError for missing or wrong fields."""
         self.operand, self.fmt, self.fields, self.layout = operand, fmt, fields, layout
         self.rows, self.cols = int(operand.rows), int(operand.cols)
         self.tensors: list[Tensor] = []
-        """What the operand points to and must outlive it."""
+        """The tensors that the operand points to; they must live as long as it is used."""
         stored = fmt.fields(self.rows, self.cols) + ((fmt.shared_field,) if fmt.shared_field else ())
         check_fields(stored, fields)
         self.stored = {field.name: field for field in stored}
 
     def fill(self) -> None:
-        """Fill all of the operand. Raises ValueError for fields that contradict each other."""
+        """Fill the whole operand. Raises ValueError for fields that contradict each other."""
         for name in ("codes", "residuals", "zeros", "scales", "scale_codes", "scale_ranges"):
             if name in self.stored:
                 self.point_to_field(name, name)
@@ -87,7 +87,7 @@ class OperandFiller:
         self._fill_low_rank()
 
     def address(self, values: NDArray[Any] | Tensor) -> int:
-        """The address of `values`, which are kept alive; for an array, of an aligned copy."""
+        """The address of `values`, or of an aligned copy if they are an array; the memory is kept alive."""
         tensor = values if isinstance(values, Tensor) else _aligned(values)
         self.tensors.append(tensor)
         return tensor.data_ptr()
@@ -101,17 +101,17 @@ class OperandFiller:
         self.point_to(name, self.fields[field].detach().contiguous())
 
     def floats(self, name: str) -> NDArray[np.float32]:
-        """The values of a field of floats."""
+        """The values of the float field `name`, float32 [count]."""
         field = self.stored[name]
         return np.array(read_floats(self.fields[name], field.dtype, field.count).numpy(), np.float32)
 
     def codes(self, name: str) -> NDArray[np.uint16]:
-        """The values of a field of codes."""
+        """The codes in the field `name`, uint16 [count]."""
         field = self.stored[name]
         return unpack_codes(self.fields[name].numpy(), int(field.dtype[1:]), field.count)
 
     def _fill_transform(self) -> None:
-        """Permutation, column scales and rotations, and the key of the prepared input that they lead to."""
+        """Fill permutation, column scales, rotations and `input_key`, which is equal if inputs are prepared equally."""
         fmt = self.fmt
         key = hashlib.sha256(f"{self.cols} {self.layout} {fmt.rotated}".encode())
         if fmt.permuted:
@@ -196,26 +196,26 @@ OPERAND_FILLERS: Mapping[type[AnyCodec], Callable[[OperandFiller, Any], None] | 
     TrellisCodec: _fill_trellis,
     NeuralCodec: None,
 }
-"""How the operand gets what is particular to each codec; None for codecs without a native kernel."""
+"""Codec -> the function that fills its own parts of the operand; None for codecs without a native kernel."""
 
 
 def _aligned(values: NDArray[Any]) -> Tensor:
-    """A copy in memory that torch aligns, so that no word of a table lies in two cache lines."""
+    """A copy of `values` in memory that torch aligns, so that no word of a table lies in two cache lines."""
     return torch.from_numpy(values).clone()
 
 
 @cache
 def _rotation_parts(order: int) -> tuple[Tensor, int, Tensor]:
-    """B, 2^a and the signs over sqrt(order), float32, one copy for all matrices."""
+    """Parts of a rotation: the base matrix B, the power 2^a and signs / sqrt(order), float32; cached by order."""
     base, power = factors(order)
     return _aligned(np.array(base, np.float32)), power, _aligned((signs(order) / order**0.5).astype(np.float32))
 
 
 @cache
 def _lattice_table(bits: int) -> Tensor:
-    """What vectors.hpp's Lattice reads, one copy for all matrices.
+    """The float32 table that `Lattice` of vectors.hpp reads; cached by the number of bits.
 
-    Vectors, signs as bit patterns, shifts and, at 3 bits, the second words.
+    It holds the vectors, the signs as bit patterns, the shifts and, at 3 bits, the second words.
     """
     vectors = absolute_vectors().astype(np.float32)
     vectors[:, 7] *= np.where(odd_sign_parity(), -1, 1)

@@ -1,6 +1,6 @@
 """A packed matrix as a torch module: its fields are uint8 buffers, and its weight is decoded on demand.
 
-On the CPU, products do not need a decoded weight (see `cpu`); every other use decodes it.
+Where there is a kernel (`cpu`, `triton_linear`), products do not need a decoded weight; every other use decodes it.
 There are two decode modes with bit-identical results: "load" keeps the decoded weight from its first use on (in a
 buffer that is never saved), "call" decodes at every call and keeps nothing. Casting or moving the module never changes
 the bytes of the fields; it drops the kept weight, which is then decoded again in the new dtype and on the new device.
@@ -33,13 +33,13 @@ class Decoding(nn.Module):
 
     def start_decoding(self, mode: DecodeMode, dtype: torch.dtype) -> None:
         """Set the mode and the compute dtype. Call this once, before the module gets its fields."""
-        # transformers must not initialise the weight, but it must fill buffers of the class (Gemma's embedding scale).
+        # transformers must not initialise the weight, but must fill buffers of the model's class (Gemma's embed_scale).
         self._is_hf_initialized = not self._buffers
         self.mode = mode
         self.register_buffer("decoded", torch.empty(0, dtype=dtype), persistent=False)
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
-        """Decode the weight from the fields."""
+        """Decode the weight from the fields, in `dtype`."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class Decoding(nn.Module):
         return weight if dtype is None else weight.to(dtype)
 
     def prepare(self) -> None:
-        """Compute now what the first use would compute and keep."""
+        """Decode the weight now, in mode "load", rather than at its first use."""
         if self.mode == "load":
             self.dense()
 
@@ -68,9 +68,9 @@ class Decoding(nn.Module):
 
 
 class SharedCodebooks(nn.Module):
-    """The codebooks that several matrices share, at `reallm_shared` in the model.
+    """The module `reallm_shared` of a model: the codebooks that several matrices share.
 
-    Each key is a child module with one uint8 buffer, `codebooks`.
+    It has one child module per key, each with one uint8 buffer `codebooks`.
     """
 
     NAME = "reallm_shared"
@@ -83,18 +83,24 @@ class SharedCodebooks(nn.Module):
             self.add_module(shared_name(key), holder)
 
     def __getitem__(self, key: str) -> Tensor:
-        """Codebooks of `key`, uint8 [nbytes]."""
+        """The codebooks stored under `key`, uint8 [nbytes]."""
         codebooks = self.get_submodule(shared_name(key)).codebooks
         assert isinstance(codebooks, Tensor)
         return codebooks
 
 
 Shared = tuple[SharedCodebooks, str] | None
-"""The shared codebooks and a matrix's key in them. A tuple, so that torch does not make them a child of the matrix."""
+"""The shared codebooks and the key of those that a matrix uses; None for a matrix that uses none.
+
+They are in a tuple, so that torch does not make them a child of the matrix.
+"""
 
 
 class Packed(Decoding):
-    """One matrix W[rows, cols] as the fields of `format`, each a uint8 buffer with the field's name."""
+    """A matrix W[rows, cols] stored as the fields of `format`, each a uint8 buffer with the field's name.
+
+    The decoded matrix, which approximates W, is called W_hat.
+    """
 
     format: Format
     rows: int
@@ -103,9 +109,9 @@ class Packed(Decoding):
     derived: Derived | None = None
     """Tensors that generated kernels read in place of some fields; computed at their first use."""
     _native: NativeMatrix | Literal[False] | None
-    """Built at its first use; False where there is no kernel."""
+    """The value of `native`: None until it is first needed, False if there is no native kernel."""
     gain_bytes: Tensor | None
-    """The bit pattern of `gain`: a cast of the module must not change it."""
+    """`gain` as uint8, so that casting the module to another dtype does not change it."""
 
     def allocate_fields(
         self,
@@ -131,12 +137,12 @@ class Packed(Decoding):
 
     @property
     def shared_codebooks(self) -> Tensor | None:
-        """The shared codebooks, uint8, if the format has them."""
+        """The shared codebooks of the matrix, uint8 [nbytes]; None if it uses none."""
         return None if self.shared is None else self.shared[0][self.shared[1]]
 
     @property
     def gain(self) -> Tensor | None:
-        """A factor for each row of the decoded W_hat, float32 [rows]. Never saved; only linear modules have one."""
+        """Factors that multiply the decoded rows, float32 [rows], or None. Never saved; only for linear modules."""
         return None if self.gain_bytes is None else self.gain_bytes.view(torch.float32)
 
     def set_gain(self, gain: Tensor | None) -> None:
@@ -146,7 +152,7 @@ class Packed(Decoding):
 
     @property
     def native(self) -> NativeMatrix | None:
-        """The matrix for native kernels, without a bias; None off the CPU and where there is no kernel.
+        """The matrix for native kernels, without a bias; None if it is not on the CPU, or there is no kernel for it.
 
         Raises ValueError for fields that contradict each other.
         """
@@ -170,7 +176,7 @@ class Packed(Decoding):
         self._native, self.derived = None, None
 
     def decode_now(self, dtype: torch.dtype) -> Tensor:
-        """Decode W_hat [rows, cols], the gain included."""
+        """Decode W_hat [rows, cols] in `dtype`, with its rows multiplied by the gain."""
         if self.gain is None:
             return self.decode_stored(dtype)
         return (self.decode_stored(torch.float32) * self.gain[:, None]).to(dtype)
@@ -182,7 +188,7 @@ class Packed(Decoding):
 
     @property
     def weight(self) -> Tensor:
-        """W_hat [rows, cols] in the compute dtype; read-only."""
+        """The decoded matrix W_hat [rows, cols] in the compute dtype; read-only."""
         return frozen(self.dense())
 
     def write(self, fields: Iterable[tuple[str, Tensor]]) -> None:
@@ -194,7 +200,7 @@ class Packed(Decoding):
             setattr(self, name, raw)
 
     def replace_fields(self, fmt: Format, fields: Mapping[str, Tensor]) -> None:
-        """Take on a format for the same shape and all of its fields. Raises ValueError if a field does not fit."""
+        """Replace the format and all fields, for the same shape. Raises ValueError if a field does not fit."""
         for name in self.fields:
             del self._buffers[name]
         self.format = fmt
@@ -210,7 +216,7 @@ class Packed(Decoding):
         if name in self._buffers and name != "decoded" and "decoded" in self._buffers:
             self.drop_cache()
 
-    def _load_from_state_dict(self, *args: Any) -> None:  # torch's own seven arguments
+    def _load_from_state_dict(self, *args: Any) -> None:  # the seven arguments that torch passes
         super()._load_from_state_dict(*args)
         self.drop_cache()
 

@@ -22,7 +22,7 @@ def _register() -> None:
 
 
 class _RegisteringLoader(Loader):
-    """Loads a module with its own loader, then registers."""
+    """Loads a module with the module's original loader, then registers reallm with transformers."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -36,7 +36,7 @@ class _RegisteringLoader(Loader):
 
 
 class ModelsFinder(MetaPathFinder):
-    """Finds `transformers.modeling_utils` and no other module."""
+    """Finds only `transformers.modeling_utils`, so that reallm is registered as soon as it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -13,23 +13,23 @@ MIN_NORM = 2.0**-100
 
 @torch.no_grad()
 def row_norms(packed: Packed) -> Tensor:
-    """||W_hat||_row without the gain, float32 [rows]."""
+    """The L2 norm of each row of W_hat without the gain, float32 [rows]."""
     norms: Tensor = torch.linalg.vector_norm(packed.decode_stored(torch.float32), dim=1)
     return norms
 
 
 def magnitudes(packed: Packed) -> Tensor:
-    """m, float32 [rows]: the norms of the rows of W_hat, each with the sign of its gain."""
+    """The magnitudes m, float32 [rows]: the L2 norm of each row of W_hat with its gain, times the sign of the gain."""
     norms = row_norms(packed)
     return norms if packed.gain is None else norms * packed.gain
 
 
 def set_magnitudes(packed: Packed, values: Tensor) -> None:
-    """Choose the gain that gives the rows of W_hat the norms `values` [rows].
+    """Set the gain for which the rows of W_hat have the magnitudes `values` [rows].
 
     Raises ValueError if a gain is not finite.
     """
     gain = values.detach() / row_norms(packed).clamp(min=MIN_NORM)
     if not bool(gain.isfinite().all()):
-        raise ValueError("a magnitude is not finite beside the norm of its row")
+        raise ValueError("a magnitude divided by the norm of its row is not finite")
     packed.set_gain(gain)

@@ -94,7 +94,7 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
 
 
 def _retie(model: PreTrainedModel, record: QuantizationRecord) -> None:
-    """Drop ties of weights that are packed now, and add the record's aliases."""
+    """Remove the model's ties of weights that are now packed, and add the record's aliases as ties."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = {**model.all_tied_weights_keys, **record.aliases}
     model.all_tied_weights_keys = {
@@ -119,7 +119,7 @@ def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
 def check_headers(model: PreTrainedModel, files: Sequence[Path]) -> None:
     """Compare the files' headers with the model, before any data is read or allocated.
 
-    Raises UserError unless every field is there as U8 of its exact size, and every other tensor in its shape.
+    Raises UserError unless every field is stored as U8 with its exact size, and every other tensor with its shape.
     """
     stored = read_headers(files)
     expected = packed_tensors(model)

@@ -1,8 +1,8 @@
 """Products by generated GPU kernels, which read the codes as they are stored and keep no decoded weight in memory.
 
 They are used on CUDA without autograd; everything else uses the decoded weight. Before their first use on a device, a
-small matrix is multiplied both ways. If that fails or the results differ, one warning says so and the decoded weight
-is used from then on.
+small matrix is multiplied both by a kernel and by its decoded weight. If that fails or the results differ, one warning
+says so and decoded weights are used from then on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def takes_kernel(packed: Packed, inputs: Tensor) -> bool:
 
 
 def packed_linear(packed: GroupedLinear, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """x W_hat^T (+ bias) for x [..., cols]: [..., rows], by the kernels generated for the matrix's format."""
+    """y = x W_hat^T (+ bias), [..., rows], for x [..., cols], by the kernels generated for the matrix's format."""
     if packed.input_group is not None and (product := packed.input_group.product(packed, inputs)) is not None:
         return product
     m = stored_matrix(packed, bias)
@@ -59,10 +59,10 @@ def kernels_work(device: torch.device, name: str) -> bool:
         return _unusable(device, "Triton is not installed")
     fmt = Format.parse(name)
     fields = {
-        field.name: torch.full((field.nbytes,), 0x3C, dtype=torch.uint8, device=device)  # every float about 1.06
+        field.name: torch.full((field.nbytes,), 0x3C, dtype=torch.uint8, device=device)  # every fp16 is about 1.06
         for field in fmt.fields(_PROBE_ROWS, _PROBE_COLS)
     }
-    if "widths" in fields:  # two bits in each of the four blocks
+    if "widths" in fields:  # 2 bits per weight in each of the four blocks
         fields["widths"].zero_()[:2] = 0x44
     inputs = torch.linspace(-1, 1, _PROBE_COLS, device=device)[None]
     from triton.errors import TritonError  # raised for a kernel that does not compile

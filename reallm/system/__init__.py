@@ -1,1 +1,1 @@
-"""What reallm needs from this machine: locks, memory, threads, devices, files of tensors and progress bars."""
+"""Access to this machine: locks, memory, threads, devices, tensor files and progress bars."""

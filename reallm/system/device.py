@@ -10,10 +10,10 @@ from reallm.errors import UserError
 
 
 def parse_device(name: str, allowed: Collection[str] = ()) -> torch.device:
-    """The device `name`, such as "cpu" or "cuda:1", after checking that it can be used here.
+    """Parse the device `name`, such as "cpu" or "cuda:1", and check that it can be used on this machine.
 
-    `allowed` restricts the names; empty allows every device of PyTorch. A CUDA device is looked up without creating a
-    context on it. Raises UserError.
+    `allowed` lists the names that are accepted; if it is empty, every device of PyTorch is. The check does not create a
+    context on a CUDA device. Raises UserError if the device is not accepted or cannot be used.
     """
     if allowed and name not in allowed:
         raise UserError(f"--device {name}: expected {' or '.join(allowed)}")

@@ -1,7 +1,8 @@
 """A lock that lets one process at a time work in a folder.
 
-The kernel releases the lock when its holder ends, even if it is killed with kill -9. On a shared file system the lock
-excludes processes of other machines only where flock does so: NFS on Linux, and Lustre mounted with the option flock.
+The operating system releases the lock when the process that holds it ends, even by kill -9. On a shared file system the
+lock excludes processes on other machines only if flock does: on NFS with Linux, and on Lustre mounted with the option
+flock.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from typing import IO
 LOG = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
-"""Errors of flock on a file system without locks."""
+"""Error numbers by which flock reports that the file system does not support locks."""
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, which is created if necessary; waits, with a warning, while another process holds it.
+    """Hold the lock of `folder` within the context; create the folder if necessary.
 
-    On a file system without locks it warns that nothing else may work in the folder, and continues.
+    While another process holds the lock, this waits and logs a warning. On a file system without locks, it logs a
+    warning that no other process may work in the folder, and continues.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             stream = (folder / LOCK_FILE).open("w", encoding="utf-8")
         except FileNotFoundError:
-            continue  # its last holder removed the folder
+            continue  # the process that held the lock has removed the folder
         with stream:
             _acquire(stream, folder)
             if not _is_same_file(stream.fileno(), folder / LOCK_FILE):
@@ -56,13 +58,13 @@ def _acquire(stream: IO[str], folder: Path) -> None:
 
 
 def remove_abandoned(folders: Iterable[Path]) -> None:
-    """Remove those of `folders` that no running process holds."""
+    """Remove those of `folders` whose lock no running process holds."""
     for folder in folders:
         try:
             with (folder / LOCK_FILE).open("w", encoding="utf-8") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)
-        except OSError:  # held, already removed, or on a file system without locks
+        except OSError:  # locked by another process, already removed, or on a file system without locks
             continue
 
 

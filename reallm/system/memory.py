@@ -12,8 +12,8 @@ STATUS = Path("/proc/self/status")
 def peak_rss_bytes() -> int:
     """Peak resident set size of this process so far, in bytes.
 
-    On Linux this is VmHWM: getrusage also counts what the parent process held before the exec. Elsewhere it is
-    getrusage's ru_maxrss, which is in bytes on macOS and in KiB on other systems.
+    On Linux this is VmHWM, because getrusage also counts memory of the parent process from before the exec. On other
+    systems it is getrusage's ru_maxrss, which is in bytes on macOS and in KiB elsewhere.
     """
     if STATUS.exists():
         for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():

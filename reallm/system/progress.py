@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines now and then in a log file."""
+"""Progress of long tasks: a bar on a terminal, or plain lines at intervals in a log file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-"""Minimum seconds between two lines of one task in a log file."""
+"""Minimum number of seconds between two lines of the same task in a log file."""
 
 
 class ProgressLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
@@ -20,13 +20,13 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs onl
         super().__init__(*args, **settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write one line; nothing before the first step."""
+        """Write one line, unless the task has not made its first step yet."""
         if self.n > self.initial:
             self.fp.write(f"{msg or self}\n".lstrip("\r"))
             self.fp.flush()
 
     def clear(self, nolock: bool = False) -> None:
-        """Lines that were written stay."""
+        """Do nothing: lines that have been written stay."""
 
     def close(self) -> None:
         """Write the last line."""
@@ -38,13 +38,13 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs onl
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> tqdm[Any]:
-    """A tqdm on standard error: a bar where that is a terminal, else ProgressLines.
+    """Make a tqdm that writes to standard error: a bar if that is a terminal, else ProgressLines.
 
-    `settings` are tqdm's own: total, initial, desc, unit, unit_scale, disable, leave.
+    `settings` are the keyword arguments of tqdm: total, initial, desc, unit, unit_scale, disable, leave.
 
     >>> [n for n in progress_bar(range(3), desc="count", disable=True)]
     [0, 1, 2]
     """
-    settings.setdefault("disable", False)  # said explicitly, this wins over TQDM_DISABLE
+    settings.setdefault("disable", False)  # an explicit argument overrides the environment variable TQDM_DISABLE
     bar: tqdm[Any] = (tqdm if sys.stderr.isatty() else ProgressLines)(iterable, **settings)
     return bar

@@ -1,4 +1,4 @@
-"""Tensors written to safetensors files that are never seen half written."""
+"""Atomic writing of tensors to safetensors files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The number of threads that torch computes on."""
+"""The number of threads that torch uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 def one_thread() -> Iterator[None]:
     """Make torch compute on one thread within the context, so that results do not depend on the number of cores.
 
-    It also leaves the other cores to threads that are not torch's: OpenMP's threads spin for milliseconds after a loop.
+    This also leaves the other cores free for threads outside torch: torch's OpenMP threads would otherwise spin for
+    milliseconds after each loop.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

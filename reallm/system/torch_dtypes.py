@@ -9,15 +9,15 @@ import torch
 from reallm.kernels.storage.dtypes import FloatName
 
 FLOAT_DTYPES: Mapping[FloatName, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-"""The types that weights and activations may have."""
+"""The types that weights and activations may have, by short name."""
 FLOAT_NAMES: Mapping[torch.dtype, FloatName] = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "i8": torch.int8,
     **{str(name): dtype for name, dtype in FLOAT_DTYPES.items()},
 }
-"""The types of all fields that hold plain numbers."""
+"""The types of all fields that hold plain numbers instead of codes, by short name."""
 
 
 def torch_name(dtype: torch.dtype) -> str:
-    """torch's own name of `dtype`, such as "bfloat16"."""
+    """The name of `dtype` in torch, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

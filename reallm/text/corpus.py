@@ -19,24 +19,24 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Text:
-    """Documents and where they came from."""
+    """Documents and a description of their source."""
 
     documents: tuple[Document, ...]
     description: str
-    """One line for the user and the records."""
+    """The source in one line, for messages and records."""
     sha256: str
-    """Digest of the documents, independent of the path they were read from."""
+    """Digest of the documents; it does not depend on the path that they were read from."""
     is_fallback: bool = False
-    """Whether this is the offline default, which every report must say."""
+    """Whether this is the offline default; if so, every report must say so."""
 
 
 def load_text(source: str | Path | None, split: Split = "train") -> Text:
     """Read `source`: a .txt file (one document), a .jsonl or .parquet file, or a data set of the `datasets` library.
 
     A data set is written NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, e.g. Salesforce/wikitext:wikitext-2-raw-v1:train;
-    `split` is used where `source` names none. Files are read in full. With `source` None the text is English prose that
-    Python itself carries, whose "train" and "test" splits share no paragraph. Raises UserError, one line, for a source
-    that is missing, empty or not in the expected form.
+    `split` is used if `source` does not name a split. Files are read in full. With `source` None, the text is English
+    prose from Python's own documentation (the offline default), whose "train" and "test" splits share no paragraph.
+    Raises UserError, with a message of one line, for a source that is missing, empty or not in the expected form.
     """
     documents: tuple[Document, ...]
     if source is None:

@@ -1,7 +1,7 @@
-"""Which tokens of a window a language model is scored on, and what it sees there.
+"""The tokens of a window that a language model has to predict, and the inputs that it is given instead of them.
 
-A causal model predicts every token after the first of a window from those before it. A masked model (an encoder)
-predicts a seeded MASK_SHARE of the tokens, each replaced by the mask token, from all others.
+A causal model predicts every token after the first of a window from the tokens before it. A masked model (an encoder)
+predicts a random share MASK_SHARE of the tokens from all others; in the input, the mask token replaces each of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MASK_SHARE = 0.15
 
 @dataclass(frozen=True)
 class ScoredWindow:
-    """One window as a model sees it, and where the model is scored."""
+    """One window: what the model reads, and what it has to predict."""
 
     inputs: Tensor
-    """Int64 [1, seqlen]."""
+    """Token ids that the model reads, int64 [1, seqlen]."""
     positions: Tensor
-    """Int64 [P]: rows of the logits."""
+    """Positions of the logits that are scored, int64 [P]."""
     targets: Tensor
-    """Int64 [P]: the token to be predicted at each position."""
+    """Id of the token to be predicted at each position, int64 [P]."""
 
 
 def mask_token_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str) -> int | None:
@@ -49,7 +49,7 @@ def causal_window(window: Tensor) -> ScoredWindow:
 
 
 def mask_window(window: Tensor, mask_token: int, seed: int) -> ScoredWindow:
-    """Replace a seeded MASK_SHARE of the tokens of `window` [seqlen], at least one, by `mask_token`; score those."""
+    """Mask a random share MASK_SHARE of the tokens of `window` [seqlen], at least one, and score the masked tokens."""
     generator = torch.Generator().manual_seed(seed)
     count = max(1, round(MASK_SHARE * window.numel()))
     positions = torch.randperm(window.numel(), generator=generator)[:count].sort().values
@@ -59,7 +59,7 @@ def mask_window(window: Tensor, mask_token: int, seed: int) -> ScoredWindow:
 
 
 def mask_windows(windows: Tensor, mask_token: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Mask each token of `windows` [n, seqlen] with probability MASK_SHARE, and the first of every window always.
+    """Mask each token of `windows` [n, seqlen] with probability MASK_SHARE, and always the first token of every window.
 
     Returns the masked windows and where they are masked (bool), both [n, seqlen]. Calibration uses this form: the
     statistics are averages over all tokens, so the number of masked tokens need not be the same in every window.

@@ -1,6 +1,7 @@
-"""English prose that every Python installation carries: the language reference and the library's docstrings.
+"""English prose from every Python installation: the language reference and the docstrings of the standard library.
 
-This technical English is good enough to try reallm without a network; text like what the model will read is better.
+This technical English is good enough to try reallm without a network. Text like that which the model will be used on is
+better.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 TEST_EVERY = 5
-"""One document in five is kept for evaluation."""
+"""Every fifth document is reserved for evaluation."""
 MIN_WORDS = 8
-"""Shorter paragraphs are headings and signatures."""
+"""Minimum words in a paragraph of prose; shorter ones are taken for headings and signatures."""
 MIN_PROSE = 0.88
-"""Share of letters and plain punctuation below which a paragraph is code or a table."""
+"""Minimum share of letters and plain punctuation in prose; other paragraphs are taken for code or tables."""
 LOCAL_MODULES = ("_sysconfigdata", "sitecustomize", "usercustomize")
-"""Prefixes of modules that differ from machine to machine."""
+"""Name prefixes of modules that differ from machine to machine and are therefore left out."""
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _RULE = re.compile(r"[-=*~^#+|_ ]+")
 _MARKUP = (
@@ -34,7 +35,7 @@ _MARKUP = (
 def offline_documents(split: str) -> tuple[tuple[str, ...], str]:
     """The documents of `split`, "train" or "test", and their description; the two splits share no paragraph.
 
-    One Python version always gives the same documents in the same order.
+    The same version of Python always gives the same documents in the same order.
     """
     seen: set[str] = set()
     documents = []
@@ -71,7 +72,7 @@ def _topics() -> Iterator[str]:
 
 
 def _docstrings() -> Iterator[str]:
-    """The docstrings of each top-level module of the standard library, which is parsed and not imported."""
+    """The docstrings of each top-level module of the standard library; modules are parsed, not imported."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: path.name):
         if path.name.startswith(LOCAL_MODULES):
             continue

@@ -16,7 +16,7 @@ Document = str | tuple[Message, ...]
 
 TEXT_COLUMN, CHAT_COLUMN = "text", "messages"
 MAX_DATASET_CHARACTERS = 64 * 2**20
-"""A streamed data set is cut here; it is enough for any calibration."""
+"""Number of characters after which reading a streamed data set stops; it is enough for any calibration."""
 
 
 def read_text_file(path: Path) -> tuple[Document, ...]:
@@ -25,7 +25,7 @@ def read_text_file(path: Path) -> tuple[Document, ...]:
 
 
 def _decoded(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark."""
+    """Read a UTF-8 file; a byte order mark is removed."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -35,7 +35,7 @@ def _decoded(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> tuple[Document, ...]:
-    """Read a .jsonl file with one document per line: an object with `text`, or with `messages`, a list of Message."""
+    """Read a .jsonl file with one document per line: an object with `text`, or with `messages` (a list of Message)."""
     documents = []
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
@@ -50,7 +50,7 @@ def read_jsonl(path: Path) -> tuple[Document, ...]:
 
 
 def _document(row: object, where: str) -> Document:
-    """The document in one row; raises UserError, naming the row as `where`, when it has neither text nor messages."""
+    """The document in one row. Raises UserError, naming the row as `where`, if it has neither text nor messages."""
     if isinstance(row, Mapping):
         text, messages = row.get(TEXT_COLUMN), row.get(CHAT_COLUMN)
         if isinstance(text, str):
@@ -87,10 +87,11 @@ def read_parquet(path: Path) -> tuple[Document, ...]:
 
 
 def read_dataset(source: str, split: str) -> tuple[tuple[Document, ...], str]:
-    """Read NAME, NAME:SPLIT or NAME:CONFIG:SPLIT (a hub name or a local folder): documents and a description.
+    """Read the data set NAME, NAME:SPLIT or NAME:CONFIG:SPLIT: (documents, description).
 
-    Rows are streamed and cut at MAX_DATASET_CHARACTERS, in which case the description says so. `split` is used where
-    `source` names none. Raises UserError when the data set, its split or its column is not available.
+    NAME is a name on the hub or a local folder. Rows are streamed until MAX_DATASET_CHARACTERS is reached; the
+    description says so if that leaves out rows. `split` is used if `source` does not name a split. Raises UserError if
+    the data set, its split or its text column is not available.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -114,7 +115,7 @@ def read_dataset(source: str, split: str) -> tuple[tuple[Document, ...], str]:
 
 
 def _take(rows: Iterator[Mapping[str, Any]], source: str) -> tuple[tuple[Document, ...], bool]:
-    """(the documents up to MAX_DATASET_CHARACTERS, whether the limit was reached)."""
+    """Take documents from `rows` up to MAX_DATASET_CHARACTERS: (documents, whether the limit was reached)."""
     documents: list[Document] = []
     characters = 0
     for number, row in enumerate(rows, start=1):

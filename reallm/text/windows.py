@@ -1,8 +1,8 @@
 """Windows of tokens cut from a text.
 
-Evaluation: the documents are joined by blank lines, tokenised once and cut into consecutive windows that do not
-overlap; the last partial window is dropped (the usual WikiText-2 protocol; GPTQ, arXiv 2210.17323). Calibration:
-`nsamples` windows drawn with a seed, which do not overlap either.
+The documents are joined by blank lines and tokenised once. For evaluation, the text is cut into consecutive windows
+that do not overlap, and the last partial window is dropped (the usual WikiText-2 protocol; GPTQ, arXiv 2210.17323). For
+calibration, `nsamples` windows are drawn at random; these do not overlap either.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .corpus import Text
 from .readers import Document
 
 NO_LIMIT = 10**9
-"""Longest window where neither the model nor the tokenizer sets a limit; such tokenizers report about 10^30."""
+"""Longest window if neither the model nor the tokenizer sets a limit; tokenizers without a limit report about 10^30."""
 
 
 def cut_windows(
@@ -31,11 +31,11 @@ def cut_windows(
 ) -> Tensor:
     """Cut `text` into token windows that do not overlap, int64 [windows, seqlen].
 
-    With `nsamples` None, all consecutive windows from the start of the text. Otherwise `nsamples` windows drawn with
-    `seed`, spread over the text and in its order, or fewer where the text is too short (see `shortage`).
-    `chat_template` wraps each plain document as a user's message; conversations always go through the template.
-    `max_positions` is the model's longest context in tokens; None takes the tokenizer's. Raises UserError for a text
-    shorter than one window and for a `seqlen` out of range.
+    With `nsamples` None, these are all consecutive windows from the start of the text. Otherwise `nsamples` windows are
+    drawn at random with `seed` and returned in the order of the text; they are fewer if the text is too short (see
+    `shortage`). `chat_template` wraps each plain document as a user's message; conversations always go through the
+    template. `max_positions` is the model's longest context in tokens; if None, the tokenizer's limit is used. Raises
+    UserError for a text shorter than one window and for a `seqlen` out of range.
     """
     limit = max_positions or tokenizer.model_max_length or NO_LIMIT
     if not 1 <= seqlen <= limit:
@@ -57,14 +57,14 @@ def cut_windows(
 
 
 def shortage(windows: Tensor, nsamples: int | None) -> str | None:
-    """The note for the user when `cut_windows` gave fewer than `nsamples` windows, else None."""
+    """A note for the user if `cut_windows` returned fewer than `nsamples` windows, else None."""
     if nsamples is None or len(windows) == nsamples:
         return None
     return f"the text has only {len(windows)} windows of {windows.shape[1]} tokens, not {nsamples}: all are used"
 
 
 def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> Tensor:
-    """Token ids of the whole text, int64 [tokens]; special tokens that the tokenizer adds at the ends appear once.
+    """Tokenise the whole text at once: int64 [tokens]. Special tokens that the tokenizer adds at the ends appear once.
 
     Raises UserError when a chat template is needed and the tokenizer has none.
     """
@@ -78,7 +78,7 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, chat_template: bool
 
 
 def _render(document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> str:
-    """The document as the model is to see it, through the chat template where it is a conversation or asked for."""
+    """The text of a document, rendered by the chat template if it is a conversation or `chat_template` is true."""
     if isinstance(document, str) and not chat_template:
         return document
     conversation = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)

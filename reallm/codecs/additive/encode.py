@@ -236,7 +236,7 @@ class AdditiveFit:
         state.codebooks = to_half(books)
 
     def search_codes(self) -> None:
-        """Search again for the codes of each group, with all other groups fixed; only better codes replace the old ones.
+        """Search again for the codes of each group, with all other groups fixed; keep the old codes unless better.
 
         With e the error, slope = e H. After a change of codes, the slope is updated at once for the groups in the same
         block of columns, and for the other blocks when the block is finished.

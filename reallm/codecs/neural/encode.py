@@ -37,7 +37,7 @@ def patches(columns: Tensor, dim: int) -> Tensor:
 
 
 def block_scales(W: Tensor) -> Tensor:
-    """The scale of each block of TILE columns: its root mean square, rounded to fp16, or 1 if that is zero; [blocks]."""
+    """The scale of each block of TILE columns, [blocks]: its root mean square, rounded to fp16, or 1 if that is 0."""
     power = torch.stack([block.square().mean() for block in torch.split(W, TILE, 1)])
     scales = to_half(power.sqrt())
     return torch.where(scales == 0, torch.ones_like(scales), scales)
@@ -103,7 +103,7 @@ class _Encoder:
 
 
 def encode_neural(W: Tensor, codec: NeuralCodec, context: EncodingContext) -> CodedMatrix:
-    """Encode W[N, K] float32 for the neural decoder with the bytes `context.shared`; see `encoder` for the interface."""
+    """Encode W[N, K] float32 for the decoder with the bytes `context.shared`; see `encoder` for the interface."""
     assert context.shared is not None
     work, feedback = context.work, bool(context.fmt.feedback)
     state = _Encoder(W, codec, work, stored_values(codec, context.shared))

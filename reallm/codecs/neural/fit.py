@@ -6,8 +6,8 @@ weight of a crop of column j is therefore its squared scale / U_jj^2, in nats.
 
 Codes and decoder are fitted in turn. Each round chooses the codes of all crops (see `viterbi`), then takes Adam steps
 on the decoder. The output f(s) of the decoder depends only on the window s of codes, so the loss over all patches x,
-sum_x w_x |f(s_x) - x|^2, equals sum_s n_s |f(s) - m_s|^2 up to a constant, with n_s the total weight and m_s the mean of
-the patches in window s. So the time of a step does not depend on the number of crops. The forward pass rounds the
+sum_x w_x |f(s_x) - x|^2, equals sum_s n_s |f(s) - m_s|^2 up to a constant, with n_s the total weight and m_s the mean
+of the patches in window s. So the time of a step does not depend on the number of crops. The forward pass rounds the
 decoder's weights to their stored precision; gradients pass straight through the rounding. One crop in HELD_OUT is held
 out to compare the rounds. The decoder of the best round is returned, or the codebook without a decoder (plain
 quantisation) if no round is better than that.
@@ -43,7 +43,7 @@ LEARNING_RATE = 3e-3
 FREQUENCY = 6.0
 """Standard deviation of the first layer's output for unit latents: large enough to make windows independent."""
 LATENT_SHARE = 0.5
-"""Share of the standard deviation that the words supply before training; the decoder supplies the remaining variance."""
+"""Share of the standard deviation that the words supply before training; the decoder supplies the other variance."""
 
 
 def fit_decoder(

@@ -1,7 +1,7 @@
 """Viterbi search for the codes of whole columns under a given neural decoder (as QTIP does, arXiv 2406.11235).
 
-A window of codes decides one patch, and the window of the next patch is obtained by shifting in one more code. This is a
-trellis whose states are windows, so the best codes of a column are the cheapest walk through the trellis. The search
+A window of codes decides one patch, and the window of the next patch is obtained by shifting in one more code. This is
+a trellis whose states are windows, so the best codes of a column are the cheapest walk through the trellis. The search
 runs in native code, or in torch where there is no C++ compiler.
 """
 

@@ -70,7 +70,7 @@ def _learn_rows(
 
 
 def _ends(scales: Tensor, zeros: Tensor | None, strengths: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """(scales, zero points) after multiplication by the strengths, rounded as stored, differentiable in the strengths."""
+    """(scales, zero points) for the given strengths, rounded as they are stored; differentiable in the strengths."""
     if zeros is None:
         return _through(scales * strengths[0], to_half), None
     low, high = -zeros * scales * strengths[0], (grid.top - zeros) * scales * strengths[1]

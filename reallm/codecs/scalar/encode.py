@@ -75,7 +75,7 @@ class _ScaleSearch:
             return scale, (-low * inverse(scale)).round().clamp(0, self.grid.top)
         peak = self.W.gather(-1, self.W.abs().argmax(-1, keepdim=True)).squeeze(-1)
         if self.codec.table == "lm" or self.codec.double_quant is not None:
-            peak = peak.abs()  # no sign needed: the table is symmetric, or scales are stored as offsets from their minimum
+            peak = peak.abs()  # the table is symmetric, or scales are stored as offsets from their minimum
         elif self.codec.table == "int":
             peak = -peak  # puts the extra level of two's complement on the side of the peak
         return to_half(peak * ratio), None
@@ -89,7 +89,7 @@ class _ScaleSearch:
         return level, error
 
     def search(self) -> tuple[Tensor, Tensor | None]:
-        """Find the scales and zero points [N, G]: choose each group's best clipping ratio, then improve by least squares."""
+        """Find the scales and zero points [N, G]: take each group's best clipping ratio, then fit by least squares."""
         best_scale, best_zero = self.candidates(1.0)
         best_level, best_error = self.quantise(best_scale, best_zero)
         for ratio in CLIP_RATIOS[1:]:

@@ -3,7 +3,7 @@
 
     W_hat = decode(codes of W with zeros at the outliers) + S
 
-1. Positions. Let h_k be the cost of a squared error in column k: the diagonal of H, or, for formats with error feedback,
+1. Positions. Let h_k be the cost of a squared error in column k: the diagonal of H or, for formats with error feedback,
    what later columns cannot compensate. One half of the outliers are the weights with the largest h w^2, which would
    widen the grid of their neighbours. The other half have the largest h e^2, where e is the error of coding the
    remaining weights without feedback.

@@ -27,7 +27,7 @@ float32."""
 
 
 def find_channel_scales(W: Tensor, fmt: Format, work: Workspace) -> Tensor:
-    """Find the factors 1 / s that multiply the columns of the decoded W[N, K]: float32 [K], positive, rounded to fp16."""
+    """Find the factors 1 / s that multiply decoded columns of W[N, K]: float32 [K], positive, rounded to fp16."""
     rounding, supported = RoundingCost(fmt, work), RoundingCost.supports(fmt)
     input_size, weight_size = work.column_weight.sqrt(), W.square().mean(0).sqrt()
     weight_size = torch.where(weight_size > 0, weight_size, 1.0)

@@ -1,8 +1,8 @@
 """The transformed matrix W T that is coded in place of W, the metric of its errors, and the inverse transform.
 
 The transforms are, in order: a scale per column, W diag(s) (AWQ); a permutation of the columns (ReALLM); a rotation of
-both sides (QuIP#). An error E' of the transformed matrix is an error E = E' T^-1 of W, so H becomes T^-1 H T^-T, and the
-cost is the same before and after the transform.
+both sides (QuIP#). An error E' of the transformed matrix is an error E = E' T^-1 of W, so H becomes T^-1 H T^-T, and
+the cost is the same before and after the transform.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The trellis encoder (QTIP): it assigns widths to blocks of columns and codes each tile by Viterbi search.
 
 1. Widths. With H^-1 = U^T U, the cost of a block b of 16 columns is D_b times the squared error of its code, where
-   log D_b = -2 mean_j log U_jj. The geometric mean of D over the blocks follows from det H, so it does not depend on the
-   order of the columns. Widths are assigned by reverse water-filling: all blocks start at the smallest width, and the
-   block that gains most per bit is widened, again and again.
+   log D_b = -2 mean_j log U_jj. The geometric mean of D over the blocks follows from det H, so it does not depend on
+   the order of the columns. Widths are assigned by reverse water-filling: all blocks start at the smallest width, and
+   the block that gains most per bit is widened, until the bits are used up.
 2. Codes. Blocks are coded in storage order, and each compensates for the errors of the blocks before it (block LDL;
    QuIP#, arXiv 2402.04396). With two-sided feedback, a tile also compensates for the tiles above it, in the metric of
    the output's gradients: tr(G E H E^T) has the same form in rows and columns, so the same elimination works for both
@@ -43,8 +43,8 @@ states) are left out."""
 SCALES = {2: 0.90, 3: 0.96, 4: 1.05, 5: 1.10, 6: 1.13, 8: 1.20, 10: 1.27, 12: 1.28}
 """Best ratio of the scale to the weights' standard deviation, by width."""
 CLIPS = {2: 5.0, 3: 5.2, 4: 4.0, 5: 3.4, 6: 2.6, 8: 1.6, 10: 1.0, 12: 0.6}
-"""Upper bound of the distance between a weight and its code in the search, by width, in standard deviations of the code;
-the best paths stay below it."""
+"""Upper bound of the distance between a weight and its code in the search, by width, in standard deviations of the
+code; the best paths stay below it."""
 
 
 @dataclass(frozen=True)

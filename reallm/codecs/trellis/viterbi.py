@@ -1,10 +1,10 @@
 """Viterbi search for the closed walks of one block of columns, in native code, or in torch without a C++ compiler.
 
 Both searches minimise the squared error of every tile over the walks that end in the state where they began. They do so
-in two passes (QTIP, arXiv 2406.11235): an unconstrained walk around the seam, where the end of the tile meets its start,
-finds the bits that the first and the last state have in common; the second pass searches with these bits fixed. The
-torch search keeps its path metrics in float32, so its walks can differ from those of the native search where two walks
-are equally good.
+in two passes (QTIP, arXiv 2406.11235): an unconstrained walk around the seam, where the end of the tile meets its
+start, finds the bits that the first and the last state have in common; the second pass searches with these bits fixed.
+The torch search keeps its path metrics in float32, so its walks can differ from those of the native search where two
+walks are equally good.
 """
 
 from __future__ import annotations

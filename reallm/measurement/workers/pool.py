@@ -1,8 +1,8 @@
 """Running tasks on workers of either backend, with retries when a worker dies.
 
-A worker that dies loses only its current task, which is run again, up to RETRIES times. joblib's own backends cannot do
-this: its process pool breaks as a whole when one process is killed, and `ray.util.joblib` fails the whole call when one
-of its actors dies. So local processes are pools of one process each, and the cluster runs plain Ray tasks.
+When a worker dies, only its current task is lost; the task is run again, up to RETRIES times. joblib's backends cannot
+do this: joblib's process pool breaks as a whole when one process is killed, and `ray.util.joblib` fails the whole call
+when one of its actors dies. So each local process is a separate pool, and the cluster runs plain Ray tasks.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ R = TypeVar("R")
 
 
 def run_all(workers: Workers, tasks: Iterable[Task[R]]) -> Iterator[R]:
-    """Run all tasks and yield their results in the order in which they end.
+    """Run all tasks and yield their results in the order in which the tasks end.
 
-    `tasks` is read lazily, at most one task ahead of those that are running. Raises UserError with the name of a task
-    whose worker has died 1 + RETRIES times, and whatever a task raises.
+    `tasks` is read lazily, at most one task ahead of those that are running. Exceptions of a task are raised here.
+    Raises UserError, with the name of the task, when the workers of a task have died 1 + RETRIES times.
     """
     source, deaths, running = iter(tasks), Counter[str](), 0
     following = next(source, None)
@@ -52,11 +52,11 @@ def run_all(workers: Workers, tasks: Iterable[Task[R]]) -> Iterator[R]:
 
 @contextmanager
 def open_workers(backend: Backend, jobs: int, ray_address: str | None = None) -> Iterator[Workers]:
-    """Open the workers of `backend`, which end with the context.
+    """Start the workers of `backend`; they are stopped when the context ends.
 
-    `jobs` tasks run at the same time; -1 means one per core, of this machine or of the cluster. With one local job the
-    tasks run in this process. `ray_address` is for the backend "ray" alone. Raises UserError for a backend that is
-    unknown, not installed or not reachable.
+    `jobs` tasks run at the same time; -1 means one per core of this machine or of the cluster. With one local job, the
+    tasks run in this process. `ray_address` may be given only with the backend "ray". Raises UserError for a backend
+    that is unknown, not installed or not reachable.
     """
     if backend not in get_args(Backend):
         raise UserError(f"--backend {backend}: expected {' or '.join(get_args(Backend))}")

@@ -1,4 +1,4 @@
-"""Workers on this machine: one process per pool (joblib's loky), so that a dead process affects no other."""
+"""Workers on this machine: one process per pool (joblib's loky), so that the death of one process affects no other."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoo
 from .task import Task, TaskOutcome, Workers
 
 IDLE_SECONDS = 300.0
-"""A process without a task for this long ends by itself, so that none outlives a caller that was killed."""
+"""Seconds after which a process without a task ends by itself, so that no process outlives a caller that was killed."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
 def local_workers(jobs: int) -> Workers:
-    """`jobs` worker processes, or one per core for -1; a single worker is this process itself."""
+    """Workers that run `jobs` tasks at the same time, or one per core for -1; one worker runs in this process."""
     count = joblib.cpu_count() if jobs < 0 else max(jobs, 1)
     return InProcessWorkers() if count == 1 else Processes(count)
 
@@ -44,7 +44,7 @@ class InProcessWorkers:
 
 
 class Processes:
-    """Up to `slots` worker processes, each started when it is first needed."""
+    """Runs tasks in up to `slots` worker processes, each of which is started when it is first needed."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots

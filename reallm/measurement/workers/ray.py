@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: each task is a plain Ray task on one core of whichever machine is free."""
+"""Workers on a Ray cluster: each task is a plain Ray task on one core of any machine that is free."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ WAY_OUT = "start one with `ray start --head`, or name one by --ray-address or RA
 def connect(address: str | None, jobs: int) -> RayWorkers:
     """Connect to the cluster at `address`, at RAY_ADDRESS, or the one that this machine belongs to.
 
-    An open connection is used as it is. Raises UserError if Ray is not installed or no cluster is there.
+    If this process is already connected, that connection is used. Raises UserError if Ray is not installed or no
+    cluster is found.
     """
     try:
         import ray
@@ -38,7 +39,7 @@ def connect(address: str | None, jobs: int) -> RayWorkers:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise OSError or ValueError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    """Raise OSError or ValueError if nothing listens at `address`, HOST:PORT; Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -49,10 +50,10 @@ def _call(call: Callable[[], Any]) -> Any:
 
 
 class RayWorkers:
-    """Runs tasks on a cluster: at most `jobs` at the same time, or twice as many as it has cores if `jobs` is negative.
+    """Runs tasks on a cluster: at most `jobs` at the same time or, if `jobs` is negative, two per core of the cluster.
 
-    The second half waits in Ray's queue, so that no core is idle between tasks. `disconnect` says whether `stop` closes
-    the connection.
+    With two per core, half of the tasks wait in Ray's queue, so that no core is idle between tasks. `disconnect` says
+    whether `stop` closes the connection to the cluster.
     """
 
     def __init__(self, jobs: int, disconnect: bool) -> None:
@@ -75,7 +76,7 @@ class RayWorkers:
 
     @property
     def slots(self) -> int:
-        """How many tasks may run now; this changes as machines join and leave."""
+        """The number of tasks that may run at the same time now; it changes as machines join and leave."""
         return 2 * max(self._cores(), 1) if self._jobs < 0 else max(self._jobs, 1)
 
     def start(self, task: Task[Any]) -> None:
@@ -83,7 +84,7 @@ class RayWorkers:
         self._running[self._remote.remote(task.call)] = task
 
     def wait(self) -> TaskOutcome:
-        """Wait until any task has finished, or its worker or machine is lost."""
+        """Wait until any task has finished or has lost its worker or machine."""
         (reference, *_), _ = self._ray.wait(list(self._running), num_returns=1)
         task = self._running.pop(reference)
         try:
@@ -94,7 +95,7 @@ class RayWorkers:
             return TaskOutcome(task, death=f"{type(error).__name__}: {str(error).splitlines()[0]}".rstrip(": "))
 
     def stop(self) -> None:
-        """Cancel the running tasks, and leave the cluster as it was."""
+        """Cancel the running tasks, and close the connection if `disconnect` says so; the cluster keeps running."""
         for reference in self._running:
             self._ray.cancel(reference, force=True)
         self._running.clear()
@@ -103,7 +104,7 @@ class RayWorkers:
 
 
 def _original_error(error: Any) -> BaseException:
-    """The exception that a task raised, without Ray's wrapping."""
+    """The exception that a task raised, without Ray's wrapper around it."""
     cause = error.cause
     if "failed to import" in str(cause) or isinstance(cause, ModuleNotFoundError):
         what = str(cause).strip().splitlines()[-1]

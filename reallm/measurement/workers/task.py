@@ -33,13 +33,13 @@ class Workers(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many tasks may run at the same time now."""
+        """The number of tasks that may run at the same time now."""
 
     def start(self, task: Task[Any]) -> None:
-        """Start `task`; no more than `slots` may be running."""
+        """Start `task`; fewer than `slots` tasks must be running."""
 
     def wait(self) -> TaskOutcome:
-        """Wait until any task ends, and return how it ended; an exception of the task is raised here."""
+        """Wait until any task ends, and return how it ended; if it raised an exception, that is raised here."""
 
     def stop(self) -> None:
-        """End all workers at once, with whatever they are running."""
+        """Stop all workers immediately, including those that are running a task."""

@@ -36,7 +36,7 @@ from reallm.system.torch_dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from .model_reader import StepUnsupportedError, read_step, rotary_table
 
 POSITION_UNIT = 64
-"""Capacities are multiples of this; the generated source needs multiples of 16."""
+"""The number of positions of a cache is a multiple of this; the generated source needs multiples of 16."""
 PROMPT_TOKENS = 512
 """Tokens of a prompt that are processed at once; scratch memory is proportional to it."""
 NO_NATIVE = "native code cannot be built here"
@@ -65,7 +65,7 @@ class _Run(ctypes.Structure):
 
 
 class Step:
-    """The step of one model and the cache of one text. Use it in one thread at a time."""
+    """The decode step of one model and the key-value cache of one text. Use it in one thread at a time."""
 
     def __init__(self, model: PreTrainedModel, program: StepProgram, native: ctypes.CDLL) -> None:
         self.model, self.program, self.native = model, program, native
@@ -92,7 +92,7 @@ class Step:
         self._scratch = torch.empty(0)
 
     def refresh(self) -> None:
-        """Update the copies of weights, such as those of norms, which may have been trained in the meantime."""
+        """Update the step's copies of weights, such as those of norms, which may have been trained meanwhile."""
         for copy, original in self._copies:
             copy.copy_(original)
         modules: list[Any] = [self.model.get_submodule(name) for name in self.program.vectors]
@@ -115,9 +115,10 @@ class Step:
         return Operand.from_buffer_copy(native.operand)
 
     def _reorder(self, weight: Weight, operand: Operand) -> int:
-        """Let `operand` take its input in the order of its stored columns.
+        """Make `operand` read its input in the order in which its columns are stored.
 
-        Returns the address of the columns' positions in that order, int32 [cols], for the kernel that makes the input.
+        Returns the address of the position of each column in that order, int32 [cols]. The kernel that computes the
+        input writes its values to these positions.
         """
         order = np.ctypeslib.as_array((ctypes.c_int32 * weight.cols).from_address(operand.permutation))
         positions = torch.from_numpy(np.argsort(order).astype(np.int32))
@@ -125,12 +126,12 @@ class Step:
             scales = np.ctypeslib.as_array((ctypes.c_float * weight.cols).from_address(operand.channel_scales))
             self._kept_alive.append(reordered := torch.from_numpy(scales[order]))
             operand.channel_scales = reordered.data_ptr()
-        operand.permutation, operand.input_key = None, operand.input_key ^ 2  # that input is prepared differently
+        operand.permutation, operand.input_key = None, operand.input_key ^ 2  # such an input is prepared differently
         self._kept_alive.append(positions)
         return positions.data_ptr()
 
     def _dense(self, weight: Tensor) -> NativeMatrix:
-        """The uncompressed matrix in torch's memory, or a padded copy of it that `refresh` updates."""
+        """A native matrix that reads an uncompressed `weight`, or a padded copy of it that `refresh` updates."""
         fmt, (rows, cols) = Format.parse(DENSE_NAMES[FLOAT_NAMES[weight.dtype]]), weight.shape
         raw = weight.contiguous().view(torch.uint8).reshape(-1)
         if missing := fmt.nbytes(rows, cols) - raw.numel():
@@ -143,7 +144,7 @@ class Step:
         return native
 
     def outdated(self) -> bool:
-        """Whether a module or tensor of the model was replaced, moved or hooked since the step was compiled."""
+        """Whether a module or tensor was replaced or moved, or a hook was added, since the step was compiled."""
         return self._identity != list(identities(self.model))
 
     def reserve(self, positions: int) -> None:
@@ -224,7 +225,7 @@ def _pointers(tensors: list[Tensor]) -> Any:
 
 
 def identities(model: PreTrainedModel) -> Iterator[object]:
-    """Everything of the model that must not change while a compiled step is used."""
+    """Identifiers of everything in the model that must not change while a compiled step is used."""
     for name, module in model.named_modules():
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         yield name, type(module), bool(hooked), module.training, "prepare_inputs_for_generation" in vars(module)

@@ -34,19 +34,20 @@ from .cpu import CacheOverflowError, identities
 from .model_reader import StepUnsupportedError, read_step, rotary_table
 
 POSITION_UNIT = 64
-"""Capacities are multiples of this."""
+"""The number of positions of a cache is a multiple of this."""
 PROMPT_TOKENS = 2048
 """Tokens of a prompt that are processed at once."""
 SHARE = 256
-"""About as many positions of a full cache are read by one instance of `attend`, in at most MAX_SHARES shares."""
+"""The cache of a head is divided into shares of about this many positions, one per instance of the kernel `attend`."""
 MAX_SHARES = 16
+"""Maximum number of shares per head; with a longer cache the shares are larger."""
 ATTEND_BLOCK = 32
-"""Positions whose keys are in registers at the same time."""
+"""Number of positions whose keys an instance of `attend` holds in registers at the same time."""
 GATE_BLOCK = 1024
 
 
 class RecordedStep:
-    """The step of one model and the cache of one text. Use it in one thread at a time."""
+    """The decode step of one model and the key-value cache of one text. Use it in one thread at a time."""
 
     def __init__(self, model: PreTrainedModel, graph: StepGraph) -> None:
         from reallm.codegen.decode_step import triton_kernels as step_kernels
@@ -70,8 +71,8 @@ class RecordedStep:
     def outdated(self) -> bool:
         """Whether the recording is no longer valid.
 
-        That is so if a module or tensor of the model was replaced, moved or hooked since the step was built, or if a
-        packed module has computed again what the recording reads.
+        That is so if a module or tensor of the model was replaced or moved, or a hook was added, since the step was
+        built, or if a packed module has replaced a decoded or derived tensor that the recording reads.
         """
         unchanged = all(m.derived is derived and m.decoded is decoded for m, derived, decoded in self._read)
         return not unchanged or self._identity != list(identities(self.model))
@@ -124,7 +125,7 @@ class RecordedStep:
             return self._next(tokens).clone() if count == 1 and not first else self._prompt_of(tokens)
 
     def _prompt_of(self, tokens: Tensor) -> Tensor:
-        """The logits after several tokens, launch by launch."""
+        """The logits after `tokens` [n], float32 [vocabulary], computed launch by launch."""
         for start in range(0, tokens.numel(), PROMPT_TOKENS):
             part = tokens[start : start + PROMPT_TOKENS]
             logits = self._walk(part)
@@ -133,7 +134,7 @@ class RecordedStep:
         return logits
 
     def _next(self, token: Tensor) -> Tensor:
-        """The logits after one token, by replaying the recording, or launch by launch where there is none."""
+        """The logits after one token, float32 [vocabulary], by replaying the recording if there is one."""
         self._token.copy_(token)
         if self._recorded is None and self.device.type == "cuda":
             self._record()
@@ -148,7 +149,8 @@ class RecordedStep:
     def _record(self) -> None:
         """Record the launches for one token and the increment of the position.
 
-        They run once before, to compile kernels and allocate what is kept; the replay writes the same key and value.
+        The launches also run once before the recording, which compiles kernels and allocates the tensors that modules
+        keep. The first replay runs them again for the same token, and writes the same keys and values.
         """
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         side.wait_stream(torch.cuda.current_stream())
@@ -156,7 +158,7 @@ class RecordedStep:
             self._walk(self._token, self._now)
         torch.cuda.current_stream().wait_stream(side)
         packed = [module for module in self.model.modules() if isinstance(module, Packed)]
-        self._read = [(module, module.derived, module.decoded) for module in packed]  # must live as long
+        self._read = [(module, module.derived, module.decoded) for module in packed]  # the recording reads them
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
             self._logits = self._walk(self._token, self._now)
@@ -204,7 +206,7 @@ class RecordedStep:
         return self.model.get_submodule(name)
 
     def _norm(self, norm: Norm, post: Norm | None, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(h + y, or h + post(y), in float32; the norm of that sum)."""
+        """(sum, norm of the sum), where the sum is h + y, or h + post(y), in float32; without y it is h."""
         weight = self._module(norm.weight).weight
         after = weight if post is None else self._module(post.weight).weight
         normed = torch.empty(h.shape, dtype=self.dtype, device=h.device)
@@ -286,7 +288,10 @@ class RecordedStep:
 
 
 def record_step(model: PreTrainedModel) -> RecordedStep:
-    """The step of a model on a GPU, recorded at its first token. Raises StepUnsupportedError, with the reason."""
+    """The step of a model on a GPU, recorded when it first runs for a single token.
+
+    Raises StepUnsupportedError, with the reason.
+    """
     if importlib.util.find_spec("triton") is None:
         raise StepUnsupportedError("Triton is not installed")
     if model.device.type == "cuda" and not kernels_work(model.device, PROBES[0]):

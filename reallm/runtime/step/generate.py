@@ -1,8 +1,8 @@
-"""`model.generate` by the decode step, for a single text with sampling or greedy decoding.
+"""`model.generate` with reallm's decode step, for a single text with sampling or greedy decoding.
 
 The step is compiled on the CPU and recorded as a CUDA graph on a GPU. transformers still prepares everything (settings,
-logits processors, stopping criteria); it is given another decoding loop, which only takes logits from the step.
-Whatever the step does not support uses transformers' own loop, and the log says why, once for each reason.
+logits processors, stopping criteria); only its decoding loop is replaced by one that gets the logits from the step.
+For calls that the step does not support, transformers' own loop is used, and the log says why, once for each reason.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .model_reader import StepUnsupportedError
 
 LOG = logging.getLogger(__name__)
 _OWN_LOOPS = ("custom_generate", "assistant_model", "tokenizer", "negative_prompt_ids", "synced_gpus")
-"""Arguments of `generate` that need another decoding loop, or more than one model."""
+"""Arguments of `generate` that need transformers' decoding loop, or more than one model."""
 _EXPECTED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-"""Arguments that transformers gives to a decoding loop for text without other inputs."""
+"""Arguments that transformers passes to the decoding loop of a model whose only input is text."""
 _EXTRA_OUTPUTS = (
     "return_dict_in_generate",
     "output_scores",
@@ -38,11 +38,11 @@ _EXTRA_OUTPUTS = (
     "output_attentions",
     "output_hidden_states",
 )
-"""Settings that ask for more than the text."""
+"""Settings that request other outputs than the text."""
 
 
 class StepGenerate:
-    """Replaces `model.generate`; builds the step at its first use."""
+    """The function that replaces `model.generate`; it builds the step when it is first called."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -44,7 +44,7 @@ class StepUnsupportedError(Exception):
 
 @dataclass(frozen=True)
 class Family:
-    """How the supported architectures differ in ways that their modules do not show."""
+    """Properties of a supported architecture that its modules do not show."""
 
     window: Literal["", "config", "layers"] = ""
     """Sliding windows: none, one for all layers, or one for the layers that the configuration lists as sliding."""
@@ -68,7 +68,7 @@ FAMILIES = {
 
 
 def read_step(model: PreTrainedModel) -> StepGraph:
-    """The decode step of `model`. Raises StepUnsupportedError."""
+    """The decode step of `model` as a dataflow graph. Raises StepUnsupportedError."""
     family = FAMILIES.get(type(model).__name__)
     if family is None or not type(model).__module__.startswith("transformers.models."):
         known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
@@ -96,7 +96,7 @@ def _check_plain(model: PreTrainedModel) -> None:
 
 
 class _Reader:
-    """Builds the graph of a model of `family`."""
+    """Builds the dataflow graph of a model whose architecture has the properties `family`."""
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self.model, self.family, self.config = model, family, model.config
@@ -180,7 +180,7 @@ class _Reader:
         return len(list(self.module(path).children()))
 
     def children(self, path: str, expected: Iterable[str]) -> None:
-        """Check that `path` has just these children and no parameters, and is of a class of the model's own file."""
+        """Check that `path` has exactly the children `expected`, no parameters, and a class of the model's own file."""
         module, label = self.module(path), path or type(self.model).__name__
         if type(module).__module__ != self.package:
             _refuse(f"{label} is a {type(module).__name__} from {type(module).__module__}")
@@ -224,7 +224,7 @@ class _Reader:
         return weight
 
     def embedding(self, path: str) -> tuple[float, Weight]:
-        """(the factor of its rows, its matrix)."""
+        """(factor, matrix): the embedding returns rows of the matrix, multiplied by the factor."""
         module: Any = self.module(path)
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
             _refuse(f"{path} is a {type(module).__name__}, not a supported embedding")
@@ -262,12 +262,12 @@ class _Reader:
         kind = self.config.layer_types[index] if self.family.rope_by_layer else ""
         rope = module.rope_type[kind] if kind else module.rope_type
         if rope in _CHANGING_ROPE:
-            _refuse(f"its rotary embedding is {rope!r}, which changes with the length of the text")
+            _refuse(f"the rotary embedding is {rope!r}, which changes with the length of the text")
         name = f"rope.{kind}" if kind else "rope"
         cosines, sines = rotary_table(self.model, name, 2)
         half = head_dim // 2
         if type(module).__module__ != self.package or cosines.shape != (2, half) or sines.shape != (2, half):
-            _refuse(f"its rotary embedding rotates {2 * cosines.shape[1]} of the {head_dim} values of a head")
+            _refuse(f"the rotary embedding rotates {2 * cosines.shape[1]} of the {head_dim} values of a head")
         return name
 
 
@@ -287,7 +287,7 @@ def _weight(path: str, module: Any, bias: bool) -> Weight:
 
 
 def rotary_table(model: PreTrainedModel, name: str, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary table `name`, float32 [positions, head_dim / 2], by the model's own module.
+    """Cosines and sines of the rotary table `name`, each [positions, head_dim / 2], computed by the model's own module.
 
     Raises StepUnsupportedError.
     """
@@ -299,5 +299,5 @@ def rotary_table(model: PreTrainedModel, name: str, positions: int) -> tuple[Ten
         cosines, sines = module(dtype, index, kind) if kind else module(dtype, index)
     half = cosines.shape[-1] // 2
     if not all(torch.equal(each[..., :half], each[..., half:]) for each in (cosines, sines)):
-        _refuse("its rotary embedding rotates the two halves of a head by different angles")
+        _refuse("the rotary embedding rotates the two halves of a head by different angles")
     return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()

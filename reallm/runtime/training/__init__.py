@@ -1,1 +1,1 @@
-"""Training parts of a packed matrix: attach them to a module, compute with them, write the results into its bytes."""
+"""Train parts of a packed matrix: start, compute products meanwhile, and write the results into its fields."""

@@ -1,6 +1,6 @@
-"""End the training of a packed linear module: write what was trained into its fields, or give it up.
+"""End the training of a packed linear module: write the trained values into its fields, or discard them.
 
-The last part to end removes the module's TrainingPart.
+The module's TrainingPart is removed when none of its parameters is being trained any more.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write_back_low_rank(linear: CompressedLinear, dtype: Literal["f16", "i8", "i
 def write_back_scales(linear: CompressedLinear) -> None:
     """Store the trained scales.
 
-    Raises ValueError if they are not being trained, or one is not finite in fp16.
+    Raises ValueError if no scales are being trained, or one is not finite in fp16.
     """
     part = linear.training_part
     if part is None or part.scale_gain is None or part.stored_scales is None:
@@ -63,7 +63,7 @@ def write_back_scales(linear: CompressedLinear) -> None:
 
 
 def write_back_codebook(linear: CompressedLinear) -> None:
-    """Store the matrix's own trained codebook. A shared one is not written here, only no longer trained.
+    """Store the matrix's own trained codebook. A shared codebook is not written, but only detached from the matrix.
 
     Raises ValueError if a value is not finite in fp16.
     """
@@ -78,7 +78,7 @@ def write_back_codebook(linear: CompressedLinear) -> None:
 
 
 def revert(linear: CompressedLinear, fmt: Format, fields: Mapping[str, Tensor]) -> None:
-    """Give up whatever is being trained and any gain, and take on a format and copies of its fields."""
+    """Discard everything that is being trained and the gain, and set the format `fmt` and copies of its `fields`."""
     linear.training_part = None
     linear.set_gain(None)
     linear.replace_fields(fmt, {name: raw.clone() for name, raw in fields.items()})

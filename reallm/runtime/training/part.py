@@ -1,13 +1,14 @@
-"""What is being trained of one packed matrix, and the product of the matrix meanwhile.
+"""The parts of one packed matrix that are being trained, and the product computed with their current values.
 
     y = m o (T(codes * (scales * gain)) x + L R x) / ||V||_row
 
+- T: permutation, column scales, rotation and outliers, as stored
 - L [rows, rank], R [rank, cols]: the low-rank term, in place of the stored one (LQ-LoRA, arXiv 2311.12023)
 - gain: a factor for each stored scale, 1 at the start (AQLM, arXiv 2401.06118; OmniQuant, arXiv 2308.13137)
 - the values that the codes index (`codebook`)
-- m [rows]: magnitudes of the rows (DoRA, arXiv 2402.09353), beside the low-rank term only. ||V||_row, the norms of
-  V = W(codes) + L R, follow the factors but are constants in the backward pass (section 4.3 there), so that
-  dy/dm = V x / ||V||_row, and the gradients of L and R are those of a plain term times m / ||V||_row.
+- m [rows]: magnitudes of the rows (DoRA, arXiv 2402.09353), only together with the low-rank term. ||V||_row, the norms
+  of the rows of V = W(codes) + L R, change with the factors but are constants in the backward pass (section 4.3 of that
+  paper). So dy/dm = V x / ||V||_row, and the gradients of L and R are those without DoRA times m / ||V||_row.
 
 Whatever is not being trained comes from the stored fields.
 """
@@ -27,18 +28,18 @@ from .scaled_product import ScaledProduct
 
 
 class TrainingPart(nn.Module):
-    """The parameters being trained of a packed linear module, which holds this part as a child while anything is."""
+    """The parameters of a packed linear module that are being trained; a child of that module while there are any."""
 
     left_factor: nn.Parameter | None
     """L, float32 [rows, rank]."""
     right_factor: nn.Parameter | None
     """R, float32 [rank, cols]."""
     scale_gain: nn.Parameter | None
-    """float32 [count]."""
+    """A factor for each stored scale, float32 [count]."""
     magnitude: nn.Parameter | None
     """m, float32 [rows]."""
     codebook: TrainedCodebook | None
-    """The matrix's own."""
+    """The codebook in training, if it belongs to this matrix alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +48,12 @@ class TrainingPart(nn.Module):
         self.register_module("codebook", None)
         self.stored_scales: Tensor | None = None
         """The scales that `scale_gain` multiplies, float32 [count]; not a buffer, so it is not saved."""
-        self._shared_codebook: tuple[TrainedCodebook, ...] = ()  # a tuple, so that it is a child of no user
+        self._shared_codebook: tuple[TrainedCodebook, ...] = ()  # a tuple, so that torch does not make it a child
         self.scaled_product = ScaledProduct()
 
     @property
     def trained_codebook(self) -> TrainedCodebook | None:
-        """The codebook being trained, the matrix's own or one shared with other matrices."""
+        """The codebook in training, which is the matrix's own or shared with other matrices; None if there is none."""
         return self._shared_codebook[0] if self._shared_codebook else self.codebook
 
     def set_codebook(self, codebook: TrainedCodebook | None, shared: bool = False) -> None:
@@ -68,11 +69,11 @@ class TrainingPart(nn.Module):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is being trained."""
+        """Whether no parameter is being trained."""
         return self.left_factor is None and self.magnitude is None and not self.trains_values
 
     def output(self, matrix: Packed, inputs: Tensor) -> Tensor:
-        """x W_hat^T for x [..., cols], with the current values of everything being trained: [..., rows]."""
+        """x W_hat^T, [..., rows], for x [..., cols], with the current values of everything that is being trained."""
         if not self.trains_values:
             result = linear(inputs, matrix.dense(inputs.dtype))
         else:
@@ -96,7 +97,7 @@ class TrainingPart(nn.Module):
 
     @torch.no_grad()
     def row_norms(self, matrix: Packed) -> Tensor:
-        """||V||_row, float32 [rows], with the current factors and without the gain; the factors must be in training."""
+        """||V||_row, float32 [rows], with the factors in training and without the gain; there must be such factors."""
         assert self.left_factor is not None and self.right_factor is not None
         direction = torch.addmm(matrix.dense(torch.float32), self.left_factor, self.right_factor)
         norms: Tensor = torch.linalg.vector_norm(direction, dim=1)

@@ -21,19 +21,20 @@ from reallm.runtime.packed import Packed
 
 
 class ScaledProduct:
-    """x (T(codes * scales))^T, without the low-rank term. Keeps the decoded codes of a matrix in decode mode "load"."""
+    """Computes x (T(codes * scales))^T, without the low-rank term. Keeps the decoded codes in decode mode "load"."""
 
     def __init__(self) -> None:
         self._codes: Tensor | None = None
 
     def drop_cache(self) -> None:
-        """Forget the decoded codes, because fields or the codebook change."""
+        """Forget the decoded codes; call this when fields or the codebook change."""
         self._codes = None
 
     def __call__(self, matrix: Packed, inputs: Tensor, scales: Tensor | None, codebook: Tensor | None) -> Tensor:
-        """Multiply x [..., cols]: [..., rows].
+        """The product [..., rows] of the matrix and x [..., cols].
 
-        `scales`, float32 [count], replace the stored ones and `codebook`, float32 [count], the stored values.
+        `scales` and `codebook`, float32 [count], are used in place of the stored scales and the stored codebook; None
+        means the stored values.
         """
         fmt, codes = matrix.format, self._unscaled_codes(matrix, codebook).to(inputs.dtype)
         spread = _spread_scales(matrix, scales).to(inputs.dtype)
@@ -43,7 +44,10 @@ class ScaledProduct:
         return linear(inputs, weight.to(inputs.dtype))
 
     def _unscaled_codes(self, matrix: Packed, codebook: Tensor | None) -> Tensor:
-        """What the scales multiply, [rows, cols]. Where they multiply the input, a rotation of the rows is undone."""
+        """The decoded values before scaling, [rows, cols].
+
+        With `_scales_inputs`, the rotation of the rows is already undone, so that the product needs only that of x.
+        """
         fmt, fields, shared = matrix.format, matrix.fields, matrix.shared_codebooks
         if codebook is not None:
             return decode_unscaled(fmt, fields, matrix.rows, matrix.cols, shared=shared, codebook=codebook)
@@ -60,7 +64,7 @@ class ScaledProduct:
 
 
 def _spread_scales(matrix: Packed, scales: Tensor | None) -> Tensor:
-    """The scales in the shape in which they multiply the codes; one, for a format without scales of its own."""
+    """The scales in a shape that broadcasts with the decoded codes; a scalar 1 for a format without scales."""
     fmt, rows, cols = matrix.format, matrix.rows, matrix.cols
     if scale_count(fmt, rows, cols) == 0:
         return torch.ones((), device=matrix.decoded.device)
@@ -70,6 +74,6 @@ def _spread_scales(matrix: Packed, scales: Tensor | None) -> Tensor:
 
 
 def _scales_inputs(fmt: Format) -> bool:
-    """Whether the scales can multiply the (rotated) input, which needs no scaled weight."""
+    """Whether the scales can multiply the (rotated) input, so that no scaled weight has to be formed."""
     by_row = isinstance(fmt.codec, ScalarCodec | AdditiveCodec | KMeansCodec)
     return not (by_row or fmt.sparse or fmt.permuted or fmt.channel_scales)

@@ -1,4 +1,4 @@
-"""Start to train parts of a packed linear module, by attaching a TrainingPart or adding to the attached one."""
+"""Start training parts of a packed linear module, by attaching a TrainingPart or extending the attached one."""
 
 from __future__ import annotations
 
@@ -46,13 +46,15 @@ def train_low_rank(
 
 
 def train_magnitude(linear: CompressedLinear) -> nn.Parameter:
-    """Make m trainable, float32 [rows], starting from the norms of the rows and the signs of their gains.
+    """Make the magnitudes m, float32 [rows], trainable; they start from the row norms with the signs of the gains.
 
-    Raises ValueError unless the factors are being trained, and nothing else.
+    Raises ValueError unless the low-rank factors, and nothing else, are being trained.
     """
     part = linear.training_part
     if part is None or part.left_factor is None or part.trains_values:
-        raise ValueError("a magnitude is trained beside low-rank factors alone; call train_low_rank() first")
+        raise ValueError(
+            "magnitudes are trained only with low-rank factors, and nothing else; call train_low_rank() first"
+        )
     part.magnitude = nn.Parameter(current_magnitudes(linear))
     linear.set_gain(None)
     return part.magnitude
@@ -60,7 +62,7 @@ def train_magnitude(linear: CompressedLinear) -> nn.Parameter:
 
 @torch.no_grad()
 def current_magnitudes(linear: CompressedLinear) -> torch.Tensor:
-    """m, float32 [rows]: as it is being trained, or the norms of the rows of W_hat with the signs of their gains."""
+    """The magnitudes m, float32 [rows]: those in training, or else the row norms with the signs of the gains."""
     part = linear.training_part
     if part is None or part.left_factor is None:
         return magnitudes(linear)
@@ -76,9 +78,9 @@ def has_scales(linear: CompressedLinear) -> bool:
 
 
 def train_scales(linear: CompressedLinear) -> nn.Parameter:
-    """Make a gain for every stored scale trainable, float32 ones [count]. Raises ValueError where there is no scale."""
+    """Make a gain for each stored scale trainable, float32 [count], initially 1. Raises ValueError without scales."""
     if not has_scales(linear):
-        raise ValueError(f"format {linear.format.name} stores no scales by themselves, so there are none to train")
+        raise ValueError(f"format {linear.format.name} stores no scales that can be trained")
     scales = decode_scales(linear.format, linear.fields, linear.rows, linear.cols)
     part = _attached(linear)
     part.stored_scales = scales
@@ -93,13 +95,13 @@ def has_codebook(linear: CompressedLinear) -> bool:
 
 
 def train_codebook(linear: CompressedLinear, shared: TrainedCodebook | None = None) -> TrainedCodebook:
-    """Make the codebook trainable. For one that matrices share, all but the first get the first's as `shared`.
+    """Make the codebook trainable. If matrices share it, pass the first one's TrainedCodebook to the others (`shared`).
 
     Raises ValueError for a format without a codebook.
     """
     field = codebook_field(linear.format, linear.rows, linear.cols)
     if field is None:
-        raise ValueError(f"format {linear.format.name} has no codebook of its own, so there is none to train")
+        raise ValueError(f"format {linear.format.name} has no codebook that can be trained")
     fields, codebook = linear.fields, shared
     if codebook is None:
         raw = fields.get(field.name, linear.shared_codebooks)

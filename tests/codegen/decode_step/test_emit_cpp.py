@@ -56,7 +56,7 @@ def linear(name: str, cols: int = 8, transform: str = "") -> Linear:
 def test_a_value_of_the_wrong_width_is_refused() -> None:
     graph, x = started()
     graph.add("head", linear("head", cols=6), x)
-    with pytest.raises(CodegenError, match=r"head = .* reads values of \(8,\), not \(6,\)"):
+    with pytest.raises(CodegenError, match=r"head = .* reads values of widths \(8,\), not \(6,\)"):
         verify_step(graph)
 
 

@@ -172,7 +172,7 @@ def test_the_rotation_of_a_shared_input_is_made_once() -> None:
     made = [any(isinstance(op, Prepare) for op in entry.operations) for entry in shared.matrices]
     assert made == [True, False, True, True, True]
     verify_program(shared)
-    with pytest.raises(CodegenError, match="which no earlier matrix of 96 columns makes"):
+    with pytest.raises(CodegenError, match="which no earlier matrix of 96 columns can share"):
         verify_program(Program(shared.matrices[1:]))
 
 

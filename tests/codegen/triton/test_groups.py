@@ -100,7 +100,7 @@ def with_matrices(program: Program, index: int, matrices: tuple[str, ...]) -> Pr
         (0, ("a.q_proj", "a.k_proj"), "2 matrices for a kernel of 3"),
         (0, ("a.q_proj", "a.k_proj", "b.q_proj"), "different inputs"),
         (0, ("b.q_proj", "b.k_proj", "b.v_proj"), "different inputs"),
-        (2, ("b.gate_proj", "b.up_proj"), "other operations"),
+        (2, ("b.gate_proj", "b.up_proj"), "whose operations differ"),
         (0, ("a.q_proj", "a.k_proj", "nobody"), "no matrix 'nobody'"),
     ],
 )

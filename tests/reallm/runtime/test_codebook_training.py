@@ -121,7 +121,7 @@ def test_scales_are_trained_beside_them() -> None:
 def test_what_has_no_codebook_says_so(name: str) -> None:
     module = packed(Format.parse(name))
     assert not has_codebook(module)
-    with pytest.raises(ValueError, match="no codebook of its own"):
+    with pytest.raises(ValueError, match="no codebook that can be trained"):
         train_codebook(module)
 
 

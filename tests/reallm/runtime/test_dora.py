@@ -178,7 +178,7 @@ def test_a_magnitude_is_trained_beside_factors_alone() -> None:
         train_magnitude(module)
     train_low_rank(module, 2)
     train_scales(module)
-    with pytest.raises(ValueError, match="beside low-rank factors alone"):
+    with pytest.raises(ValueError, match="only with low-rank factors"):
         train_magnitude(module)
 
 
