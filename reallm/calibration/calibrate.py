@@ -174,4 +174,4 @@ def _unreached_note(loaded: LoadedModel, folder: Path) -> list[str]:
     if not unreached:
         return []
     what = f"no token of the text reached {len(unreached)} of {len(loaded.matrices)} matrices, such as"
-    return [f"{what} {unreached[0].name}; any error in them counts as free: calibrate on more text"]
+    return [f"{what} {unreached[0].name}; errors in them are assumed to cost nothing: calibrate on more text"]

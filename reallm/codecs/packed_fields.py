@@ -43,5 +43,5 @@ def store_all(fields: Iterable[Field], values: Mapping[str, Tensor]) -> PackedFi
 
 
 def to_half(values: Tensor) -> Tensor:
-    """Clamp `values` to the finite range of fp16, round them to fp16 and convert back: the values that decoding reads."""
+    """Clamp `values` to the finite range of fp16, round them to fp16 and convert back, as storing and reading would."""
     return values.clamp(-65504.0, 65504.0).half().float()

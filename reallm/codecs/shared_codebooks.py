@@ -27,4 +27,4 @@ def fit_shared_codebooks(fmt: Format, members: Iterable[tuple[Tensor, Metric]], 
         return {field.name: store(field, torch.from_numpy(fit_decoder(fmt, codec, members, seed)))}
     if field is not None and isinstance(codec, AdditiveCodec):
         return {field.name: store(field, fit_additive_codebooks(codec, members, seed))}
-    raise ValueError(f"{fmt.name} shares no codebooks")
+    raise ValueError(f"{fmt.name} has no shared codebooks")

@@ -37,7 +37,7 @@ class FieldReader:
         select: Tensor | None = None,
         overrides: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Make a reader; `overrides` maps names of float fields to values float32 [count] that replace the stored ones."""
+        """Make a reader; `overrides` maps names of float fields to values, float32 [count], to use in their place."""
         self.stored = {field.name: field for field in stored}
         self.fields, self.rows, self.select, self.overrides = fields, rows, select, overrides or {}
 

@@ -94,7 +94,7 @@ class FinetuneSettings:
     resume: bool = True
     """Continue an interrupted run that had the same settings."""
     kernels: bool = True
-    """Generate and compile GPU kernels for the new artifact."""
+    """Add the generated sources of the GPU kernels to the new artifact."""
     force: bool = False
     """Replace an existing artifact at the output path."""
 

@@ -35,7 +35,7 @@ def prefix_digest(artifact: Path, loaded: LoadedModel) -> str:
 
 @contextmanager
 def prefix_weights(artifact: Path, loaded: LoadedModel) -> Iterator[None]:
-    """Replace the weights of `loaded` by the decoded weights of `artifact` within the context; restore them after it."""
+    """Within the context, replace the weights of `loaded` by the decoded weights of `artifact`; then restore them."""
     parameters = {name: loaded.model.get_parameter(name) for name in {m.parameter for m in loaded.matrices}}
     original = {name: parameter.data for name, parameter in parameters.items()}
     compressed, _ = load(artifact)

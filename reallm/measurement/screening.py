@@ -40,7 +40,8 @@ from reallm.models.matrix import Matrix
 from reallm.planner.tables.measured_table import Kind
 
 TOLERANCE = 1.5
-"""Factor by which predicted costs may be wrong; on SmolLM2-135M those of trellis formats were within it (docs/log.md)."""
+"""Factor by which predicted costs may be wrong. On SmolLM2-135M, predictions for trellis formats were within this
+factor (docs/log.md)."""
 PRICES = 24
 """Number of prices to try between the two ends of the range."""
 LLOYD_MAX_ERROR = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000644, 8: 0.0000415}

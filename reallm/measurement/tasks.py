@@ -62,7 +62,7 @@ def measure_matrix(
         W, records = read_weight(weight_path), []
         work = Workspace(job.metric(matrix))
         for fmt in formats:
-            record = job.cache.measurement(job.key(matrix.name, fmt))  # from a worker that died, or from another machine
+            record = job.cache.measurement(job.key(matrix.name, fmt))  # by a worker that died, or another machine
             if record is None:
                 codebook = codebooks.get(shared_key(fmt, matrix.family) or "")
                 record = _measure_format(W, matrix, fmt, work, job, codebook)

@@ -71,7 +71,7 @@ def read_weight(path: Path) -> Tensor:
     try:
         weight: Tensor = load_file(path)["weight"].to(torch.float32, copy=True)
     except FileNotFoundError:
-        what = f"the worker on {socket.gethostname()} does not see {path.parent}"
+        what = f"the worker on {socket.gethostname()} cannot access {path.parent}"
         way_out = "expected the --output folder under the same path on every machine: use one on a shared file system"
         raise UserError(f"{what}; {way_out}") from None
     return weight

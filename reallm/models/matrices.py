@@ -80,7 +80,7 @@ def discover(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[Matrix, ...
 
 
 def _weight_tensors(model: PreTrainedModel, head: nn.Module | None) -> Iterator[_WeightTensor]:
-    """Yield every weight tensor once: if tied, with the embedding if that has the tensor, else with the first module."""
+    """Yield every weight tensor once; a tied one belongs to the embedding if that uses it, else to its first user."""
     embedding = model.get_input_embeddings()
     owned = {id(embedding.weight)} if isinstance(embedding, nn.Embedding) else set()
     for path, module in model.named_modules():

@@ -91,7 +91,7 @@ def fingerprint(x: Tensor, owner: str) -> str:
 
 @contextmanager
 def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Make the model loop over its experts within the context; grouped implementations hide all products in one call."""
+    """Make the model loop over its experts within the context: grouped versions hide all products in one call."""
     if not (hasattr(model, "set_experts_implementation") and hasattr(model, "get_experts_implementation")):
         yield
         return

@@ -90,7 +90,7 @@ def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedMod
 def _load(
     auto: Any, source: Source, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load with from_pretrained. Raises UserError if weights are missing in the files; they would be random."""
+    """Load with from_pretrained. Raises UserError if the files lack weights, whose values would be random."""
     try:
         model, info = auto.from_pretrained(
             source.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
@@ -100,7 +100,7 @@ def _load(
         raise UserError(f"{source.label} cannot be loaded as {auto.__name__[9:]}: {reason}") from error
     if missing := sorted(info["missing_keys"]):
         what = f"{len(missing)} tensors of {type(model).__name__} are not in the file, such as {missing[0]}"
-        raise UserError(f"{source.label}: {what}; they would be random: get the complete model")
+        raise UserError(f"{source.label}: {what}; their values would be random: get the complete model")
     notes: tuple[str, ...] = ()
     if unexpected := sorted(info["unexpected_keys"]):
         notes = (

@@ -13,11 +13,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint
 from reallm.planner.tables.plan import Plan, Scope
+from reallm.planner.tables.units import GIB, MIB
 
 from .canvas import CHARACTER
 from .paint import Drawing, Paint, shortened
 
-MIB, GIB = 1 << 20, 1 << 30
 HEADROOM = 4.0
 """Single formats that lose more than this multiple of the curve's largest loss are not drawn."""
 

@@ -125,7 +125,10 @@ def test_a_checkpoint_of_an_earlier_version_has_the_same_keys() -> None:
         ({"init": "svd"}, "--init svd: expected zero, loftq, lq-lora or plan"),
         ({"code_learning_rate": 1.0}, "--code-learning-rate 1.0: expected a number between 0 and 1, such as 1e-4"),
         ({"dora": True}, "--dora: row magnitudes can be stored in adapters only; add --adapter"),
-        ({"stages": ("blocks",), "loss": "text"}, "--stages blocks trains towards the dense model: it needs --loss kl"),
+        (
+            {"stages": ("blocks",), "loss": "text"},
+            "--stages blocks trains the model to match the dense model: it needs --loss kl",
+        ),
     ],
 )
 def test_unusable_values_are_refused_with_the_option_and_what_is_expected(values: dict[str, Any], message: str) -> None:
