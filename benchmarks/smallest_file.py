@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import reallm
-from benchmarks.bench import ROOT
+from benchmarks.peers import ROOT
 from reallm.cli.demo import MODEL_FILE, NSAMPLES, WINDOWS
 from reallm.kernels.storage.atomic import canonical_json
 from reallm.models.loaded import load_model

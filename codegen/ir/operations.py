@@ -377,7 +377,7 @@ class Store(Operation):
 
 
 def stored_factor(dtype: str) -> str:
-    """The dtype of the stored field of a low-rank factor of `dtype`; 4-bit factors are stored as codes."""
+    """The dtype of the field that stores a low-rank factor of type `dtype`; 4-bit factors are stored as codes."""
     return "u4" if dtype == "i4" else dtype
 
 

@@ -53,18 +53,19 @@ def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
 
 
 def pieces_at_once(computed: int, base: int, size: int, entries: int) -> int:
-    """The number of pieces of a vector that an instance can hold at once in `entries` registers of all its threads.
+    """The number of pieces of a vector that an instance can hold at once in its registers.
 
-    The vector has `base` pieces of `size` entries each; the instance computes `computed` of them.
+    All threads of the instance together have registers for `entries` entries. The vector has `base` pieces of `size`
+    entries each; the instance computes `computed` of them.
     """
     return max(1, min(MAX_PIECES, entries // (computed * size), 1 << (base - 1).bit_length()))
 
 
 def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
-    """Lines that multiply the pieces from `begin` on by entries of B and add them to `total` [computed pieces, size].
+    """Lines that multiply some pieces by entries of B and add the products to `total` [computed pieces, size].
 
-    `load` are the lines that set `value` [1, count, size] to the pieces of the vector with the indices `other` [count],
-    and to zero where `known` is false, that is, beyond the last piece.
+    The first of these pieces is number `begin`. `load` are the lines that set `value` [1, count, size] to the pieces of
+    the vector with the indices `other` [count], and to zero where `known` is false, that is, beyond the last piece.
     """
     count = spec.pieces
     return [

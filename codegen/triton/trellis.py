@@ -247,7 +247,7 @@ def _joined(names: list[str]) -> str:
 
 
 def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
-    """Lines that set `weights` [BLOCK_N, 16] to the exact s - 510, in half precision, of the block at `turn`."""
+    """Lines that set `weights` [BLOCK_N, 16] to s - 510 of the block at `turn`, exact in half precision."""
     lines = [
         f"block = tl.load(index + {ORDER_AT} + turn)",
         f"start = tl.load(index + {ORDER_AT} + across + turn)",

@@ -28,7 +28,7 @@ class LimitCost(ABC):
 
     @abstractmethod
     def use(self, matrix: MatrixRecord, fmt: Format, nbytes: int) -> int:
-        """How much a matrix uses that is stored in `fmt` with `nbytes` bytes."""
+        """How much of the limit `matrix` uses if it is stored in `fmt` with `nbytes` bytes."""
 
     @abstractmethod
     def limit(self, fixed: Sequence[tuple[MatrixRecord, Format, int]], shared: dict[str, int]) -> Limit:

@@ -64,7 +64,7 @@ def matrix_tensors(matrix: MatrixRecord, fmt: Format) -> tuple[TensorSpec, ...]:
 
 
 def whole_stacks(matrices: Iterable[MatrixRecord], formats: Mapping[str, Format]) -> dict[str, list[MatrixRecord]]:
-    """Stacks that stay one unpacked tensor, as all their slices have the same dense format; with their slices."""
+    """Stack -> its slices, for stacks stored as one unpacked tensor because all slices have the same dense format."""
     stacks: dict[str, list[MatrixRecord]] = defaultdict(list)
     for matrix in matrices:
         if (stack := stack_of(matrix)) is not None:

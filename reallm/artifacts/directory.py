@@ -1,4 +1,5 @@
-"""Read and write artifacts: model directories that transformers loads after `import reallm` (see docs/format.md).
+"""Read and write artifacts: model directories that transformers loads after `import reallm` (see
+docs/reference/format.md).
 
 An artifact is written to a hidden folder beside its destination and renamed when it is complete, so that no reader ever
 sees half an artifact, and a full disk or Ctrl-C does not change what was there before.

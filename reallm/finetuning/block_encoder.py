@@ -41,7 +41,8 @@ class BlockEncoder:
         return [matrix for matrix in self.matrices if matrix.block == block]
 
     def encode_block(self, loaded: LoadedModel, block: int) -> dict[str, Tensor]:
-        """Encode the matrices of `block` from their weights in `loaded`; return the decoded weights [rows, cols] by name.
+        """Encode the matrices of `block` from their weights in `loaded`; return the decoded weights [rows, cols] by
+        name.
 
         An expert that is stored as plain floats is not encoded and keeps its values.
         """

@@ -140,7 +140,9 @@ class _ReachedBlocksError(Exception):
 
 @torch.no_grad()
 def _first_inputs(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> list[Tensor]:
-    """The inputs of the block `first`, one tensor [1, seqlen, hidden] per window of `windows` (token ids [n, seqlen])."""
+    """The inputs of the block `first`, one tensor [1, seqlen, hidden] per window of `windows` (token ids [n,
+    seqlen]).
+    """
     inputs: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

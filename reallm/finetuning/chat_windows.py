@@ -40,7 +40,8 @@ class SampledWindows:
 def sample_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int, max_positions: int | None
 ) -> SampledWindows:
-    """Cut `text` into consecutive windows of `seqlen` tokens; of conversations, keep those that contain part of an answer.
+    """Cut `text` into consecutive windows of `seqlen` tokens; of conversations, keep those that contain part of an
+    answer.
 
     Raises UserError if the text is too short, `seqlen` exceeds `max_positions`, the chat template is missing, or there
     is no answer.

@@ -5,8 +5,8 @@
 The loss is computed in float32, whatever dtype the models compute in, and without the full logits in memory if the head
 is a plain matrix (`objective`). The optimiser is AdamW with one learning rate per parameter group, a cosine schedule
 after 3% of warm-up, and gradients clipped at norm 1. The state with the lowest loss on held-out windows is kept; a loss
-that is not finite ends training. The seed fixes the order of the windows and there is no dropout, so a resumed run gives
-exactly the result of an uninterrupted one.
+that is not finite ends training. The seed fixes the order of the windows and there is no dropout, so a resumed run
+gives exactly the result of an uninterrupted one.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def train_end_to_end(
 ) -> int:
     """Train from `checkpoint` on (None: from the start) and return the number of steps that were made.
 
-    Checkpoints are written to `folder`. At the end the model has the state with the lowest held-out loss. A loss that is
-    not finite ends training; the model then has the best checkpoint's state or, before the first, the current one.
+    Checkpoints are written to `folder`. At the end the model has the state with the lowest held-out loss. A loss that
+    is not finite ends training; the model then has the best checkpoint's state or, before the first, the current one.
     """
     pair.free_teacher(remaining_windows(pair.data, settings, checkpoint, processes))
     trainer = _trainer(pair, parts, settings, folder, processes)

@@ -37,7 +37,9 @@ FactorValues = dict[str, tuple[Tensor, Tensor]]
 
 
 def trainable_linears(model: nn.Module) -> dict[str, CompressedLinear]:
-    """Every compressed linear of `model` by name; compressed embeddings and experts are left out: they are not trained."""
+    """Every compressed linear of `model` by name; compressed embeddings and experts are left out: they are not
+    trained.
+    """
     return {
         name: module
         for name, module in packed_modules(model)
@@ -47,7 +49,9 @@ def trainable_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 @torch.no_grad()
 def input_moments(model: PreTrainedModel, linears: PackedLinears, windows: Tensor) -> dict[str, Tensor]:
-    """Mean square of each input feature over `windows` (token ids [windows, seqlen]): name of linear -> float32 [cols]."""
+    """Mean square of each input feature over `windows` (token ids [windows, seqlen]): name of linear -> float32
+    [cols].
+    """
     sums = {name: torch.zeros(linear.cols) for name, linear in linears.items()}
     hooks = [linear.register_forward_pre_hook(_square_adder(sums[name])) for name, linear in linears.items()]
     try:
@@ -73,7 +77,8 @@ def start_factors(
     new_factors: LowRank | None,
     init: FactorInit,
 ) -> None:
-    """Make the factors of every linear trainable; a linear without factors gets `new_factors`, initialised as in `init`.
+    """Make the factors of every linear trainable; a linear without factors gets `new_factors`, initialised as in
+    `init`.
 
     The rank is at most the smaller side of the matrix. If `new_factors` is None, every linear must have factors.
     `moments` (see `input_moments`) are used by "lq-lora" only.

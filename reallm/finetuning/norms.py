@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 
 
 class RelativeGain(nn.Module):
-    """Parametrises a weight w as w + unit * gain. `gain` is float32 and starts at 0; `unit` is the effective multiplier.
+    """Parametrises a weight w as w + unit * gain. `gain` is float32 and starts at 0; `unit` is the effective
+    multiplier.
 
     `unit` is w itself, or 1 where the model applies 1 + w, as Gemma's norms do.
     """

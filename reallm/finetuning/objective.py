@@ -2,8 +2,8 @@
 
     loss = sum_t w_t KL(p_t || q_t),   q_t = softmax(W h_t),   dloss / dh_t = w_t W^T (q_t - p_t),   sum_t w_t = 1
 
-p is the teacher's distribution, or with the loss "text" all on the text's next token, which gives the cross entropy. For
-512 tokens and a vocabulary of 49,152, each of the five logit tensors that the chunks avoid would take 100 MB.
+p is the teacher's distribution, or with the loss "text" all on the text's next token, which gives the cross entropy.
+For 512 tokens and a vocabulary of 49,152, each of the five logit tensors that the chunks avoid would take 100 MB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ CHUNK = 128
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss and gradient in one pass. `target(tokens)` returns, for a slice of tokens, labels [n] or log p [n, vocabulary]."""
+    """Loss and gradient in one pass. `target(tokens)` returns, for a slice of tokens, labels [n] or log p [n,
+    vocabulary].
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, target: Callable[[slice], Tensor], weights: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ def recode(pair: StudentTeacher, measured: Path, settings: ResolvedSettings, fol
 
 
 def _encode_and_train(model: PartlyEncodedModel, path: Path) -> None:
-    """Encode each block and train the blocks after it, resuming from the state saved at `path`; then store the norms."""
+    """Encode each block and train the blocks after it, resuming from the state saved at `path`; then store the
+    norms.
+    """
     blocks, steps = model.encoder.blocks, model.settings.code_steps
     done, count = model.load_state(path), len(blocks)
     every = max(1, count // SAVES)

@@ -58,7 +58,9 @@ class ResolvedSettings(FinetuneSettings):
 
 
 def resolve(settings: FinetuneSettings, plan: Plan) -> ResolvedSettings:
-    """`settings` with the defaults for the artifact of `plan` filled in. With `adapter`, only fp16 factors are trained."""
+    """`settings` with the defaults for the artifact of `plan` filled in. With `adapter`, only fp16 factors are
+    trained.
+    """
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     if settings.adapter:
         values |= {"train": ("factors",), "factor_dtype": "f16"}

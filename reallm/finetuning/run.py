@@ -100,7 +100,9 @@ def finetune(
 
 
 def _open_progress(inputs: RunInputs, processes: TrainingProcesses) -> Path | None:
-    """Let the first process prepare the progress folder; return the last complete checkpoint, if any, in every process."""
+    """Let the first process prepare the progress folder; return the last complete checkpoint, if any, in every
+    process.
+    """
     checkpoint = None
     if processes.is_first:
         inputs.check_output()  # another run may have written it while this one waited for the lock
@@ -139,8 +141,8 @@ def _write_result(inputs: RunInputs, pair: StudentTeacher, parts: TrainableParts
         shutil.rmtree(inputs.progress)
         raise UserError(
             f"{inputs.artifact}: after {gain.steps} steps the {settings.loss_name} on held-out windows is "
-            f"{gain.after:.4f}; before, it was {gain.before:.4f}; nothing is written: try a smaller --learning-rate, more "
-            "--steps, a higher --rank or more --text"
+            f"{gain.after:.4f}; before, it was {gain.before:.4f}; nothing is written: try a smaller "
+            "--learning-rate, more --steps, a higher --rank or more --text"
         )
     if settings.adapter:
         write_adapter(inputs.output, parts.added_factors(), inputs.artifact, settings.force, parts.magnitudes())

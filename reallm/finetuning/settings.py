@@ -1,7 +1,7 @@
 """The settings of fine-tuning: one dataclass for the function, the command line and the checkpoints.
 
-The command line turns each field into an option and shows the field's docstring as its help. This module imports neither
-torch nor transformers, so that `reallm finetune --help` answers at once.
+The command line turns each field into an option and shows the field's docstring as its help. This module imports
+neither torch nor transformers, so that `reallm finetune --help` answers at once.
 """
 
 from __future__ import annotations
@@ -39,18 +39,23 @@ class FinetuneSettings:
     """
 
     train: Sequence[Part] = ("factors", "scales", "norms")
-    """Comma-separated parts to train: factors (they add bytes), scales, norms, codebooks, embeddings (these add none)."""
+    """Comma-separated parts to train: factors (they add bytes), scales, norms, codebooks, embeddings (these add
+    none).
+    """
     rank: int | None = None
     """Rank of the new low-rank factors of matrices that have none, 0 to 1024; 0 adds none.
-    Default: 0, or 8 with --adapter."""
+    Default: 0, or 8 with --adapter.
+    """
     factor_dtype: FactorDtype = "i8"
     """How new factors are stored."""
     init: FactorInit = "lq-lora"
-    """Initial value of new factors: zero, as in LoRA; loftq or lq-lora, an approximation of the encoding error; plan adds
-    no factors."""
+    """Initial value of new factors: zero, as in LoRA; loftq or lq-lora, an approximation of the encoding error; plan
+    adds no factors.
+    """
     stages: Sequence[Stage] = ("end-to-end",)
     """Comma-separated stages, in order. codes re-encodes the blocks in order and trains the later, not yet encoded
-    weights to compensate; blocks trains one block at a time; end-to-end trains the whole model."""
+    weights to compensate; blocks trains one block at a time; end-to-end trains the whole model.
+    """
     loss: Loss = "kl"
     """kl: the divergence from the dense model; text: the cross entropy of the text's next token."""
     adapter: bool = False
@@ -60,7 +65,8 @@ class FinetuneSettings:
 
     steps: int | None = None
     """Optimiser steps of the end-to-end stage. Default: 60, or 160 for a plan that is predicted to lose 0.3 nats per
-    token or more."""
+    token or more.
+    """
     batch_size: int = 1
     """Windows per optimiser step."""
     seqlen: int = 512
@@ -81,7 +87,8 @@ class FinetuneSettings:
     """Optimiser steps that the stage codes makes after re-encoding each block."""
     code_learning_rate: float = 1e-4
     """Peak learning rate, in the stage codes, of the weights that are not yet encoded; that of norms is ten times as
-    high."""
+    high.
+    """
 
     teacher: Path | str | None = None
     """The dense model that the artifact was made from, if it has moved since it was measured."""
@@ -106,7 +113,9 @@ class FinetuneSettings:
         _check_combinations(self)
 
     def deciding_values(self) -> dict[str, int | float | str | None]:
-        """The fields that decide the result, as stored in checkpoints; `stages` is stored under its former name "order"."""
+        """The fields that decide the result, as stored in checkpoints; `stages` is stored under its former name
+        "order".
+        """
         values: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in RUN_OPTIONS}
         order = ",".join(values.pop("stages"))
         return values | {"train": ",".join(self.train), "order": order}

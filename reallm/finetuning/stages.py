@@ -1,4 +1,6 @@
-"""The stages of one run, in order: new codes, training block by block, training end to end, and write-back into bytes."""
+"""The stages of one run, in order: new codes, training block by block, training end to end, and write-back into
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def _start(pair: StudentTeacher, parts: TrainableParts, settings: ResolvedSettin
 
 
 def _write_back(pair: StudentTeacher, parts: TrainableParts) -> float:
-    """Write the trained values back; return the held-out loss with the stored values, or infinity if they do not fit."""
+    """Write the trained values back; return the held-out loss with the stored values, or infinity if they do not
+    fit.
+    """
     if not parts.is_finite():
         return math.inf
     try:

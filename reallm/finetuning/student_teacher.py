@@ -97,7 +97,8 @@ class StudentTeacher:
         return total / len(self.held_out.tokens)
 
     def free_teacher(self, rows: Tensor) -> None:
-        """Free the teacher's weights, except its head, if training on the windows `rows`, int64 [n], does not need them.
+        """Free the teacher's weights, except its head, if training on the windows `rows`, int64 [n], does not need
+        them.
 
         `rows` are indices into `train`. `reload_teacher` reads the weights again.
         """
@@ -174,6 +175,8 @@ def _sample(dense: LoadedModel, source: Text, seqlen: int) -> SampledWindows:
 
 
 def compute_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """bfloat16 if the model uses it and the machine computes fast in it, else float32; fp16 gradients would overflow."""
+    """bfloat16 if the model uses it and the machine computes fast in it, else float32; fp16 gradients would
+    overflow.
+    """
     fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if model_dtype == torch.bfloat16 and fast else torch.float32

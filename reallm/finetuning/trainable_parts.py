@@ -187,7 +187,9 @@ class TrainableParts:
             write_back_factors(self._linears_with_factors(), self.new_factors)
 
     def added_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name of linear -> L [rows, rank] and R [rank, cols] with L R = stored low-rank term now - that before training."""
+        """Name of linear -> L [rows, rank] and R [rank, cols] with L R = stored low-rank term now - that before
+        training.
+        """
         added = {}
         for name, linear in self._linears_with_factors().items():
             left, right = decode_factors(linear.format, linear.fields, linear.rows, linear.cols)

@@ -45,20 +45,22 @@ def sweep(
     first, last
         The ends of the range, in the same unit, for example "2bpw" and "5bpw".
     points
-        Number of evenly spaced budgets. Those that no plan fits are left out of the result.
+        Number of evenly spaced budgets. A budget that no plan fits is left out of the result.
     output
         Where to write the points as CSV, if given.
     figure
-        Where to draw them, and every single format for comparison, if given: a .png, .svg or .html file.
+        Where to draw the points, if given: a .png, .svg or .html file. For comparison it also shows the plans that use
+        one format for all matrices.
     options, keywords
-        What else to ask of the plans, as for `plan`.
+        Further requirements on the plans, as for `plan`.
 
     Raises
     ------
     PlanError
-        For ends with different units, options that cannot be met, and budgets that no plan fits.
+        For ends with different units, for options that cannot be met, and if no plan fits any of the budgets.
     UserError
-        For a figure whose file name has an unknown ending, for plans that lose nothing, and as `plan` does.
+        For a figure whose file name has an unknown ending, for a figure if every plan has a predicted loss of zero, and
+        whenever `plan` raises it.
     RecordError
         When `work` holds no measured table.
 

@@ -34,7 +34,7 @@ def open_model(
     """Load the model at `path`, which is an artifact, model folder, .gguf file or hub name.
 
     `dtype` is "float32", "bfloat16", "float16", or None for the model's own; `adapter` is an adapter for an artifact,
-    as in `load`. Raises UserError if the model cannot be loaded, or has no tokenizer, which running it needs.
+    as in `load`. Raises UserError if the model cannot be loaded or has no tokenizer.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")

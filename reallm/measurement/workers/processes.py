@@ -17,7 +17,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 
 def local_workers(jobs: int) -> Workers:
-    """Workers that run `jobs` tasks at the same time, or one per core for -1; one worker runs in this process."""
+    """Workers that run `jobs` tasks at once (-1: one per core). If only one is needed, it runs in this process."""
     count = joblib.cpu_count() if jobs < 0 else max(jobs, 1)
     return InProcessWorkers() if count == 1 else Processes(count)
 

@@ -111,6 +111,7 @@ def assert_clean(spec: KernelSpec, path: Path) -> None:
     assert lint(machine_code(path), product=spec.function.startswith("gem")) == (), (spec.name, path)
 
 
+@pytest.mark.long
 def test_the_machine_code_of_every_kernel_is_clean() -> None:
     specs = run_passes(lower_plan(PLAN, biased={"a.q"})).kernels
     for (spec, target), path in gpu_objects(specs, BUILT_FOR).items():
@@ -141,6 +142,7 @@ def largest() -> Objects:
     return gpu_objects([*map(largest_gemv, GEMVS), *map(largest_gemm, (*GEMMS, ROW_TABLES))])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", GEMVS)
 def test_the_code_of_the_largest_tile_and_batch_is_clean(largest: Objects, name: str) -> None:
     spec = largest_gemv(name)

@@ -180,7 +180,7 @@ def test_conversations(llama: Path, tmp_path: Path) -> None:
         ({"stages": ()}, "--stages : expected one or more"),
         ({"stages": ("blocks", "blocks")}, "--stages blocks,blocks: expected"),
         ({"block_windows": 0}, "--block-windows 0: expected at least 1 window"),
-        ({"loss": "text"}, "--stages blocks trains towards the dense model"),
+        ({"loss": "text"}, "--stages blocks trains the model to match the dense model"),
     ],
 )
 def test_mistakes(llama: Path, text: str, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -167,7 +167,7 @@ def test_norms_that_are_one_plus_their_weight_are_trained_too(text: str, tmp_pat
 
 def test_without_rank_there_may_be_no_factors_to_train(text: str, tmp_path: Path) -> None:
     artifact = pack("llama", tmp_path, linears("int2-g16"))
-    with pytest.raises(UserError, match="--train factors: the artifact has nothing of that; give --rank 8"):
+    with pytest.raises(UserError, match="--train factors: the artifact has none of these parts; give --rank 8"):
         finetune(artifact, text=text, output=tmp_path / "tuned", **RUN | {"train": ("factors",), "rank": 0})
 
 

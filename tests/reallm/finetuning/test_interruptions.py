@@ -130,5 +130,5 @@ def test_init_plan_trains_the_factors_of_the_plan_and_adds_none(artifact: Path, 
 
 def test_init_plan_without_factors_in_the_plan_has_nothing_to_train(text: str, tmp_path: Path) -> None:
     bare = make("llama", tmp_path / "bare", linears("int3-g16")).folder
-    with pytest.raises(UserError, match="--train factors: the artifact has nothing of that"):
+    with pytest.raises(UserError, match="--train factors: the artifact has none of these parts"):
         finetune(bare, text=text, output=tmp_path / "tuned", train=("factors",), init="plan", **RUN | {"steps": 6})

@@ -160,10 +160,10 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stages": ("blocks", "codes")}, "--stages blocks,codes: new codes undo what was trained before"),
+        ({"stages": ("blocks", "codes")}, "--stages blocks,codes: new codes would undo the earlier training"),
         (
             {"stages": ("codes", "end-to-end"), "loss": "text"},
-            "--stages codes trains towards the dense model: it needs --loss kl",
+            "--stages codes trains the model to match the dense model: it needs --loss kl",
         ),
         ({"adapter": True}, "--stages codes makes new codes, which an --adapter cannot hold"),
         ({"work": "gone"}, "gone"),

@@ -179,6 +179,6 @@ def test_a_codebook_that_an_embedding_uses_too_stays(text: str, tmp_path: Path) 
 
 def test_nothing_of_that_is_an_error(text: str, tmp_path: Path) -> None:
     artifact = pack("llama", tmp_path, linears("int4-g16"))
-    with pytest.raises(UserError, match="--train codebooks: the artifact has nothing of that"):
+    with pytest.raises(UserError, match="--train codebooks: the artifact has none of these parts"):
         finetune(artifact, text=text, output=tmp_path / "tuned", **RUN)
     assert not (tmp_path / "tuned.partial").exists()

@@ -278,7 +278,7 @@ def test_without_a_working_compiler_modules_decode_and_say_so_once(
         for name in ("tq2-l12", "int4-g64", "km3"):
             linear, x = module(name), torch.randn(2, 36)
             assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
-    assert len(caplog.records) == 1 and "decoded weights" in caplog.text
+    assert len(caplog.records) == 1 and "decoded to dense weights" in caplog.text
 
 
 _BUILD = """

@@ -137,6 +137,7 @@ assert not counts and x.grad is not None
 """
 
 
+@pytest.mark.long
 def test_input_groups_of_a_model_under_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {
