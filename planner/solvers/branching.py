@@ -226,7 +226,8 @@ class Search:
     ) -> float:
         """The price at which the formats `chosen` just fit, or a higher price if they never do.
 
-        Records their best choice if it may be of interest; `lower_bound` is a bound of its cost.
+        Also records the best choice that uses only these formats, unless a candidate needs a shared codebook or
+        `lower_bound`, which is a lower bound of the choice's cost, is not below the ceiling.
         """
         cost = np.where(chosen, instance.cost, inf)
         if not np.isfinite(cost).any(1).all():

@@ -61,8 +61,9 @@ def mask_window(window: Tensor, mask_token: int, seed: int) -> ScoredWindow:
 def mask_windows(windows: Tensor, mask_token: int, seed: int) -> tuple[Tensor, Tensor]:
     """Mask each token of `windows` [n, seqlen] with probability MASK_SHARE, and always the first token of every window.
 
-    Returns the masked windows and where they are masked (bool), both [n, seqlen]. Unlike `mask_window`, it does not mask
-    the same number of tokens in every window. Calibration does not need that, as it averages over all tokens.
+    Returns the masked windows and where they are masked (bool), both [n, seqlen]. Unlike `mask_window`,
+    this may mask a different number of tokens in each window. Calibration allows that, because its statistics are
+    averages over all tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     masked = torch.rand(windows.shape, generator=generator) < MASK_SHARE
