@@ -2,7 +2,7 @@
 
     make bench NAME=ablation [MODEL=...] [TEXT=calibration] [TEST=held-out]
 
-Run after NAME=quality; it adds to that benchmark's measured folder. All but the last rows store about three bits per
+Run after NAME=quality; it adds to that benchmark's work folder. All but the last rows store about three bits per
 weight. "ours" is the full method in one format everywhere, "other" the same without one part, so a ratio below one
 shows what that part contributes. Then the planner's mix is compared at equal bytes, and for other costs to minimise.
 """

@@ -109,7 +109,7 @@ class Bench:
     """The base model, the calibration and evaluation tokens, and the results measured on them."""
 
     def __init__(self, model: str, text: str, test: str, nsamples: int = NSAMPLES) -> None:
-        """`nsamples` is the number of windows our own measured folder is calibrated on; peers get NSAMPLES."""
+        """`nsamples` is the number of windows our own work folder is calibrated on; peers get NSAMPLES."""
         source = load_model(model)
         if source.tokenizer is None:
             raise UserError(f"{model} has no tokenizer")

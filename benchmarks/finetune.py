@@ -2,7 +2,7 @@
 
     make bench NAME=finetune [MODEL=...] [TEXT=training] [TEST=held-out] [PARTS=2.0,stages] [STEPS=40]
 
-The measured folder is calibrated on SAMPLES windows of the training text. PARTS are
+The work folder is calibrated on SAMPLES windows of the training text. PARTS are
 
 - 2.0, 2.5, 3.0  bits per weight: the planner's mix after the default recipe, which does not change the size, compared
                  with the mix before it; its time and its peak memory

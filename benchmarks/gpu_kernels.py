@@ -51,7 +51,7 @@ PEER_SHAPES = 1
 MANY = (64, 512)
 MANY_FORMATS = ("tq3-l12+ldl2+rot", "uint4-g64", "lm3-g64", "aq2x8-d8")
 SCALE_BYTE = 0x1C
-"""Every byte of the stored floats: 0.004 in half precision."""
+"""The value of every byte of the stored floats, which gives 0.004 in half precision."""
 
 
 def random_fields(fmt: Format, rows: int, cols: int) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
     make bench NAME=presets [MODEL=...] [TEXT=calibration] [TEST=held-out] [PRESETS=gptq,qtip] [PEERS=GPTQ]
 
-Run after NAME=quality; it adds to that benchmark's measured folder. A preset is represented by one format everywhere at
+Run after NAME=quality; it adds to that benchmark's work folder. A preset is represented by one format everywhere at
 about three bits (four where its package supports nothing else), and by formats near two and four bits where it has
 them. First the preset ("ours") is compared with its package at the same codes and group size; then the planner's mix
 ("ours") with the preset, at the largest of the targets' budgets that does not exceed the preset's bytes. PRESETS

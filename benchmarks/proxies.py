@@ -2,7 +2,7 @@
 
     make bench NAME=proxies [MODEL=...] [TEXT=calibration] [TEST=held-out] [CHANGES=140]
 
-Run after NAME=quality; it uses that benchmark's measured folder. Each change stores one matrix in one format and leaves
+Run after NAME=quality; it uses that benchmark's work folder. Each change stores one matrix in one format and leaves
 the rest as it is; its KL to the dense model is measured on WINDOWS windows. "ours" is 1 minus the rank correlation
 (Spearman 1904) of KL with the default cost, "peer" the same for another cost, so lower is better. CHANGES limits the
 number of changes, which are then spread evenly.

@@ -2,7 +2,7 @@
 
     make bench NAME=refit [MODEL=...] [TEXT=calibration] [HELD=held-out] [TEST=test]
 
-Run after NAME=quality; it uses that benchmark's measured folder. Corrections are found on WINDOWS windows of HELD, a
+Run after NAME=quality; it uses that benchmark's work folder. Corrections are found on WINDOWS windows of HELD, a
 text used neither for calibration nor for evaluation. "ours" is the plan after refit and "other" the plan before it,
 both measured on TEST as in NAME=quality. The rows on HELD are the figures that refit itself measured; they also compare
 the plan with the best single format of the budget.

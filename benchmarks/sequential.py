@@ -2,7 +2,7 @@
 
     make bench NAME=sequential [MODEL=...] [TEXT=calibration] [TEST=held-out]
 
-Run after NAME=quality; it uses that benchmark's measured folder. One format everywhere: "other" is measured on the
+Run after NAME=quality; it uses that benchmark's work folder. One format everywhere: "other" is measured on the
 dense model (the default), "ours" with `measure --prefix` on an artifact in the same format. Bytes, text and windows are
 equal.
 """

@@ -4,10 +4,9 @@
     make bench NAME=smallest_file [TEXT=calibration] [TEST=held-out]
 
 `llama-quantize` (of ik-llama-cpp-python, installed for this) makes the file from the GGUF that the demo starts from.
-Its
-importance matrix, the mean squared inputs of every matrix, comes from the windows that the demo calibrates on. Blocks
-of 256 do not fit this model's rows of 576 weights: llama-quantize itself stores those matrices in larger types. Both
-files are evaluated against the same original, in float32 on the same windows.
+Its importance matrix, the mean squared inputs of every matrix, comes from the windows that the demo calibrates on.
+Blocks of 256 do not fit this model's rows of 576 weights: llama-quantize itself stores those matrices in larger types.
+Both files are evaluated against the same original, in float32 on the same windows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Errors: ReallmError is the base class of all errors that reallm raises on purpose; on one, the command exits with
-2.
-"""
+"""Errors: ReallmError is the base class of all errors that reallm raises on purpose. The command then exits with 2."""
 
 from __future__ import annotations
 

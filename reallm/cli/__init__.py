@@ -1,4 +1,4 @@
-"""The commands, by what they are about.
+"""The command line: one module for each group of commands.
 
-torch and transformers are imported inside them, so that --help answers at once.
+Commands import torch and transformers in their bodies, so that --help answers immediately.
 """

@@ -1,4 +1,4 @@
-"""`reallm demo`: the whole job on SmolLM2-135M-Instruct, each stage the very command that a user would type.
+"""`reallm demo`: the whole job on SmolLM2-135M-Instruct. Each stage is a command that a user could type.
 
 Every stage runs in its own process, so that its peak memory can be reported. A stage is skipped when the same command
 finished in an earlier run and no stage before it had to run again.

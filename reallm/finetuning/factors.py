@@ -49,9 +49,7 @@ def trainable_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 @torch.no_grad()
 def input_moments(model: PreTrainedModel, linears: PackedLinears, windows: Tensor) -> dict[str, Tensor]:
-    """Mean square of each input feature over `windows` (token ids [windows, seqlen]): name of linear -> float32
-    [cols].
-    """
+    """Name of linear -> mean square of its input features, float32 [cols], over `windows` (token ids [n, seqlen])."""
     sums = {name: torch.zeros(linear.cols) for name, linear in linears.items()}
     hooks = [linear.register_forward_pre_hook(_square_adder(sums[name])) for name, linear in linears.items()]
     try:

@@ -38,8 +38,8 @@ class ResolvedSettings(FinetuneSettings):
     def gain_rate(self, divergence: float) -> float:
         """The peak learning rate of scales and norms, proportional to `divergence` from the teacher (nats per token).
 
-        Encoding shrinks the weights in proportion to the distortion, and so is the divergence: at three bits a model
-        needs a quarter of the step size that it needs at two.
+        Encoding shrinks the weights by a share of the distortion, and the divergence is proportional to the distortion.
+        At three bits a model therefore needs a quarter of the step size that it needs at two.
         """
         if self.gain_learning_rate is not None or self.loss == "text":
             return self.learning_rates["gains"]

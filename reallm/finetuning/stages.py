@@ -75,7 +75,7 @@ def run_stages(
 
 
 def _freeze(pair: StudentTeacher, gradient_checkpointing: bool) -> None:
-    """Freeze all parameters of both models and turn dropout off."""
+    """Freeze all parameters of both models; dropout stays off, as it is after loading."""
     pair.dense.model.requires_grad_(False)
     pair.student.requires_grad_(False)
     if gradient_checkpointing:

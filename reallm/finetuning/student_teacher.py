@@ -97,10 +97,9 @@ class StudentTeacher:
         return total / len(self.held_out.tokens)
 
     def free_teacher(self, rows: Tensor) -> None:
-        """Free the teacher's weights, except its head, if training on the windows `rows`, int64 [n], does not need
-        them.
+        """Free the teacher's weights, except its head, if training does not need them.
 
-        `rows` are indices into `train`. `reload_teacher` reads the weights again.
+        `rows`, int64 [n], are the windows of `train` to train on. `reload_teacher` reads the weights again.
         """
         if self.objective.teacher_fits_in_cache(*self.data.needed_windows(rows)):
             self.data.teacher.free_weights()

@@ -1,4 +1,4 @@
-"""`reallm plan` and the commands that compare plans. They need a measured folder, not the model, and take seconds."""
+"""`reallm plan` and the commands that compare plans. They need a work folder, not the model, and take seconds."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def explain(path: str | Path, matrix: str, work: str | Path | None = None) -> li
     matrix
         A regex that is searched for in the names of the plan's matrices.
     work
-        The measured folder, if it has moved since planning.
+        The work folder, if it has moved since planning.
 
     Raises
     ------

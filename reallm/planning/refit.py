@@ -80,7 +80,7 @@ def refit(
     model
         The original model, if it has moved since measuring, or is loaded already.
     work
-        The measured folder, if it has moved since planning.
+        The work folder, if it has moved since planning.
     output
         Where to write the best plan as JSON, if given.
     time_limit_s

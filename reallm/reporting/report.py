@@ -29,7 +29,7 @@ def report(
     output
         The .html file to write. It needs no other file and no network.
     work
-        The measured folder, if it has moved since planning. Without its table the page lacks the sweep, the next MiB
+        The work folder, if it has moved since planning. Without its table the page lacks the sweep, the next MiB
         and the cost of runners-up, and says so.
     png_folder
         A folder to write the figures to as PNG, if given.

@@ -47,7 +47,7 @@ class ReportData:
 def collect_report_data(plan: Plan, work: str | Path | None = None) -> ReportData:
     """Collect what there is to show of `plan`.
 
-    `work` names the measured folder if it has moved. Without it, a folder that is gone or holds another table is not an
+    `work` names the work folder if it has moved. Without it, a folder that is gone or holds another table is not an
     error: what depends on the table is left out, and `lacking` says so. Raises RecordError for a table that cannot be
     read, and PlanError when `work` holds another table than the one the plan was made from.
     """

@@ -54,7 +54,7 @@ RUN: dict[str, Any] = {
 
 
 def made(architecture: str, base: Path, text: str, budget: str) -> Path:
-    """An artifact with its measured folder beside it: base/out, base/work, base/model."""
+    """An artifact with its work folder beside it: base/out, base/work, base/model."""
     save_tiny(architecture, base / "model")
     (base / "space.yaml").write_text(SPACE)
     options: dict[str, Any] = {"nsamples": 4, "seqlen": 64, "jobs": 1}

@@ -78,7 +78,7 @@ def run(model: Path, output: Path, **changes: int | bool | str) -> MeasuredTable
 
 @pytest.fixture(scope="module")
 def measured(one_thread: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A measured folder, made without interruption; tests must not change it."""
+    """A work folder, made without interruption; tests must not change it."""
     output = tmp_path_factory.mktemp("measured") / "work"
     run(model, output)
     return output
