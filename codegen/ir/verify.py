@@ -203,7 +203,7 @@ def computes_nothing_twice(group: Group, members: Members, program: Program) -> 
 
 
 def finishes_one_group_of_products(group: Group, members: Members, program: Program) -> Faults:
-    """Products that one group finishes were computed by one group."""
+    """If the group finishes products, a single group computes all of them."""
     products = [other for other in program.groups if not _is_finish(other.kernel)]
     if _is_finish(group.kernel) and not any(set(group.matrices) <= set(other.matrices) for other in products):
         yield "finishes matrices whose products are not one group"

@@ -63,7 +63,7 @@ def nominal_width(codec: TrellisCodec) -> int:
 
 
 def window_words(width: int, state_bits: int) -> tuple[int, int]:
-    """(number of 32-bit words that the window of a row can touch, number once the window is shifted to bit 0)."""
+    """(most 32-bit words that the window of a row can touch, words that it takes after it is shifted to bit 0)."""
     needed = ROW_BITS * width + state_bits - step_shape(width)[1]
     furthest = max(ROW_BITS * width * row % 32 for row in range(TILE))
     return -(-(furthest + needed) // 32), -(-needed // 32)
@@ -151,9 +151,9 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
     """The body of a GEMV: part[split, m, n] = sum over the split's blocks of (s - mean) scale x'.
 
     All warps have the same rows of W and different blocks of columns; their sums are added at the end. T is the number
-    of threads of an instance, and R the number of rows per thread, which has one of every 32 rows. Tensors that depend
-    on the block only are [T]; tensors that also depend on the row are [R T]. While a warp multiplies, the words of its
-    next block and the position of the block after that are being loaded.
+    of threads of an instance. Each thread has R rows, namely every 32nd row of the instance. Tensors that depend only
+    on the block are [T]; tensors that also depend on the row are [R T]. While a warp multiplies, the words of its next
+    block and the position of the block after that are being loaded.
     """
     decode, centre = operations[0], next(op for op in operations if isinstance(op, Centre))
     assert isinstance(decode, Trellis)
@@ -190,7 +190,10 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
         words = range(window_words(width, state_bits)[0])
 
         def fetch(target: str, source: str, words: Sequence[int] = words) -> list[str]:
-            """Lines that load the scale and the words of the block in the variables that begin with `source`."""
+            """Lines that load the scale and the words of a block into variables with the prefix `target`.
+
+            The variables with the prefix `source` say which block it is.
+            """
             return [
                 f"{target}scale = tl.load(scales + {source}block, mask={source}live, other=0).to(tl.float32)",
                 f"from_here, seen = {wide(f'{source}start')}, {wide(f'{source}live')}",

@@ -143,7 +143,7 @@ class Selection:
         return all_file_bytes if self.scope == "file" else matrices_bytes
 
     def sizes(self, chosen: Mapping[str, Candidate]) -> tuple[int, int]:
-        """Exact bytes of the matrices that take part with their codebooks, and of all weights files."""
+        """Exact bytes of the matrices that take part, including their codebooks, and of all weights files."""
         formats, shared = self.formats(chosen), self.used_codebooks(chosen)
         stored = matrices_nbytes(self.table.matrices, formats)
         matrices_bytes = sum(stored[m.name] for group in self.members.values() for m in group) + sum(shared.values())

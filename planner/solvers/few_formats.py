@@ -61,7 +61,7 @@ def _better_swap(
 
 
 def _restricted(problem: Problem, allowed: Collection[str]) -> Problem | None:
-    """The problem with only the allowed formats, in any number; None when an item has none of them."""
+    """`problem` with only the allowed formats and no limit on their number; None when an item has none of them."""
     rows = [tuple(c for c in item.candidates if c.format in allowed) for item in problem.items]
     if not all(rows):
         return None

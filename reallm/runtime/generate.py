@@ -101,7 +101,7 @@ def _has_step(model: PreTrainedModel) -> bool:
 
 
 def _tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, path: str | Path) -> torch.Tensor:
-    """Token ids of the prompt, int64 [1, tokens], as plain text or as a user's message."""
+    """Token ids, int64 [1, tokens], of the prompt: as plain text, or as a user's message if `chat` is set."""
     text = prompt
     if chat:
         if not tokenizer.chat_template:
