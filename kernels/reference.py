@@ -1,6 +1,6 @@
-"""The independent decode: packed bytes to float64 weights, in numpy, written for clarity.
+"""The reference decoder: packed bytes to float64 weights, in numpy, written for clarity.
 
-Every other decoder (torch, Triton, C++) is tested against this one. Formulas: see `formats` and `codecs`.
+Every other decoder (torch, Triton, C++) is tested against this one. The formulas are in `formats` and `codecs`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ REFERENCE_DECODERS: Mapping[type[AnyCodec], Callable[..., Array]] = {
 
 
 def _undo_transforms(fmt: Format, values: Values, weights: Array) -> Array:
-    """T^-1: undo the rotation, the permutation and the column scales, in this order."""
+    """Apply T^-1 to the decoded matrix: undo the rotation, the permutation and the column scales, in this order."""
     rows, cols = weights.shape
     if fmt.rotated:
         weights = rotation(rows).T @ weights @ rotation(cols)
@@ -138,7 +138,7 @@ def decode_reference(fmt: Format, packed: Packed, rows: int, cols: int) -> Array
     """Decode a matrix: W_hat, float64 [rows, cols], from the fields of `fmt.fields(rows, cols)`.
 
     A shared codebook is passed in `packed` under its field's name. Raises ValueError for a missing field, a wrong
-    size and codes that no encoder writes.
+    size, and stored values that no encoder writes.
     """
     fields = fmt.fields(rows, cols)
     if shared := fmt.shared_field:

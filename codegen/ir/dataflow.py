@@ -13,7 +13,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def shared_inputs(names: Iterable[str]) -> dict[str, str]:
-    """Matrix -> name of its input. Matrices with a shared input have the same name for it; others, their own name."""
+    """A map from each matrix to the name of its input; matrices with the same input get the same name."""
     result = {}
     for name in names:
         parent, _, last = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Lowering: translates the format of a matrix into operations; nothing else decides what they are.
+"""Lowering: translates the format of a matrix into operations, which depend on nothing else.
 
 `LOWERINGS` gives the operations of each codec. To support a new codec, add an entry; it is None for a codec without a
 generated kernel.
@@ -103,8 +103,8 @@ def decode_operations(codec: AnyCodec) -> Operations:
 def lower(fmt: Format, bias: bool = False, prefill: bool = False) -> Operations:
     """The operations of a compressed format, before any pass. Raises CodegenError for a format without kernels.
 
-    With `prefill` they are for many rows of x, that is, for a GEMM. It subtracts the mean of a trellis' values while
-    decoding, so that no `Centre` is needed.
+    With `prefill` the operations are for a GEMM, that is, for many rows of x. A GEMM subtracts the mean of a trellis'
+    values while it decodes them, so no `Centre` is needed.
     """
     if isinstance(fmt.codec, DenseCodec):
         raise CodegenError(f"format {fmt.name!r} is dense: there is nothing to decode; multiply with torch")

@@ -166,7 +166,7 @@ class Unpack(Operation):
 
     @property
     def chunk_width(self) -> int:
-        """Number of columns of a chunk, which a tile handles together.
+        """Number of columns of a chunk; a kernel handles the columns of a chunk together.
 
         A chunk is the columns of one word of the widest bit plane, or those of one group of an additive codec.
         """
@@ -179,7 +179,7 @@ class Unpack(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Trellis(Operation):
-    """Decodes a trellis with 2^state_bits states: the values of its states, as integers (`kernels.codes.trellis`)."""
+    """Decodes a trellis with 2^state_bits states to the integer values of its states (`kernels.codes.trellis`)."""
 
     state_bits: int
 

@@ -1,7 +1,7 @@
-"""The verifier of programs: two tables of checks, one for a matrix and one for a group of matrices.
+"""Verifies programs with two tables of checks: one for single matrices, one for groups of matrices.
 
-A check yields descriptions of what is wrong, which are printed after the name of the matrix or group.
-`verify_program` raises an error for the first.
+The docstring of a check states the condition that must hold. The check yields a description of each fault that it
+finds. `verify_program` raises an error with the first description, after the name of the matrix or group.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .operations import (
 from .program import Group, KernelSpec, MatrixProgram, Program
 
 MAX_CODES = 2**31
-"""Limit on the codes of one matrix, below which the index of every chunk fits 32 bits."""
+"""A matrix must have fewer codes (or chunks of codes) than this, so that their indices fit 32 bits."""
 
 Faults: TypeAlias = Iterator[str]
 Earlier: TypeAlias = Mapping[str, MatrixProgram]
@@ -39,7 +39,7 @@ Members: TypeAlias = Sequence[MatrixProgram]
 
 
 def verify_program(program: Program) -> None:
-    """Raise CodegenError, naming the matrix or group, if one of them fails a check."""
+    """Raise CodegenError if a matrix or a group fails a check; the message names it and says what is wrong."""
     earlier: dict[str, MatrixProgram] = {}
     for matrix in program.matrices:
         for check in MATRIX_CHECKS:
@@ -67,7 +67,7 @@ def _group_faults(group: Group, program: Program, matrices: Mapping[str, MatrixP
 
 
 def kinds_meet(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """Each operation takes the kind of value that the one before it gives, from the packed words to a store."""
+    """Each operation takes the kind of value that the previous one gives; the first takes words, the last stores."""
     kind = "words"
     for operation in matrix.operations:
         if operation.takes != kind:
@@ -78,7 +78,7 @@ def kinds_meet(matrix: MatrixProgram, earlier: Earlier) -> Faults:
 
 
 def is_scaled_once(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """There is exactly one scale, and the scale of a row directly follows the product."""
+    """Exactly one operation applies scales; if it is a `RowScale`, it directly follows the product (`Dot`)."""
     operations = matrix.operations
     scales = [i for i, op in enumerate(operations) if isinstance(op, GroupScale | RowScale | ColumnScale | RowLevels)]
     if len(scales) != 1:
@@ -88,21 +88,21 @@ def is_scaled_once(matrix: MatrixProgram, earlier: Earlier) -> Faults:
 
 
 def low_rank_is_projected(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """A matrix has both a low-rank term and the projection of x onto it, or neither."""
+    """A matrix has either both `Project` and `AddLowRank`, with the same dtype, or neither of them."""
     projected = [op.dtype for op in matrix.operations if isinstance(op, Project)]
     if projected != [op.dtype for op in matrix.operations if isinstance(op, AddLowRank)]:
         yield "has a projection without its low-rank term, or the reverse"
 
 
 def both_sides_are_rotated(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """The output is rotated back if the input was rotated."""
+    """A matrix that prepares or reuses x' also has an `Unrotate`, and either both of these rotate or neither does."""
     rotated = [op.rotated for op in matrix.operations if isinstance(op, Prepare | Reuse)]
     if rotated != [op.rotated for op in matrix.operations if isinstance(op, Unrotate)]:
         yield "rotates its input and not its output, or the reverse"
 
 
 def only_a_trellis_is_centred(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """A mean is subtracted only where the decoded values contain one."""
+    """A mean is subtracted (`Centre`) only from the sums of a trellis; other decoded values contain no mean."""
     kinds = {type(op) for op in matrix.operations}
     if Centre in kinds and Trellis not in kinds:
         yield "subtracts a mean that its values do not contain"
@@ -120,7 +120,7 @@ def reads_its_fields(matrix: MatrixProgram, earlier: Earlier) -> Faults:
 
 
 def codes_fit_32_bit_indices(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """The index of every code, or of every chunk of codes, fits 32 bits."""
+    """The matrix is small enough that 32-bit integers can index all of its codes, or all chunks of codes."""
     codec = matrix.format.codec
     per_row = codec.group_count(matrix.cols) * codec.num_codebooks if isinstance(codec, AdditiveCodec) else 0
     if matrix.rows * max(per_row, -(-matrix.cols // 4)) >= MAX_CODES:
@@ -128,14 +128,14 @@ def codes_fit_32_bit_indices(matrix: MatrixProgram, earlier: Earlier) -> Faults:
 
 
 def tile_is_powers_of_two(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """The sizes of a tile are powers of two, as Triton requires."""
+    """The sizes of the tile and its number of warps are powers of two, as Triton requires."""
     tile = matrix.tile
     if tile and any(size < 1 or size & (size - 1) for size in (tile.block_n, tile.block_k, tile.num_warps)):
         yield f"tile {tile} is not made of powers of two"
 
 
 def kernels_run_its_operations(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """The kernels, once the passes have made them, run all operations in order; `Reuse` needs no kernel."""
+    """If the matrix already has kernels, they run all of its operations in order, except `Reuse`, which needs none."""
     in_kernels = tuple(operation for kernel in matrix.kernels for operation in kernel.operations)
     needed = tuple(operation for operation in matrix.operations if not isinstance(operation, Reuse))
     if matrix.kernels and in_kernels != needed:
@@ -143,7 +143,10 @@ def kernels_run_its_operations(matrix: MatrixProgram, earlier: Earlier) -> Fault
 
 
 def reuses_what_an_earlier_matrix_prepares(matrix: MatrixProgram, earlier: Earlier) -> Faults:
-    """A reused x' is prepared by an earlier matrix with the same number of columns, and at most rotated."""
+    """If x' is reused, an earlier matrix with equally many columns prepares it, without channel scales or permutation.
+
+    Both matrices must also agree on whether the input is rotated.
+    """
     for operation in matrix.operations:
         if isinstance(operation, Reuse):
             leader = earlier.get(operation.leader)
@@ -171,7 +174,7 @@ MATRIX_CHECKS: tuple[Callable[[MatrixProgram, Earlier], Faults], ...] = (
 
 
 def names_its_matrices_in_order(group: Group, members: Members, program: Program) -> Faults:
-    """The group lists its matrices once each, in the program's order; their number is what its kernel serves."""
+    """The group names two or more matrices, each once, in the program's order; its kernel is made for that number."""
     if group.kernel.members != len(members) or len(members) < 2:
         yield f"has {len(members)} matrices for a kernel of {group.kernel.members}"
     names = set(group.matrices)
@@ -180,7 +183,7 @@ def names_its_matrices_in_order(group: Group, members: Members, program: Program
 
 
 def shares_its_input(group: Group, members: Members, program: Program) -> Faults:
-    """All matrices multiply the same vector, prepared by the same matrix."""
+    """All matrices of the group multiply the same vector; if they need x', one matrix prepares it for all."""
     if len(set(shared_inputs(group.matrices).values())) > 1 or len({matrix.prepared_by for matrix in members}) > 1:
         yield "multiplies different inputs"
     if len({matrix.cols for matrix in members}) > 1:
@@ -188,14 +191,14 @@ def shares_its_input(group: Group, members: Members, program: Program) -> Faults
 
 
 def runs_its_members_operations(group: Group, members: Members, program: Program) -> Faults:
-    """The kernel of the group has the same operations as the kernel of each member."""
+    """The kernel of the group has the same operations as the kernel that each of its matrices has for itself."""
     single = [matrix.kernel(group.kernel.function) for matrix in members]
     if any(kernel is None or kernel.operations != group.kernel.operations for kernel in single):
         yield "has a kernel whose operations differ from those of its matrices' kernels"
 
 
 def computes_nothing_twice(group: Group, members: Members, program: Program) -> Faults:
-    """No two groups compute the product of the same matrix, or finish it."""
+    """No product is computed by two groups, and no product is finished by two groups."""
     for other in program.groups:
         in_both = sorted(set(other.matrices) & set(group.matrices))
         if other is not group and in_both and _is_finish(other.kernel) == _is_finish(group.kernel):
@@ -203,7 +206,7 @@ def computes_nothing_twice(group: Group, members: Members, program: Program) -> 
 
 
 def finishes_one_group_of_products(group: Group, members: Members, program: Program) -> Faults:
-    """If the group finishes products, a single group computes all of them."""
+    """If this group finishes products, there is one group that computes all of these products."""
     products = [other for other in program.groups if not _is_finish(other.kernel)]
     if _is_finish(group.kernel) and not any(set(group.matrices) <= set(other.matrices) for other in products):
         yield "finishes matrices whose products are not one group"

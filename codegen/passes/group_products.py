@@ -14,10 +14,10 @@ from .kernel_specs import nominal_widths, product_kernel
 
 
 def group_products(program: Program) -> Program:
-    """Compute the products that have the same input and the same operations in one launch.
+    """Form groups of products with the same input and the same operations; one launch computes all products of a group.
 
-    The tile of the launch is the one for a single matrix with the rows of all of them. The kernels that finish these
-    products are joined as well, where their pieces have the same size.
+    The tile is chosen as for a single matrix with as many rows as all matrices of the group have together. The kernels
+    that finish these products are also grouped if they compute pieces of the same size.
     """
     inputs = shared_inputs(matrix.name for matrix in program.matrices)
     alike: dict[tuple[object, ...], list[MatrixProgram]] = {}
@@ -36,7 +36,7 @@ def _product(matrix: MatrixProgram) -> KernelSpec:
 
 
 def _groups(members: list[MatrixProgram]) -> list[Group]:
-    """The group of the members' products, then the groups of the kernels that finish them."""
+    """The group that computes the products of `members`, then the groups that finish these products."""
     joined = replace(members[0], rows=sum(matrix.rows for matrix in members))
     operations = _product(members[0]).operations
     kernel = product_kernel(joined, operations, product_tile(joined))

@@ -41,16 +41,16 @@ PROJECT_TILE = Tile(1, 1024, 4)
 PROJECT_CHUNK = 8
 """Columns of a factor R that a thread loads as one vector."""
 WARP_ENTRIES = 256
-"""Entries per warp of a vector that is prepared or finished without a rotation."""
+"""Number of entries that a warp prepares or finishes if there is no rotation."""
 OWN_ENTRIES = 64
-"""Entries of a rotated vector that an instance computes if its pieces are smaller than that; otherwise one piece."""
+"""Number of entries of a rotated vector that an instance computes; if a piece is larger, it computes one piece."""
 THREAD_ENTRIES = 16
-"""Entries that a thread of an instance of a rotation holds in its registers."""
+"""Number of entries that a thread holds in its registers while it computes a rotation."""
 MAX_WARPS = 16
-"""Maximum number of warps of an instance of a rotation."""
+"""Maximum number of warps of an instance that computes a rotation."""
 PREPARED_ENTRIES, FINISHED_ENTRIES = 16384, 8192
-"""Maximum numbers of entries that an instance of a rotation holds at once while it mixes pieces, in the kernels
-`prepare` and `finish`. It is smaller in `finish`, where every entry is first added up from partial sums."""
+"""Maximum numbers of entries that an instance holds at once while it computes a rotation, in `prepare` and in `finish`.
+The number for `finish` is smaller because every entry there is first added up from partial sums."""
 
 
 def product_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], tile: Tile) -> KernelSpec:
@@ -75,14 +75,14 @@ def product_kernel(matrix: MatrixProgram, operations: tuple[Operation, ...], til
 
 
 def nominal_widths(formats: Iterable[Format], trellis: Trellis) -> tuple[int, ...]:
-    """The widths that kernels of these formats decode while the widths of the matrices' blocks are not known."""
+    """The widths for which kernels of these formats are compiled as long as the widths of the blocks are unknown."""
     rates = {nominal_width(fmt.codec) for fmt in formats if isinstance(fmt.codec, TrellisCodec)}
     return kernel_widths(rates, trellis.state_bits)
 
 
 @cache
 def dense_kernel(fmt: Format, cols: int) -> KernelSpec:
-    """The kernel that writes the decoded values of a matrix of `cols` columns, without outliers and factors."""
+    """The kernel that writes the decoded values of a matrix with `cols` columns; it ignores outliers and factors."""
     operations = (*decode_operations(fmt.codec), Keep())
     if isinstance(trellis := operations[0], Trellis):
         widths = nominal_widths([fmt], trellis)
@@ -124,7 +124,7 @@ def _finish_label(operation: Operation) -> str:
 
 
 def _piece_kernel(label: str, operations: tuple[Operation, ...], order: int, rotated: bool, entries: int) -> KernelSpec:
-    """A kernel whose instances compute pieces of a rotated vector of `order` entries, or chunks of an unrotated one."""
+    """A kernel that computes a vector of `order` entries: an instance computes pieces if `rotated`, else one chunk."""
     if not rotated:
         return KernelSpec(label, operations, Tile(1, CHUNK, CHUNK // WARP_ENTRIES), aligned=True, even=True)
     base, size = rotation_factors(order)

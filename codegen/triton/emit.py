@@ -44,12 +44,12 @@ DERIVED = {"widths": ("index", "i32"), "sparse_counts": ("sparse_offsets", "i32"
 
 
 def pointers(spec: KernelSpec) -> Pointers:
-    """(name, dtype) of the kernel's tensors in the order of its arguments; the dtype "x" means that of x."""
+    """The (name, dtype) of each tensor argument of the kernel, in order; the dtype "x" means the dtype of x."""
     return tuple((argument, dtype) for argument, dtype, _, _ in bindings(spec))
 
 
 def bindings(spec: KernelSpec) -> tuple[tuple[str, str, str, int], ...]:
-    """(name of the argument, dtype, name of the tensor, number of the group's member) for each tensor argument."""
+    """For each tensor argument: (its name, dtype, name of the tensor, number of the tensor's matrix in the group)."""
     plain = _pointers_of_one(spec)
     if spec.members == 1:
         return tuple((name, dtype, name, 0) for name, dtype in plain)
@@ -60,7 +60,7 @@ def bindings(spec: KernelSpec) -> tuple[tuple[str, str, str, int], ...]:
 
 
 def member_tensors(spec: KernelSpec) -> tuple[str, ...]:
-    """Names of the tensors that each matrix of a group has separately, in the order of a single matrix's kernel."""
+    """Names of the tensors that every matrix of a group has for itself, in the order of a single matrix's arguments."""
     read = {DERIVED.get(name, (name, dtype)) for operation in spec.operations for name, dtype in operation.reads}
     return tuple(name for name, dtype in _pointers_of_one(spec) if name in MEMBER_TENSORS or (name, dtype) in read)
 
@@ -81,7 +81,7 @@ def _pointers_of_one(spec: KernelSpec) -> Pointers:
 
 
 def _extra(operation: Operation) -> Pointers:
-    """(name, dtype) of the tensors that an operation reads besides stored fields."""
+    """The (name, dtype) of each tensor that an operation reads and that is not a stored field."""
     match operation:
         case Levels(table) if table != "int":
             return (("levels", "f32"),)

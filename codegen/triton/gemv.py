@@ -102,7 +102,7 @@ class GemvWriter:
                 raise CodegenError(f"{operation} cannot be part of a GEMV")
 
     def _mask(self, cube: bool) -> str:
-        """The mask argument of a load inside the loop that loads an entry per weight (`cube`) or per chunk."""
+        """The mask argument for a load in the loop that reads an entry per weight (if `cube`) or else per chunk."""
         if self.spec.even:
             return ""
         return ", mask=inside[None, :, :], other=0" if cube else ", mask=begun, other=0"

@@ -20,12 +20,12 @@ MEMBER_SIZES = frozenset({"rows", "pieces"})
 
 
 def member_name(name: str, member: int) -> str:
-    """The name of the kernel argument that passes the tensor or size `name` of one member."""
+    """The name of the kernel argument for one member's tensor or size; `name` is what a single matrix calls it."""
     return f"{name}_of_{member}"
 
 
 def _tiles(spec: KernelSpec) -> str:
-    """A format string for an expression: the number of tiles (of rows or pieces) of the member with the number `{}`."""
+    """A format string for an expression: the number of tiles of a member, whose number is inserted for `{}`."""
     order, size = "rows_of_{}", spec.tile.block_n
     if spec.function == "finish":
         rotated = any(isinstance(operation, Unrotate) and operation.rotated for operation in spec.operations)
@@ -43,9 +43,10 @@ def _axis(spec: KernelSpec) -> int:
 
 
 def select_lines(spec: KernelSpec, names: Sequence[str]) -> list[str]:
-    """Lines that set each of `names` to the value for the instance's matrix, and `down` to the tile's index in it.
+    """Lines that set the variables `names` to the arguments of the instance's matrix.
 
-    A kernel of a single matrix needs no such lines.
+    They also set `down` to the index of the instance's tile in this matrix. A kernel of a single matrix needs no such
+    lines.
     """
     if spec.members == 1:
         return []

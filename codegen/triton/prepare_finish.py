@@ -1,11 +1,15 @@
-"""The writers of the kernels before and after the product of a transformed matrix: `prepare` and `finish`.
+"""Writes the kernels `prepare` and `finish`, which run before and after the product of a transformed matrix.
 
     x' = R_K P (channel_scales * x) / norm          y = R_N^T (sums of the parts) norm + S x + L t + bias
 
-A rotation is kron(B, S) diag(signs) / sqrt(n) with B [m, m] and S the Sylvester-Hadamard matrix of order P = 2^a
-(`kernels.codes.hadamard`). One instance computes P outputs: it mixes the m pieces of its input by a row of B, then runs
-the Walsh-Hadamard transform on the result. `base_in` and `base_out` hold B / sqrt(n), `signs_in` and `signs_out` the
-signs, float32, for n = K and n = N.
+Here P is the permutation of the input, R_K and R_N are rotations, S x is the product of the outliers, and L t is the
+low-rank term. A rotation of n entries is kron(B, H) diag(signs) / sqrt(n), where B is [m, m] and H is the
+Sylvester-Hadamard matrix of order n / m, a power of two (`kernels.codes.hadamard`). The input is divided into m pieces
+of n / m entries. To compute a piece of the output, an instance adds up all pieces of the input, weighted by a row of B,
+and applies the Walsh-Hadamard transform to the sum.
+
+The float32 tensors `base_in` and `signs_in` hold B / sqrt(n) and the signs for n = K, `base_out` and `signs_out` those
+for n = N.
 """
 
 from __future__ import annotations
@@ -29,15 +33,15 @@ BLOCK_TILE = 16
 LARGEST_EXPONENT = 100
 """The norm is limited to 2^-100 to 2^100, so that its inverse is a normal float32 for all x."""
 CHUNK = 1024
-"""Number of entries of a row that one instance prepares or finishes if there is no rotation."""
+"""Number of entries of a row that one instance computes in `prepare` or `finish` if there is no rotation."""
 NORM_CHUNK = 4096
-"""Maximum number of entries of a row that an instance loads at once to find the largest one."""
+"""Maximum number of entries that an instance loads at once while it searches a row for the largest magnitude."""
 MAX_PIECES = 64
-"""Maximum number of pieces that are mixed at once, in registers."""
+"""Maximum number of pieces of the input that an instance holds in registers at once."""
 
 
 def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
-    """Lines that apply the Walsh-Hadamard transform to each row of `name` [pieces, size] and flatten it.
+    """Lines that apply the Walsh-Hadamard transform to each row of `name` [pieces, size], then flatten `name`.
 
     Each step computes the butterflies of the lowest bit of the flat index, then moves this bit to the top. After all
     steps the row number is in the lowest bits, so a transposition restores the order.
@@ -53,19 +57,20 @@ def butterfly_lines(pieces: int, size: int, name: str) -> list[str]:
 
 
 def pieces_at_once(computed: int, base: int, size: int, entries: int) -> int:
-    """The number of pieces of a vector that an instance can hold at once in its registers.
+    """How many pieces of the input an instance can hold in its registers at once.
 
-    All threads of the instance together have registers for `entries` entries. The vector has `base` pieces of `size`
-    entries each; the instance computes `computed` of them.
+    The registers of the instance have room for `entries` entries. The input vector has `base` pieces of `size` entries,
+    and the instance computes `computed` pieces of the output, so each piece of the input is held `computed` times.
     """
     return max(1, min(MAX_PIECES, entries // (computed * size), 1 << (base - 1).bit_length()))
 
 
 def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
-    """Lines that multiply some pieces by entries of B and add the products to `total` [computed pieces, size].
+    """Lines that multiply `count` pieces of the input by entries of B and add the products to `total`.
 
-    The first of these pieces is number `begin`. `load` are the lines that set `value` [1, count, size] to the pieces of
-    the vector with the indices `other` [count], and to zero where `known` is false, that is, beyond the last piece.
+    `total` is [computed pieces, size]. The pieces are those from number `begin` on; the variable `other` [count] holds
+    their numbers. The lines `load` must set `value` [1, count, size] to these pieces. There may be fewer than `count`
+    pieces left: `known` is false for the missing ones, and their values must be zero.
     """
     count = spec.pieces
     return [
@@ -78,7 +83,7 @@ def _mix(spec: KernelSpec, begin: str, base: str, load: list[str]) -> list[str]:
 
 
 def _mixing(spec: KernelSpec, base: str, load: list[str]) -> list[str]:
-    """Lines that set `total` [computed pieces, size] to rows of B times the pieces; `load` is as in `_mix`."""
+    """Lines that set `total` [computed pieces, size] to rows of B times all input pieces; `load` is as in `_mix`."""
     computed, size = spec.tile.block_n, spec.tile.block_k
     zero = [
         f"own = tl.minimum(first * {computed} + tl.arange(0, {computed}), pieces - 1)",
@@ -92,7 +97,7 @@ def _mixing(spec: KernelSpec, base: str, load: list[str]) -> list[str]:
 
 
 def _value_lines(prepare: Prepare, target: str, mask: str) -> list[str]:
-    """Lines that set `target` to channel_scales * x at column `k` of the prepared vector, in float32."""
+    """Lines that set `target` to entry `k` of P (channel_scales * x), in float32; `mask` is the mask of the loads."""
     lines, at = [], "k"
     if prepare.permuted:
         lines, at = code_lines(planes("permutation", 16), "k", mask, "source"), "source"
@@ -103,7 +108,7 @@ def _value_lines(prepare: Prepare, target: str, mask: str) -> list[str]:
 
 
 def _norm_lines(prepare: Prepare, warps: int) -> list[str]:
-    """Lines that set `norm` to the largest magnitude of the row, rounded down to a power of two."""
+    """Lines that set `norm` to the largest magnitude in the row, rounded down to a power of two."""
     plain, chunk = Prepare(channel_scales=prepare.channel_scales), min(NORM_CHUNK, CHUNK * warps)
     return [
         f"largest = tl.zeros(({chunk},), tl.float32)",
@@ -116,7 +121,10 @@ def _norm_lines(prepare: Prepare, warps: int) -> list[str]:
 
 
 def _power_lines(largest: str) -> list[str]:
-    """Lines that round the expression `largest` down to a power of two, `norm`; the first instance stores it."""
+    """Lines that set `norm` to the expression `largest`, rounded down to a power of two.
+
+    The first instance of a row also stores `norm`.
+    """
     return [
         f"top = tl.minimum({largest}, {2.0**LARGEST_EXPONENT!r})",
         f"top = tl.maximum(top, {2.0**-LARGEST_EXPONENT!r})",
@@ -129,7 +137,7 @@ def _power_lines(largest: str) -> list[str]:
 def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
     """The body of the kernel that computes x' and norm.
 
-    An instance computes some pieces of P entries of a rotated vector, or CHUNK entries if there is no rotation.
+    An instance computes one or more pieces of x' if there is a rotation, otherwise CHUNK entries of x'.
     """
     size, entries = spec.tile.block_k, spec.tile.block_n * spec.tile.block_k
     lines = [
@@ -174,7 +182,10 @@ def emit_prepare(spec: KernelSpec, prepare: Prepare) -> str:
 
 
 def sparse_lines(sums: list[str], rows_of_x: list[str]) -> list[str]:
-    """Lines that add S x for the rows `row` of W to the variables `sums`, one for each of `rows_of_x`."""
+    """Lines that add S x to the variables `sums`, for the rows `row` of W.
+
+    There is one variable in `sums` for each row of x in `rows_of_x`.
+    """
     lines = [
         "begin = tl.load(sparse_offsets + row)",
         "many = tl.load(sparse_offsets + row + 1) - begin",
@@ -193,7 +204,7 @@ def sparse_lines(sums: list[str], rows_of_x: list[str]) -> list[str]:
 
 
 def factor_lines(dtype: str, at: str, mask: str, target: str) -> list[str]:
-    """Lines that set `target` to the entries of the factor L, without scales, at the flat indices `at`."""
+    """Lines that set `target` to the entries of the factor L at the flat indices `at`, before they are scaled."""
     if dtype != "i4":
         return [f"{target} = tl.load(left + {at}{mask}).to(tl.float32)"]
     return [*code_lines(planes("left", 4), at, mask, target), f"{target} = ({target} - 8).to(tl.float32)"]
@@ -220,7 +231,7 @@ def _finish_step(spec: KernelSpec, operation: Operation) -> list[str]:
 
 
 def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
-    """Lines that add up the parts and set `total` to the result, rotated back if `rotated`."""
+    """Lines that set `total` to the sum of the parts and, if `rotated`, undo the rotation of this sum."""
     size = spec.tile.block_k
     at = f"other[None, :, None] * {size} + lane" if rotated else "row"
     mask = ", mask=known, other=0" if rotated else ""
@@ -242,7 +253,8 @@ def _unrotate_lines(spec: KernelSpec, rotated: bool) -> list[str]:
 def emit_finish(spec: KernelSpec, select: list[str]) -> str:
     """The body of the kernel that turns the parts into y.
 
-    Instances are as in `emit_prepare`; `select` are the lines that select the instance's matrix in a group.
+    An instance computes one or more pieces of y if there is a rotation, otherwise CHUNK entries of y. `select` holds
+    the lines that find the instance's matrix in a group.
     """
     entries = spec.tile.block_n * spec.tile.block_k
     lines = [

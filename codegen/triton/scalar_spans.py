@@ -34,7 +34,7 @@ HALF_WORD = 16
 def takes_span(operations: tuple[Operation, ...], cols: int) -> bool:
     """Whether a product of these operations can be computed by spans.
 
-    Its rows must be whole spans, and a group of weights a multiple or a divisor of a span.
+    The rows must consist of whole spans, and the group size must be a multiple or a divisor of the span's length.
     """
     unpack = next((op for op in operations if isinstance(op, Unpack)), None)
     groups = [op.group_size for op in operations if isinstance(op, GroupScale | Offset)]
@@ -148,7 +148,7 @@ class SpanWriter:
             shift += width
 
     def _index(self, r: int, column: int) -> str:
-        """An expression that joins the bits of a column's code from all planes."""
+        """An expression for the code of a column, put together from its bits in all planes."""
         parts, at = [], 0
         for index, width in enumerate(plane_widths(self.unpack.bits)):
             word, bit = divmod(column * width, WORD_BITS)
@@ -192,9 +192,9 @@ class SpanWriter:
         return f"{total} * {2.0**-LIFT / DENORMAL / half!r} - {plain}"
 
     def _finish_row(self) -> None:
-        """Write the lines after the loop that subtract the zero point of a row without groups.
+        """Write the lines that subtract the zero points after the loop, for rows that are not divided into groups.
 
-        The scale of the row is applied by `RowScale`.
+        The scale of such a row is applied later, by `RowScale`.
         """
         for r in self.rows if self.integers else ():
             if self.offset:

@@ -1,10 +1,11 @@
-"""The writer of trellis products over tiles of `kernels.codes.trellis`: a GEMV for few rows of x, a GEMM for many.
+"""Writes the kernels that multiply trellis-coded matrices: a GEMV for few rows of x and a GEMM for many.
 
-The bits of a tile of 16 x 16 weights form a ring. With `width` half bits per weight, each row has 8 width bits of the
-ring, which begin at bit 8 width (15 - row). The states of the row also extend into the next few bits; all these bits
-are the window of the row. Each thread holds whole rows. It loads the words of the window, shifts them once so that the
-window starts at bit 0 (`a_0`, `a_1`, ...), and finds every state at a fixed position in them. Blocks of columns are
-visited by width (`index`, see `launch.derived_tensors`), so that all shifts in a loop are known when it is compiled.
+The bits of a tile of 16 x 16 weights form a ring (`kernels.codes.trellis`). If a weight takes `width` half bits, a row
+of the tile takes 8 * width bits, which begin at bit 8 * width * (15 - row) of the ring. The states of the row also use
+the next few bits; all these bits are the window of the row. Each thread handles whole rows. It loads the words of the
+window, shifts them once so that the window starts at bit 0 (`a_0`, `a_1`, ...), and then finds every state at a fixed
+position. The tensor `index` (see `launch.derived_tensors`) sorts the blocks of columns by width. Each width has its own
+loop, so the compiler knows all shifts in it.
 
 A value is decoded from the product of a state and a constant: s is the sum of the four bytes of the product, computed
 by one instruction (dp4a, v_sad_u8). The GEMV reads the bits of s as those of a float: s 2^-149, a denormal number that
@@ -28,7 +29,7 @@ from .snippets import indent
 WIDTHS = (2, 3, 4, 5, 6, 8, 10, 12)
 """The widths that the encoder chooses among; a matrix with other widths gets a separate kernel."""
 WINDOWS = (3, 5, len(WIDTHS))
-"""Possible numbers of widths that one kernel can decode. Triton's compile times for them are about 3, 9 and 30 s."""
+"""How many widths one kernel may decode. Triton compiles kernels with these numbers in about 3, 9 and 30 s."""
 RUNS_AT, ORDER_AT = 1, 18
 """Positions in `index` of the first block of each width, and of the blocks sorted by width."""
 DENORMAL = 2.0**-149
@@ -36,7 +37,7 @@ HALF_1024, HALF_BITS = 1024, 0x6400
 WARP = 32
 TILE_BITS = TILE.bit_length() - 1
 ROW_BITS = TILE // 2
-"""Bits of a row of a tile whose width is 1, that is, with half a bit per weight."""
+"""Number of bits that a row of a tile takes if the width is 1, that is, half a bit per weight."""
 
 
 def kernel_widths(needed: Collection[int], state_bits: int) -> tuple[int, ...]:
@@ -58,25 +59,34 @@ def kernel_widths(needed: Collection[int], state_bits: int) -> tuple[int, ...]:
 
 
 def nominal_width(codec: TrellisCodec) -> int:
-    """The entry of WIDTHS closest to the bits per weight of a codec; most of its blocks have about this width."""
+    """The width, from WIDTHS, that is closest to the rate of a codec; most blocks have about this width."""
     return min(WIDTHS, key=lambda width: abs(width - codec.eighths / 4))
 
 
 def window_words(width: int, state_bits: int) -> tuple[int, int]:
-    """(most 32-bit words that the window of a row can touch, words that it takes after it is shifted to bit 0)."""
+    """The numbers of 32-bit words that the window of a row occupies: (at most as stored, after the shift to bit 0).
+
+    `_window_lines` does this shift.
+    """
     needed = ROW_BITS * width + state_bits - step_shape(width)[1]
     furthest = max(ROW_BITS * width * row % 32 for row in range(TILE))
     return -(-(furthest + needed) // 32), -(-needed // 32)
 
 
 def position(width: int, column: int) -> tuple[int, int]:
-    """(bit of the window at which the state for a tile's column begins, index of the column's value in that state)."""
+    """Where the value of a tile's column is found: the first bit of its state, and its index among the state's values.
+
+    The bit is counted from the start of the row's window. A state has one or more values, for adjacent columns.
+    """
     values, bits, _ = step_shape(width)
     return bits * (TILE // values - 1 - column // values), column % values
 
 
 def _row_lines(spec: KernelSpec, index: str) -> list[str]:
-    """Lines at the start of all kernels that locate the rows of a tile; `index` is an expression for their indices."""
+    """Lines at the start of a kernel that compute which rows of W the instance handles, and where their tiles are.
+
+    `index` is an expression for the indices of these rows within the instance.
+    """
     return [
         f"n = {tile_index(spec)} * {spec.tile.block_n} + {index}",
         "row = tl.minimum(n, rows - 1)",
@@ -86,10 +96,10 @@ def _row_lines(spec: KernelSpec, index: str) -> list[str]:
 
 
 def _width_lines(width: int, state_bits: int) -> list[str]:
-    """Lines before the loop over the blocks of a width.
+    """Lines that come before the loop over all blocks of one width.
 
-    They find the range of these blocks in `index` and set the pointers `at_0`, ... to the words of a row's window, as
-    they would be if the block's first word were word 0.
+    They read from `index` which blocks have this width. They also set the pointers `at_0`, ... to the words of a row's
+    window, without the position of the block, which the loop adds.
     """
     values, bits, _ = step_shape(width)
     size = WORDS_PER_WIDTH * width
@@ -111,7 +121,7 @@ def _width_lines(width: int, state_bits: int) -> list[str]:
 
 
 def _window_lines(width: int, state_bits: int) -> list[str]:
-    """Lines that shift the words `w_0`, ... so that a row's window starts at bit 0 of the result `a_0`, ..., uint32."""
+    """Lines that shift the words `w_0`, ... to the uint32 words `a_0`, ..., in which a row's window starts at bit 0."""
     touched, needed = window_words(width, state_bits)
     word = "w_{}.to(tl.uint32, bitcast=True)"
     if ROW_BITS * width % 32 == 0:
@@ -128,7 +138,7 @@ def _window_lines(width: int, state_bits: int) -> list[str]:
 
 
 def product(width: int, state_bits: int, column: int) -> str:
-    """An expression for the product of state and constant whose bytes add up to the value of one column."""
+    """An expression for the state of one column times a constant; the bytes of this product add up to s."""
     bit, which = position(width, column)
     word, shift = divmod(bit, 32)
     low = f"a_{word} >> {shift}" if shift else f"a_{word}"
@@ -139,7 +149,10 @@ def product(width: int, state_bits: int, column: int) -> str:
 
 
 def _find_lines(prefix: str) -> list[str]:
-    """Lines that look up the number and the first word of the block that a warp takes next, at position `own`."""
+    """Lines that look up the block at position `own` of the sorted blocks: its number, and where its words begin.
+
+    The names of the variables start with `prefix`; `live` is false if there is no such block.
+    """
     return [
         f"{prefix}live = own < end",
         f"{prefix}block = tl.load(index + {ORDER_AT} + own, mask={prefix}live, other=0)",
@@ -150,10 +163,10 @@ def _find_lines(prefix: str) -> list[str]:
 def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
     """The body of a GEMV: part[split, m, n] = sum over the split's blocks of (s - mean) scale x'.
 
-    All warps have the same rows of W and different blocks of columns; their sums are added at the end. T is the number
-    of threads of an instance. Each thread has R rows, namely every 32nd row of the instance. Tensors that depend only
-    on the block are [T]; tensors that also depend on the row are [R T]. While a warp multiplies, the words of its next
-    block and the position of the block after that are being loaded.
+    All warps of an instance handle the same rows of W but different blocks of columns; their sums are added at the end.
+    An instance has T threads, and each thread handles R rows: every 32nd row of the instance. Tensors that depend on
+    the block but not on the row have the shape [T], those that also depend on the row [R T]. While a warp multiplies
+    one block, it already loads the words of the next block and the position of the block after that.
     """
     decode, centre = operations[0], next(op for op in operations if isinstance(op, Centre))
     assert isinstance(decode, Trellis)
@@ -161,7 +174,7 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
     threads, each = WARP * warps, spec.tile.block_n // WARP
 
     def wide(name: str) -> str:
-        """An expression that repeats the value `name` of each thread for each of the thread's rows."""
+        """An expression that expands the tensor `name` [T] to [R T]: each row gets the value of its thread."""
         return (
             name
             if each == 1
@@ -190,9 +203,9 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
         words = range(window_words(width, state_bits)[0])
 
         def fetch(target: str, source: str, words: Sequence[int] = words) -> list[str]:
-            """Lines that load the scale and the words of a block into variables with the prefix `target`.
+            """Lines that load the scale and the words of one block.
 
-            The variables with the prefix `source` say which block it is.
+            `target` is the prefix of the variables that are set, `source` that of the variables that name the block.
             """
             return [
                 f"{target}scale = tl.load(scales + {source}block, mask={source}live, other=0).to(tl.float32)",
@@ -242,15 +255,15 @@ def gemv_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
 
 
 def _joined(names: list[str]) -> str:
-    """An expression that joins tensors [BLOCK_N] to one [BLOCK_N, 2, ..., 2].
+    """An expression that joins the tensors `names`, each [BLOCK_N], into one tensor [BLOCK_N, 2, ..., 2].
 
-    The last axis is the lowest bit of the index in `names`.
+    The last axes are the bits of a tensor's index in `names`, the lowest bit last.
     """
     return names[0] if len(names) == 1 else f"tl.join({_joined(names[::2])}, {_joined(names[1::2])})"
 
 
 def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
-    """Lines that set `weights` [BLOCK_N, 16] to s - 510 of the block at `turn`, exact in half precision."""
+    """Lines that set `weights` [BLOCK_N, 16] to s - 510, exactly and in half precision, for the block at `turn`."""
     lines = [
         f"block = tl.load(index + {ORDER_AT} + turn)",
         f"start = tl.load(index + {ORDER_AT} + across + turn)",
@@ -268,7 +281,8 @@ def _values_lines(width: int, state_bits: int, block_n: int) -> list[str]:
 def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
     """The body of a GEMM, which computes part[split, m, n] for `spec.batch` rows of x with half-precision tensor cores.
 
-    To fit half precision, x' scale is divided by the first entry of `index`, a power of two that no scale exceeds.
+    Before x' * scale is rounded to half precision, it is divided by the first entry of `index`. This entry is a power
+    of two that no scale exceeds; the sums are multiplied by it at the end.
     """
     decode, block_n, block_m = operations[0], spec.tile.block_n, spec.batch
     assert isinstance(decode, Trellis)
@@ -304,9 +318,10 @@ def gemm_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]
 
 
 def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str]:
-    """The body of a kernel that writes dense[n, k] = (s - 510) CODE_UNIT scale / unit in half precision.
+    """The body of a kernel that writes dense[n, k] = (s - 510) * CODE_UNIT * scale / unit in half precision.
 
-    Here unit is the first entry of `index`. Blocks of width 0 are not written; the caller has filled them with zeros.
+    Here unit is the first entry of `index`. Blocks of width 0 are not written, so the caller must fill `dense` with
+    zeros before.
     """
     decode, block_n = operations[0], spec.tile.block_n
     assert isinstance(decode, Trellis)
@@ -335,7 +350,7 @@ def dense_lines(spec: KernelSpec, operations: tuple[Operation, ...]) -> list[str
 
 
 def emit_trellis(spec: KernelSpec, select: list[str]) -> str:
-    """The body of a trellis kernel; `select` are the lines that select the instance's matrix in a group."""
+    """The body of a trellis kernel; `select` holds the lines that find the instance's matrix in a group."""
     body = {"gemm": gemm_lines, "gemv": gemv_lines, "dense": dense_lines}[spec.function](spec, spec.operations)
     shape = f"{spec.tile.block_n} rows of W, {spec.batch} of x, every `splits`-th block of each width"
     return (

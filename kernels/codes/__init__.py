@@ -1,1 +1,1 @@
-"""What codes stand for, in numpy: packing, level tables, trellis, lattice, neural decoder, rotations."""
+"""The values that codes represent, in numpy: packing, level tables, trellis, lattice, neural decoder, rotations."""

@@ -1,4 +1,4 @@
-"""Tables of scalar codecs: the levels that b-bit codes stand for, normalised to a largest magnitude of one.
+"""Tables of scalar codecs: the levels that b-bit codes select, scaled so that the largest magnitude is one.
 
 - `int`  symmetric integers, (q - 2^(b-1)) / 2^(b-1).
 - `nf`   NormalFloat: quantiles of the normal distribution with an exact zero (QLoRA, arXiv 2305.14314, generalised to

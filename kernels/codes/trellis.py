@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from reallm.kernels.formats.codecs import TILE, TrellisCodec
 
 MULTIPLIERS = (0x83DCD12D, 0x9E3779B1)
-"""One per value of a step: the constant of EXL3's "mul1" code, and the golden ratio in 32 bits. Both are odd, so that
-the lowest byte of the product is uniform."""
+"""One multiplier per value of a step: the constant of EXL3's "mul1" code, and the golden ratio in 32 bits. Both are
+odd, so that the lowest byte of the product is uniform."""
 CODE_MEAN, CODE_STD = 510, 147.8
 CODE_UNIT = 2.0**-7
 """A weight is its code times CODE_UNIT times the scale of its block; the factor keeps scales well inside fp16."""
 TILE_WEIGHTS = TILE * TILE
 WORDS_PER_WIDTH = TILE_WEIGHTS // 2 // 32
-"""32-bit words of a tile per half bit per weight."""
+"""Number of 32-bit words that a tile takes for each half bit per weight."""
 
 
 def step_shape(width: int) -> tuple[int, int, int]:

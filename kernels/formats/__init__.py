@@ -1,1 +1,1 @@
-"""Storage formats, exact to the byte."""
+"""Storage formats with their exact sizes in bytes."""

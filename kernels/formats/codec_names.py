@@ -1,4 +1,4 @@
-"""The names of codecs, and the codecs they stand for."""
+"""Parsing of codec names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _PARSERS: tuple[tuple[str, Callable[[re.Match[str]], AnyCodec]], ...] = (
 
 
 def parse_codec(name: str) -> AnyCodec | None:
-    """The codec called `name`, or None when no pattern matches it. Raises FormatError for a codec that cannot exist."""
+    """The codec called `name`, or None when no pattern matches it. Raises FormatError for invalid parameters in it."""
     for pattern, build in _PARSERS:
         if match := re.fullmatch(pattern, name):
             return build(match)

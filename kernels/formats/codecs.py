@@ -1,4 +1,4 @@
-"""Codecs: what the codes of a matrix W[N, K] mean, and which fields hold them, to the byte.
+"""Codecs: what the codes of a matrix W[N, K] mean, which fields hold them, and the exact sizes of these.
 
 To add a codec, write a frozen dataclass that extends `Codec` here, its name pattern in `codec_names`, and its decoder
 in `reference`.
@@ -17,12 +17,12 @@ from reallm.kernels.storage.dtypes import FloatName
 from .fields import Field, FormatError
 
 TableName = Literal["int", "uint", "nf", "lm"]
-"""The level tables of `codes.tables`."""
+"""Names of the level tables in `codes.tables`."""
 DENSE_NAMES: dict[FloatName, str] = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
 """The format names of uncompressed matrices, by element type."""
 SCALAR_BITS = (2, 3, 4, 5, 6, 8)
 TILE = 16
-"""Rows and columns of a trellis tile: 256 weights, as in QTIP."""
+"""Number of rows and of columns of a trellis tile, which holds 16 * 16 = 256 weights as in QTIP."""
 MAX_WINDOW_BITS = 16
 
 
@@ -74,7 +74,7 @@ class DoubleQuant:
 
 @dataclass(frozen=True, slots=True)
 class ScalarCodec(Codec):
-    """One code per weight: level(code) times the scale of its group of `group_size` consecutive entries of a row.
+    """One code per weight. A weight is level(code) times the scale of its group of `group_size` weights along a row.
 
     The last group of a row may be shorter. A `group_size` of 0 means the whole row.
     """
@@ -96,11 +96,11 @@ class ScalarCodec(Codec):
         return f"{self.table}{self.bits}-g{self.group_size}{scale}"
 
     def group_count(self, cols: int) -> int:
-        """Groups in a row of `cols` weights."""
+        """Number of groups in a row of `cols` weights."""
         return 1 if self.group_size == 0 else -(-cols // self.group_size)
 
     def group_width(self, cols: int) -> int:
-        """Weights in a full group of a row of `cols` weights."""
+        """Number of weights in a full group of a row of `cols` weights."""
         return min(self.group_size or cols, cols)
 
     def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
@@ -119,7 +119,7 @@ class ScalarCodec(Codec):
 
 @dataclass(frozen=True, slots=True)
 class AdditiveCodec(Codec):
-    """`num_codebooks` codes per `dim` consecutive entries of a row: the sum of their words times the scale of the row.
+    """Each `dim` consecutive weights of a row are the sum of `num_codebooks` words, one per code, times the row scale.
 
     Codes are stored in the order [row, group of `dim`, codebook]; the last group of a row may be incomplete.
     """
@@ -139,7 +139,7 @@ class AdditiveCodec(Codec):
         return f"aq{self.num_codebooks}x{self.codebook_bits}-d{self.dim}{shared}"
 
     def group_count(self, cols: int) -> int:
-        """Groups of `dim` weights in a row of `cols` weights."""
+        """Number of groups of `dim` weights in a row of `cols` weights."""
         return -(-cols // self.dim)
 
     @property
@@ -183,8 +183,8 @@ class KMeansCodec(Codec):
 class TrellisCodec(Codec):
     """Bitshift trellis with a computed code (QTIP, arXiv 2406.11235), with bits distributed over blocks of columns.
 
-    The matrix is cut into tiles of TILE x TILE weights (padded at the edges), each a closed walk of n = 256 / V steps:
-    the tile's bits form a ring, newest bit lowest, and the state of step t is the `state_bits` bits of the ring that
+    The matrix is cut into tiles of TILE x TILE weights (padded at the edges). A tile is a closed walk of n = 256 / V
+    steps: its bits form a ring, newest bit lowest, and the state of step t is the `state_bits` bits of the ring that
     start at bit k (n - 1 - t). A block of columns has `width` half bits per weight: an even width means V = 1 value per
     step and k = width / 2 bits, an odd one V = 2 and k = width. Widths differ from block to block (reverse
     water-filling) and average to `eighths` eighths of a bit per weight, so the name determines the size. `scales` holds
@@ -221,8 +221,8 @@ class LatticeCodec(Codec):
     """E8P words for every 8 consecutive entries of a row (QuIP#, arXiv 2402.04396); `codes.lattice` has the codebooks.
 
     W_hat = s_b (word(code) + residual scale * second word(residual)), with s_b the fp16 scale of a block of TILE
-    columns. The second word is one of 2^8 at 3 bits, one of E8P at 4 bits, and absent at 2 bits. The last word of a row
-    may be incomplete.
+    columns. The second word is one of 2^8 words at 3 bits, a word of E8P at 4 bits, and absent at 2 bits. The last word
+    of a row may be incomplete.
     """
 
     bits: int
@@ -236,7 +236,7 @@ class LatticeCodec(Codec):
         return f"e8p{self.bits}"
 
     def group_count(self, cols: int) -> int:
-        """Words in a row of `cols` weights."""
+        """Number of words in a row of `cols` weights."""
         return -(-cols // 8)
 
     def fields(self, rows: int, cols: int) -> tuple[Field, ...]:
@@ -293,7 +293,7 @@ class NeuralCodec(Codec):
 
     @property
     def codebook_shape(self) -> tuple[int, ...]:
-        """[bytes of the shared field without padding]."""
+        """(n,), where n is the number of bytes of the shared field without padding."""
         return (sum(1 + -(-prod(shape) * bits // 8) for shape, bits in self.tensors),)
 
     def codebook_field(self) -> Field:

@@ -1,7 +1,7 @@
 """Fields: the runs of bytes that a compressed matrix is stored in, with their exact sizes.
 
-Every field is a flat run of bytes, zero-padded to ALIGN_BYTES, so sizes add up exactly and a framework that casts
-tensors of floats cannot change it.
+Every field is a flat run of bytes, zero-padded to ALIGN_BYTES, so that sizes add up exactly, and a framework that
+casts tensors of floats leaves fields unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .bit_planes import packed_nbytes
 
 
 class FormatError(ReallmError, ValueError):
-    """A format that cannot exist, or a name that cannot be read as one."""
+    """A format with invalid parameters, or a name that cannot be parsed as a format."""
 
 
 @dataclass(frozen=True, slots=True)

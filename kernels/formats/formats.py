@@ -115,7 +115,10 @@ class Format:
 
     @property
     def shared_name(self) -> str:
-        """Formats with equal names share one field. Neural decoders of rotated and of plain weights are different."""
+        """Name under which the shared field is kept: formats with equal names use the same field.
+
+        It includes "+rot" for neural decoders only, because those for rotated and for plain weights are different.
+        """
         return self.codec.name + ("+rot" if self.rotated and isinstance(self.codec, NeuralCodec) else "")
 
     @staticmethod

@@ -61,8 +61,8 @@ class LowRank:
 class Sparse:
     """The most important `permille` thousandths of the weights, stored separately in fp16 (SpQR, arXiv 2306.03078).
 
-    Stored by rows: the number of outliers in each row, then their columns in ascending order, and the values that are
-    added to the decoded weights.
+    The fields are the number of outliers in each row, then, row by row, their columns in ascending order, and the
+    values that are added to the decoded weights.
     """
 
     permille: int

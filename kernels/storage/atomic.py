@@ -20,7 +20,7 @@ def sha256_text(text: str) -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """A temporary name beside `path`, different on every call: processes on two machines may have the same number."""
+    """A temporary name beside `path`, different on every call: process ids may repeat across machines."""
     return path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
 
 

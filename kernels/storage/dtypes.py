@@ -57,8 +57,8 @@ _TABLE = (
     Dtype("F4", 4),
 )
 DTYPES: Mapping[str, Dtype] = {dtype.name: dtype for dtype in _TABLE}
-"""By short name."""
+"""Short name -> element type."""
 SAFETENSORS_DTYPES: Mapping[str, Dtype] = {dtype.safetensors: dtype for dtype in _TABLE}
-"""By the name in safetensors files (https://github.com/huggingface/safetensors#format)."""
+"""Name in safetensors files (https://github.com/huggingface/safetensors#format) -> element type."""
 SAFETENSORS_FLOATS = tuple(DTYPES[name].safetensors for name in get_args(FloatName))
 """The names in safetensors files of the types that weights may have."""

@@ -1,14 +1,14 @@
 """Layout of weights files: safetensors files whose sizes are known before a byte is written.
 
-A safetensors file is u64 header length (little endian), header (JSON, may end in spaces), data without holes
-(https://github.com/huggingface/safetensors#format). The header contains offsets, so its length depends on the order of
-the tensors; a planner needs sizes that add up. Therefore each tensor reserves a fixed number of header bytes,
+A safetensors file consists of a u64 header length (little endian), a header (JSON, may end in spaces), and data without
+holes (https://github.com/huggingface/safetensors#format). The header contains offsets, so its length depends on the
+order of the tensors; a planner needs sizes that add up. Therefore each tensor reserves a fixed number of header bytes,
 
     header_bytes(t) = aligned(len of its JSON entry with both offsets of OFFSET_DIGITS digits, and a comma)
     file_overhead   = aligned(8 + len of braces and metadata)
     file_bytes      = sum over files of file_overhead + sum over tensors of header_bytes(t) + nbytes(t)
 
-with aligned() to 64 bytes; the header is padded with spaces to the reserved length. Data starts at a multiple of 64.
+where aligned() rounds up to 64; spaces pad the header to the reserved length. Data starts at a multiple of 64.
 Tensors are taken in the natural order of their names (block 2 before block 10), so nothing depends on the order of the
 input; a shard is closed when the next tensor would bring its data over `max_shard_bytes`. Within a shard, tensors whose
 size is a multiple of 64 come first, so all of them are 64-byte aligned; the others follow, wider dtypes first, so each
@@ -36,11 +36,11 @@ METADATA: Mapping[str, str] = {"format": "pt"}  # transformers refuses files wit
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-"""The other file that every model folder has: the configuration of the model."""
+"""Name of the model's configuration, which every model folder holds beside the weights."""
 
 
 class LayoutError(ReallmError, ValueError):
-    """An impossible weights file or list of tensors: names the file or tensor, what was found and what was expected."""
+    """An invalid weights file or list of tensors. The message names it, what was found and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def file_overhead(metadata: Mapping[str, str] = METADATA) -> int:
 
 
 def max_files(data_bytes: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
-    """The largest number of files that `data_bytes` bytes of tensors can take: two neighbours exceed one shard."""
+    """Maximum number of files for `data_bytes` bytes of tensors: two consecutive files exceed one shard together."""
     return max(1, 2 * -(-data_bytes // max_shard_bytes) - 1)
 
 

@@ -32,7 +32,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, in the order of their offsets. Reads none of their data.
+    """Name -> place of each tensor of one safetensors file, in the order of offsets. Reads none of their data.
 
     Checked before anything is allocated: the length of the header; JSON without repeated keys; known dtypes; sizes
     that equal shape times dtype; offsets without holes or overlaps that end where the file ends. Raises LayoutError.

@@ -1,4 +1,4 @@
-"""Writing weights files, which appear complete under their final names or not at all. `layout` has the sizes."""
+"""Writing weights files, which appear complete under their final names or not at all. `layout` computes their sizes."""
 
 from __future__ import annotations
 

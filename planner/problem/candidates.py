@@ -88,7 +88,7 @@ def measured_options(table: MeasuredTable, cost: Cost, corrections: Mapping[str,
 def allowed_options(
     table: MeasuredTable, scope: Scope, plan_options: PlanOptions, options: FormatOptions
 ) -> FormatOptions:
-    """The options of every matrix that takes part, after pins, exclusions and the list of formats. Raises PlanError."""
+    """The options of every matrix that takes part, as pins, exclusions and formats allow. Raises PlanError."""
     pinned = _pinned_formats(table, plan_options.pins, options)
     excluded = {name for regex in plan_options.exclude for name in _matching_names(table, "--exclude", regex)}
     if both := sorted(set(pinned) & excluded):
@@ -128,7 +128,7 @@ def common_formats(group: Sequence[MatrixRecord], options: FormatOptions) -> lis
 
 
 def parsed_format(name: str, where: str) -> Format:
-    """Parse a format's name. Raises PlanError, which begins with `where`."""
+    """Parse a format's name. Raises PlanError, whose message begins with `where`."""
     try:
         return Format.parse(name)
     except FormatError as error:
@@ -136,7 +136,7 @@ def parsed_format(name: str, where: str) -> Format:
 
 
 def _matching_names(table: MeasuredTable, option: str, regex: str) -> list[str]:
-    """Names of the matrices that a regex of the user matches; one or more."""
+    """Names of the matrices that a user's regex matches, at least one. Raises PlanError when there is none."""
     try:
         compiled = re.compile(regex)
     except re.error as error:

@@ -19,7 +19,7 @@ from .problem import Limit
 
 
 class LimitCost(ABC):
-    """How much of one limit each matrix uses, in any format, and the rest of the model."""
+    """One limit: how much of it each matrix uses in each format, and how much the rest of the model uses."""
 
     @property
     @abstractmethod
@@ -43,7 +43,7 @@ class LimitCost(ABC):
 class PoolCost(LimitCost):
     """Bytes on one device.
 
-    A shared codebook is charged to every pool, wherever the matrices that use it are, so a pool never gets too small.
+    A shared codebook is charged to every pool, wherever its matrices are, so what a pool uses is never underestimated.
     """
 
     pool: Pool
@@ -71,7 +71,8 @@ class PoolCost(LimitCost):
 class LatencyCost(LimitCost):
     """Nanoseconds to decode one token.
 
-    An embedding that is not also the head takes no time. An expert takes the share of tokens that are routed to it.
+    An embedding that is not also the head takes no time. That of an expert is multiplied by the share of tokens
+    that are routed to it.
     """
 
     nanoseconds: int
@@ -106,7 +107,7 @@ class LatencyCost(LimitCost):
 
 
 def limit_costs(table: MeasuredTable, requirements: Requirements) -> tuple[LimitCost, ...]:
-    """One `LimitCost` per pool, and one for the latency. Raises PlanError for a pool or latency that makes no sense."""
+    """One `LimitCost` per pool, and one for the latency. Raises PlanError for an invalid pool or latency."""
     costs: list[LimitCost] = []
     for text in requirements.pools:
         pool = parse_pool(text)

@@ -30,7 +30,7 @@ class PlanOptions:
     formats: tuple[str, ...] | None = None
     """Names of the allowed formats, or patterns with * and ? such as "int4-*"; None allows every measured format."""
     preset: str | None = None
-    """Also allow the formats of one published method ("gptq", "qtip", ...); alone, allow only those.
+    """A published method ("gptq", "qtip", ...): allow its formats besides `formats`, or alone if `formats` is None.
 
     The names are the keys of `reallm.measurement.search_space.PRESETS`.
     """
@@ -51,7 +51,7 @@ class PlanOptions:
 
     @classmethod
     def of(cls, plan: Plan) -> PlanOptions:
-        """The options that `plan` was made with; its preset and target are part of its list of formats."""
+        """The options that `plan` was made with; preset and target are already resolved into its list of formats."""
         return cls(
             pins=plan.pins,
             exclude=plan.exclude,

@@ -38,7 +38,7 @@ class Candidate:
             )
 
     def dominates(self, other: Candidate) -> bool:
-        """Whether it is never worse: no more bytes, cost, use of a limit, or codebooks than `other`."""
+        """Whether this candidate is never worse than `other`: no more bytes, cost, use of any limit, or codebooks."""
         lighter = self.nbytes <= other.nbytes and all(a <= b for a, b in zip(self.uses, other.uses, strict=True))
         return lighter and self.cost <= other.cost and set(self.shared) <= set(other.shared)
 
@@ -51,7 +51,7 @@ class Limit:
     unit: Literal["bytes", "ns"]
     capacity: int
     shared: Mapping[str, int] = field(default_factory=dict)
-    """Key of a shared codebook -> how much it uses, once; 0 for keys that are not named."""
+    """Key of a shared codebook -> how much of the limit it uses, counted once; missing keys use 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Problem:
         return not self.shared and not self.limits and self.max_formats is None
 
     def cost(self, chosen: Sequence[Candidate]) -> float:
-        """Cost of a choice: the correctly rounded sum."""
+        """Total cost of a choice: the exact sum of the candidates' costs, rounded once."""
         return fsum(c.cost for c in chosen)
 
     def by_item(self, chosen: Sequence[Candidate]) -> dict[str, Candidate]:
@@ -129,7 +129,7 @@ class Problem:
     def pruned(self) -> Problem:
         """The same problem without dominated candidates; the optimum is the same.
 
-        With a limited number of formats nothing is removed: a dominated format may be in use for other items.
+        With a limited number of formats nothing is removed: a dominated format may be in use for other items anyway.
         """
         if self.max_formats is not None:
             return self

@@ -62,7 +62,7 @@ class Selection:
         return frozenset(n for n, group in self.members.items() if all(m.kind in ("embedding", "head") for m in group))
 
     def problem(self, budget_bytes: int | None) -> Problem:
-        """The problem for a budget; None stands for a budget that everything fits."""
+        """The problem for a budget; None for a budget that everything fits into."""
         items = tuple(Item(name, self._candidates(group)) for name, group in self.members.items())
         shared = {key: self._counted_bytes(shared_tensor(key, size)) for key, size in self.shared.items()}
         if budget_bytes is None:
@@ -96,7 +96,7 @@ class Selection:
         return spec.nbytes + spec.header_bytes if self.scope == "file" else spec.nbytes
 
     def _constant_bytes(self) -> int:
-        """Bytes of the file besides the items, without the overhead of each file: fixed matrices and other tensors."""
+        """Bytes of fixed matrices and other tensors with their header entries, without the overhead of each file."""
         formats = {m.name: dense_format(m, self.table.dtype) for m in self.fixed}
         mixed_stacks = {stack_of(m) for group in self.members.values() for m in group} - {None}
         slices = [m for m in self.fixed if stack_of(m) in mixed_stacks]
@@ -156,13 +156,13 @@ class Selection:
 
 
 def select(table: MeasuredTable, scope: Scope, plan_options: PlanOptions) -> Selection:
-    """Decide which matrices take part, tied how, and in which formats.
+    """Decide which matrices take part, how they are tied, and which formats they may have.
 
     Raises PlanError for options that contradict each other or the table, and ValueError for a preset or target, which
     `reallm.planning` must have turned into a list of formats.
     """
     if plan_options.preset is not None or plan_options.target is not None:
-        raise ValueError("the planner takes formats; expected that preset and target were turned into a list of them")
+        raise ValueError("preset and target must be turned into a list of formats before the planner is called")
     measured = measured_options(table, plan_options.cost, plan_options.corrections)
     options = allowed_options(table, scope, plan_options, measured)
     reserved = reserved_memory(table, plan_options.requirements)

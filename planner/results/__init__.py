@@ -1,1 +1,1 @@
-"""Plans, and what can be said about them: comparisons, sweeps, explanations, sums."""
+"""Making plans, and comparing, explaining and summarising them."""

@@ -1,6 +1,6 @@
 """The planner: from a measured table and a budget to a plan with its proof.
 
-The same table, budget and options give the same plan to the byte, unless the time limit ends the search early.
+The same table, budget and options give the same plan, byte for byte, unless the time limit ends the search early.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .assembly import assemble
 from .uniform import best_uniform
 
 STATE_UNITS = {"bytes": MIB, "ns": 10**6}
-"""Unit of a limit -> how many of them a `LimitState` states its shadow price for: a MiB, a millisecond."""
+"""Unit of a limit -> number of units that the shadow price in a `LimitState` refers to (one MiB, one millisecond)."""
 
 
 def solve(
@@ -34,7 +34,7 @@ def solve(
 ) -> Plan:
     """The plan with the least predicted loss within `budget` ("3.0bpw", "48MiB", ...).
 
-    A keyword takes the place of the field of `options` with the same name. `work` is the folder of the table, which the
+    A keyword replaces the field of `options` with the same name. `work` is the folder of the table, which the
     plan records. Raises PlanError for a budget that is too small, naming the smallest one, and for options that cannot
     be met.
     """
@@ -46,7 +46,7 @@ def best_plans(
 ) -> list[Plan]:
     """The `count` plans with the least predicted loss, the best first; fewer where fewer exist.
 
-    Raises PlanError as `solve` does, and for more than one plan with pools or latency.
+    Raises PlanError as `solve` does, and when more than one plan is asked for together with pools or a latency.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     selection = select(table, budget.scope, options)
@@ -94,7 +94,7 @@ def _limit_states(problem: Problem, solution: Solution) -> list[LimitState]:
 def infeasible(budget: Budget, selection: Selection, problem: Problem) -> PlanError:
     """The error for a problem without any choice; it says what is too small and what would be enough.
 
-    That is the budget alone, a limit alone, or the ones that cannot be kept together.
+    It names the budget alone, one limit alone, or those that cannot all be met together.
     """
     time_limit_s, budget_bytes = selection.plan_options.time_limit_s, budget.nbytes(selection.numel)
     smallest = selection.smallest_budget(smallest_bytes(problem, time_limit_s))
@@ -108,12 +108,12 @@ def infeasible(budget: Budget, selection: Selection, problem: Problem) -> PlanEr
         least_use = sum(min(c.uses[n] for c in item.candidates) for item in problem.items)
         if least_use > limit.capacity:
             left = f"leaves {max(limit.capacity, 0)} {limit.unit} for the matrices that take part"
-            return PlanError(f"{limit.name} {left}; in any formats they take {least_use} or more: raise it")
+            return PlanError(f"{limit.name} {left}; in any formats they take {least_use} or more: raise this limit")
     return _conflicting(problem, time_limit_s)
 
 
 def _conflicting(problem: Problem, time_limit_s: float) -> PlanError:
-    """The error for capacities that can each be kept, but not together."""
+    """The error for capacities of which each can be met alone, but not all together."""
     stretch = least_stretch(problem, time_limit_s)
     if stretch is None:
         return PlanError(

@@ -1,4 +1,4 @@
-"""The plan made from a solver's choice, with every byte added up again."""
+"""Make a plan from a solver's choice, and add up its exact bytes again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def assemble(
     matrices_bytes, all_file_bytes = selection.sizes(chosen)
     counted = all_file_bytes if selection.scope == "file" else matrices_bytes
     if counted + selection.reserved.nbytes > budget[1]:
-        raise ArithmeticError(f"a plan of {counted} bytes for a budget of {budget[1]}")
+        raise ArithmeticError(f"the plan takes {counted} bytes, more than its budget of {budget[1]}")
     return Plan(
         model=table.model,
         model_sha256=table.model_sha256,

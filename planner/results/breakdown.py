@@ -1,4 +1,4 @@
-"""Sums over a plan for people to read: bits by layer and role, bytes by purpose."""
+"""Sums over a plan for reports: bits per weight by layer and family, and bytes by what they are used for."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FIELD_PART: Mapping[str, str] = {
     **dict.fromkeys(("permutation", "channel_scales"), TRANSFORMS),
     "values": DENSE,
 }
-"""Field of a format -> the part that its bytes belong to."""
+"""Stored field of a matrix -> the part that its bytes are counted in."""
 SHARED, REST = "shared codebooks", "all else in the file"
-"""Rows of `by_family` that are not families."""
+"""Keys of `by_family` that are not families."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The sums over a group of matrices, without shared codebooks."""
+    """Sums over a group of matrices; shared codebooks are not included."""
 
     matrices: int
     weights: int
@@ -50,7 +50,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A plan by layer and family, with the experts of a layer added up; `outside` has the families without a layer."""
+    """Sums for each (layer, family), experts of a layer added up; `outside` has the families outside the layers."""
 
     layers: tuple[int, ...]
     families: tuple[str, ...]
@@ -59,7 +59,7 @@ class Grid:
 
 
 def layer_of(choice: Choice) -> int | None:
-    """The first number in the matrix's name, apart from the index of an expert; None outside the layers."""
+    """The matrix's layer: the first number in its name that is not the index of an expert; None outside the layers."""
     parts = choice.matrix.split(".")
     if choice.kind == "expert":
         parts = parts[:-1]
@@ -92,7 +92,7 @@ def by_layer(plan: Plan) -> Grid:
 
 
 def parts_of(choice: Choice) -> dict[str, int]:
-    """Part -> bytes of one matrix; they add up to `choice.nbytes`."""
+    """Part -> bytes of one matrix; the bytes add up to `choice.nbytes`."""
     fmt = Format.parse(choice.format)
     if isinstance(fmt.codec, DenseCodec):
         return {DENSE: choice.nbytes}
@@ -103,9 +103,9 @@ def parts_of(choice: Choice) -> dict[str, int]:
 
 
 def by_family(plan: Plan, dense: Mapping[str, int] | None = None) -> dict[str, dict[str, int]]:
-    """Family -> part -> bytes, the largest family first; they add up to the whole weights file.
+    """Family -> part -> bytes, the largest family first; the bytes add up to the whole weights file.
 
-    `dense` gives the bytes of the matrices that took no part, by family; without it they are part of the rest.
+    `dense` maps a family to the bytes of its matrices that stay uncompressed; without `dense`, REST includes them.
     """
     families: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for choice in plan.choices:
@@ -127,7 +127,7 @@ def costliest(plan: Plan, count: int) -> list[Choice]:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Name -> its shortest ending that keeps all names different, without "_proj" where that is unambiguous."""
+    """Name -> its shortest ending that keeps all names different; "_proj" is dropped where the names still differ."""
     names, count = tuple(dict.fromkeys(names)), 1
     while True:
         short = {name: ".".join(name.split(".")[-count:]) for name in names}

@@ -1,4 +1,4 @@
-"""Why a plan is as it is: how two plans differ, what other formats would cost, what more bytes would buy."""
+"""Explain a plan: how it differs from another, what other formats would cost, what a larger budget would gain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .allocate import best_plans
 from .sweep import Point, sweep
 
 NOT_IN_PLAN = "as it is"
-"""Shown in place of a format for a matrix that one of two plans leaves alone."""
+"""Shown instead of a format for a matrix that one of two compared plans leaves uncompressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Alternative:
     cost: float
     """Predicted loss, nats per token."""
     regret: float
-    """Loss that this format would add at the plan's shadow price, nats per token; 0 for the chosen format."""
+    """Regret at the plan's shadow price (see the glossary), nats per token; 0 for the chosen format."""
     chosen: bool
 
 
@@ -68,7 +68,7 @@ def differences(before: Plan, after: Plan) -> list[Change]:
 def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternative]:
     """All measured formats of the matrices that the regex `matrix` matches, by matrix and size.
 
-    Raises PlanError for a regex that is invalid or matches nothing, and for a table that the plan was not made from.
+    Raises PlanError for a regex that is invalid or matches nothing, and if the plan was not made from `table`.
     """
     require_table(table, plan)
     try:
@@ -96,7 +96,7 @@ def larger_plan(table: MeasuredTable, plan: Plan, extra_bytes: int = MIB) -> Pla
 
 
 def sweep_around(table: MeasuredTable, plan: Plan, points: int = 17) -> list[Point]:
-    """The best plans from half to twice the size of `plan`, its own budget included, with the same options.
+    """The best plans for budgets from half to twice the size of `plan`, one of them its own, with the same options.
 
     Raises PlanError.
     """

@@ -1,4 +1,4 @@
-"""Many budgets at once: the Pareto curve of predicted loss against size, with a proof for each point."""
+"""Plan for many budgets: the Pareto curve of predicted loss against size, with a proof for each point."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Point:
     budget: str
     budget_bytes: int
     counted_bytes: int
-    """Exact bytes of what the budget counts."""
+    """Exact bytes of what the budget counts: the matrices or the whole weights file."""
     bits_per_weight: float
     predicted_loss: float
-    """Nats per token."""
+    """Predicted loss of the plan, nats per token."""
     best_bound: float
     """Proven lower bound of the loss for this budget, nats per token."""
     status: str
@@ -59,9 +59,9 @@ def spaced_budgets(first: str, last: str, points: int) -> list[Budget]:
 
 
 def sweep(table: MeasuredTable, budgets: Sequence[Budget], options: PlanOptions) -> list[Point]:
-    """The best plan for each budget, in rising order; budgets that no plan fits are left out.
+    """The best plan for each budget, in rising order; budgets that are too small for any plan are left out.
 
-    `options.time_limit_s` applies to each budget. Raises PlanError when no budget fits any plan.
+    `options.time_limit_s` applies to each budget. Raises PlanError when every budget is too small.
     """
     ranked = sorted(budgets, key=lambda budget: budget.amount)
     selection = select(table, ranked[0].scope, options)

@@ -21,18 +21,18 @@ from .assembly import assemble
 
 @dataclass(frozen=True, slots=True)
 class UniformPoint:
-    """Size and predicted loss with one format for all matrices, for any budget."""
+    """Size and predicted loss of a plan with one format for all matrices, whatever the budget."""
 
     format: str
     counted_bytes: int
-    """Exact bytes that a budget of its scope counts."""
+    """Exact bytes of what the scope counts: the matrices or the whole weights file."""
     bits_per_weight: float
     predicted_loss: float
-    """Nats per token."""
+    """Predicted loss of the plan, nats per token."""
 
 
 def uniform_points(table: MeasuredTable, scope: Scope, options: PlanOptions) -> list[UniformPoint]:
-    """Every format that all matrices can have, the smallest first. Raises PlanError."""
+    """One point per format that all matrices can have, the smallest first. Raises PlanError."""
     selection = select(table, scope, options)
     problem, points = selection.problem(None), []
     for cost, _, name, chosen in uniform_choices(selection, problem):
@@ -43,7 +43,7 @@ def uniform_points(table: MeasuredTable, scope: Scope, options: PlanOptions) -> 
 
 
 def best_uniform(selection: Selection, problem: Problem) -> Uniform | None:
-    """The cheapest choice with a single format that fits the problem; None when none does."""
+    """The cheapest choice with a single format that fits the budget and limits of `problem`; None when none fits."""
     fitting = [choice for choice in uniform_choices(selection, problem) if problem.fits(choice[3])]
     if not fitting:
         return None
@@ -62,7 +62,7 @@ def uniform_choices(selection: Selection, problem: Problem) -> list[tuple[float,
 
 
 def one_format(problem: Problem, name: str, optional: frozenset[str]) -> list[Candidate] | None:
-    """The choice with every item in format `name`; None when an item lacks it.
+    """The choice with every item in format `name`; None when an item lacks this format.
 
     Items with a single candidate keep that one. Items in `optional` (embedding, head) that lack the format take their
     cheapest candidate, the uncompressed one.
@@ -81,10 +81,10 @@ def one_format(problem: Problem, name: str, optional: frozenset[str]) -> list[Ca
 def uniform_plan(
     table: MeasuredTable, fmt: str, *, scope: Scope = "matrices", options: PlanOptions | None = None, work: str = ""
 ) -> Plan:
-    """The plan with format `fmt` for every matrix that takes part; its budget is the size that this takes.
+    """The plan with format `fmt` for every matrix that takes part; its budget is its own size.
 
-    Of `options`, the ties, requirements and corrections have no effect. Embedding and head stay dense where they were
-    not measured in `fmt`. Raises PlanError when another matrix was not.
+    The ties, requirements and corrections in `options` have no effect. Embedding and head stay dense where they were
+    not measured in `fmt`. Raises PlanError when any other matrix was not measured in it.
     """
     options = replace(options or PlanOptions(), ties="none", requirements=Requirements(), corrections={})
     selection = select(table, scope, options)

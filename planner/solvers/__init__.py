@@ -1,1 +1,1 @@
-"""Solvers of the allocation problem, and the bounds that prove their answers."""
+"""Solvers that choose a format for every matrix, and the lower bounds that prove their answers."""

@@ -1,4 +1,4 @@
-"""The exact search with shared codebooks or few formats: branch on these until a plain knapsack is left.
+"""Exact branch and bound for shared codebooks or few formats: decide these until a plain knapsack is left.
 
 Sets        i in I: items; f in F: formats; d in D: shared codebooks
 Data        cost[i,f] >= 0; bytes[i,f]; D[i,f]: the codebooks that item i needs in format f; size[d]; capacity;
@@ -13,10 +13,11 @@ they may be used. For any price p per byte, every choice within the node costs a
 
     sum_i min_f value[i,f]  -  p (capacity - size of the stored codebooks),     value = cost + p (bytes + shares).
 
-The shares pay for the undecided codebooks: whole bytes, at most size[d] in total over all items, in proportion to what
-the codebook saves each item. So either all items that it helps use it, or none. If no item is helped by two codebooks,
-the bound is as tight as after the right decision. While too many formats may still be used, the bound of `p_median`
-takes the place of the sum. A node with nothing left to decide is a multiple-choice knapsack, which `knapsack` solves.
+The shares pay for the undecided codebooks. They are whole bytes, at most size[d] in total over all items, and
+proportional to what the codebook saves each item. With such shares, either all items that a
+codebook helps use it, or none do. If no item is helped by two codebooks, the bound is as tight as it would be after the
+right decision. While too many formats may still be used, the bound of `p_median` replaces the sum. A node with nothing
+left to decide is a multiple-choice knapsack, which `knapsack` solves.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from .p_median import MedianBound, median_bound
 
 Flags = NDArray[np.bool_]
 UNDECIDED, YES, NO = 0, 1, -1
-"""Decisions of a node: a codebook is stored or not, a format is in use or must not be used."""
+"""Decisions of a node: YES stores a codebook or allows a format, NO rules it out."""
 PRICES = 8
-"""Number of prices at which the first bound with few formats is computed."""
+"""Number of prices at which the bound of the first node is computed when the number of formats is limited."""
 FIRST_STEPS, STEPS = 400, 60
-"""Subgradient steps in a node: without multipliers to start from, and with those of its parent."""
+"""Maximum number of subgradient steps: in a node without multipliers to start from, and in one with its parent's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,13 @@ class Node:
     """The last p-median bound, if too many formats may still be used."""
 
     def with_book(self, book: int, state: int) -> Node:
-        """The node with one more codebook decided."""
+        """A copy of the node in which the decision on codebook `book` is `state`."""
         books = self.books.copy()
         books[book] = state
         return replace(self, books=books)
 
     def with_format(self, name: int, state: int) -> Node:
-        """The node with one more format decided."""
+        """A copy of the node in which the decision on format `name` is `state`."""
         formats = self.formats.copy()
         formats[name] = state
         return replace(self, formats=formats)
@@ -74,7 +75,7 @@ class SearchResult:
     """The cheapest choices and what is proved about them."""
 
     choices: tuple[list[Candidate], ...]
-    """By rising cost."""
+    """The choices found, by rising cost."""
     bound: float
     """Proven lower bound of the cost of any choice."""
     price: float
@@ -103,12 +104,12 @@ class Search:
                 for key in c.shared:
                     self.needs[self.keys.index(key), i, column[c.format]] = True
         self.best: dict[tuple[int, ...], tuple[float, int]] = {}
-        """Choice, as the column of each item -> (cost, bytes)."""
+        """Choice, given as the format index of each item -> (cost, bytes)."""
         self.price, self.nodes, self.unproved = 0.0, 0, inf
 
     @property
     def ceiling(self) -> float:
-        """The highest cost that a choice of interest can have: that of the `count`-th cheapest known choice."""
+        """The cost of the `count`-th cheapest known choice; choices that cost more are of no interest."""
         costs = sorted(cost for cost, _ in self.best.values())
         return costs[self.count - 1] if len(costs) >= self.count else inf
 
@@ -136,14 +137,14 @@ class Search:
         return SearchResult(choices, bound, self.price, isinf(self.unproved), self.nodes)
 
     def root(self) -> Node:
-        """The node with nothing decided."""
+        """The node in which nothing is decided."""
         return Node(np.zeros(len(self.keys), np.int8), np.zeros(len(self.names), np.int8), 0.0)
 
     def _tolerance(self, node: Node) -> float:
         return ROUNDING * (node.bound + node.price * self.problem.capacity)
 
     def _record(self, picks: Ints, price: float) -> bool:
-        """Record a choice and the price at which it was found, if it fits. Returns whether it fits."""
+        """If a choice fits, record it and the price at which it was found; return whether it fits."""
         rows = np.arange(len(picks))
         stored = sum(
             size for size, need in zip(self.sizes.tolist(), self.needs, strict=True) if need[rows, picks].any()
@@ -161,25 +162,25 @@ class Search:
         return self.problem.choice_of({item.name: self.names[f] for item, f in pairs})
 
     def _alive(self, node: Node) -> Flags:
-        """[items, formats]: whether a candidate may still be chosen in the node."""
+        """[items, formats]: whether the item may still be given the format in the node."""
         alive: Flags = np.isfinite(self.cost) & (node.formats != NO)
         for need in self.needs[node.books == NO]:
             alive &= ~need
         return alive
 
     def _bytes_left(self, node: Node) -> int:
-        """Bytes of the capacity that the stored codebooks leave."""
+        """Bytes of the capacity that are left after the stored codebooks."""
         return self.problem.capacity - int(self.sizes[node.books == YES].sum())
 
     def _instance(self, node: Node) -> Instance | None:
-        """The knapsack of what may be chosen, with undecided codebooks free; None if an item has no candidate left."""
+        """The knapsack of the allowed candidates, with undecided codebooks free; None if an item has none left."""
         alive = self._alive(node)
         if not alive.any(1).all():
             return None
         return Instance(np.where(alive, self.cost, inf), np.where(alive, self.nbytes, 0))
 
     def bounded(self, node: Node) -> Node | None:
-        """The node with its bound and a good price for it; None when it has no choice of interest."""
+        """The node with its bound and a good price for it; None when all its choices cost more than the ceiling."""
         self.nodes += 1
         instance, left = self._instance(node), self._bytes_left(node)
         if instance is None or instance.total(instance.lightest)[1] > left:
@@ -202,7 +203,7 @@ class Search:
         return None if isinf(node.bound) or node.bound > self.ceiling + self._tolerance(node) else node
 
     def _bounded_by_p_median(self, node: Node, instance: Instance) -> Node | None:
-        """`bounded` for a node with too many formats; also decides the formats that follow from the bound."""
+        """`bounded` for a node with too many formats; also decides the formats that the bound decides."""
         left, max_formats = self._bytes_left(node), self.problem.max_formats
         assert max_formats is not None
         forced, price, best = node.formats == YES, node.price, node.medians
@@ -224,10 +225,10 @@ class Search:
     def _price_for_formats(
         self, chosen: Flags, instance: Instance, left: int, price: float, lower_bound: float
     ) -> float:
-        """The price at which the formats `chosen` just fit, or a higher price if they never do.
+        """The price at which the cheapest choice of the formats `chosen` just fits; a higher price if none fits.
 
-        Also records the best choice that uses only these formats, unless a candidate needs a shared codebook or
-        `lower_bound`, which is a lower bound of the choice's cost, is not below the ceiling.
+        Also records the best choice that uses only these formats, unless a candidate needs a shared codebook, or the
+        cost of that choice, of which `lower_bound` is a lower bound, cannot be below the ceiling.
         """
         cost = np.where(chosen, instance.cost, inf)
         if not np.isfinite(cost).any(1).all():
@@ -241,7 +242,7 @@ class Search:
         return relax_knapsack(few, left).price
 
     def _with_implied_formats(self, node: Node, instance: Instance) -> Node:
-        """The node with every format decided for which the opposite decision would cost more than the ceiling."""
+        """The node after deciding each format for which the opposite decision would cost more than the ceiling."""
         medians = node.medians
         assert medians is not None
         open_, tolerance = (node.formats == UNDECIDED) & np.isfinite(instance.cost).any(0), self._tolerance(node)
@@ -270,23 +271,23 @@ class Search:
 
     @staticmethod
     def _savings(need: Flags, value: Floats) -> Floats:
-        """[items]: what a codebook saves each item, if the candidates in `need` use it; inf if it has no others."""
+        """[items]: what a codebook saves an item if the candidates in `need` use it; inf for an item without others."""
         with_book, without = np.where(need, value, inf).min(1), np.where(need, inf, value).min(1)
         return np.where(with_book < without, without - np.where(np.isfinite(with_book), with_book, 0.0), 0.0)
 
     def _bound(self, node: Node, instance: Instance, price: float) -> float:
-        """The node's lower bound at a price, with any number of formats."""
+        """The node's lower bound at a price, ignoring the maximum number of formats."""
         value = instance.cost + price * (instance.nbytes + self._shares(node, instance, price))
         return _difference_below(fsum(value.min(1).tolist()), price * self._bytes_left(node))
 
     def _excess_formats(self, node: Node, instance: Instance) -> int:
-        """By how many the formats that may still be used exceed the maximum number; 0 without a maximum."""
+        """How many more formats may still be used than `max_formats` (negative for fewer); 0 without a maximum."""
         if self.problem.max_formats is None:
             return 0
         return int(np.isfinite(instance.cost).any(0).sum()) - self.problem.max_formats
 
     def _children(self, node: Node) -> list[Node]:
-        """Two children that decide the most important open question in opposite ways; none for a solved node.
+        """Two children that decide the most important undecided codebook or format in opposite ways; [] if solved.
 
         The more promising child is the last one, so the search visits it first.
         """
@@ -311,7 +312,7 @@ class Search:
         return [dropped, stored] if gains[book] > 0 else [stored, dropped]
 
     def _record_first_choice(self, node: Node, picks: Ints) -> None:
-        """Record a first choice that fits: the best one with exactly the codebooks that `picks` uses."""
+        """Record a first choice that fits: the best one if exactly the codebooks that `picks` uses are stored."""
         used = self.needs[:, np.arange(len(picks)), picks].any(1)
         books = np.where(node.books == UNDECIDED, np.where(used, YES, NO), node.books).astype(np.int8)
         decided = replace(node, books=books)
@@ -322,7 +323,7 @@ class Search:
             self._record(answer.picks[0], answer.price)
 
     def _solved(self, node: Node, instance: Instance) -> bool:
-        """Solve the node with undecided codebooks paid in shares. Returns whether nothing better can be in it."""
+        """Solve the node's knapsack, with shares for undecided codebooks; return whether the node needs no children."""
         answer = solve_knapsack(instance, self._bytes_left(node), self.count)
         if answer is None:
             return True

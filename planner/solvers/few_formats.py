@@ -23,13 +23,14 @@ from reallm.planner.problem.problem import Candidate, Item, Problem
 from .lagrangian import relax, shadow_price
 
 Solve = Callable[[Problem], list[Candidate] | None]
-"""Solves a problem, exactly or not; None when nothing fits."""
+"""Function that returns an optimal or at least good choice for a problem, or None when nothing fits."""
 
 
 def few_formats(problem: Problem, max_formats: int, prices: tuple[float, ...], solve: Solve) -> list[Candidate] | None:
     """A choice with at most `max_formats` formats; None when none was found.
 
-    `prices` are those of the limits, per unit. `solve` is given problems without a limit on the number of formats.
+    `prices` [limits] holds the price of one unit of each limit. `solve` is only called on problems without a limit on
+    the number of formats.
     """
     names = sorted({c.format for item in problem.items for c in item.candidates})
     allowed = set(names)
@@ -47,7 +48,7 @@ def few_formats(problem: Problem, max_formats: int, prices: tuple[float, ...], s
 def _better_swap(
     problem: Problem, best: list[Candidate], allowed: set[str], prices: tuple[float, ...], solve: Solve
 ) -> tuple[list[Candidate], set[str]] | None:
-    """A better choice with one allowed format swapped for another, and its formats; None when there is none."""
+    """A better choice, found by swapping one allowed format for another, and the formats then allowed; None if none."""
     names = sorted({c.format for item in problem.items for c in item.candidates} - allowed)
     for old in sorted(allowed):
         for new in names:
@@ -61,7 +62,7 @@ def _better_swap(
 
 
 def _restricted(problem: Problem, allowed: Collection[str]) -> Problem | None:
-    """`problem` with only the allowed formats and no limit on their number; None when an item has none of them."""
+    """`problem` with only the allowed formats and no limit on their number; None when an item has no allowed format."""
     rows = [tuple(c for c in item.candidates if c.format in allowed) for item in problem.items]
     if not all(rows):
         return None
@@ -87,7 +88,7 @@ def _bound(problem: Problem, allowed: Collection[str], prices: tuple[float, ...]
 
 
 def _least_useful(problem: Problem, allowed: Collection[str], prices: tuple[float, ...]) -> str | None:
-    """The allowed format that costs least to drop; None when each is the last one of some item."""
+    """The allowed format that is cheapest to drop; None if dropping any leaves some item without a candidate."""
     restricted = _restricted(problem, allowed)
     if restricted is None:
         return None

@@ -3,7 +3,7 @@
 Sets        i in I: items; c in C[i]: their candidates; d in D: shared codebooks; l in L: limits; f in F: formats
 Data        cost[i,c] >= 0; bytes[i,c]; size[d]; capacity;  use[l,i,c], use[l,d], capacity[l];  max_formats
 Variables   x[i,c] in {0, 1}: item i takes candidate c;  y[d] in {0, 1}: codebook d is stored
-            z[f] in {0, 1}: format f is in use;  t >= 0: how far all capacities are stretched; absent unless minimised
+            z[f] in {0, 1}: format f is in use;  t >= 0: share by which all capacities grow; only if minimised
 Objective   min  sum_i sum_c cost[i,c] x[i,c]
 Constraints choose_one[i]:  sum_c x[i,c] = 1
             budget:         sum_i sum_c bytes[i,c] x[i,c] + sum_d size[d] y[d] <= capacity (1 + t)
@@ -12,8 +12,8 @@ Constraints choose_one[i]:  sum_c x[i,c] = 1
             in_use[i,f]:    z[f] >= sum over c of format f of x[i,c]
             formats:        sum_f z[f] <= max_formats
 
-The objective may also be the bytes, without a budget, or t. The smallest t that allows a choice tells the user of an
-infeasible problem what to ask for. Tied matrices are one item, so choose_one ties them.
+The objective may also be t, or the bytes (then without the budget). For an infeasible problem, the smallest t that
+allows a choice tells the user what to ask for. Tied matrices are one item, so choose_one ties them.
 
 Bytes are divided by their greatest common divisor and costs are scaled, so that the solver's absolute tolerances have
 no effect. The solution is rounded, and its bytes are added up again in integers. PuLP's `status` says Optimal even when
@@ -34,7 +34,7 @@ from reallm.planner.problem.problem import Candidate, Problem
 SOLVER = "HiGHS"
 Objective = Literal["cost", "bytes", "stretch"]
 COST_SCALE = 1e4
-"""The median cost times the number of items, after scaling."""
+"""What the median cost times the number of items is scaled to."""
 TOLERANCE = 1e-9
 """Feasibility tolerance of the solver."""
 
@@ -56,7 +56,7 @@ def solver_version() -> str:
 
 
 def solve_ilp(problem: Problem, time_limit_s: float, objective: Objective = "cost") -> IlpResult:
-    """Minimise the cost, the bytes (without the budget) or the stretch (with all capacities stretched by it)."""
+    """Minimise the cost, the bytes (ignoring the budget) or t, the share by which all capacities grow."""
     scale = _scale(problem) if objective == "cost" else 1.0
     model, x = build(problem, scale, objective)
     solver = pulp.HiGHS(
@@ -87,7 +87,7 @@ def solve_ilp(problem: Problem, time_limit_s: float, objective: Objective = "cos
 def build(
     problem: Problem, scale: float = 1.0, objective: Objective = "cost"
 ) -> tuple[pulp.LpProblem, list[list[pulp.LpVariable]]]:
-    """The program above as a PuLP problem, and its variables x[i][c]; `scale` multiplies the costs."""
+    """The integer program of this module as a PuLP problem, and its variables x[i][c]; `scale` multiplies the costs."""
     model = pulp.LpProblem("allocation", pulp.LpMinimize)
     x = [
         [pulp.LpVariable(f"x_{i}_{c}", cat=pulp.LpBinary) for c in range(len(item.candidates))]

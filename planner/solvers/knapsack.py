@@ -33,11 +33,11 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 FIRST_OPTIONS = 12
-"""Number of candidates that the first delta admits besides the cheapest one of each item."""
+"""Number of candidates within the first delta, in addition to the cheapest one of each item."""
 GROWTH = 1.4
-"""Factor on delta when no choice was found; the number of states grows like exp(sqrt(delta))."""
+"""Factor by which delta grows when no choice was found; the number of states grows like exp(sqrt(delta))."""
 MAX_STATES = 1_000_000
-"""States of the dynamic program beyond which the search gives up."""
+"""Number of states of the dynamic program beyond which the search gives up."""
 MAX_STEPS = 200
 """Steps of the bisection for the price."""
 ROUNDING = 1e-12
@@ -63,7 +63,7 @@ class Instance:
 
     @property
     def lightest(self) -> Ints:
-        """Index of the smallest candidate of each item, the cheapest one among equals."""
+        """[items]: index of each item's smallest candidate; among equals, of the cheapest."""
         return _argmin(np.where(np.isfinite(self.cost), self.nbytes, np.iinfo(np.int64).max), self.cost)
 
     def total(self, picks: Ints) -> tuple[float, int]:
@@ -77,7 +77,7 @@ class Answer:
     """The cheapest choices and what is proved about them."""
 
     picks: tuple[Ints, ...]
-    """Choices by rising cost."""
+    """The choices, in order of rising cost."""
     bound: float
     """Proven lower bound of the cost of any choice."""
     price: float
@@ -92,14 +92,14 @@ class Answer:
 
 @dataclass(slots=True)
 class Relaxed:
-    """The Lagrangian optimum."""
+    """The optimum of the Lagrangian relaxation."""
 
     price: float
     """Cost per byte."""
     picks: Ints
     """The choice that is cheapest at this price and fits."""
     slack: int
-    """Bytes that it leaves unused."""
+    """Bytes of the capacity that this choice leaves unused."""
     reduced: Floats
     """Reduced costs [items, candidates]."""
     bound: float
@@ -154,7 +154,10 @@ def _argmin(first: Floats | Ints, second: Floats | Ints) -> Ints:
 
 
 def relax_knapsack(instance: Instance, capacity: int) -> Relaxed:
-    """The price at which the cheapest candidates just fit, by bisection over the items whose candidate changes."""
+    """The Lagrangian optimum: the price at which the cheapest candidates just fit, found by bisection.
+
+    Each step looks only at the items whose candidate differs between the two ends of the interval.
+    """
     cost, nbytes, rows = instance.cost, instance.nbytes, np.arange(len(instance.cost))
     low, picks_low = 0.0, _argmin(cost, nbytes)
     if int(nbytes[rows, picks_low].sum()) <= capacity:
@@ -189,7 +192,7 @@ def _relaxed_at(instance: Instance, price: float, picks: Ints, capacity: int) ->
 
 
 def _spend_slack(instance: Instance, relaxed: Relaxed) -> Ints:
-    """The relaxed choice, improved greedily: the change that saves most and still fits, until there is none."""
+    """Improve the relaxed choice greedily: make the change that saves most and still fits, until none is left."""
     picks, rows = relaxed.picks.copy(), np.arange(len(relaxed.picks))
     slack, current = relaxed.slack, instance.cost[rows, relaxed.picks]
     extra = instance.nbytes - instance.nbytes[rows, picks][:, None]
@@ -213,7 +216,7 @@ def _undominated(nbytes: Ints, cost: Floats, layers: int) -> Ints:
     The Pareto front of (bytes, cost) is removed `layers` times. A state that remains is dominated by a state of each
     front, so it cannot be part of one of these choices.
     """
-    order: Ints = np.argsort(nbytes, kind="stable")  # merges the runs
+    order: Ints = np.argsort(nbytes, kind="stable")  # a stable sort merges the runs, which are sorted already
     remaining, on_front = np.arange(len(order)), np.zeros(len(order), bool)
     for _ in range(layers):
         if not len(remaining):
@@ -240,7 +243,7 @@ class _Search:
     """For each core item: its row and candidates; and for each state: its parent and the index of its candidate."""
 
     def run(self) -> list[Ints] | None:
-        """The choices; None when there were more than `max_states` states."""
+        """The cheapest choices; None when there were more than `max_states` states."""
         slack, price = self.relaxed.slack, self.relaxed.price
         groups = self._groups()
         self.core = len(groups)
@@ -248,9 +251,9 @@ class _Search:
         max_later = np.cumsum([0, *(int(extra.max()) for _, _, extra, _ in reversed(groups))])[::-1]
         nbytes, reduced = np.zeros(1, np.int64), np.zeros(1)
         for n, (row, candidates, extra, rc) in enumerate(groups):
-            total = rc[:, None] + reduced[None, :]  # for each candidate, states by rising bytes
+            total = rc[:, None] + reduced[None, :]  # [candidates, states]: states by rising bytes
             weight = extra[:, None] + nbytes[None, :]
-            unused = np.maximum(slack - weight - max_later[n + 1], 0)  # at least, with any candidates of later items
+            unused = np.maximum(slack - weight - max_later[n + 1], 0)  # lower bound, whatever later items take
             keep = (weight + min_later[n + 1] <= slack) & (total + price * unused <= self.delta)
             index, parent = np.nonzero(keep)
             nbytes, reduced = weight[keep], total[keep]
@@ -274,7 +277,7 @@ class _Search:
         return sorted(groups, key=lambda group: (int(group[2].min() - group[2].max()), group[0]))
 
     def _picks(self, state: int) -> Ints:
-        """The choice that ends in `state`."""
+        """The choice whose path through the dynamic program ends in `state`."""
         picks = self.relaxed.picks.copy()
         for row, candidates, parent, index in reversed(self.layers):
             picks[row] = candidates[index[state]]

@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from reallm.planner.problem.problem import Candidate, Item, Problem, needed_codebooks
 
 PRICE_STEPS = 200
-"""Bisection steps for a price."""
+"""Maximum number of bisection steps in the search for a price."""
 MAX_DOUBLINGS = 400
-"""Doublings of a price until it is high enough."""
+"""Maximum number of increases of a price until it is high enough."""
 LIMIT_ROUNDS, NEAR_PRICE = 3, 1e-3
-"""Rounds over all limits when their prices are searched for, and the relative error of these prices."""
+"""Maximum number of rounds over all limits in the search for their prices; and relative error of these prices."""
 MIN_SCALE = 1e-200
-"""Lowest scale of the costs, which keeps prices away from 0 when nothing costs anything."""
+"""Smallest scale assumed for the costs, so that prices stay above 0 even if all costs are 0."""
 NEAR = 1e-12
 """Relative tolerance for equal values: far above the rounding of a sum of two products of non-negative numbers."""
 
@@ -50,11 +50,11 @@ class Relaxation:
     own_cost: NDArray[np.float64]
     """[candidates]: cost without the prices of the limits."""
     cost: NDArray[np.float64]
-    """[candidates]: cost plus the price of what the candidate uses of the limits."""
+    """[candidates]: cost plus sum over the limits of price times what the candidate uses of the limit."""
     weight: NDArray[np.float64]
-    """[candidates]: bytes with the shares of codebooks."""
+    """[candidates]: bytes, including the shares of shared codebooks."""
     uses: NDArray[np.float64]
-    """[candidates, limits]: use of each limit."""
+    """[candidates, limits]: how much of each limit a candidate uses."""
     starts: NDArray[np.intp]
     """[items]: index of the first candidate of each item."""
     prices: tuple[float, ...]
@@ -73,7 +73,7 @@ class Relaxation:
         return sum((Fraction(price) * limit.capacity for price, limit in pairs), Fraction(0))
 
     def picks(self, price: float) -> NDArray[np.intp]:
-        """Index of the cheapest candidate of each item at `price`; the first, that is the lightest, among equals."""
+        """[items]: index of each item's cheapest candidate at `price`; of equals the first, which is the lightest."""
         value = self.cost + price * self.weight
         counts = np.diff([*self.starts.tolist(), value.size])
         cheapest = np.flatnonzero(value == np.repeat(np.minimum.reduceat(value, self.starts), counts))
@@ -112,7 +112,7 @@ class Relaxation:
 def relax(problem: Problem, prices: Sequence[float] = ()) -> Relaxation:
     """The relaxation of `problem` with a price for each limit; without `prices` the limits are left out.
 
-    What shared codebooks use of a limit is not charged, so the bound still holds.
+    What shared codebooks use of a limit is not charged. This can only lower the bound, so it stays valid.
     """
     users = {
         key: sum(any(key in c.shared for c in item.candidates) for item in problem.items) for key in problem.shared
@@ -130,7 +130,7 @@ def relax(problem: Problem, prices: Sequence[float] = ()) -> Relaxation:
 def shadow_price(relaxation: Relaxation, first: float = 1e-12, near: float = 0.0) -> float:
     """The price (cost per byte) at which the cheapest candidates just fit the capacity; 0 when they fit anyway.
 
-    The search starts at `first` and ends at a relative error of `near`; 0 stands for the precision of floats.
+    The search starts at `first` and ends at a relative error of `near`, where 0 means the precision of floats.
     """
     capacity = relaxation.problem.capacity
     if relaxation.total(0.0) <= capacity:
@@ -153,7 +153,7 @@ def shadow_price(relaxation: Relaxation, first: float = 1e-12, near: float = 0.0
 def limit_prices(problem: Problem) -> tuple[float, ...]:
     """A price for each limit, close to the maximum of L.
 
-    Coordinate search: one limit after another gets the lowest price at which it is kept.
+    Coordinate search: each limit in turn gets the lowest price at which the cheapest candidates stay within it.
     """
     if not problem.limits:
         return ()
@@ -166,7 +166,7 @@ def limit_prices(problem: Problem) -> tuple[float, ...]:
             min_use = float(np.minimum.reduceat(free.uses[:, n], free.starts).sum())
             max_use = float(np.maximum.reduceat(free.uses[:, n], free.starts).sum())
             if not min_use <= limit.capacity < max_use:
-                continue  # no price can keep the limit, or it is kept at any price
+                continue  # the limit is exceeded at any price, or at none
 
             def exceeds(price: float, n: int = n, capacity: int = limit.capacity) -> bool:
                 tried = free.priced([*prices[:n], price, *prices[n + 1 :]])
@@ -179,7 +179,7 @@ def limit_prices(problem: Problem) -> tuple[float, ...]:
 
 
 def _lowest_price(exceeds: Callable[[float], bool], first: float, max_price: float) -> float:
-    """About the lowest price at which the limit is not exceeded; 0 if there is none up to `max_price`."""
+    """About the lowest price at which the limit is not exceeded; 0 if every price up to `max_price` exceeds it."""
     if not exceeds(0.0):
         return 0.0
     low, high = 0.0, first
@@ -194,7 +194,10 @@ def _lowest_price(exceeds: Callable[[float], bool], first: float, max_price: flo
 
 
 def incumbent(relaxation: Relaxation, price: float) -> list[Candidate] | None:
-    """A good feasible choice: the relaxed one, at higher prices if it is too large, then improved greedily."""
+    """A good feasible choice, or None when none was found.
+
+    Starts from the cheapest candidates at `price`, raises prices until they fit, and then improves the choice greedily.
+    """
     problem, prices = relaxation.problem, relaxation.prices
     max_price = 1.0 + sum(max(c.cost for c in item.candidates) for item in problem.items)
     min_price = 1e-6 * max_price / max(problem.capacity, 1)
@@ -215,7 +218,7 @@ def incumbent(relaxation: Relaxation, price: float) -> list[Candidate] | None:
 
 
 def _spend_slack(problem: Problem, chosen: list[Candidate]) -> list[Candidate]:
-    """A choice improved greedily: the change that saves most per byte and still fits, until there is none."""
+    """Improve a choice greedily: make the change that saves most per byte and still fits, until none is left."""
     chosen, has_other_limits = list(chosen), problem.limits or problem.max_formats is not None
     while True:
         slack, used = problem.capacity - problem.nbytes(chosen), needed_codebooks(chosen)
@@ -238,8 +241,8 @@ def _spend_slack(problem: Problem, chosen: list[Candidate]) -> list[Candidate]:
 def reduced_problem(relaxation: Relaxation, price: float, ceiling: float) -> Problem:
     """The problem without the candidates that cannot be part of a solution with a cost of at most `ceiling`.
 
-    A solution with candidate c of item i costs at least L(price) + value[i,c] - min_c value[i,c], where value is cost
-    plus price.
+    A solution with candidate c of item i costs at least L(price) + value[i,c] - min_c value[i,c], where value is
+    cost + price * weight.
     """
     problem = relaxation.problem
     value = relaxation.cost + price * relaxation.weight
@@ -260,7 +263,7 @@ def reduced_problem(relaxation: Relaxation, price: float, ceiling: float) -> Pro
 def runners_up(
     problem: Problem, chosen: Sequence[Candidate], price: float, prices: Sequence[float] = ()
 ) -> list[str | None]:
-    """For each item, the format with the lowest price after the chosen one; None where there is no other.
+    """[items]: format of the lowest-priced candidate other than the chosen one; None where there is no other.
 
     The price of a candidate is cost + price * bytes + the prices of the limits; codebooks in use are free.
     """

@@ -1,7 +1,7 @@
 """A lower bound for a limited number of formats: the Lagrangian relaxation of the p-median problem.
 
 Sets        i in I: items; f in F: formats; R, a subset of F: forced formats, which must be in use
-Data        value[i,f]: cost of item i in format f, inf where it cannot have it;  max_formats
+Data        value[i,f]: cost of item i in format f, inf where it cannot have f;  max_formats
 Variables   S, a subset of F: the formats in use
 Objective   min  sum_i min over f in S of value[i,f]
 Constraints R is a subset of S;  |S| <= max_formats
@@ -27,7 +27,8 @@ from .knapsack import ROUNDING, Floats
 
 Flags = NDArray[np.bool_]
 FIRST_STEP, MIN_STEP, PATIENCE = 1.0, 0.02, 10
-"""Part of the distance between the bound and the best set that a step aims at; halved after PATIENCE failed steps."""
+"""A step aims to close a fraction of the gap between the bound and the cost of the best set. The fraction starts at
+FIRST_STEP, is halved after PATIENCE steps without a better bound, and ends the search below MIN_STEP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class MedianBound:
     multipliers: Floats
     """v [items]."""
     rho: Floats
-    """[formats]."""
+    """rho [formats]."""
     taken: Flags
     """[formats]: whether rho of a format is part of the bound."""
     best: float
@@ -82,14 +83,14 @@ def median_bound(value: Floats, forced: Flags, max_formats: int, start: Floats |
 
 
 def _first_multipliers(value: Floats) -> Floats:
-    """The second smallest value of each item; the smallest where there is no second."""
+    """[items]: the second smallest value of each item; the smallest one where it is the only one."""
     low = np.sort(value, 1)
     second = low[:, min(1, low.shape[1] - 1)]
     return np.where(np.isfinite(second), second, low[:, 0])
 
 
 def _taken(rho: Floats, forced: Flags, present: Flags, max_formats: int) -> Flags:
-    """The forced formats and the others with the smallest rho, `max_formats` in total."""
+    """[formats]: True for the forced formats and for those with the smallest rho, `max_formats` in total."""
     taken = forced & present
     others = np.flatnonzero(present & ~forced)
     room = max(max_formats - int(taken.sum()), 0)

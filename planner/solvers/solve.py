@@ -1,10 +1,11 @@
-"""Solve an allocation problem, with a proof.
+"""Solve the problem of choosing a format for every matrix, and prove how good the answer is.
 
 1. A problem with one budget is solved by the exact core of `knapsack`; with shared codebooks or few formats, by the
    search of `branching`, which ends in such cores.
-2. Limits are left out at first. If the optimum keeps them anyway, it is the optimum with them.
-3. If they bind, or the core has too many states: prune dominated candidates -> compute a Lagrangian bound and a first
-   solution -> drop the candidates that cannot be in a better one -> solve the rest with HiGHS.
+2. Limits are left out at first. If the optimum meets them anyway, it is also the optimum with them.
+3. If the optimum exceeds a limit, or the core has too many states: prune dominated candidates -> compute a
+   Lagrangian bound and a first solution -> drop the candidates that cannot be in a better one -> solve the rest with
+   HiGHS.
 
 In every case the bytes of the answer are added up again in integers, and its bound is checked in exact arithmetic.
 """
@@ -31,7 +32,7 @@ from .lagrangian import Relaxation, incumbent, limit_prices, reduced_problem, re
 OPTIMAL_GAP = 1e-9
 """Largest relative gap of a plan that is called optimal."""
 CORE = "reallm core"
-"""Name of the exact core and of the search as solvers."""
+"""Name that a plan records as its solver when the exact core or the search found it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Solution:
 
     chosen: list[Candidate]
     best_bound: float
-    """Lower bound of the cost, as the solver claims it."""
+    """Lower bound of the cost as reported by the solver."""
     lagrangian_bound: float
     """Lower bound of the cost in exact arithmetic."""
     price: float
@@ -75,7 +76,7 @@ class Solution:
 
 
 def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
-    """The best choice for `problem`; None when there is none. Raises PlanError when the time ran out without any."""
+    """The best choice for `problem`; None when there is none. Raises PlanError if the time ran out first."""
     start, unlimited = time.monotonic(), _without_limits(problem)
     solutions = cheapest_solutions(unlimited, 1, time_limit_s)
     if solutions == [None]:
@@ -93,8 +94,8 @@ def optimise(problem: Problem, time_limit_s: float = 60.0) -> Solution | None:
 def cheapest_solutions(problem: Problem, count: int, time_limit_s: float = 60.0) -> list[Solution | None]:
     """The `count` cheapest choices of a problem without limits, the best first; fewer where fewer exist.
 
-    [None] when nothing fits. When the core had too many states or the time ran out, the choices found so far, perhaps
-    none, without a proof.
+    Returns [None] when nothing fits. If the core has too many states or the time runs out, returns the choices found so
+    far (perhaps none), without a proof.
     """
     if problem.is_knapsack:
         return _by_core(problem, count)
@@ -126,7 +127,7 @@ def _by_branching(problem: Problem, count: int, time_limit_s: float) -> list[Sol
 
 
 def instance_of(problem: Problem) -> Instance:
-    """The items and candidates of a problem as arrays, in their order."""
+    """Costs and bytes of the candidates of a problem as arrays [items, candidates], in the order of the problem."""
     width = max(len(item.candidates) for item in problem.items)
     cost, nbytes = np.full((len(problem.items), width), np.inf), np.zeros((len(problem.items), width), np.int64)
     for row, item in enumerate(problem.items):
@@ -170,11 +171,11 @@ def _first_solution(problem: Problem, relaxation: Relaxation, price: float) -> l
 
 def _require_fit(problem: Problem, chosen: list[Candidate]) -> None:
     if not problem.fits(chosen):
-        raise ArithmeticError(f"a plan of {problem.nbytes(chosen)} bytes for a capacity of {problem.capacity}")
+        raise ArithmeticError(f"a plan takes {problem.nbytes(chosen)} bytes, more than the capacity {problem.capacity}")
 
 
 def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:
-    """The fewest bytes that any choice takes, without the limits and the number of formats."""
+    """The fewest bytes that any choice takes, ignoring the limits and the maximum number of formats."""
     problem = replace(_without_limits(problem), max_formats=None)
     lightest = [min(item.candidates, key=lambda c: c.nbytes) for item in problem.items]
     result = solve_ilp(problem, time_limit_s, objective="bytes") if problem.shared else None
@@ -183,21 +184,21 @@ def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:
 
 
 def _without_limits(problem: Problem) -> Problem:
-    """The problem with its budget and number of formats only."""
+    """The problem without its limits, but with its budget and its maximum number of formats."""
     items = (Item(item.name, tuple(replace(c, uses=()) for c in item.candidates)) for item in problem.items)
     return replace(problem, limits=(), items=tuple(items)) if problem.limits else problem
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """How much all capacities must grow, by the same share, so that some choice keeps them."""
+    """How much all capacities must grow, by the same share, so that some choice stays within them."""
 
     share: float
-    """0.1 for 10%."""
+    """The share by which they grow: 0.1 for 10%."""
     nbytes: int
-    """Bytes that such a choice takes of the budget."""
+    """Bytes of the budget that such a choice takes."""
     used: tuple[int, ...]
-    """What it uses of each limit."""
+    """What such a choice uses of each limit."""
 
 
 def least_stretch(problem: Problem, time_limit_s: float = 60.0) -> Stretch | None:

@@ -1,1 +1,1 @@
-"""The records that the stages exchange as files, the exact size of what they describe, and the units of budgets."""
+"""The records that reallm's commands exchange as files, the exact sizes of what these describe, and budget units."""

@@ -1,8 +1,8 @@
 """Budgets as users write them, parsed exactly.
 
-A budget in bits per weight, such as `3.0bpw`, counts all bytes stored for the matrices that take part, per weight of
-these matrices. A budget in bytes (`48MiB`, `4GiB`, `500MB`, `50331648B`) counts the whole weights file with embeddings,
-head, norms and headers.
+A budget in bits per weight, such as `3.0bpw`, counts all bits stored for the matrices that take part, divided by the
+number of weights in these matrices. A budget in bytes (`48MiB`, `4GiB`, `500MB`, `50331648B`) counts the whole weights
+file with embeddings, head, norms and headers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Budget:
 
     @property
     def scope(self) -> Scope:
-        """What this budget counts."""
+        """What this budget counts: "matrices" for bits per weight, otherwise "file"."""
         return "matrices" if self.unit == "bpw" else "file"
 
     def nbytes(self, numel: int) -> int:
@@ -35,14 +35,14 @@ class Budget:
         return int(self.amount * numel // 8) if self.unit == "bpw" else int(self.amount * UNIT_BYTES[self.unit.lower()])
 
     def smallest_text(self, nbytes: int, numel: int) -> str:
-        """The smallest budget in this unit, to four decimals, that allows `nbytes` bytes."""
+        """Text of the smallest budget that allows `nbytes` bytes, in this budget's unit with up to four decimals."""
         unit_bytes = Fraction(numel, 8) if self.unit == "bpw" else Fraction(UNIT_BYTES[self.unit.lower()])
         steps = -(-nbytes * 10_000 // unit_bytes)
         return f"{steps // 10_000}.{steps % 10_000:04d}".rstrip("0").rstrip(".") + self.unit
 
 
 def budget_of(plan: Plan, extra_bytes: int = 0) -> Budget:
-    """The budget of `plan` to the byte, plus `extra_bytes`."""
+    """The exact budget of `plan`, enlarged by `extra_bytes`."""
     nbytes = plan.budget_bytes + extra_bytes
     if plan.scope == "file":
         return Budget(f"{nbytes}B" if extra_bytes else plan.budget, Fraction(nbytes), "B")
@@ -51,7 +51,7 @@ def budget_of(plan: Plan, extra_bytes: int = 0) -> Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse a budget. Raises PlanError."""
+    """Parse a budget such as "3.0bpw" or "48MiB". Raises PlanError."""
     number_and_unit = parse_amount(text)
     if number_and_unit is None:
         raise PlanError(f"--budget {text!r}: {_EXPECTED}")

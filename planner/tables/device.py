@@ -1,4 +1,4 @@
-"""How long one token's decoding takes on a device: the cost model of the kernels, and GPUs by their data sheets.
+"""The time to decode one token on a device, by a cost model of the kernels; and built-in GPUs from data sheets.
 
 A matrix-vector product reads every stored byte once and decodes every weight once. On a device it takes
 
@@ -6,8 +6,8 @@ A matrix-vector product reads every stored byte once and decodes every weight on
 
 for one token of one sequence (the roofline model; Williams et al. 2009). The rates of the built-in GPUs are
 lanes x clock / instructions per weight, with the instructions counted in the machine code of our kernels, and the
-bandwidth of the data sheet. They rank formats and bound plans. A device file with measured rates (`--device my.json`)
-turns them into predictions.
+bandwidth of the data sheet. Times from these rates serve to rank formats and to bound plans; to predict actual times,
+give a device file with measured rates (`--device my.json`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KINDS: Mapping[type[AnyCodec], str] = {
 }
 """Codec class -> its name in `Device.weights_per_second`."""
 INSTRUCTIONS: Mapping[str, float] = {
-    **{"dense": 1.0, "scalar": 5.5, "trellis": 6.2},  # medians of what NAME=triton_kernels counts at 2 to 4 bits
+    **{"dense": 1.0, "scalar": 5.5, "trellis": 6.2},  # medians at 2 to 4 bits (make bench NAME=triton_kernels)
     **{"table": 8.0, "additive": 8.0, "lattice": 12.0, "neural": 8.0},  # estimates: not counted yet
 }
 """Kind of codec -> machine instructions per weight on a GPU."""
@@ -56,7 +56,7 @@ class Device(Record):
     weights_per_second: Mapping[str, float]
     """Kind of codec (a value of `KINDS`) -> weights decoded and multiplied per second when memory is not the limit."""
     launch_seconds: float = Field(ge=0)
-    """Fixed time of one product, and of each rotation of its input or output."""
+    """Fixed time added for each product, and for each rotation of a product's input or output."""
 
     def nanoseconds(self, fmt: Format, numel: int, nbytes: int) -> int:
         """Time of one product with a matrix of `numel` weights stored in `nbytes` bytes, rounded up."""
@@ -64,7 +64,7 @@ class Device(Record):
         return self.read_nanoseconds(nbytes, decode_seconds, launches=2 * fmt.rotated + 1)
 
     def read_nanoseconds(self, nbytes: int, min_seconds: float = 0.0, launches: int = 0) -> int:
-        """Time to read `nbytes`, at least `min_seconds`, plus `launches` launches; rounded up."""
+        """Time to read `nbytes` bytes or `min_seconds`, if that is longer, plus the time of `launches`; rounded up."""
         seconds = max(nbytes / self.bytes_per_second, min_seconds) + launches * self.launch_seconds
         return -int(-seconds * 1e9 // 1)
 
@@ -85,4 +85,4 @@ DEVICES: Mapping[str, Device] = {
         _gpu("rtx4090", 1.008, 128, 2.52),
     )
 }
-"""Name -> GPU, by its data sheet."""
+"""Name of a built-in GPU -> its rates, from its data sheet."""

@@ -29,7 +29,7 @@ class MatrixRecord(Record):
     input: str = ""
     """Name of its input; matrices with the same input have the same name here (q, k and v; gate and up)."""
     family: str = ""
-    """Its role in any block: the name without block and expert numbers. Matrices of a family can share a codebook."""
+    """Its role, the same in all blocks: the name without block and expert numbers. A family can share a codebook."""
     source_bytes: int = Field(gt=0)
     """Bytes of the uncompressed matrix, in the model's own dtype."""
 
@@ -77,7 +77,7 @@ class CacheLayer(Record):
     values: int = Field(gt=0)
     """Numbers per token: keys and values of all heads."""
     window: int | None = Field(default=None, gt=0)
-    """Tokens that are kept at most (a sliding window); None for all."""
+    """Maximum number of tokens that are kept (a sliding window); None if all are."""
 
 
 class MeasuredTable(Record):
@@ -103,7 +103,7 @@ class MeasuredTable(Record):
     measurements: tuple[MeasurementRecord, ...]
     shared: tuple[SharedRecord, ...] = ()
     bounded: Mapping[str, int] = {}
-    """Format -> number of matrices not measured in it, as it cannot matter at the requested budgets (screening)."""
+    """Format -> number of matrices not measured in it because screening proved it useless at the requested budgets."""
     kv_cache: tuple[CacheLayer, ...] = ()
     """The KV cache, layer by layer; empty for a model without one."""
     experts_per_token: int | None = None

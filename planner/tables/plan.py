@@ -41,7 +41,7 @@ class Choice(Record):
     codes_sha256: str
     """Digest of the packed fields; empty for a matrix that stays in the model's own dtype, which is not measured."""
     runner_up: str | None = None
-    """The format with the second-lowest cost + price * bytes, at the shadow price of a byte."""
+    """The format with the lowest cost + shadow price * bytes except the chosen one; None where there is no other."""
 
     @model_validator(mode="after")
     def _check_nbytes(self) -> Self:
@@ -90,7 +90,7 @@ class Uniform(Record):
 
     format: str
     nbytes: int
-    """Bytes of what the budget counts."""
+    """Bytes of this plan, as the budget counts them."""
     cost: float
 
 
@@ -130,7 +130,7 @@ class Plan(Record):
     scope: Scope
     """What the budget counts: the matrices that take part (for bpw), or the whole weights file (for MiB, GiB)."""
     counted_bytes: int
-    """Exact bytes of what the budget counts."""
+    """Exact bytes of everything that the budget counts."""
     matrices_bytes: int
     """Exact bytes of the choices and their shared codebooks, without headers."""
     file_bytes: int
@@ -141,7 +141,7 @@ class Plan(Record):
     """Sum of the costs of all choices, in nats per token."""
     bound: Bound
     choices: tuple[Choice, ...]
-    """Every matrix that took part, in natural order of names; one in a dense format stays the model's own tensor."""
+    """One choice per matrix that took part, in natural order of names. In a dense format, the model's tensor stays."""
     shared: Mapping[str, int] = {}
     """Key -> bytes of each shared codebook in use."""
     dense: tuple[str, ...] = ()
@@ -155,9 +155,9 @@ class Plan(Record):
     cost: Cost = "two_sided"
     """`pins` to `cost`: the options that the plan was made with, as `PlanOptions` defines them."""
     requirements: Requirements = Requirements()
-    """What else the plan had to keep."""
+    """The limits that the plan had to meet besides its budget."""
     reserved: Reserved = Reserved()
-    """Memory within the budget that is not for weights."""
+    """Memory within the budget that is set aside and cannot hold weights."""
     limits: tuple[LimitState, ...] = ()
     corrections: Mapping[str, float] = {}
     """Family -> factor that its measured costs were multiplied by (`plan --refit`)."""

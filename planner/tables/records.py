@@ -1,4 +1,4 @@
-"""Records that the stages pass to each other as JSON files. pydantic checks them when they are read.
+"""Records that the commands of reallm pass to each other as JSON files. pydantic checks them when they are read.
 
 An unknown field, a missing field or a number out of range raises RecordError, which names the file.
 """
@@ -17,7 +17,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 class RecordError(ReallmError, ValueError):
-    """A file written by reallm that cannot be read: names the file, what was found and the way out."""
+    """A file written by reallm that cannot be read. The message names the file, what was found and how to proceed."""
 
 
 class Record(BaseModel):

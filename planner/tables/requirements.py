@@ -1,9 +1,9 @@
-"""What a deployment needs besides the budget: limits that a plan must keep, and memory set aside within the budget.
+"""What a deployment needs besides the budget: limits on a plan, and memory that is set aside within the budget.
 
 pools          "gpu0=4GiB:layers\\.([0-9]|1[0-4])\\."   bytes on one device, for the matrices that the regex matches
 latency        "20ms" to decode one token on a `Device`, by the cost model of the kernels
 max_formats    maximum number of different formats
-context, batch, kv_dtype, adapter_rank, workspace      memory that the weights share the budget with
+context, batch, kv_dtype, adapter_rank, workspace      other memory that must fit into the budget with the weights
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ADAPTER_NBYTES = 2
 
 
 class Requirements(Record):
-    """What a plan must keep besides its budget; by default nothing.
+    """The limits that a plan must meet besides its budget; by default there are none.
 
     >>> roomy = reallm.Requirements(max_formats=1)
     >>> plan = reallm.plan("work", budget="5bpw", requirements=roomy)
@@ -50,7 +50,7 @@ class Requirements(Record):
     kv_dtype: KvDtype = "bf16"
     """Type of each number in the KV cache."""
     adapter_rank: int = Field(default=0, ge=0)
-    """Rank of the 16-bit adapters on every matrix of the blocks that must fit into the budget too; 0 for none."""
+    """Rank of 16-bit adapters on every matrix of the blocks, which must fit into the budget too; 0 for no adapters."""
     workspace: str | None = None
     """Memory of the budget to leave free for activations and the runtime, such as "256MiB"."""
 
@@ -64,7 +64,7 @@ class Reserved(Record):
 
     @property
     def nbytes(self) -> int:
-        """The sum of all three."""
+        """The sum of the three, in bytes."""
         return self.kv_cache_bytes + self.adapter_bytes + self.workspace_bytes
 
 
@@ -101,7 +101,7 @@ def cache_bytes(layers: tuple[CacheLayer, ...], requirements: Requirements) -> i
 
 
 def reserved_memory(table: MeasuredTable, requirements: Requirements) -> Reserved:
-    """What the requirements set aside within the budget. Raises PlanError for a table without a KV cache size."""
+    """Bytes that the requirements set aside within the budget. Raises PlanError for a table without a KV cache size."""
     if requirements.context and not table.kv_cache:
         raise PlanError(
             f"--context {requirements.context}: this table has no KV-cache measurement for {table.model}. If an "

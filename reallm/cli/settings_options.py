@@ -40,7 +40,7 @@ def field_docs(settings: type) -> dict[str, str]:
 def options_from(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that replaces a command's parameter `settings` by one option per field of that dataclass.
 
-    The command then gets `settings` as an instance of it. Other parameters stay as they are.
+    The command then gets an instance of the dataclass as `settings`. Its other parameters stay unchanged.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -80,7 +80,7 @@ def _is_list(hint: Any) -> bool:
 
 
 def _option_type(hint: Any) -> Any:
-    """The type that typer parses: text for lists, and for what may be a path or text."""
+    """The type that typer parses for a field of type `hint`: str for lists, and for fields that take a path or text."""
     if _is_list(hint):
         return str
     if str in get_args(hint):

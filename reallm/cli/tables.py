@@ -63,7 +63,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _limit_facts(plan: Plan) -> list[tuple[str, str]]:
-    """What the budget reserves beside the weights, and how much of every further limit is used."""
+    """(name, text) rows: the bytes that the budget reserves beside the weights, and how much of each limit is used."""
     reserved, facts = plan.reserved, []
     if reserved.nbytes:
         parts = {"keys and values": reserved.kv_cache_bytes, "adapters": reserved.adapter_bytes}
@@ -132,7 +132,7 @@ def print_changes(title: str, before: Plan, after: Plan, console: Console, most:
 
 
 def alternatives_table(alternatives: Sequence[Alternative]) -> Table:
-    """One line per candidate; the chosen one is marked."""
+    """A table with one line per candidate; the chosen one is marked."""
     rows = [
         [a.matrix, f"{a.format} *" if a.chosen else a.format, str(a.nbytes), f"{a.cost:.4g}", f"{a.regret:.4g}"]
         for a in alternatives
@@ -180,12 +180,12 @@ def _uniform_text(plan: Plan) -> str:
 
 
 def _bits(choices: Sequence[Choice]) -> float:
-    """Bits per weight, without shared codebooks."""
+    """Bits per weight of `choices`, without shared codebooks."""
     return 8 * sum(c.nbytes for c in choices) / sum(c.rows * c.cols for c in choices)
 
 
 def histogram(choices: Sequence[Choice]) -> Table:
-    """Number of matrices and share of weights of each format, sorted by bits per weight."""
+    """A table of the number of matrices and the share of weights in each format, sorted by bits per weight."""
     by_format: dict[str, list[Choice]] = defaultdict(list)
     for choice in choices:
         by_format[choice.format].append(choice)
@@ -203,7 +203,7 @@ def histogram(choices: Sequence[Choice]) -> Table:
 
 
 def matrices_table(choices: Sequence[Choice], title: str = "matrices") -> Table:
-    """One line per matrix."""
+    """A table with one line per matrix."""
     rows = [
         [c.matrix, f"{c.rows}x{c.cols}", c.format, str(c.nbytes), f"{_bits([c]):.3f}", f"{c.cost:.3g}"] for c in choices
     ]
@@ -211,7 +211,7 @@ def matrices_table(choices: Sequence[Choice], title: str = "matrices") -> Table:
 
 
 def families_table(choices: Sequence[Choice]) -> Table:
-    """One line per family (one role in all blocks): number of matrices, mean bits, cost and formats."""
+    """A table with one line per family: number of matrices, mean bits per weight, cost and formats."""
     by_family: dict[str, list[Choice]] = defaultdict(list)
     for choice in choices:
         by_family[choice.family].append(choice)

@@ -20,7 +20,7 @@ TARGETS: Mapping[str, Callable[[Format], bool]] = {
     "triton": has_kernel,
     "cpu": lambda fmt: isinstance(fmt.codec, DenseCodec) or kernel_for(fmt) is not None,
 }
-"""Target -> whether it has a kernel for a format."""
+"""Target -> function that says whether the target has a kernel for a format."""
 
 
 def with_allowed_formats(options: PlanOptions, table: MeasuredTable, work: str | Path) -> PlanOptions:

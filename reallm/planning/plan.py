@@ -46,7 +46,7 @@ def plan(
     Raises
     ------
     PlanError
-        For a budget that is too small (naming the smallest one), and for options that cannot be met.
+        For a budget that is too small (the message names the smallest one), and for options that cannot be met.
     UserError
         For an unknown preset or target, or one without measured formats.
     RecordError
@@ -74,7 +74,7 @@ def best_plans(
     options: PlanOptions | None = None,
     **keywords: Unpack[PlanKeywords],
 ) -> list[Plan]:
-    """The `count` plans with the least predicted loss within `budget`, the best first. Otherwise as `plan`."""
+    """The `count` plans with the least predicted loss within `budget`, the best first. Otherwise like `plan`."""
     table = read_table(work)
     resolved = with_allowed_formats(merged_options(options, keywords), table, work)
     return allocate.best_plans(table, budget, resolved, count, work=str(work))
@@ -118,7 +118,7 @@ def explain(path: str | Path, matrix: str, work: str | Path | None = None) -> li
     Raises
     ------
     PlanError
-        For a regex that is invalid or matches nothing, and for a folder with another table than the plan was made from.
+        For a regex that is invalid or matches nothing, and if the plan was not made from the table in `work`.
     RecordError
         When the plan or the table cannot be read.
 

@@ -91,7 +91,7 @@ def refit(
     Raises
     ------
     UserError
-        For the text that the model was calibrated on, and for a model that does not generate or has no tokenizer.
+        When `text` is the calibration text, and for a model that is not a causal language model or has no tokenizer.
     RecordError, PlanError
         When the plan or the table cannot be read, or no corrected plan can be made.
 
@@ -146,7 +146,7 @@ def _windows_of(source: Text, loaded: LoadedModel, count: int, seqlen: int) -> T
 
 
 def _uniform_rival(table: MeasuredTable, plan: Plan) -> tuple[Plan, str]:
-    """The plan with the best single format within the budget of `plan`, recorded with that budget; and its name."""
+    """(plan, name): the plan with the best single format within the budget of `plan`, which it records as its own."""
     assert plan.uniform is not None
     rival = uniform_plan(table, plan.uniform.format, scope=plan.scope, options=PlanOptions.of(plan), work=plan.work)
     recorded = {"budget": plan.budget, "budget_bytes": plan.budget_bytes, "ties": plan.ties}
@@ -161,7 +161,7 @@ def _rounds(
     time_limit_s: float,
     rival: _Trial | None,
 ) -> list[_Trial]:
-    """`plan` and the plan of each round, measured; ends when a plan repeats or does not improve."""
+    """`plan` and the plan of each round, measured; stops early if a plan repeats or does not improve."""
     current = _trial(evaluator, plan, "plan")
     trials = [current]
     for number in range(1, rounds + 1):
@@ -187,7 +187,7 @@ def _trial(evaluator: PlanEvaluator, plan: Plan, name: str) -> _Trial:
 
 
 def _corrections(trial: _Trial, evaluator: PlanEvaluator) -> dict[str, float]:
-    """Family -> factor for its measured costs, from the loss that the trial's plan has without that family."""
+    """Family -> factor for its measured costs, from the loss of the trial's plan with that family made dense."""
     plan, corrections = trial.plan, {}
     for family in sorted({choice.family for choice in plan.choices}):
         choices = [choice for choice in plan.choices if choice.family == family]

@@ -1,1 +1,1 @@
-"""Pages and figures for people: of one plan, and of a sweep over many budgets."""
+"""HTML pages and figures that show one plan, or a sweep over many budgets."""

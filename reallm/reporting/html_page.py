@@ -1,4 +1,4 @@
-"""A page as one HTML file that needs nothing else: a header, then sections with a sentence, a figure and its numbers.
+"""A page as one self-contained HTML file: a header, then sections, each with a sentence, a figure and its numbers.
 
 The same content gives the same bytes. All text that comes from files (names, texts, notes) is escaped, and the page's
 security policy forbids scripts and connections.
@@ -19,7 +19,7 @@ from .figures.paint import DARK, LIGHT, NARROW, WIDE, Drawing, inline_svg, plain
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of texts; the first column names the row."""
+    """A table whose cells are texts; the first cell of a row is the name of the row."""
 
     title: str
     columns: Sequence[str]
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section: `takeaway` says what the figure shows, `table` has the same numbers.
+    """One section of the page: `takeaway` says what the figure shows, `table` lists the numbers that it is drawn from.
 
     `name` is unique on the page. In `takeaway` and `aside`, text between backquotes is shown as code.
     """
@@ -42,7 +42,7 @@ class Section:
 
 
 def render(template: str, sections: Sequence[Section], **context: Any) -> str:
-    """The page of `template` with `sections`; `context` has the other variables of the template."""
+    """The HTML text of `template` filled with `sections`; `context` has the template's other variables."""
     environment = Environment(
         loader=PackageLoader("reallm.reporting", "templates"),
         autoescape=True,
@@ -73,6 +73,6 @@ def _section(section: Section) -> Mapping[str, Any]:
 
 
 def _code(text: str) -> Markup:
-    """`text` escaped, with the parts between backquotes as code."""
+    """`text` escaped for HTML, with the parts between backquotes as <code> elements."""
     parts = [escape(plain(part)) for part in text.split("`")]
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))

@@ -1,4 +1,4 @@
-"""The text of the pages of a plan and of a sweep: for each question a sentence, a figure and its numbers."""
+"""The text of the HTML pages that show a plan or a sweep: each section has a sentence, a figure and its numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHANGES = 12
 
 
 def plan_page(data: ReportData, figures: Mapping[str, Drawing]) -> str:
-    """The report as HTML; `figures` are those that `report_data.drawings` gives."""
+    """The report as HTML; `figures` are those that `report_data.drawings` returns."""
     plan = data.plan
     sections = [
         _bits(plan, figures["bits"]),
@@ -57,7 +57,7 @@ def plan_page(data: ReportData, figures: Mapping[str, Drawing]) -> str:
 
 
 def sweep_page(model: str, points: Sequence[Point], uniforms: Sequence[UniformPoint], drawing: Drawing) -> str:
-    """The Pareto curve of a sweep as HTML."""
+    """An HTML page with the Pareto curve of a sweep."""
     low, high = points[0], points[-1]
     takeaway = (
         f"From {low.predicted_loss:.4g} nats per token at {low.bits_per_weight:.2f} bits per weight to "
@@ -113,7 +113,7 @@ def _uniform(plan: Plan) -> str:
 
 
 def _requested_options(plan: Plan) -> list[tuple[str, str]]:
-    """(name, value) of the options that are not at their defaults, and the corrections of a refit."""
+    """(name, value) of each planning option that is not at its default, and of the corrections of a refit."""
     options = [
         ("pins", ", ".join(plan.pins)),
         ("excluded", ", ".join(plan.exclude)),

@@ -20,7 +20,7 @@ def report(
     work: str | Path | None = None,
     png_folder: str | Path | None = None,
 ) -> ReportData:
-    """Write the page of a plan, and return what it shows.
+    """Write an HTML page that shows a plan, and return the data that the page shows.
 
     Parameters
     ----------
@@ -29,8 +29,8 @@ def report(
     output
         The .html file to write. It needs no other file and no network.
     work
-        The work folder, if it has moved since planning. Without its table the page lacks the sweep, the next MiB
-        and the cost of runners-up, and says so.
+        The work folder, if it has moved since planning. If its measured table is missing, the page leaves out the
+        sweep, the next MiB and the cost of the runners-up, and says so.
     png_folder
         A folder to write the figures to as PNG, if given.
 
@@ -39,7 +39,7 @@ def report(
     UserError
         For an `output` that is not an .html file, or a `png_folder` that is a file; nothing is written then.
     RecordError, PlanError
-        When the plan or the table in `work` cannot be read, or do not belong together.
+        When the plan or the table in `work` cannot be read, or when the plan was made from another table.
 
     Examples
     --------

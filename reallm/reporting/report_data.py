@@ -1,4 +1,4 @@
-"""What a report shows of a plan: the plan itself, what its measured table adds, and the figures of both."""
+"""The data that a report shows: the plan, what can be computed from its measured table, and the figures of both."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ COSTLIEST = 10
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """A plan and what its measured table adds to it."""
+    """A plan and what can be computed from its measured table."""
 
     plan: Plan
     points: Sequence[Point] = ()
-    """The best plans from half to twice its size."""
+    """The best plans from half to twice the size of `plan`."""
     uniforms: Sequence[UniformPoint] = ()
     """Plans with a single format."""
     richer: Plan | None = None
-    """The best plan with one MiB more."""
+    """The best plan whose budget is one MiB larger."""
     runners_up: Mapping[str, Alternative] = field(default_factory=dict)
-    """Matrix -> its runner-up, for the costliest matrices."""
+    """Name of a matrix -> its second-best format, for the costliest matrices."""
     dense: Mapping[str, int] = field(default_factory=dict)
-    """Family -> bytes of its matrices that took no part."""
+    """Family -> bytes of its matrices that the plan leaves uncompressed."""
     lacking: str = ""
-    """If the table is missing: what the report leaves out, and how to get it. Else empty."""
+    """What the report leaves out because the table is missing, and how to get the table; empty if it is there."""
 
 
 def collect_report_data(plan: Plan, work: str | Path | None = None) -> ReportData:
-    """Collect what there is to show of `plan`.
+    """Collect the data that a report on `plan` shows.
 
-    `work` names the work folder if it has moved. Without it, a folder that is gone or holds another table is not an
-    error: what depends on the table is left out, and `lacking` says so. Raises RecordError for a table that cannot be
-    read, and PlanError when `work` holds another table than the one the plan was made from.
+    `work` names the work folder if it has moved. Without `work`, it is not an error if the plan's work folder is gone
+    or holds another table: what depends on the table is left out, and `lacking` says so. Raises RecordError
+    for a table that cannot be read, and PlanError when the table in `work` is not the one the plan was made from.
     """
     path = Path(work or plan.work) / TABLE_FILE
     omitted = "the sweep, the next MiB and what runners-up cost are left out:"
@@ -62,7 +62,7 @@ def collect_report_data(plan: Plan, work: str | Path | None = None) -> ReportDat
     table = read_table(path.parent)
     if work is None and table.digest() != plan.table_sha256:
         way_out = f"`reallm plan {quote(plan.work)} --budget {plan.budget}` plans from it."
-        return ReportData(plan, lacking=f"{omitted} {path} is another table now than the plan was made from. {way_out}")
+        return ReportData(plan, lacking=f"{omitted} {path} is not the table that the plan was made from. {way_out}")
     require_table(table, plan)
     names = [choice.matrix for choice in costliest(plan, COSTLIEST)]
     candidates = alternatives(table, plan, f"^(?:{'|'.join(map(re.escape, names))})$")
@@ -78,7 +78,7 @@ def collect_report_data(plan: Plan, work: str | Path | None = None) -> ReportDat
 
 
 def _dense_bytes(table: MeasuredTable, plan: Plan) -> dict[str, int]:
-    """Family -> bytes of the matrices that took no part."""
+    """Family -> bytes of its matrices that the plan leaves uncompressed."""
     sizes, names = dict[str, int](), frozenset(plan.dense)
     for matrix in table.matrices:
         if matrix.name in names:

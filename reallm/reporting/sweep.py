@@ -22,7 +22,7 @@ from .figures.paint import png, svg
 from .plan_page import sweep_page
 
 ENDINGS = (".png", ".svg", ".html")
-"""Kinds of figures that a sweep can be drawn as."""
+"""File name endings of the figures that a sweep can be drawn as."""
 
 
 def sweep(
@@ -45,7 +45,7 @@ def sweep(
     first, last
         The ends of the range, in the same unit, for example "2bpw" and "5bpw".
     points
-        Number of evenly spaced budgets. A budget that no plan fits is left out of the result.
+        Number of evenly spaced budgets. A budget that is too small for any plan is left out of the result.
     output
         Where to write the points as CSV, if given.
     figure
@@ -59,8 +59,8 @@ def sweep(
     PlanError
         For ends with different units, for options that cannot be met, and if no plan fits any of the budgets.
     UserError
-        For a figure whose file name has an unknown ending, for a figure if every plan has a predicted loss of zero, and
-        whenever `plan` raises it.
+        If the file name of the figure has an unknown ending, if a figure is wanted but every plan has a predicted loss
+        of zero, and whenever `plan` raises it.
     RecordError
         When `work` holds no measured table.
 
@@ -90,7 +90,7 @@ def _write_figure(
 ) -> None:
     """Draw the Pareto curve in the format that the ending of `path` names."""
     if not any(point.predicted_loss > 0 for point in points):
-        raise UserError(f"--figure {path}: no plan of this sweep loses anything; sweep smaller budgets")
+        raise UserError(f"--figure {path}: all plans of the sweep have a predicted loss of zero; sweep smaller budgets")
     drawing = pareto(curve_of(points, uniforms, scope, None))
     ending = path.suffix.lower()
     if ending == ".html":

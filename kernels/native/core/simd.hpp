@@ -87,7 +87,7 @@ REALLM_INLINE float sum(V v) {
   }
 }
 
-// Converts integers below 2^31 to floats; a signed conversion therefore serves.
+// Converts integers below 2^31 to floats; for these a signed conversion is correct.
 REALLM_INLINE F to_float(U v) { return __builtin_convertvector((I)v, F); }
 
 // pair_sums, then sum_of_pairs: the sum of the four bytes of every entry.

@@ -105,7 +105,7 @@ struct Scalar {
     return kSums ? (width + kSums - 1) / kSums : 0;
   }
 
-  // The x of scalar_dot.hpp; otherwise sums of x, one per kSums columns.
+  // Writes x as scalar_dot.hpp needs it, or, where that is not used, sums of x, one per kSums columns.
   static void append(const float* xc, int64_t width, float* to) {
 #if defined(REALLM_AVX512) || defined(REALLM_AVX2)
     if constexpr (kShort) return Short<bits>::write(xc, width, to);

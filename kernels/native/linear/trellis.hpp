@@ -127,8 +127,8 @@ struct Trellis {
 #endif
   static constexpr float kMean = 510, kUnit = 1.0f / 128;
 
-  // Calls take(i, row, part, code) for `count` tiles of `width` from `ring` on. By value: what the loop needs must be
-  // in registers, not behind a pointer that a store may change.
+  // Calls take(i, row, part, code) for `count` tiles of `width` from `ring` on. `take` is passed by value, so that
+  // what the loop needs is in registers and not behind a pointer that a store may change.
   template <class Take>
   REALLM_INLINE static void each_tile(int width, const uint8_t* ring, int64_t count, const Take take) {
     switch (width) {

@@ -5,8 +5,8 @@
 // Values are row-major [tokens, width]. Results do not depend on the number of threads.
 //
 // The cache of a layer holds, for each key-value head, keys as columns [head_stride, capacity] and values as rows
-// [capacity, head_stride]; head_stride is head_dim rounded up to kWide, and capacity is a multiple of kWide. It is zero
-// at first.
+// [capacity, head_stride]; head_stride is head_dim rounded up to kWide, and capacity is a multiple of kWide. The cache
+// must be zero at first.
 #pragma once
 
 #include <initializer_list>
@@ -23,7 +23,7 @@ struct Run {
   const Operand* operands;
   const float* const* vectors;   // the weights of norms
   const int32_t* const* orders;  // per operand: the place of each value of its input; null: values stay in place. An
-                                 // operand with an order has no outliers or low-rank factors, whose x is not reordered
+                                 // operand with an order has no outliers or low-rank factors: they need x as it was
   const float* const* angles;    // per rotation: its cosines, then its sines, [capacity, head_dim / 2]
   void *keys, *values;           // the caches described above, layer after layer
   float* scratch;

@@ -1,1 +1,1 @@
-"""The figures of a plan and of a sweep, drawn with matplotlib: as SVG within a page, as an SVG file, or as PNG."""
+"""Figures of plans and sweeps, drawn with matplotlib: as SVG within an HTML page, as an SVG file, or as PNG."""

@@ -21,11 +21,11 @@ ROLE: Mapping[str, str] = {
     TRANSFORMS: "transforms",
     DENSE: "dense",
 }
-"""Part of the bytes -> the role of its colour in `Paint`."""
+"""What bytes are used for -> the role in `Paint` that gives its colour."""
 
 
 def bytes_bars(families: Mapping[str, Mapping[str, int]]) -> Drawing:
-    """One bar per family, as long as its bytes, divided by purpose."""
+    """A drawing with one bar per family, whose length is its bytes, divided by what the bytes are used for."""
     totals = {family: sum(parts.values()) for family, parts in families.items()}
     total_bytes, longest, names = sum(totals.values()), max(totals.values()), short_names(families)
     present = [part for part in PARTS if any(part in parts for parts in families.values())]
@@ -61,7 +61,7 @@ def bytes_bars(families: Mapping[str, Mapping[str, int]]) -> Drawing:
 
 
 def costliest_bars(choices: Sequence[Choice], total_loss: float) -> Drawing:
-    """One bar per matrix, as long as its share of the predicted loss `total_loss`, with its format and runner-up."""
+    """A drawing with one bar per matrix: its share of the predicted loss `total_loss`, its format and its runner-up."""
     longest = max(choice.cost for choice in choices)
 
     def draw(paint: Paint, width: int) -> Figure:
@@ -88,7 +88,10 @@ def costliest_bars(choices: Sequence[Choice], total_loss: float) -> Drawing:
 
 
 def measured_bars(tried: Sequence[tuple[str, float, float]]) -> Drawing:
-    """One line per plan, from its predicted to its measured loss; `tried` has (name, predicted, measured)."""
+    """A drawing with one line per plan, from its predicted to its measured loss.
+
+    `tried` has (name, predicted loss, measured loss) of each plan.
+    """
     largest = max(max(predicted, measured) for _, predicted, measured in tried) or 1.0
 
     def draw(paint: Paint, width: int) -> Figure:

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from .paint import Paint, plain
 
 CHARACTER = 0.6
-"""Width of a character / font size: slightly more than the mean of DejaVu Sans."""
+"""Width of a character divided by the font size: slightly more than the mean in DejaVu Sans."""
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
@@ -60,7 +60,7 @@ def text_width(text: str, size: float) -> float:
 
 
 def legend(axes: Axes, x: float, y: float, width: float, paint: Paint, entries: Sequence[tuple[str, str]]) -> float:
-    """Draw colour swatches with names, `entries` of (role, name), in as many lines as needed; returns the y below."""
+    """Draw a colour swatch and a name for each (role, name) of `entries`, in one or more lines; return the y below."""
     left = x
     for role, name in entries:
         needed = 16 + text_width(name, 11) + 14

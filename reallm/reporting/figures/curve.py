@@ -1,4 +1,4 @@
-"""The Pareto curve: predicted loss against size for the best plans, with single formats as dots."""
+"""The Pareto curve: predicted loss against size of the best plans, with a dot for each plan of a single format."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ HEADROOM = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What is drawn: only losses above zero, because the scale is logarithmic."""
+    """The points that are drawn: only those with a loss above zero, because the scale is logarithmic."""
 
     points: tuple[tuple[float, float], ...]
-    """(size, loss) of the best plans, by rising size."""
+    """(size, loss) of the best plans, in order of rising size."""
     uniforms: tuple[tuple[float, float, str], ...]
     """(size, loss, format) of the single formats that are drawn."""
     beyond: int
     """Number of single formats outside the drawn range."""
     unit: str
-    """Unit of the sizes, as the label of the axis."""
+    """Unit of the sizes, which is the label of the axis."""
     plan: tuple[float, float] | None
     """(size, loss) of the plan to mark, or None."""
 
 
 def curve_of(points: Sequence[Point], uniforms: Sequence[UniformPoint], scope: Scope, plan: Plan | None) -> Curve:
-    """The curve of a sweep with at least one loss above zero.
+    """The curve of a sweep; at least one of its plans must have a loss above zero.
 
     Sizes are in bits per weight, or in MiB or GiB of the weights file, as `scope` says.
     """
@@ -140,7 +140,7 @@ def _limits(axes: Axes, curve: Curve) -> None:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values from `low` to `high`: 1, 2 and 5 times powers of ten, or only the powers if those were too many."""
+    """Round values from `low` to `high`: 1, 2 and 5 times powers of ten, or only powers of ten if that is too many."""
     decades = range(floor(log10(low)), floor(log10(high)) + 1)
     ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
     inside = [tick for tick in ticks if low <= tick <= high]
@@ -148,7 +148,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _name_uniforms(axes: Axes, curve: Curve, paint: Paint, size: tuple[float, float]) -> None:
-    """Write names beside the single formats that no smaller one beats, where there is room."""
+    """Where there is room, write the name beside each single format that no smaller single format beats."""
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
 
     def pixel(x: float, y: float) -> tuple[float, float]:

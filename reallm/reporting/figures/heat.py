@@ -19,7 +19,7 @@ _OUTSIDE = 24.0
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where the cells are, in pixels."""
+    """Positions and sizes of the cells, in pixels."""
 
     layers_in_rows: bool
     columns: list[str]
@@ -27,17 +27,17 @@ class _Layout:
     rows: list[str]
     """Names of the rows."""
     gutter: float
-    """Width of the row names."""
+    """Width of the space for the row names."""
     cell_width: float
     cell_height: float
     vertical_names: bool
     """Whether the names of the columns are written vertically."""
     top: float
-    """Height of the column names."""
+    """Height of the space for the column names."""
 
     @property
     def below(self) -> float:
-        """The y below the cells of the layers."""
+        """The y coordinate just below the cells of the layers."""
         return self.top + self.cell_height * len(self.rows) + (10 if self.rows else 0)
 
     def corner(self, layer: int, family: int) -> tuple[float, float]:
@@ -115,7 +115,7 @@ def _cell(axes: Axes, bounds: tuple[float, float, float, float], value: float, s
 
 
 def _scale(axes: Axes, x: float, y: float, width: float, ends: tuple[float, float], paint: Paint) -> None:
-    """Draw the legend of the shades; `ends` are the fewest and the most bits."""
+    """Draw the legend of the shades; `ends` are the smallest and the largest number of bits per weight."""
     low, high = ends
     each = width / STEPS
     for step in range(STEPS if high > low else 1):

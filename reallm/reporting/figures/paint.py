@@ -2,10 +2,10 @@
 
 A drawing is a function of the colours and a width in pixels, so it can be drawn once for a phone and once for a wide
 screen. For a page, the SVG is drawn with a placeholder for every role, which then becomes `var(--role)`: the page's
-style sheet sets the colour, and one file serves both schemes. Text in it stays text.
+style sheet sets the colour, and one file serves both schemes. Text in such an SVG stays text.
 
-The same drawing gives the same bytes: matplotlib's default settings are used instead of the user's, and files have no
-date.
+The same drawing always gives the same bytes: matplotlib's default settings are used instead of the user's, and no
+date is written to the files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 Paint = Mapping[str, str]
-"""Role -> colour as #rrggbb."""
+"""Role of a colour, such as "ink" -> the colour as #rrggbb."""
 Drawing = Callable[[Paint, int], Figure]
 """(colours, width in pixels) -> figure."""
 NARROW, WIDE = 350, 880
@@ -56,7 +56,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def _ramp(anchors: tuple[str, ...]) -> Paint:
-    """STEPS shades through `anchors` as heat0, heat1, ..., and the text colour with most contrast as on0, on1, ..."""
+    """STEPS shades through `anchors` as heat0, heat1, ..., and black or white for the text on them as on0, on1, ..."""
     ramp = {}
     for step in range(STEPS):
         position = step / (STEPS - 1) * (len(anchors) - 1)
@@ -86,7 +86,10 @@ DARK: Paint = {
     **{"transforms": "#2f5560", "dense": "#6c767c"},
     **_ramp(("#1c3137", "#22606f", "#3f9a9d", "#9ad0b4", "#f4f5d6")),
 }
-"""Both ramps are monotone in luminance, so they work in greyscale; more bits contrast more with the paper."""
+"""The heat ramps of LIGHT and DARK are monotone in luminance, so they also work in greyscale.
+
+Shades of more bits contrast more with the paper.
+"""
 _PLACEHOLDERS: Paint = {role: f"#01{index:02x}fe" for index, role in enumerate(LIGHT)}
 _ROLES = tuple(LIGHT)
 
