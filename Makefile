@@ -45,7 +45,7 @@ BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SOURCES := reallm kernels planner codegen tests benchmarks examples docs
-PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all check format docs bench clean
