@@ -48,7 +48,7 @@ def best_plans(
 
     Raises PlanError as `solve` does, and when more than one plan is asked for together with pools or a latency.
     """
-    budget = parse_budget(budget) if isinstance(budget, str) else budget
+    budget = budget if isinstance(budget, Budget) else parse_budget(str(budget))
     selection = select(table, budget.scope, options)
     budget_bytes = budget.nbytes(selection.numel)
     problem = selection.problem(budget_bytes)
