@@ -43,7 +43,7 @@ running without the library takes far longer."""
 
 
 def machine_tier() -> str:
-    """The best tier that this machine can run, or the one REALLM_NATIVE selects if that is lower or "off"."""
+    """The best tier that this machine can run; REALLM_NATIVE can select a lower one, or "off"."""
     import torch  # imported late: it takes seconds, and planning does not need it
 
     capability = torch.backends.cpu.get_cpu_capability() if platform.machine() in ("x86_64", "AMD64") else ""

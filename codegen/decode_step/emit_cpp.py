@@ -47,7 +47,7 @@ class StepProgram:
 
 @dataclass
 class _Block:
-    """Consecutive operations that become one function; its lines number weights and vectors from the block's first."""
+    """Consecutive operations that become one function, in which weights and vectors are numbered from 0."""
 
     lines: list[str] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)

@@ -135,7 +135,7 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 def device_path(device: torch.device) -> str:
-    """The value of the kernel argument DEVICE on `device`; "portable" where no assembler exists (the interpreter)."""
+    """The kernel argument DEVICE for `device`; "portable" off GPUs: Triton's interpreter has no inline assembly."""
     import torch
 
     return "portable" if device.type != "cuda" else "hip" if torch.version.hip else "cuda"

@@ -1,6 +1,6 @@
 """Writes the kernels that multiply trellis-coded matrices: a GEMV for few rows of x and a GEMM for many.
 
-The bits of a tile of 16 x 16 weights form a ring (`kernels.codes.trellis`). If a weight takes `width` half bits, a row
+The bits of a tile of 16 x 16 weights form a ring (`kernels.codes.trellis`). If a weight takes width / 2 bits, a row
 of the tile takes 8 * width bits, which begin at bit 8 * width * (15 - row) of the ring. The states of the row also use
 the next few bits; all these bits are the window of the row. Each thread handles whole rows. It loads the words of the
 window, shifts them once so that the window starts at bit 0 (`a_0`, `a_1`, ...), and then finds every state at a fixed
@@ -9,9 +9,9 @@ loop, so the compiler knows all shifts in it.
 
 A value is decoded from the product of a state and a constant: s is the sum of the four bytes of the product, computed
 by one instruction (dp4a, v_sad_u8). The GEMV reads the bits of s as those of a float: s 2^-149, a denormal number that
-FMA multiplies exactly. For this, x is multiplied by 2^LIFT before, and the mean of s is subtracted from the finished
-sums (`Centre`). The GEMM computes s - 510 exactly in half precision: it puts s into the last bits of 0x6400, the
-pattern of 1024, whose lowest bit has the value 1.
+FMA multiplies exactly. For this, x is multiplied by 2^LIFT beforehand, and the mean of s is subtracted from the
+finished sums (`Centre`). The GEMM computes s - 510 exactly in half precision: it puts s into the last bits of 0x6400,
+the pattern of 1024, whose lowest bit has the value 1.
 """
 
 from __future__ import annotations

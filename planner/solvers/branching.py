@@ -227,8 +227,8 @@ class Search:
     ) -> float:
         """The price at which the cheapest choice of the formats `chosen` just fits; a higher price if none fits.
 
-        Also records the best choice that uses only these formats, unless a candidate needs a shared codebook, or the
-        cost of that choice, of which `lower_bound` is a lower bound, cannot be below the ceiling.
+        Also records the best choice that uses only these formats. It skips this if any candidate needs a shared
+        codebook, or if `lower_bound` (a lower bound on the cost of that choice) is not below the ceiling.
         """
         cost = np.where(chosen, instance.cost, inf)
         if not np.isfinite(cost).any(1).all():

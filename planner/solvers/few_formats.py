@@ -88,7 +88,7 @@ def _bound(problem: Problem, allowed: Collection[str], prices: tuple[float, ...]
 
 
 def _least_useful(problem: Problem, allowed: Collection[str], prices: tuple[float, ...]) -> str | None:
-    """The allowed format that is cheapest to drop; None if dropping any leaves some item without a candidate."""
+    """The allowed format that is cheapest to drop; None if every one is the only candidate of some item."""
     restricted = _restricted(problem, allowed)
     if restricted is None:
         return None

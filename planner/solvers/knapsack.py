@@ -267,7 +267,8 @@ class _Search:
         return [self._picks(int(state)) for state in np.flatnonzero((left >= 0) & (nbytes <= slack))]
 
     def _groups(self) -> list[tuple[int, Ints, Ints, Floats]]:
-        """(row, candidates, bytes beyond the relaxed choice, reduced costs) of each core item; widest range first."""
+        """For each core item: (row, candidates, bytes beyond the relaxed choice, reduced costs); widest byte range
+        first."""
         allowed = self.relaxed.reduced <= self.delta
         groups = []
         for row in np.flatnonzero(allowed.sum(1) > 1).tolist():

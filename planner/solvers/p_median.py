@@ -49,7 +49,7 @@ class MedianBound:
 
 
 def median_bound(value: Floats, forced: Flags, max_formats: int, start: Floats | None, steps: int) -> MedianBound:
-    """The best bound of at most `steps` subgradient steps from the multipliers `start` (None for the defaults).
+    """The best bound found in at most `steps` subgradient steps from the multipliers `start` (None for the defaults).
 
     `value` [items, formats], `forced` [formats]. Formats without a finite value are never in use.
     """

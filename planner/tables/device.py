@@ -64,7 +64,8 @@ class Device(Record):
         return self.read_nanoseconds(nbytes, decode_seconds, launches=2 * fmt.rotated + 1)
 
     def read_nanoseconds(self, nbytes: int, min_seconds: float = 0.0, launches: int = 0) -> int:
-        """Time to read `nbytes` bytes or `min_seconds`, if that is longer, plus the time of `launches`; rounded up."""
+        """The larger of `min_seconds` and the time to read `nbytes` bytes, plus that of `launches` launches; rounded
+        up."""
         seconds = max(nbytes / self.bytes_per_second, min_seconds) + launches * self.launch_seconds
         return -int(-seconds * 1e9 // 1)
 

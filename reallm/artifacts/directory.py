@@ -116,7 +116,7 @@ def new_artifact(output: Path, force: bool = False, mark: str = MANIFEST_FILE) -
 
 
 def _replace(partial: Path, output: Path) -> None:
-    """Rename `partial` to `output`; an existing `output` is moved aside before, and back if renaming fails."""
+    """Rename `partial` to `output`. An existing `output` is first moved aside, and moved back if renaming fails."""
     for path in partial.rglob("*"):
         if path.is_file():
             _sync(path)

@@ -13,8 +13,8 @@ RIDGE = 1e-6  # strength of the pull towards the previous scale, in units of the
 def refit_block_scales(W: Tensor, plain: Tensor, scales: Tensor, H: Tensor, G: Tensor | None) -> Tensor:
     """Fit scales [K / TILE] that minimise tr(G E H E^T), where E = W - plain diag(scales), one scale per TILE columns.
 
-    W[N, K] and the unscaled decoded codes `plain` [N, K] are float32; K is a multiple of TILE. With G None instead of
-    [N, N], G is the identity. If the system is singular, the previous `scales` are returned.
+    W[N, K] and the unscaled decoded codes `plain` [N, K] are float32; K is a multiple of TILE. G is [N, N]; None
+    stands for the identity. If the system is singular, the previous `scales` are returned.
     """
     weighted = plain if G is None else G @ plain
     gram = _block_sums((plain.T @ weighted) * H)

@@ -1,9 +1,9 @@
 """`reallm eval`: measure the quality and the size of a compressed model.
 
-The protocol is that of WikiText-2, and of llama.cpp for the divergence: the text is tokenised once and cut into
-consecutive windows of `seqlen` tokens, without an incomplete last one; every token after the first of a window is
-scored with the tokens before it in the same window as context. Always state the context length: figures at 1024 and
-2048 tokens are not comparable. See `reallm.evaluation.compare`.
+Perplexity follows the usual protocol for WikiText-2, and the divergence that of llama.cpp. The text is tokenised once
+and cut into consecutive windows of `seqlen` tokens; an incomplete last window is dropped. Every token after the first
+of a window is scored with the tokens before it in the same window as context. Always state the context length: figures
+at 1024 and 2048 tokens are not comparable. See `reallm.evaluation.compare`.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def start_factors(
     new_factors: LowRank | None,
     init: FactorInit,
 ) -> None:
-    """Make the factors of every linear trainable; a linear without factors gets `new_factors`, initialised as in
-    `init`.
+    """Make the factors of every linear trainable; a linear without factors gets `new_factors`, which
+    the method `init` initialises.
 
     The rank is at most the smaller side of the matrix. If `new_factors` is None, every linear must have factors.
     `moments` (see `input_moments`) are used by "lq-lora" only.

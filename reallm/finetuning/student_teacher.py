@@ -56,7 +56,7 @@ class TrainingData:
             self.teacher.free_weights()
 
     def needed_windows(self, rows: Tensor) -> tuple[Tensor, list[int]]:
-        """Token ids and window ids of the held-out windows and of the windows `rows` of `train`, each window once."""
+        """Token ids and window ids of the held-out windows and the training windows `train[rows]`, no duplicates."""
         parts = [self.train[torch.unique(rows)], self.held_out]
         return torch.cat([part.tokens for part in parts]), [i for part in parts for i in part.window_ids.tolist()]
 

@@ -187,8 +187,8 @@ class TrainableParts:
             write_back_factors(self._linears_with_factors(), self.new_factors)
 
     def added_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name of linear -> L [rows, rank] and R [rank, cols] with L R = stored low-rank term now - that before
-        training.
+        """Name of a linear -> L [rows, rank] and R [rank, cols], whose product is what training added to the stored
+        low-rank term.
         """
         added = {}
         for name, linear in self._linears_with_factors().items():

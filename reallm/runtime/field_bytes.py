@@ -65,7 +65,8 @@ def store_factors(packed: Packed, left: Tensor, right: Tensor, term: LowRank) ->
 
 
 def add_low_rank(packed: Packed, left: Tensor, right: Tensor) -> None:
-    """Add L [rows, rank] R [rank, cols] to the low-rank term of `packed`, which then has the sum of the ranks, in fp16.
+    """Add L [rows, rank] R [rank, cols] to the low-rank term of `packed`; its rank grows by `rank`, and it becomes
+    fp16.
 
     Raises ValueError in the same cases as `store_factors`.
     """

@@ -100,7 +100,7 @@ def variables(paint: Paint) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` with a replacement sign for every unprintable character (controls, changes of direction)."""
+    """`text` with every unprintable character (control or text-direction characters) replaced by one sign."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
