@@ -32,7 +32,8 @@ OFFSET_DIGITS = 13
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors package accepts
 MAX_SHARD_BYTES = 4 << 30
-METADATA: Mapping[str, str] = {"format": "pt"}  # transformers refuses files without it
+METADATA: Mapping[str, str] = {"format": "reallm"}
+"""Metadata of every file. transformers up to 4.57 refuses formats that it does not know; its message names this one."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"

@@ -1,7 +1,8 @@
 """Which matrices take part in a plan, and which formats each of them may have.
 
 With a budget in bits per weight the linear and expert matrices take part; an embedding or a head does so only when a
-pin names it. With a budget in bytes every matrix takes part. Excluded matrices take no part and stay dense. The model's
+pin names it. With a budget in bytes every matrix takes part. Excluded matrices, and those that calibration could not
+measure unless a pin names them, take no part and stay dense. The model's
 own dtype is a candidate for every matrix, at cost 0, unless `formats` leaves it out and another candidate remains.
 Other formats are candidates for the matrices that were measured in them.
 """
@@ -93,6 +94,7 @@ def allowed_options(
     excluded = {name for regex in plan_options.exclude for name in _matching_names(table, "--exclude", regex)}
     if both := sorted(set(pinned) & excluded):
         raise PlanError(f"{both[0]} is both pinned and excluded; drop one of the two")
+    excluded |= {name for names in table.kept.values() for name in names} - set(pinned)
     patterns = _format_patterns(plan_options.formats, options)
     allowed: FormatOptions = {}
     for matrix in table.matrices:

@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reallm.kernels.formats.formats import Format
-from reallm.kernels.storage.dtypes import DTYPES
-from reallm.kernels.storage.layout import TensorSpec
 from reallm.planner.tables.measured_table import MatrixRecord, MeasuredTable
 from reallm.planner.tables.requirements import Pool, Requirements, cache_bytes, parse_pool
-from reallm.planner.tables.tensor_layout import stack_of
+from reallm.planner.tables.tensor_layout import other_specs, stack_of
 from reallm.planner.tables.units import PlanError, parse_nanoseconds
 
 from .problem import Limit
@@ -59,8 +57,8 @@ class PoolCost(LimitCost):
 
     def limit(self, fixed: Sequence[tuple[MatrixRecord, Format, int]], shared: dict[str, int]) -> Limit:
         fixed_use = sum(self.use(*each) for each in fixed)
-        dtype = DTYPES[self.table.dtype].safetensors
-        others = [TensorSpec(n, dtype, tuple(s)) for n, s in self.table.other_tensors.items() if self.pool.holds(n)]
+        specs = other_specs(self.table.other_tensors, self.table.other_dtypes, self.table.dtype)
+        others = [spec for spec in specs if self.pool.holds(spec.name)]
         blocks = {m.block for m in self.table.matrices if m.block is not None and self.pool.holds(m.name)}
         layers = tuple(layer for n, layer in enumerate(self.table.kv_cache) if n in blocks)
         fixed_use += sum(spec.nbytes for spec in others) + cache_bytes(layers, self.requirements)
@@ -99,8 +97,8 @@ class LatencyCost(LimitCost):
     def limit(self, fixed: Sequence[tuple[MatrixRecord, Format, int]], shared: dict[str, int]) -> Limit:
         device = self.requirements.device
         assert device is not None
-        dtype = DTYPES[self.table.dtype].safetensors
-        others = sum(TensorSpec(n, dtype, tuple(s)).nbytes for n, s in self.table.other_tensors.items())
+        specs = other_specs(self.table.other_tensors, self.table.other_dtypes, self.table.dtype)
+        others = sum(spec.nbytes for spec in specs)
         fixed_use = device.read_nanoseconds(others + cache_bytes(self.table.kv_cache, self.requirements))
         fixed_use += sum(self.use(*each) for each in fixed)
         return Limit(self.name, "ns", self.nanoseconds - fixed_use)

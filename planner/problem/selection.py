@@ -21,6 +21,7 @@ from reallm.planner.tables.requirements import Reserved, reserved_memory
 from reallm.planner.tables.tensor_layout import (
     matrices_nbytes,
     matrix_tensors,
+    other_specs,
     shared_tensor,
     stack_of,
     weights_tensors,
@@ -55,6 +56,13 @@ class Selection:
     def numel(self) -> int:
         """Number of weights in the matrices that take part."""
         return sum(matrix.numel for group in self.members.values() for matrix in group)
+
+    @property
+    def kept(self) -> dict[str, tuple[str, ...]]:
+        """Reason -> matrices that keep their dtype because calibration could not measure them."""
+        fixed = {matrix.name for matrix in self.fixed}
+        names = {reason: tuple(name for name in names if name in fixed) for reason, names in self.table.kept.items()}
+        return {reason: listed for reason, listed in names.items() if listed}
 
     @property
     def optional(self) -> frozenset[str]:
@@ -101,9 +109,13 @@ class Selection:
         mixed_stacks = {stack_of(m) for group in self.members.values() for m in group} - {None}
         slices = [m for m in self.fixed if stack_of(m) in mixed_stacks]
         others = [m for m in self.fixed if stack_of(m) not in mixed_stacks]
-        specs = weights_tensors(others, formats, {}, self.table.other_tensors, self.table.dtype)
+        specs = weights_tensors(others, formats, {}, self._other_specs())
         specs += [spec for m in slices for spec in matrix_tensors(m, formats[m.name])]
         return sum(spec.nbytes + spec.header_bytes for spec in specs)
+
+    def _other_specs(self) -> list[TensorSpec]:
+        """The tensors that are not matrices."""
+        return other_specs(self.table.other_tensors, self.table.other_dtypes, self.table.dtype)
 
     def capacity(self, budget_bytes: int) -> int:
         """Bytes of a budget that are left for the items.
@@ -147,7 +159,7 @@ class Selection:
         formats, shared = self.formats(chosen), self.used_codebooks(chosen)
         stored = matrices_nbytes(self.table.matrices, formats)
         matrices_bytes = sum(stored[m.name] for group in self.members.values() for m in group) + sum(shared.values())
-        tensors = weights_tensors(self.table.matrices, formats, shared, self.table.other_tensors, self.table.dtype)
+        tensors = weights_tensors(self.table.matrices, formats, shared, self._other_specs())
         return matrices_bytes, file_bytes(tensors)
 
     def used_codebooks(self, chosen: Mapping[str, Candidate]) -> dict[str, int]:

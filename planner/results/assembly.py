@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import fsum
+from math import fsum, prod
 
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
@@ -12,6 +12,9 @@ from reallm.planner.problem.problem import Candidate
 from reallm.planner.problem.selection import Selection
 from reallm.planner.tables.plan import Bound, Choice, LimitState, Plan, Uniform
 from reallm.planner.tables.tensor_layout import matrices_nbytes
+
+UNPACKED_SHARE = 0.01
+"""From this share of the weights on, a plan says that tensors with several dimensions are not packed."""
 
 
 def assemble(
@@ -53,6 +56,7 @@ def assemble(
         choices=choices,
         shared=selection.used_codebooks(chosen),
         dense=tuple(sorted((m.name for m in selection.fixed), key=natural_key)),
+        kept=selection.kept,
         uniform=uniform,
         pins=options.pins,
         exclude=options.exclude,
@@ -93,7 +97,7 @@ def _choices(
 
 
 def _notes(selection: Selection, choices: tuple[Choice, ...], bound: Bound) -> tuple[str, ...]:
-    notes, options = [], selection.plan_options
+    notes, options = [*selection.table.doubts, *_notes_on_the_rest(selection)], selection.plan_options
     if all(isinstance(Format.parse(c.format).codec, DenseCodec) for c in choices):
         notes.append("the budget holds every matrix uncompressed; a smaller one would give a smaller model")
     if only := [c.matrix for c in choices if len(selection.format_options[c.matrix]) == 1 and not c.codes_sha256]:
@@ -102,9 +106,31 @@ def _notes(selection: Selection, choices: tuple[Choice, ...], bound: Bound) -> t
         listed = ", ".join(f"{name} ({count})" for name, count in sorted(bounded.items()))
         notes.append(f"bounded and not measured, with the number of matrices: {listed}")
     if options.exclude:
-        notes.append(f"--exclude leaves {len(selection.fixed)} matrices dense and out of the bits per weight")
+        kept = sum(map(len, selection.kept.values()))
+        notes.append(f"--exclude leaves {len(selection.fixed) - kept} matrices dense and out of the bits per weight")
     if options.cost not in ("two_sided", "guided"):
         notes.append(f"costs are the {options.cost} error, not the guided loss")
     if bound.status != "optimal" and bound.solver != "none":
         notes.append("the search ended before the plan was proved optimal; more seconds may find a better one")
     return tuple(notes)
+
+
+def _notes_on_the_rest(selection: Selection) -> list[str]:
+    """Notes on weights that no format was chosen for: what share of the model they are, and why."""
+    table = selection.table
+    sizes = {matrix.name: matrix.numel for matrix in table.matrices}
+    large = {name: prod(shape) for name, shape in table.other_tensors.items() if len(shape) > 1}
+    total = sum(sizes.values()) + sum(prod(shape) for shape in table.other_tensors.values())
+    notes = []
+    for reason, names in selection.kept.items():
+        share = sum(sizes[name] for name in names) / total
+        notes.append(
+            f"{len(names)} matrices ({share:.1%} of the weights) keep their dtype, such as {names[0]}: {reason}"
+        )
+    if sum(large.values()) >= UNPACKED_SHARE * total:
+        largest = max(large, key=lambda name: large[name])
+        share, shape = sum(large.values()) / total, list(table.other_tensors[largest])
+        notes.append(
+            f"{share:.1%} of the weights are in {len(large)} tensors that are not packed, such as {largest} {shape}"
+        )
+    return notes

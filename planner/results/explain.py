@@ -111,6 +111,6 @@ def require_table(table: MeasuredTable, plan: Plan) -> None:
     """Raise PlanError unless `plan` was made from `table`."""
     if table.digest() != plan.table_sha256:
         raise PlanError(
-            f"the plan was made from another measured table than the one in {plan.work} now; plan again from this one, "
-            "or name the folder of the old one with --work"
+            f"the plan was made from another measured table than this one of {table.model}; name the work folder with "
+            "its own table by --work, or plan again"
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sized
 from typing import Literal
 
 from pydantic import Field
@@ -11,11 +10,16 @@ from pydantic import Field
 from reallm.kernels.storage.atomic import canonical_json, sha256_text
 from reallm.kernels.storage.dtypes import FloatName
 
-from .records import Record, read_record
+from .records import Record
 
 TABLE_FILE = "table.json"
 """Name of the table in the folder that `measure` fills."""
 Kind = Literal["linear", "embedding", "head", "expert"]
+
+
+def _is_empty(value: Sized) -> bool:
+    """Fields that few models need are left out of the file where they are empty."""
+    return not value
 
 
 class MatrixRecord(Record):
@@ -96,9 +100,11 @@ class MeasuredTable(Record):
     text_sha256: str
     settings: Mapping[str, int | float | str | bool | None]
     dtype: FloatName
-    """The model's own dtype, in which everything uncompressed is stored."""
+    """The model's own dtype, in which uncompressed tensors are stored unless `other_dtypes` says otherwise."""
     other_tensors: Mapping[str, tuple[int, ...]]
     """Name -> shape of every stored tensor that is not in `matrices` (norms, biases, positions)."""
+    other_dtypes: Mapping[str, str] = Field({}, exclude_if=_is_empty)
+    """Name -> dtype ("f32", "i64", ...) of those of `other_tensors` that are not in the model's own dtype."""
     matrices: tuple[MatrixRecord, ...]
     measurements: tuple[MeasurementRecord, ...]
     shared: tuple[SharedRecord, ...] = ()
@@ -108,15 +114,15 @@ class MeasuredTable(Record):
     """The KV cache, layer by layer; empty for a model without one."""
     experts_per_token: int | None = None
     """Experts that each token uses in a stack of experts; None where the model does not say."""
+    kept: Mapping[str, tuple[str, ...]] = Field({}, exclude_if=_is_empty)
+    """Reason -> matrices that calibration could not measure. They keep their dtype, unless a plan pins a format."""
+    doubts: tuple[str, ...] = Field((), exclude_if=_is_empty)
+    """Why the predicted losses cannot be relied on, one sentence each; plans repeat them."""
     base: Mapping[str, float] = {}
     """Facts about the run: calibration perplexity, peak RSS in bytes, seconds of each stage."""
 
     def digest(self) -> str:
-        """sha256 of everything except `base` and the seconds, which differ from run to run."""
-        content = self.model_dump(mode="json", exclude={"base": True, "measurements": {"__all__": {"seconds"}}})
+        """sha256 of everything except `base`, `doubts` and the seconds, which differ from run to run."""
+        excluded = {"base": True, "doubts": True, "measurements": {"__all__": {"seconds"}}}
+        content = self.model_dump(mode="json", exclude=excluded)
         return sha256_text(canonical_json(content))
-
-
-def read_table(folder: str | Path) -> MeasuredTable:
-    """The measured table in `folder`. Raises RecordError when there is none, or an invalid one."""
-    return read_record(Path(folder) / TABLE_FILE, MeasuredTable, "measure")

@@ -26,6 +26,11 @@ Ties = Literal["none", "inputs", "experts", "family"]
 """Which matrices must share a format; see `PlanOptions.ties`."""
 
 
+def _is_empty(value: Mapping[str, object]) -> bool:
+    """A field that few plans need is left out of the file where it is empty."""
+    return not value
+
+
 class Choice(Record):
     """The format chosen for one matrix."""
 
@@ -146,6 +151,8 @@ class Plan(Record):
     """Key -> bytes of each shared codebook in use."""
     dense: tuple[str, ...] = ()
     """Matrices that took no part and stay as they are."""
+    kept: Mapping[str, tuple[str, ...]] = Field({}, exclude_if=_is_empty)
+    """Reason -> those of `dense` that calibration could not measure."""
     uniform: Uniform | None = None
     """The best single format within the budget; None where none fits."""
     pins: tuple[str, ...] = ()

@@ -7,7 +7,7 @@
   `<name>.values`.
 - A shared codebook is stored once, as `reallm_shared.<key>.codebooks`.
 
-Every other tensor of the model keeps its name, its shape and the model's dtype.
+Every other tensor of the model keeps its name, its shape and its dtype.
 """
 
 from __future__ import annotations
@@ -93,22 +93,29 @@ def matrices_nbytes(matrices: Iterable[MatrixRecord], formats: Mapping[str, Form
     return sizes
 
 
+def other_specs(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], dtype: str) -> list[TensorSpec]:
+    """The tensors that are not matrices: name -> shape, and name -> dtype of those that are not in the model's `dtype`.
+
+    >>> other_specs({"norm": (8,), "bias": (2,)}, {"bias": "f32"}, "bf16")[1]
+    TensorSpec(name='bias', dtype='F32', shape=(2,))
+    """
+    return [TensorSpec(n, DTYPES[dtypes.get(n, dtype)].safetensors, tuple(shape)) for n, shape in shapes.items()]
+
+
 def weights_tensors(
     matrices: Iterable[MatrixRecord],
     formats: Mapping[str, Format],
     shared: Mapping[str, int],
-    other_tensors: Mapping[str, tuple[int, ...]],
-    dtype: str,
+    others: Iterable[TensorSpec],
 ) -> list[TensorSpec]:
     """Every tensor of the weights file.
 
-    `formats` holds a format for every matrix, `shared` the bytes of every shared codebook by its key, `other_tensors`
-    the shape of every tensor that is not a matrix (stored in the model's `dtype`).
+    `formats` holds a format for every matrix, `shared` the bytes of every shared codebook by its key, and `others` the
+    tensors that are not matrices (`other_specs`).
     """
     matrices = list(matrices)
     unpacked_stacks = whole_stacks(matrices, formats)
-    tensors = [TensorSpec(name, DTYPES[dtype].safetensors, tuple(shape)) for name, shape in other_tensors.items()]
-    tensors += [shared_tensor(key, nbytes) for key, nbytes in shared.items()]
+    tensors = [*others, *(shared_tensor(key, nbytes) for key, nbytes in shared.items())]
     for stack, slices in unpacked_stacks.items():
         codec = formats[slices[0].name].codec
         assert isinstance(codec, DenseCodec)

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.safetensors_reader import StoredTensor
+from reallm.models.sizes import SHARED_PREFIX
 from reallm.planner.tables.plan import Plan, read_plan
 
 from .bundled_adapters import AdapterView, linear_shapes, view_adapters
 from .directory import read_config, read_record_of
-from .verify import read_tensors
+from .find import is_saved_copy, require_artifact
+from .saved_copy import copied_matrices
+from .stored_values import read_tensors
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,13 @@ class MatrixView:
 
     name: str
     kind: str
+    """"linear", "embedding", "head" or "expert"; empty if there is no plan."""
     rows: int
     cols: int
     format: str
     nbytes: int
-    cost: float
-    """Predicted increase of the loss through its format, in nats per token."""
+    cost: float | None
+    """Predicted increase of the loss through its format, in nats per token; None if there is no plan."""
     packed: bool
     """Whether it is stored in packed fields; otherwise it is a plain tensor of the model."""
 
@@ -60,7 +65,8 @@ class Inspection:
 
     path: str
     architecture: str
-    plan: Plan
+    plan: Plan | None
+    """None for a folder to which transformers saved an artifact."""
     matrices: tuple[MatrixView, ...]
     formats: Mapping[str, FormatView]
     bits_histogram: Mapping[int, int]
@@ -83,7 +89,8 @@ def inspect(path: Path | str) -> Inspection:
     Parameters
     ----------
     path
-        The folder that `reallm compile` or `reallm finetune` wrote.
+        The folder that `reallm compile` or `reallm finetune` wrote, its name on the Hugging Face hub, or a folder to
+        which transformers saved it.
 
     Returns
     -------
@@ -101,19 +108,20 @@ def inspect(path: Path | str) -> Inspection:
     >>> reallm.inspect("out").plan.bits_per_weight <= 5
     True
     """
-    folder = Path(path)
-    plan, tensors = read_plan(folder), read_tensors(folder)
+    folder = require_artifact(path)
+    tensors = read_tensors(folder)
+    if is_saved_copy(folder):
+        return _inspect_copy(folder, tensors)
+    plan = read_plan(folder)
     packed = {matrix for matrix, _ in read_record_of(folder).matrices()}
-    architectures = read_config(folder).get("architectures") or ["unknown"]
     matrices = tuple(
         MatrixView(c.matrix, c.kind, c.rows, c.cols, c.format, c.nbytes, c.cost, c.matrix in packed)
         for c in plan.choices
     )
-    file_bytes = sum(file.stat().st_size for file in {tensor.path for tensor in tensors.values()})
-    data_bytes = sum(tensor.stop - tensor.start for tensor in tensors.values())
+    file_bytes, data_bytes = _file_bytes(tensors), sum(tensor.nbytes for tensor in tensors.values())
     return Inspection(
         path=str(folder),
-        architecture=str(architectures[0]),
+        architecture=_architecture(folder),
         plan=plan,
         matrices=matrices,
         formats=_by_format(matrices),
@@ -127,12 +135,46 @@ def inspect(path: Path | str) -> Inspection:
     )
 
 
+def _inspect_copy(folder: Path, tensors: Mapping[str, StoredTensor]) -> Inspection:
+    """Describe a folder to which transformers saved an artifact: it has no plan, but its config.json names formats."""
+    matrices = tuple(
+        MatrixView(m.name, "", m.rows, m.cols, m.format.name, m.nbytes, None, True)
+        for m in copied_matrices(folder, tensors)
+    )
+    file_bytes, data_bytes = _file_bytes(tensors), sum(tensor.nbytes for tensor in tensors.values())
+    shared = {name: tensor.nbytes for name, tensor in tensors.items() if name.startswith(SHARED_PREFIX)}
+    packed_bytes = sum(matrix.nbytes for matrix in matrices) + sum(shared.values())
+    fields = sum(len(Format.parse(m.format).fields(m.rows, m.cols)) for m in matrices)
+    return Inspection(
+        path=str(folder),
+        architecture=_architecture(folder),
+        plan=None,
+        matrices=matrices,
+        formats=_by_format(matrices),
+        bits_histogram=_histogram(matrices),
+        shared_bytes=sum(shared.values()),
+        other_tensors=len(tensors) - len(shared) - fields,
+        other_bytes=data_bytes - packed_bytes,
+        header_bytes=file_bytes - data_bytes,
+        file_bytes=file_bytes,
+    )
+
+
+def _architecture(folder: Path) -> str:
+    architectures = read_config(folder).get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
+
+
+def _file_bytes(tensors: Mapping[str, StoredTensor]) -> int:
+    return sum(file.stat().st_size for file in {tensor.path for tensor in tensors.values()})
+
+
 def _covered(tensors: Mapping[str, StoredTensor], plan: Plan) -> int:
     """The number of tensors that belong to a choice of the plan or are shared codebooks."""
     owners = {choice.matrix for choice in plan.choices}
     owners |= {name.rpartition(".")[0] for name in owners if name not in tensors and name.rpartition(".")[0] in tensors}
     return sum(
-        name in owners or name.rpartition(".")[0] in owners or name.startswith("reallm_shared.") for name in tensors
+        name in owners or name.rpartition(".")[0] in owners or name.startswith(SHARED_PREFIX) for name in tensors
     )
 
 

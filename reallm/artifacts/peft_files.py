@@ -23,7 +23,6 @@ from torch import Tensor
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.kernels.storage.dtypes import SAFETENSORS_FLOATS
-from reallm.kernels.storage.layout import METADATA
 from reallm.kernels.storage.safetensors_writer import write_weights
 
 from .directory import new_artifact
@@ -107,7 +106,7 @@ def write_adapter(
     with new_artifact(output, force, CONFIG_FILE) as folder:
         write_text_atomic(folder / CONFIG_FILE, canonical_json(config))
         stored = {name: ("F32", array.shape, array) for name, array in arrays.items()}
-        metadata = {**METADATA, ARTIFACT_KEY: sha256_file(artifact / MANIFEST_FILE)}
+        metadata = {"format": "pt", ARTIFACT_KEY: sha256_file(artifact / MANIFEST_FILE)}
         (file,) = write_weights(folder, stored, metadata, max_shard_bytes=MAX_FILE_BYTES)
         file.rename(folder / WEIGHTS_FILE)
     return output

@@ -16,19 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reallm.errors import UserError
-from reallm.kernels.codes.stored_fields import read_field
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.fields import Field
 from reallm.kernels.formats.formats import Format
-from reallm.kernels.storage.layout import LayoutError
-from reallm.kernels.storage.safetensors_reader import StoredTensor, read_folder
+from reallm.kernels.storage.safetensors_reader import StoredTensor
 from reallm.planner.tables.plan import PLAN_FILE, Choice, Plan, read_plan
 from reallm.planner.tables.tensor_layout import shared_tensor
 
 from .bundled_adapters import AdapterView, check_adapters, linear_shapes
 from .directory import read_record_of
+from .find import is_saved_copy, require_artifact
 from .manifest import MANIFEST_FILE, FileEntry, Manifest, artifact_files, free_files, read_manifest, sha256_file
 from .quantization_config import QuantizationRecord
+from .saved_copy import check_copy
+from .stored_values import check_fields, check_values, read_bytes, read_tensors
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Report:
 
     path: str
     files: int
-    """Number of guarded files, including the manifest."""
+    """Number of guarded files, including the manifest; 0 if there is no manifest."""
     file_bytes: int
     """Total size of the weights files, in bytes."""
     tensors: int
@@ -53,14 +54,9 @@ class Report:
     unchecked: tuple[str, ...] = ()
     """Relative paths of the files that are not checked because they do not affect the model: cards, licences, pictures
     and files of git and of the hub. The path of a folder ends with a slash."""
-
-
-def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of an artifact's weights files by name, from their headers. Raises UserError."""
-    try:
-        return read_folder(folder)
-    except LayoutError as error:
-        raise UserError(str(error)) from None
+    hashed: bool = True
+    """Whether the artifact has a manifest. It has none after transformers loaded and saved it: then everything is
+    checked except whether a value was changed, and `files` is 0."""
 
 
 def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report:
@@ -69,7 +65,8 @@ def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report
     Parameters
     ----------
     path
-        The folder that `reallm compile` or `reallm finetune` wrote.
+        The folder that `reallm compile` or `reallm finetune` wrote, its name on the Hugging Face hub, or a folder to
+        which transformers saved it.
     deep
         Read and hash every byte. Otherwise only manifest, file sizes, headers, configuration and plan are checked.
     adapters
@@ -95,9 +92,9 @@ def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report
     >>> report.matrices, report.deep
     (14, True)
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; expected an artifact that `reallm compile` wrote")
+    folder = require_artifact(path)
+    if is_saved_copy(folder):
+        return _verify_copy(folder, deep)
     manifest = read_manifest(folder)
     guarded = manifest.guarded()
     _check_files(folder, guarded, deep)
@@ -123,6 +120,20 @@ def verify(path: Path | str, deep: bool = True, adapters: bool = True) -> Report
         deep=deep,
         adapters=check_adapters(folder, linear_shapes(plan, tensors), deep) if adapters else (),
         unchecked=free_files(folder),
+    )
+
+
+def _verify_copy(folder: Path, deep: bool) -> Report:
+    tensors, matrices = check_copy(folder, deep)
+    weights = {tensor.path for tensor in read_tensors(folder).values()}
+    return Report(
+        path=str(folder),
+        files=0,
+        file_bytes=sum(file.stat().st_size for file in weights),
+        tensors=tensors,
+        matrices=matrices,
+        deep=deep,
+        hashed=False,
     )
 
 
@@ -163,7 +174,7 @@ def _check_plan(folder: Path, plan: Plan, record: QuantizationRecord, tensors: M
                 f"{folder}: {choice.matrix} is {formats[choice.matrix]} in config.json, {fmt.name} in the plan"
             )
         fields = fmt.fields(choice.rows, choice.cols)
-        _check_fields(folder, choice.matrix, fields, tensors)
+        check_fields(folder, choice.matrix, fields, tensors)
         nbytes = sum(field.nbytes for field in fields)
         if nbytes != choice.nbytes:
             raise UserError(f"{folder}: {choice.matrix} takes {nbytes} bytes, {choice.nbytes} in the plan")
@@ -174,21 +185,6 @@ def _check_plan(folder: Path, plan: Plan, record: QuantizationRecord, tensors: M
     total = sum(path.stat().st_size for path in {tensor.path for tensor in tensors.values()})
     if total != plan.file_bytes:
         raise UserError(f"{folder}: the weights take {total} bytes, {plan.file_bytes} in the plan")
-
-
-def _check_fields(folder: Path, matrix: str, fields: tuple[Field, ...], tensors: Mapping[str, StoredTensor]) -> None:
-    for field in fields:
-        stored = tensors.get(f"{matrix}.{field.name}")
-        if stored is None or stored.dtype != "U8" or stored.shape != (field.nbytes,):
-            found = "missing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
-            raise UserError(f"{folder}: {matrix}.{field.name} is {found}, expected U8 [{field.nbytes}]")
-
-
-def read_bytes(tensor: StoredTensor) -> NDArray[np.uint8]:
-    """The bytes of one stored tensor."""
-    with tensor.path.open("rb") as stream:
-        stream.seek(tensor.start)
-        return np.frombuffer(stream.read(tensor.stop - tensor.start), dtype=np.uint8)
 
 
 def _check_contents(
@@ -205,7 +201,7 @@ def _check_contents(
     for key, fmt in record.shared_formats().items():
         if (field := fmt.shared_field) is not None:
             tensor = tensors[shared_tensor(key, field.nbytes).name]
-            _check_values(key, [(field, read_bytes(tensor))], tensor.path)
+            check_values(key, [(field, read_bytes(tensor))], tensor.path)
 
 
 def _check_codes(choice: Choice, tensors: Mapping[str, StoredTensor]) -> None:
@@ -214,19 +210,9 @@ def _check_codes(choice: Choice, tensors: Mapping[str, StoredTensor]) -> None:
     digest = hashlib.sha256(b"".join(raw.tobytes() for _, raw in fields)).hexdigest()
     if choice.codes_sha256 and digest != choice.codes_sha256:
         raise UserError(f"{path}: the codes of {choice.matrix} are not those of its plan; compile again")
-    _check_values(choice.matrix, fields, path)
+    check_values(choice.matrix, fields, path)
 
 
 def _fields(choice: Choice, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[Field, NDArray[np.uint8]]]:
     for field in Format.parse(choice.format).fields(choice.rows, choice.cols):
         yield field, read_bytes(tensors[f"{choice.matrix}.{field.name}"])
-
-
-def _check_values(owner: str, fields: list[tuple[Field, NDArray[np.uint8]]], path: Path) -> None:
-    for field, raw in fields:
-        try:
-            values = read_field(field, {field.name: raw})
-        except ValueError as error:
-            raise UserError(f"{path}: {owner}: {error}; compile again") from None
-        if not np.isfinite(values).all():
-            raise UserError(f"{path}: {owner}.{field.name} holds NaN or infinity; compile again")

@@ -1,16 +1,18 @@
-"""Running a model in parts, one at a time: a front (embeddings), a chain of blocks, and a tail (norm and head).
+"""Running a model one block at a time, with gradients, while stored results stand in for the other blocks.
 
-Each part can be run by itself, with gradients, on the hidden states and gradients that the neighbouring parts stored in
-`HiddenStates`. The model must call its blocks in order, each on the output of the block before it; this is checked by
-replaying every block.
+Forward, the model runs as it is, and what each call of a block returns is stored. Backward, from the last call to the
+first, the model runs again with stored results in place of the blocks, up to the call in question, which runs with
+gradients. What a model does between its blocks therefore needs no description: it is executed. Which stored results a
+call needs is found once, on the first window (`dependencies`), and checked by comparing what every call then returns
+with what it returned in the whole model. Where that fails, no call is replaced and the model is run as a whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +20,78 @@ import torch
 from torch import Tensor, nn
 
 from reallm.errors import UserError
-from reallm.models.loaded import LoadedModel
+from reallm.models.loaded import LoadedModel, Matrix
 from reallm.system.progress import progress_bar
-from reallm.text.masking import mask_windows
 
-from .hidden_states import HiddenStates
+from .block_calls import (
+    Arguments,
+    CallTemplate,
+    StopForwardError,
+    argument_leaves,
+    intercepted,
+    run_and_take_apart,
+    with_replaced_tensors,
+)
+from .dependencies import Dependencies, Tracer
 from .hooks import StatisticsHooks
+from .objective import MAX_NATS, make_objective
+from .stored_tensors import TAIL, CallResults, Gradients, StoredGradients
 
-MAX_NATS = 700.0
-"""Upper bound of a reported loss in nats per token, so that the perplexity exp(loss) does not overflow."""
 WAY_OUT = "check the weights, or convert a float16 model to bfloat16 or float32"
 
 
-class _ReachedBlocksError(Exception):
-    """Raised to end a forward pass when it reaches the first block."""
+class NotReproducedError(Exception):
+    """A model's blocks cannot be replaced by their stored results."""
 
 
-@dataclass(frozen=True)
-class _BlockCall:
-    """The arguments with which the model calls one block, except the hidden state."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
+_FAILURES = (
+    NotReproducedError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+)
+"""Exceptions of a model that gets zeros where it wants the results of its blocks."""
 
 
 class BlockStreamer:
     """Runs the parts of `loaded` on token `windows` [n, seqlen].
 
-    The hidden states and gradients that pass between the parts are stored in `folder`.
+    What passes between the blocks is stored in `folder`.
     """
 
     def __init__(self, loaded: LoadedModel, folder: Path, windows: Tensor, seed: int, *, masked: bool = False) -> None:
         """Prepare the parts; `masked` says that the windows are already masked (for an encoder)."""
-        self.loaded, self.windows, self.seed = loaded, windows, seed
+        self.loaded = loaded
+        self.objective = make_objective(loaded, windows, seed, masked=masked)
         self.device = loaded.model.device
-        self.blocks = [loaded.model.get_submodule(name) for name in loaded.blocks]
-        self.hidden_states = HiddenStates(folder, len(self.blocks) + 1)
-        self.notes: list[str] = []
+        self.blocks = {path: loaded.model.get_submodule(path) for path in loaded.blocks}
+        self.results = CallResults(folder)
+        self.gradients = StoredGradients(folder)
+        self.notes: list[str] = self.objective.notes
         """Notes for the user, one line each."""
-        self.inputs: Tensor = windows
-        """The token ids that the model reads: the windows, masked for an encoder, int64 [n, seqlen]."""
-        self.scored: Tensor | None = None
-        """The tokens on which a masked language model's loss is computed, bool [n, seqlen]; None for all tokens."""
-        self._calls: list[_BlockCall | None] = [None] * len(self.blocks)
-        self._returns_tuple = [False] * len(self.blocks)
-        if loaded.is_encoder and not masked:
-            self._mask_inputs()
+        self.calls: list[CallTemplate] = []
+        """The calls of blocks, in order; empty where the model is run as a whole."""
+        self.dependencies: list[Dependencies] = []
+        """What each call depends on."""
+        self.tail = Dependencies(())
 
-    def _mask_inputs(self) -> None:
-        token = getattr(self.loaded.tokenizer, "mask_token_id", None)
-        if token is None:
-            self.notes.append("the tokenizer has no mask token: all tokens are scored unmasked")
-            self.scored = torch.ones_like(self.windows, dtype=torch.bool)
-        else:
-            self.inputs, self.scored = mask_windows(self.windows, int(token), self.seed)
+    @property
+    def inputs(self) -> Tensor:
+        """The token ids that the model reads: the windows, masked for an encoder, int64 [n, seqlen]."""
+        return self.objective.inputs
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return len(self.objective.inputs)
+
+    def hooks(self, matrices: Sequence[Matrix], sums: Mapping[str, Tensor] | None = None) -> StatisticsHooks:
+        """Hooks that gather the statistics of `matrices`, starting from the `sums` of earlier passes."""
+        return self.objective.hooks(matrices, sums)
 
     def _forward(self, window: int) -> Any:
         keywords = {} if self.loaded.is_encoder else {"use_cache": False}
@@ -79,193 +99,332 @@ class BlockStreamer:
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def store_inputs(self) -> None:
-        """Run all windows and store the input of every block and the output of the last, unless an earlier pass did.
+    def store_results(self) -> None:
+        """Run all windows and store what each call returns, unless an earlier pass did; then find the dependencies.
 
-        Raises UserError for activations that are not finite, and for blocks that do not form a chain.
+        Raises UserError for activations that are not finite.
         """
-        if self.hidden_states.is_complete():
-            with torch.no_grad(), self._watched(store=False):
-                self._forward(0)
-            self._check_chain()
-            return
-        with torch.no_grad(), self.hidden_states.writing(), self._watched(store=True):
-            for window in progress_bar(range(len(self.windows)), desc="calibrate: forward", unit="window"):
-                self._forward(window)
-        self._check_chain()
-        self.hidden_states.mark_complete()
+        stored = self.results.is_complete()
+        if not stored:
+            self.results.clear()
+        with torch.no_grad():
+            try:
+                logits = self._record(0, store=not stored)
+                rest = range(self.windows if stored else 1, self.windows)
+                for window in progress_bar(rest, desc="calibrate: forward", unit="window"):
+                    self._record(window, store=True)
+                self._find_dependencies()
+                self._check_reproduction(logits)
+            except NotReproducedError as error:
+                self.calls, self.dependencies, self.tail = [], [], Dependencies(())
+                if self.blocks:
+                    self.notes.append(f"calibrated with the whole model at once, because {error}")
+        if not stored:
+            self.results.mark_complete()
 
-    @contextmanager
-    def _watched(self, store: bool) -> Iterator[None]:
-        """Record the arguments and the type of result of each block; with `store`, also store the hidden states."""
+    def _record(self, window: int, store: bool) -> Tensor:
+        """Run one window; its first run also makes the list of calls. Returns the first tensor of the output."""
+        templates: list[CallTemplate] = []
 
-        def before(number: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-                self._calls[number] = _BlockCall(args[1:], rest)
-                if store:
-                    self._store(number, _hidden(args, kwargs))
+        def handle(number: int, path: str, forward: Callable[..., Any], arguments: Arguments) -> Any:
+            if number == 0:
+                self._check_finite(next((t for t in argument_leaves(arguments) if isinstance(t, Tensor)), None), path)
+            result, template, tensors = run_and_take_apart(path, forward, arguments)
+            if window and number >= len(self.calls):
+                raise NotReproducedError("its blocks are called differently for different texts")
+            self._check_finite(tensors[0] if tensors else None, path, output=True)
+            templates.append(template)
+            if store:
+                self.results.append(number, tensors)
+            return result
 
-            return hook
+        with intercepted(self.blocks, handle):
+            output = self._forward(window)
+        paths = [template.path for template in templates]
+        if window == 0:
+            self.calls = templates
+        elif paths != [call.path for call in self.calls]:
+            raise NotReproducedError("its blocks are called differently for different texts")
+        return self.objective.scores(output)
 
-        def after(number: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-                self._returns_tuple[number] = isinstance(output, tuple)
-                if store and number == len(self.blocks) - 1:
-                    self._store(number + 1, _first(output))
-
-            return hook
-
-        handles = []
-        for number, block in enumerate(self.blocks):
-            handles.append(block.register_forward_pre_hook(before(number), with_kwargs=True))
-            handles.append(block.register_forward_hook(after(number)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _store(self, boundary: int, hidden: Tensor) -> None:
-        if not bool(torch.isfinite(hidden).all()):
-            last = boundary == len(self.blocks)
-            where = "the last block's output" if last else f"the input of {self.loaded.blocks[boundary]}"
-            what = f"activations at {where} are NaN or infinite in {hidden.dtype}; expected finite ones"
+    def _check_finite(self, tensor: Tensor | None, path: str, output: bool = False) -> None:
+        if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            where = f"the {'output' if output else 'input'} of {path}"
+            what = f"activations at {where} are NaN or infinite in {tensor.dtype}; expected finite ones"
             raise UserError(f"{self.loaded.source}: {what}; {WAY_OUT}")
-        self.hidden_states.append(boundary, hidden)
 
-    def _check_chain(self) -> None:
-        """Raise UserError unless replaying each block on the first window gives exactly the input of the next block."""
-        counts = self.hidden_states.windows
-        if None in self._calls or set(counts) != {len(self.windows)}:
-            what = f"its blocks ran {min(counts)} to {max(counts)} times on {len(self.windows)} windows"
-            raise UserError(f"{self.loaded.source}: {what}, expected once each; this architecture cannot be streamed")
-        hidden = self._read(0, 1)
-        for number, name in enumerate(self.loaded.blocks):
-            with torch.no_grad():
-                replayed = self.replay(number, hidden)
-            hidden = self._read(number + 1, 1)
-            if not torch.equal(replayed, hidden):
-                gap = float((replayed.float() - hidden.float()).abs().max()) if replayed.shape == hidden.shape else None
-                what = f"{name} run alone differs from {name} in the model (by {gap}); expected a chain of blocks"
-                raise UserError(f"{self.loaded.source}: {what}: this architecture cannot be streamed")
+    # -- dependencies -----------------------------------------------------------------------------------------------
 
-    def _read(self, boundary: int, count: int | None = None) -> Tensor:
-        return self.hidden_states.read(boundary, count).to(self.device)
+    def _find_dependencies(self) -> None:
+        if not self.calls:
+            raise NotReproducedError("none of its blocks is called as a module")
+        tracer = Tracer()
+        found: list[Dependencies] = []
 
-    def replay(self, number: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
-        """The output [1, seqlen, hidden] of block `number` for hidden states [1, seqlen, hidden].
+        def handle(number: int, path: str, _forward: Callable[..., Any], arguments: Arguments) -> Any:
+            self._expect(number, path)
+            found.append(tracer.call(arguments))
+            tensors = [tensor.to(self.device) for tensor in self.results.read(number, 0)]
+            return self.calls[number].fill(tracer.results(tensors), arguments)
 
-        If `block` is given, it is run in place of that block.
+        try:
+            with torch.enable_grad(), tracer.following_embeddings(), intercepted(self.blocks, handle):
+                self.tail = tracer.tail(self._forward(0))
+        except _FAILURES as error:
+            reason = str(error).partition("\n")[0]
+            raise NotReproducedError(f"its blocks cannot be replaced by their results ({reason})") from None
+        self.dependencies = found
+
+    def _check_reproduction(self, logits: Tensor) -> None:
+        """Compare every call, and the output, with those of the whole model; where a call differs, give it all results.
+
+        Raises NotReproducedError if even that changes something.
         """
-        call = self._calls[number]
-        assert call is not None
-        return _first((block or self.blocks[number])(hidden, *call.arguments, **call.keywords))
+        for number in range(len(self.calls)):
+            if not self._reproduces(number):
+                everything = tuple(range(number))
+                known = self.dependencies[number]
+                self.dependencies[number] = Dependencies(everything, known.outside, known.hidden)
+                if not self._reproduces(number):
+                    path = self.calls[number].path
+                    raise NotReproducedError(f"{path} run alone differs from {path} in the model")
+        if not self._reproduces_output(logits):
+            self.tail = Dependencies(tuple(range(len(self.calls))))
+            if not self._reproduces_output(logits):
+                raise NotReproducedError("its output differs when its blocks are replaced by their results")
+
+    def _reproduces(self, number: int) -> bool:
+        actual: list[Tensor] = []
+
+        def compute(forward: Callable[..., Any], arguments: Arguments) -> None:
+            actual.extend(run_and_take_apart(self.calls[number].path, forward, arguments)[2])
+
+        try:
+            self._run_to(number, 0, compute, {k: self._values(k, 0) for k in self.dependencies[number].results})
+        except _FAILURES:
+            return False
+        expected = self._values(number, 0)
+        return len(actual) == len(expected) and all(map(_same, actual, expected))
+
+    def _reproduces_output(self, logits: Tensor) -> bool:
+        try:
+            output = self._run_replaced(0, {k: self._values(k, 0) for k in self.tail.results})
+        except _FAILURES:
+            return False
+        return _same(self.objective.scores(output), logits)
+
+    def _expect(self, number: int, path: str) -> None:
+        if number >= len(self.calls) or self.calls[number].path != path:
+            raise NotReproducedError("its blocks are called in another order when they are replaced by their results")
+
+    def _values(self, call: int, window: int) -> list[Tensor]:
+        return [tensor.to(self.device) for tensor in self.results.read(call, window)]
+
+    # -- running parts ----------------------------------------------------------------------------------------------
+
+    def _filled(self, number: int, window: int, given: dict[int, list[Tensor]], arguments: Arguments) -> Any:
+        """The result of a call that is not run: `given` tensors, or zeros where nothing depends on it."""
+        tensors = given.get(number) or self.results.empty(number, window, self.device)
+        return self.calls[number].fill(tensors, arguments)
+
+    def _run_to(
+        self,
+        number: int,
+        window: int,
+        compute: Callable[[Callable[..., Any], Arguments], None],
+        given: dict[int, list[Tensor]],
+    ) -> None:
+        """Run the model on `window` up to call `number`; `compute` gets the block's forward and its arguments."""
+
+        def handle(reached: int, path: str, forward: Callable[..., Any], arguments: Arguments) -> Any:
+            self._expect(reached, path)
+            if reached < number:
+                return self._filled(reached, window, given, arguments)
+            compute(forward, arguments)
+            raise StopForwardError
+
+        with intercepted(self.blocks, handle), suppress(StopForwardError):
+            self._forward(window)
+            raise NotReproducedError(f"{self.calls[number].path} is not called when its results are replaced")
+
+    def _run_replaced(self, window: int, given: dict[int, list[Tensor]]) -> Any:
+        """The model's output with every call replaced."""
+
+        def handle(number: int, path: str, _forward: Callable[..., Any], arguments: Arguments) -> Any:
+            self._expect(number, path)
+            return self._filled(number, window, given, arguments)
+
+        with intercepted(self.blocks if self.calls else {}, handle):
+            return self._forward(window)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every call uses the result of the one before it and no other one, as its hidden state."""
+        return bool(self.calls) and all(
+            dependencies.results == ((number - 1,) if number else ())
+            and (dependencies.hidden is not None or len(dependencies.outside) == 1)
+            for number, dependencies in enumerate(self.dependencies)
+        )
+
+    @torch.no_grad()
+    def arguments(self, number: int, window: int) -> Arguments:
+        """The arguments of a call for one window. Its hidden state is among them."""
+        found: list[Arguments] = []
+        given = {k: self._values(k, window) for k in self.dependencies[number].results}
+        self._run_to(number, window, lambda _forward, arguments: found.append(arguments), given)
+        return found[0]
+
+    def replay(self, number: int, window: int, hidden: Tensor, block: nn.Module) -> Tensor:
+        """The hidden states [1, seqlen, hidden] that `block` makes of `hidden` in place of call `number` of a chain."""
+        dependencies = self.dependencies[number]
+        position = dependencies.outside[0] if dependencies.hidden is None else dependencies.hidden
+        args, kwargs = with_replaced_tensors(self.arguments(number, window), {position: hidden})
+        output = block(*args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
-    def run_tail(self, hooks: StatisticsHooks) -> float:
-        """Run the tail on all windows and store the loss gradient at the last block's output.
+    def run_tail(self, hooks: StatisticsHooks, *, follow_inputs: bool = False) -> float:
+        """Run the tail on all windows and store the gradients at the results that it uses.
 
-        Gradients are those of the loss on sampled labels; the perplexity returned is that of the text. Raises UserError
-        for logits or gradients that are not finite.
+        Gradients are those of the loss on sampled labels; the perplexity returned is that of the text. With
+        `follow_inputs` the stored gradients at the inputs of the blocks flow back through everything outside them in
+        the same pass. Raises UserError for logits or gradients that are not finite.
         """
-        last = len(self.blocks)
-        hidden, generator = self._read(last), torch.Generator().manual_seed(self.seed)
-        gradients, total, scored = torch.empty_like(hidden), 0.0, 0
-        for window in progress_bar(range(len(self.windows)), desc="calibrate: head", unit="window"):
-            leaf = hidden[window : window + 1].clone().requires_grad_()
-            with hooks.recording(), self._bypassed(leaf):
-                loss, text_loss, count = self._losses(self._forward(window).logits[0], window, generator)
-                torch.autograd.backward(loss)
+        generator = torch.Generator().manual_seed(self.objective.seed)
+        found: dict[int, Gradients] = defaultdict(dict)
+        total, scored = 0.0, 0
+        for window in progress_bar(range(self.windows), desc="calibrate: head", unit="window"):
+            leaves = {call: _leaves(self._values(call, window)) for call in self.tail.results}
+            ends: list[tuple[Tensor, Tensor]] = []
+            with hooks.recording(every_lookup=follow_inputs), torch.enable_grad():
+                output = self._run_collecting(window, _copies(leaves), ends if follow_inputs else None)
+                loss, text_loss, count = self.objective.losses(output, window, generator)
+                tensors = [loss, *(tensor for tensor, _ in ends)]
+                torch.autograd.backward(tensors, [None, *(gradient for _, gradient in ends)])
             if not math.isfinite(text_loss):
                 raise UserError(f"{self.loaded.source}: its logits are NaN or infinite; {WAY_OUT}")
-            gradients[window] = self._gradient_of(leaf, "the last block's output")
+            for call, tensors in leaves.items():
+                self._collect(found[call], tensors, window, f"the output of {self.calls[call].path}")
             total, scored = total + text_loss, scored + count
-        self.hidden_states.store_gradient(last, gradients)
+        if not follow_inputs:
+            self.gradients.store(TAIL, found, {})
         return math.exp(min(total / max(scored, 1), MAX_NATS))
 
-    def _losses(self, logits: Tensor, window: int, generator: torch.Generator) -> tuple[Tensor, float, int]:
-        """(summed loss on sampled labels, summed loss on the text, number of tokens in the latter sum)."""
-        scores, text = logits.float(), self.windows[window].to(self.device)
-        with torch.no_grad():
-            sampled = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(self.device)
-        if self.scored is not None:
-            mask = self.scored[window]
-            sampled_loss = nn.functional.cross_entropy(scores[mask], sampled[mask], reduction="sum")
-            text_loss = nn.functional.cross_entropy(scores[mask].detach(), text[mask], reduction="sum")
-            return sampled_loss, float(text_loss), int(mask.sum())
-        sampled_loss = nn.functional.cross_entropy(scores, sampled, reduction="sum")
-        text_loss = nn.functional.cross_entropy(scores[:-1].detach(), text[1:], reduction="sum")
-        return sampled_loss, float(text_loss), len(text) - 1
-
-    def run_block(self, number: int, hooks: StatisticsHooks) -> Tensor:
-        """Replay one block on all windows with gradients; returns the gradient at its input, which is not stored."""
-        hidden, gradient = self._read(number), self.hidden_states.read_gradient(number + 1).to(self.device)
-        result = torch.empty_like(hidden)
-        for window in range(len(self.windows)):
-            part = slice(window, window + 1)
-            leaf = hidden[part].clone().requires_grad_()
-            with hooks.recording():
-                torch.autograd.backward(self.replay(number, leaf), gradient[part])
-            result[part] = self._gradient_of(leaf, f"the input of {self.loaded.blocks[number]}")
-        return result
-
-    def run_front(self, hooks: StatisticsHooks) -> None:
-        """Propagate the gradient from the first block's input back to the embeddings."""
-        gradient = self.hidden_states.read_gradient(0).to(self.device)
-        for window in range(len(self.windows)):
-            with hooks.recording(), self._bypassed(None):
-                try:
-                    self._forward(window)
-                except _ReachedBlocksError as stopped:
-                    (hidden,) = stopped.args
-                if hidden.requires_grad:
-                    torch.autograd.backward(hidden, gradient[window : window + 1])
-
-    def _gradient_of(self, leaf: Tensor, where: str) -> Tensor:
-        if leaf.grad is None or not bool(torch.isfinite(leaf.grad).all()):
-            what = f"the gradient at {where} is missing, NaN or infinite in {leaf.dtype}; expected a finite one"
-            raise UserError(f"{self.loaded.source}: {what}; {WAY_OUT}")
-        return leaf.grad
-
-    @contextmanager
-    def _bypassed(self, last_output: Tensor | None) -> Iterator[None]:
-        """Within the context, blocks compute nothing: each returns its input, and the last one returns `last_output`.
-
-        If `last_output` is None, the forward pass ends when it reaches the first block.
+    def _run_collecting(
+        self,
+        window: int,
+        given: dict[int, list[Tensor]],
+        ends: list[tuple[Tensor, Tensor]] | None,
+        last: int | None = None,
+    ) -> Any:
+        """Run the model with every call replaced, and add to `ends` every input from outside the blocks together with
+        the gradient stored for it. `last` ends the pass at that call; None runs the tail too.
         """
 
-        def pass_through(number: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = _hidden(args, kwargs)
-                if last_output is None:
-                    raise _ReachedBlocksError(hidden)
-                result = last_output if number == len(self.blocks) - 1 else hidden
-                return (result,) if self._returns_tuple[number] else result
+        def handle(number: int, path: str, _forward: Callable[..., Any], arguments: Arguments) -> Any:
+            self._expect(number, path)
+            if ends is not None and self.dependencies[number].outside:
+                flat = argument_leaves(arguments)
+                gradients = self.gradients.of_inputs(number).read(window)
+                ends.extend((flat[i], g.to(self.device)) for i, g in gradients.items() if flat[i].requires_grad)
+            if number == last:
+                raise StopForwardError
+            return self._filled(number, window, given, arguments)
 
-            return forward
+        output = None
+        with intercepted(self.blocks if self.calls else {}, handle), suppress(StopForwardError):
+            output = self._forward(window)
+        return output
 
-        overrides = [vars(block).get("forward") for block in self.blocks]
-        try:
-            for number, block in enumerate(self.blocks):
-                block.forward = pass_through(number)
-            yield
-        finally:
-            for block, override in zip(self.blocks, overrides, strict=True):
-                if override is None:
-                    del block.forward
-                else:
-                    block.forward = override
+    def run_call(self, number: int, hooks: StatisticsHooks) -> tuple[dict[int, Gradients], Gradients]:
+        """Run one call on all windows with gradients: (gradients at the results of earlier calls, at its own inputs
+        from outside the blocks). Neither is stored; `StoredGradients.store` does that.
+        """
+        dependencies, reader = self.dependencies[number], self.gradients.of_results(number)
+        results: dict[int, Gradients] = defaultdict(dict)
+        inputs: Gradients = {}
+        for window in range(self.windows):
+            leaves = {call: _leaves(self._values(call, window)) for call in dependencies.results}
+            cut: dict[int, Tensor] = {}
+            gradients = {slot: value.to(self.device) for slot, value in reader.read(window).items()}
+
+            def compute(
+                forward: Callable[..., Any],
+                arguments: Arguments,
+                cut: dict[int, Tensor] = cut,
+                gradients: dict[int, Tensor] = gradients,
+            ) -> None:
+                flat = argument_leaves(arguments)
+                for index in dependencies.outside:
+                    cut[index] = flat[index].detach().requires_grad_()
+                copies = {index: leaf.clone() for index, leaf in cut.items()}
+                before = {index: flat[index] for index in cut if flat[index].requires_grad}
+                with hooks.recording():
+                    replaced = with_replaced_tensors(arguments, copies) if copies else arguments
+                    _backward(run_and_take_apart(self.calls[number].path, forward, replaced)[2], gradients)
+                connected = [(t, cut[i].grad) for i, t in before.items() if cut[i].grad is not None]
+                if connected:
+                    torch.autograd.backward([t for t, _ in connected], [g for _, g in connected])
+
+            with torch.enable_grad():
+                self._run_to(number, window, compute, _copies(leaves))
+            where = f"the input of {self.calls[number].path}"
+            for call, tensors in leaves.items():
+                self._collect(results[call], tensors, window, where)
+            for index, leaf in cut.items():
+                self._collect(inputs, {index: leaf}, window, where)
+        return results, inputs
+
+    def run_front(self, hooks: StatisticsHooks) -> None:
+        """Let the stored gradients at the inputs of the blocks flow back to the embeddings."""
+        fed = [number for number, found in enumerate(self.dependencies) if found.outside]
+        if not fed:
+            return
+        needed = {call for number in fed[1:] for call in self.dependencies[number].results}
+        for window in range(self.windows):
+            ends: list[tuple[Tensor, Tensor]] = []
+            given = {call: self._values(call, window) for call in sorted(needed)}
+            with hooks.recording(every_lookup=True), torch.enable_grad():
+                self._run_collecting(window, given, ends, last=fed[-1])
+                if ends:
+                    torch.autograd.backward([tensor for tensor, _ in ends], [gradient for _, gradient in ends])
+
+    def _collect(
+        self, gradients: Gradients, leaves: Sequence[Tensor] | dict[int, Tensor], window: int, where: str
+    ) -> None:
+        """Move the gradients of `leaves` to `gradients`. Raises UserError for one that is not finite."""
+        for slot, leaf in leaves.items() if isinstance(leaves, dict) else enumerate(leaves):
+            if leaf.grad is None:
+                continue
+            if not bool(torch.isfinite(leaf.grad).all()):
+                what = f"the gradient at {where} is NaN or infinite in {leaf.dtype}; expected a finite one"
+                raise UserError(f"{self.loaded.source}: {what}; {WAY_OUT}")
+            gradients[slot, window] = leaf.grad
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state from a block's arguments."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
-def _first(output: Any) -> Tensor:
-    """The hidden state from a block's output."""
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+def _copies(leaves: dict[int, list[Tensor]]) -> dict[int, list[Tensor]]:
+    """Copies that a model may change in place, which leaves that require gradients do not allow."""
+    with torch.enable_grad():
+        return {call: [t.clone() if t.requires_grad else t for t in tensors] for call, tensors in leaves.items()}
+
+
+def _backward(tensors: Sequence[Tensor], gradients: dict[int, Tensor]) -> None:
+    """Propagate `gradients`, by slot, from the results `tensors` of a call."""
+    pairs = [(tensors[slot], gradient) for slot, gradient in gradients.items() if tensors[slot].requires_grad]
+    if pairs:
+        torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are equal; NaN equals NaN."""
+    if torch.equal(left, right):
+        return True
+    if left.shape != right.shape or not left.is_floating_point():
+        return False
+    return torch.equal(left.isnan(), right.isnan()) and torch.equal(left.nan_to_num(), right.nan_to_num())

@@ -1,9 +1,10 @@
 """Calibration: one pass over the blocks of the model that gathers the statistics of every matrix.
 
-The forward pass runs once and stores each block's input on disk. Then, from the last block to the first, one block at
-a time is replayed with gradients, so only one block's statistics are in memory at any time. Labels are sampled from the
-model. Let x_t be the input of a matrix at token t, and g_t the gradient of the summed loss at the matrix's output; for
-an encoder the loss is that of the masked tokens. The sums run over the n tokens of the text:
+The forward pass runs once and stores what each block returns on disk. Then, from the last block to the first, one block
+at a time is run again with gradients, so only one block's statistics are in memory at any time. A model whose blocks
+cannot be run alone is run as a whole (`gathering`). Labels are sampled from the model. Let x_t be the input of a matrix
+at token t, and g_t the gradient of the summed loss at the matrix's output; for an encoder the loss is that of the
+masked tokens. The sums run over the n tokens of the text:
 
     H_guided  = 1/n sum mean_i(g_ti^2) x_t x_t^T         per matrix (GuidedQuant, arXiv 2505.07004)
     F_ij      = 1/n sum g_ti^2 x_tj^2                    per matrix, the diagonal Fisher (LQ-LoRA, arXiv 2311.12023)
@@ -27,20 +28,16 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.models.loaded import LoadedModel
 from reallm.models.probe import eager_experts
 from reallm.system.lock import exclusive_lock
-from reallm.system.progress import progress_bar
-from reallm.system.tensor_file import save_tensors
 
 from .block_streaming import BlockStreamer
-from .hooks import StatisticsHooks
-from .statistics import statistics_keys, statistics_path
+from .gathering import gather_at_once, gather_by_calls
+from .unmeasured import complete_statistics
 
 DONE_FILE = "calibration.json"
 PARTIAL_FOLDER = "partial"
@@ -60,6 +57,8 @@ class CalibrationReport:
     """Wall-clock time of the run that finished the calibration."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one line each."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Matrix without statistics, which therefore keeps its dtype -> the reason."""
 
 
 def calibrate(
@@ -76,7 +75,7 @@ def calibrate(
     statistics are gathered on the inputs that these weights produce; None uses the model's own weights. The context is
     not entered if `folder` already has the statistics. The caller chooses one folder per combination of model, text and
     settings; a second process that uses the folder waits for the first. Raises UserError for activations or gradients
-    that are not finite, and for blocks that do not form a chain.
+    that are not finite.
     """
     with exclusive_lock(folder):
         done = folder / DONE_FILE
@@ -133,45 +132,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _gather(loaded: LoadedModel, windows: Tensor, folder: Path, seed: int) -> CalibrationReport:
     """Run the whole pass; each step writes its file when it is done, and is skipped if that file exists."""
     began = time.monotonic()
-    partial = folder / PARTIAL_FOLDER
-    streamer = BlockStreamer(loaded, partial, windows, seed)
-    streamer.store_inputs()
+    streamer = BlockStreamer(loaded, folder / PARTIAL_FOLDER, windows, seed)
+    streamer.store_results()
     tokens = int(windows.numel())
-    outside = [m for m in loaded.matrices if m.block is None]
-    tail_path, perplexity_path = partial / "tail.safetensors", partial / "tail.json"
-    if not perplexity_path.exists():
-        tail = StatisticsHooks(loaded, outside, tokens)
-        perplexity = streamer.run_tail(tail)
-        save_tensors(tail_path, tail.statistics())
-        write_text_atomic(perplexity_path, canonical_json(perplexity))
-    reached = streamer.hidden_states.first_gradient()
-    assert reached is not None
-    for number in progress_bar(range(reached - 1, -1, -1), desc="calibrate: blocks", unit="block"):
-        hooks = StatisticsHooks(loaded, [m for m in loaded.matrices if m.block == number], tokens)
-        gradient = streamer.run_block(number, hooks)
-        save_tensors(statistics_path(folder, number), hooks.statistics())
-        # The gradient comes after the statistics: a pass interrupted between the two repeats the block.
-        streamer.hidden_states.store_gradient(number, gradient)
-    front = StatisticsHooks(loaded, outside, tokens)
-    streamer.run_front(front)
-    save_tensors(statistics_path(folder, None), {**load_file(tail_path), **front.statistics()})
-    perplexity = float(json.loads(perplexity_path.read_text(encoding="utf-8")))
-    notes = streamer.notes + _unreached_note(loaded, folder)
-    return CalibrationReport(tokens, perplexity, time.monotonic() - began, notes)
-
-
-def _unreached_note(loaded: LoadedModel, folder: Path) -> list[str]:
-    """A note on the matrices that no token of the text reached and that have no statistics; empty if there are none.
-
-    Raises UserError if all experts of a stack have no statistics, because then the hooks cannot see their products.
-    """
-    keys = statistics_keys(folder, {m.block for m in loaded.matrices})
-    unreached = [m for m in loaded.matrices if not {f"guided/{m.name}", f"lookup/{m.name}"} & keys]
-    reached = {m.parameter for m in loaded.matrices if f"guided/{m.name}" in keys}
-    if hidden := [m.parameter for m in unreached if m.kind == "expert" and m.parameter not in reached]:
-        what = f"the products of {hidden[0]} cannot be watched; expected one matrix product per expert"
-        raise UserError(f"{loaded.source}: {what}: this architecture cannot be calibrated")
-    if not unreached:
-        return []
-    what = f"no token of the text reached {len(unreached)} of {len(loaded.matrices)} matrices, such as"
-    return [f"{what} {unreached[0].name}; errors in them are assumed to cost nothing: calibrate on more text"]
+    perplexity = gather_by_calls(streamer, folder) if streamer.calls else gather_at_once(streamer, folder)
+    unmeasured = complete_statistics(loaded, folder)
+    return CalibrationReport(
+        tokens, perplexity, time.monotonic() - began, streamer.notes + unmeasured.notes, unmeasured.kept
+    )

@@ -1,12 +1,13 @@
 """Hooks that compute statistics from the inputs and output gradients of matrices while a model runs.
 
 Linear layers are watched by forward hooks. Embedding look-ups and products with slices of 3-D expert stacks are watched
-as function calls, so that other operations of the same module (Gemma scales its look-ups) do not affect the statistics.
+as function calls, so that other operations of the same module (Gemma scales its look-ups) do not affect the statistics;
+so are products with the weight of a linear layer that is not called itself (Mamba's dt_proj).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,64 +41,93 @@ def add_moment(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None
 
 
 class _WatchedCalls(TorchFunctionMode):
-    """Passes embedding look-ups and products with slices of expert stacks on to `hooks`."""
+    """Passes embedding look-ups, and products with watched weights, on to `hooks`."""
 
-    def __init__(self, hooks: StatisticsHooks) -> None:
+    def __init__(self, hooks: StatisticsHooks, every_lookup: bool) -> None:
         super().__init__()
-        self.hooks = hooks
+        self.hooks, self.every_lookup = hooks, every_lookup
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is nn.functional.embedding:
-            return self.hooks.on_lookup(args[0], args[1], output)
-        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            self.hooks.on_product(args[0], args[1], output)
+            output = self.hooks.on_lookup(args[0], args[1], output)
+            if self.every_lookup and not output.requires_grad:
+                output = output.detach().requires_grad_().clone()
+            return output
+        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
+            if args[1].dim() == 2:
+                self.hooks.on_product(args[0], args[1], output, func is nn.functional.linear)
+            if func is not nn.functional.linear and args[0].dim() == 2:
+                self.hooks.on_left_product(args[0], args[1], output)
         return output
 
 
 class StatisticsHooks:
     """Accumulates the statistics of `matrices`, in float32, over many forward and backward passes."""
 
-    def __init__(self, loaded: LoadedModel, matrices: list[Matrix], tokens: int) -> None:
-        """Start with empty sums; `tokens` is the number of tokens of the whole text, by which every sum is divided."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        matrices: Sequence[Matrix],
+        tokens: int,
+        sums: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Start with empty sums, or with the `sums` of earlier passes, which are then added to in place.
+
+        `tokens` is the number of tokens of the whole text, by which every sum is divided.
+        """
         self.tokens = tokens
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = dict(sums or {})
         """Key "<kind>/<matrix name>" -> sum over the tokens seen so far."""
         self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
         self._modules: list[tuple[Matrix, nn.Module]] = []
         self._embeddings: list[tuple[Matrix, Tensor]] = []
-        self._experts: dict[int, Matrix] = {}
+        self._slices: dict[int, Matrix] = {}
+        self._weights: dict[int, tuple[Matrix, Tensor]] = {}
+        self._running: set[int] = set()
+        """Addresses of the weights whose modules are being called."""
         for m in matrices:
             parameter = loaded.model.get_parameter(m.parameter)
             if m.kind == "expert":
-                self._experts[parameter[m.expert or 0].data_ptr()] = m
+                self._slices[parameter[m.expert or 0].data_ptr()] = m
                 continue
             if m.kind == "embedding":
                 self._embeddings.append((m, parameter))
+            elif not m.transposed:
+                self._weights[parameter.data_ptr()] = (m, parameter)
             users = m.tied if m.kind == "embedding" else (m.parameter, *m.tied)
             self._modules += [(m, loaded.model.get_submodule(name.rpartition(".")[0])) for name in users]
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record one forward and backward pass, run within this context."""
+    def recording(self, *, every_lookup: bool = False) -> Iterator[None]:
+        """Record one forward and backward pass, run within this context.
+
+        With `every_lookup`, gradients also flow to look-ups in embeddings whose statistics are not gathered, so that
+        everything computed from them is recorded.
+        """
         with ExitStack() as stack:
             stack.callback(self._inputs.clear)
+            stack.callback(self._running.clear)
             for matrix, module in self._modules:
-                stack.callback(module.register_forward_hook(self._module_hook(matrix)).remove)
-            if self._embeddings or self._experts:
-                stack.enter_context(_WatchedCalls(self))
+                if not isinstance(module, nn.Embedding):
+                    stack.callback(module.register_forward_pre_hook(self._starts).remove)
+                    stack.callback(module.register_forward_hook(self._module_hook(matrix), with_kwargs=True).remove)
+            if every_lookup or self._embeddings or self._slices or self._weights:
+                stack.enter_context(_WatchedCalls(self, every_lookup))
             yield
 
-    def statistics(self) -> dict[str, Tensor]:
-        """The statistics in the form in which they are stored; call this after the last pass.
+    def statistics(self, names: Container[str] | None = None) -> dict[str, Tensor]:
+        """The statistics of the matrices `names` (None: of all) as they are stored; call this after their last pass.
 
         Fisher information, look-ups and Gram matrices are bf16, the others float32; row weights have mean one.
         """
         result = {}
         for key, value in self.sums.items():
-            kind = key.split("/", 1)[0]
+            kind, name = key.split("/", 1)
+            if names is not None and name not in names:
+                continue
             if kind == "row_weight":
                 mean = value.mean()
                 result[key] = value / mean if float(mean) > 0 else torch.ones_like(value)
@@ -109,17 +139,41 @@ class StatisticsHooks:
 
     # -- what the hooks see -----------------------------------------------------------------------------------------
 
-    def _module_hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._record(matrix, args[0], output)
+    def _starts(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
+        self._running.add(module.weight.data_ptr())  # type: ignore[operator,union-attr]  # a module with a matrix
+
+    def _module_hook(self, matrix: Matrix) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._running.discard(module.weight.data_ptr())  # type: ignore[operator,union-attr]
+            value = args[0] if args else next(iter(kwargs.values()))
+            self._record(matrix, value, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    def on_product(self, value: Tensor, weight: Tensor, output: Tensor) -> None:
-        """Record a product of `value` with the 2-D `weight`, if `weight` is a slice of a watched expert stack."""
-        matrix = self._experts.get(weight.data_ptr())
+    def on_product(self, value: Tensor, weight: Tensor, output: Tensor, is_linear: bool) -> None:
+        """Record a product of `value` with the 2-D `weight`: x W^T if `is_linear`, else x W.
+
+        `weight` counts if it is a slice of a watched stack of experts, or the watched weight of a module that is not
+        being called (Mamba's dt_proj).
+        """
+        matrix = self._slices.get(weight.data_ptr())
         if matrix is not None:
             self._record(matrix, value, output)
+            return
+        matrix, parameter = self._weights.get(weight.data_ptr(), (None, None))
+        if matrix is None or parameter is None or weight.data_ptr() in self._running:
+            return
+        expected = parameter if is_linear else parameter.T
+        if weight.shape == expected.shape and weight.stride() == expected.stride():
+            self._record(matrix, value, output)
+
+    def on_left_product(self, weight: Tensor, value: Tensor, output: Tensor) -> None:
+        """Record a product W x of the watched weight of a module that is not being called with columns `value`."""
+        matrix, parameter = self._weights.get(weight.data_ptr(), (None, None))
+        if matrix is None or parameter is None or weight.data_ptr() in self._running:
+            return
+        if weight.shape == parameter.shape and weight.stride() == parameter.stride():
+            self._record(matrix, value.transpose(-1, -2), output, columns=True)
 
     def on_lookup(self, ids: Tensor, weight: Tensor, output: Tensor) -> Tensor:
         """The tensor that a look-up of `ids` in table `weight` must return in place of `output`.
@@ -137,7 +191,7 @@ class StatisticsHooks:
             self._sum(key, matrix.rows, matrix.cols).index_add_(0, flat, squares)
 
         _on_gradient(leaf, receive)
-        return leaf
+        return leaf.clone()  # a model may change it in place, which a leaf does not allow
 
     # -- sums -------------------------------------------------------------------------------------------------------
 
@@ -155,27 +209,32 @@ class StatisticsHooks:
         self._inputs[matrix.input] = (value, x)
         return x
 
-    def _record(self, matrix: Matrix, value: Tensor, output: Tensor) -> None:
-        """Remember the input `value`; when the gradient of `output` arrives, update the sums of `matrix` with both."""
+    def _record(self, matrix: Matrix, value: Tensor, output: Tensor, *, columns: bool = False) -> None:
+        """Remember the input `value`; when the gradient of `output` arrives, update the sums of `matrix` with both.
+
+        With `columns` the output has one column per token instead of one row.
+        """
         if not output.requires_grad or not value.numel():
             return
         x, input_dtype = self._input(matrix, value), value.dtype
 
         def receive(gradient: Tensor) -> None:
-            g2 = gradient.detach().float().reshape(-1, matrix.rows).square()  # a copy: autograd still uses its own
+            rows = gradient.transpose(-1, -2) if columns else gradient
+            g = rows.detach().float().reshape(-1, matrix.rows)
+            g2 = g.square()
             importance = g2.mean(1, keepdim=True)
             guided = self._sum(f"guided/{matrix.name}", matrix.cols, matrix.cols)
             add_moment(guided, x * importance, x, 1 / self.tokens)
             self._add_fisher(matrix, g2, x, input_dtype)
             if matrix.kind in ("linear", "expert"):
-                self._add_gram(matrix, gradient, x)
+                self._add_gram(matrix, g, x)
+                self._sum(f"count/{matrix.name}", 1).add_(len(x))
             if matrix.kind in ("head", "embedding"):
                 self._sum(f"row_weight/{matrix.name}", matrix.rows).add_(g2.sum(0))
 
         _on_gradient(output, receive)
 
-    def _add_gram(self, matrix: Matrix, gradient: Tensor, x: Tensor) -> None:
-        g = gradient.detach().float().reshape(-1, matrix.rows)
+    def _add_gram(self, matrix: Matrix, g: Tensor, x: Tensor) -> None:
         weighted = g * x.square().mean(1, keepdim=True)
         add_moment(self._sum(f"gram/{matrix.name}", matrix.rows, matrix.rows), weighted, g, 1 / self.tokens)
 

@@ -137,7 +137,8 @@ def inspect(
     """Show what an artifact or a plan contains: budget, proof, formats, bits and bytes. Reads no weights."""
     from reallm.planner.tables.plan import read_plan
 
-    from .tables import families_table, matrices_table, print_inspection, print_plan
+    from .plan_tables import families_table, print_matrices, print_plan
+    from .tables import print_inspection
 
     plan = read_plan(artifact)
     inspection = None
@@ -153,7 +154,7 @@ def inspect(
         print_inspection(inspection, CONSOLE)
     CONSOLE.print(families_table(plan.choices))
     if matrices:
-        CONSOLE.print(matrices_table(plan.choices))
+        print_matrices(plan.choices, CONSOLE)
 
 
 @app.command(epilog="Example: reallm verify out/")

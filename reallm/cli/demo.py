@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
@@ -104,7 +105,7 @@ def demo(
             stages.append(earlier)
             continue
         up_to_date = False
-        console.print(f"\n[bold]$ reallm {shlex.join(arguments)}[/bold]", highlight=False, soft_wrap=True)
+        console.print(f"\n[bold]$ reallm {escape(shlex.join(arguments))}[/bold]", highlight=False, soft_wrap=True)
         stages.append(run_stage(name, arguments, keep_output=name == "generate"))
         write_text_atomic(folder / STAGES_FILE, canonical_json([asdict(stage) for stage in stages]))
     _print_summary(folder, stages, console)
@@ -113,8 +114,8 @@ def demo(
 def _print_overview(folder: Path, budget: str, finished: Mapping[str, Stage], console: Console) -> None:
     """Print what the demo is going to do and how long each stage will take."""
     console.print(
-        f"This demo fits SmolLM2-135M-Instruct, a 4-bit file of 93.8 MiB, into {budget}. All files go to {folder}/. "
-        "It can be interrupted: the same command then continues. On two cores:",
+        f"This demo fits SmolLM2-135M-Instruct, a 4-bit file of 93.8 MiB, into {budget}. "
+        f"All files go to {escape(str(folder))}/. It can be interrupted: the same command then continues. On two cores:",
         highlight=False,
     )
     rows = [
@@ -218,10 +219,11 @@ def _print_summary(folder: Path, stages: Sequence[Stage], console: Console) -> N
         models.append([name, bytes_text(nbytes), f"{peer_perplexity:.2f}", f"{peer_kl:.3f}"])
     title = "before and after, on held-out text"
     console.print(columns_table(title, ("model", "weights file", "perplexity", "KL, nats per token"), models))
+    out = shlex.quote(str(folder / "out"))
     facts = [
         ("text", evaluation["text"]),
         ("same first token", f"{measured['divergence']['same_top1']:.1%}"),
         ("it writes", stages[-1].output),
-        ("next", f"reallm generate {folder / 'out'} 'Once upon a time'; reallm inspect {folder / 'out'}"),
+        ("next", f"reallm generate {out} 'Once upon a time'; reallm inspect {out}"),
     ]
     console.print(facts_table("result", facts))

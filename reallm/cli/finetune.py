@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,9 +41,8 @@ def finetune(
     if int(os.environ.get("RANK") or 0):
         return  # only the first of several processes prints the result
     adapter = output.name if output.parent == artifact / "adapters" else output
-    next_command = (
-        f"generate {artifact} --adapter {adapter} TEXT"
-        if settings.adapter
-        else f"eval {output} --against MODEL --text test.txt"
-    )
-    typer.echo(f"wrote {output}; next: reallm {next_command}", err=True)
+    if settings.adapter:
+        command = ["reallm", "generate", str(artifact), "--adapter", str(adapter), "TEXT"]
+    else:
+        command = ["reallm", "eval", str(output), "--against", "MODEL", "--text", "test.txt"]
+    typer.echo(f"wrote {output}; next: {shlex.join(command)}", err=True)

@@ -7,8 +7,25 @@ from typing import Annotated
 
 import typer
 
+from reallm.errors import UserError
+
 DEMO_BUDGET = "48MiB"
 """Budget of the demo for the whole weights file, embedding and head included: half of the 4-bit file it starts from."""
+
+
+def file_to_write(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Return `path`, the value of an option. Raises UserError at once if it is a folder, or lies below a file."""
+    if path is None or context.resilient_parsing:
+        return path
+    option = parameter.opts[0]
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; expected the name of a file to write")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{option} {path}: {above} is a file; expected a folder")
+    return path
+
+
 Model = Annotated[
     str, typer.Argument(help="A folder with a transformers model, a .gguf file, or a name on the Hugging Face hub.")
 ]
@@ -23,7 +40,10 @@ Text = Annotated[
         "The default is English text that comes with Python: enough to try things out, too narrow for the best result."
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write all results to this JSON file.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write all results to this JSON file.", callback=file_to_write),
+]
 AdapterName = Annotated[
     str | None,
     typer.Option(help="Run with this LoRA or DoRA adapter: its name in the artifact's adapters/ folder, or a folder."),

@@ -14,7 +14,7 @@ from reallm.planner.tables.plan import Cost, Ties
 from reallm.planner.tables.requirements import KvDtype, Requirements
 
 from .app import CONSOLE, app, quiet_transformers
-from .options import MovedWork, PlanOrArtifact, WorkFolder
+from .options import MovedWork, PlanOrArtifact, WorkFolder, file_to_write
 
 Pins = Annotated[
     list[str] | None,
@@ -69,6 +69,9 @@ def plan(
     ] = None,
     text: Annotated[str | None, typer.Option("--text", hidden=True, help="The former name of --refit-text.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 1024 tokens for --refit.")] = 8,
+    model: Annotated[
+        str | None, typer.Option(help="The model for --refit, if it has moved since it was measured.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="Allow only formats that this runtime has kernels for: triton or cpu.")
     ] = None,
@@ -105,9 +108,11 @@ def plan(
         raise UserError("--refit-text is only used by --refit: add --refit 2, or leave --refit-text out")
     from reallm.planning.plan import best_plans, load_device
     from reallm.planning.plan import plan as run
+    from reallm.planning.plan_file import replaced_plan
 
-    from .tables import print_changes, print_plan
+    from .plan_tables import print_changes, print_plan
 
+    replaced = replaced_plan(output)
     result = run(
         work,
         budget=budget,
@@ -137,7 +142,7 @@ def plan(
 
         quiet_transformers()
         result = run_refit(
-            result, text=refit_text, rounds=refit, windows=windows, output=output, time_limit_s=time_limit
+            result, text=refit_text, rounds=refit, windows=windows, model=model, output=output, time_limit_s=time_limit
         )
     print_plan(result, CONSOLE)
     if best > 1:
@@ -145,7 +150,8 @@ def plan(
             best_plans(work, budget=budget, count=best, options=PlanOptions.of(result))[1:], 2
         ):
             print_changes(f"plan {rank} of the {best} best", result, other, CONSOLE)
-    typer.echo(f"wrote {output}; next: reallm compile {shlex.quote(str(output))} -o out/", err=True)
+    instead = "" if replaced is None else f" in place of the plan for {replaced.budget}"
+    typer.echo(f"wrote {output}{instead}; next: reallm compile {shlex.quote(str(output))} -o out/", err=True)
 
 
 @app.command(epilog="Example: reallm diff plan-3.0.json plan-3.5.json")
@@ -156,7 +162,7 @@ def diff(
     """Show what a second plan stores differently: bytes and predicted loss, matrix by matrix."""
     from reallm.planner.tables.plan import read_plan
 
-    from .tables import print_changes
+    from .plan_tables import print_changes
 
     print_changes(f"{after} compared with {before}", read_plan(before), read_plan(after), CONSOLE, most=None)
 
@@ -174,14 +180,14 @@ def explain(
     from reallm.planning.plan import explain as run
     from reallm.planning.plan import next_mib
 
-    from .tables import alternatives_table, matrices_table, print_changes
+    from .plan_tables import print_alternatives, print_changes, print_matrices
 
     if matrix is not None:
-        CONSOLE.print(alternatives_table(run(plan, matrix, work=work)))
+        print_alternatives(run(plan, matrix, work=work), CONSOLE)
         return
     current, richer = next_mib(plan, work=work)
     costliest = sorted(current.choices, key=lambda choice: -choice.cost)[:15]
-    CONSOLE.print(matrices_table(costliest, "the costliest matrices"))
+    print_matrices(costliest, CONSOLE, "the costliest matrices")
     print_changes("what one more MiB would buy", current, richer, CONSOLE)
 
 
@@ -211,9 +217,14 @@ def sweep(
     first: Annotated[str, typer.Option("--from", help="The first budget, in the form that `plan` takes.")] = "2bpw",
     last: Annotated[str, typer.Option("--to", help="The last budget, in the same unit.")] = "5bpw",
     points: Annotated[int, typer.Option(min=2, help="The number of evenly spaced budgets.")] = 21,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the plans as CSV.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the plans as CSV.", callback=file_to_write)
+    ] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw the plans and all uniform formats: a .png, .svg or .html file.")
+        Path | None,
+        typer.Option(
+            help="Draw the plans and all uniform formats: a .png, .svg or .html file.", callback=file_to_write
+        ),
     ] = None,
     pin: Pins = None,
     exclude: Excluded = None,
@@ -225,7 +236,7 @@ def sweep(
     """Find the best plan at each of many budgets, beside the best uniform format."""
     from reallm.reporting.sweep import sweep as run
 
-    from .tables import print_sweep
+    from .plan_tables import print_sweep
 
     sweep_points = run(
         work,

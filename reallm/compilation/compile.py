@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,26 +26,30 @@ from reallm.codecs.packed_fields import store
 from reallm.codegen.artifact.build import check_targets, emit_kernels
 from reallm.errors import UserError
 from reallm.kernels.codes.stored_fields import codes_sha256
-from reallm.kernels.formats.codecs import DENSE_NAMES, DenseCodec
+from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.dtypes import SAFETENSORS_DTYPES
 from reallm.kernels.storage.layout import TensorSpec
 from reallm.kernels.storage.safetensors_writer import write_weights
 from reallm.measurement.measured_codes import MeasuredCodes
-from reallm.models.loaded import LoadedModel, Matrix, load_model
+from reallm.models.loaded import LoadedModel, Matrix
+from reallm.planner.problem.candidates import dense_format
 from reallm.planner.tables.plan import PLAN_FILE, Choice, Plan, read_plan
 from reallm.planner.tables.records import write_record
 from reallm.planner.tables.tensor_layout import (
     dense_nbytes,
     matrix_tensors,
+    other_specs,
     shared_key,
     shared_tensor,
     weights_tensors,
     whole_stacks,
 )
-from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_DTYPES
+from reallm.planner.tables.work_folder import find_table
+from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_NAMES
 
 from .model_card import hub_name, model_card
+from .plan_model import load_plan_model
 
 Bytes = NDArray[np.uint8]
 
@@ -76,10 +81,10 @@ class Compilation:
     def __post_init__(self) -> None:
         self.matrices = {matrix.name: matrix for matrix in self.loaded.matrices}
         self.choices = {choice.matrix: choice for choice in self.plan.choices}
-        unpacked = DENSE_NAMES[FLOAT_NAMES[self.loaded.dtype]]
+        dtype = FLOAT_NAMES[self.loaded.dtype]
         self.formats = {
-            name: Format.parse(self.choices[name].format if name in self.choices else unpacked)
-            for name in self.matrices
+            name: Format.parse(self.choices[name].format) if name in self.choices else dense_format(m.record(), dtype)
+            for name, m in self.matrices.items()
         }
         self._last_fields: tuple[str, Mapping[str, Bytes]] = ("", {})
         _check_choices(self.plan, self.matrices)
@@ -105,8 +110,9 @@ class Compilation:
         columns. A transposed shape has the same number of digits in the header, so no size changes.
         """
         records = [matrix.record() for matrix in self.loaded.matrices]
-        others = self.loaded.other_tensors()
-        specs = weights_tensors(records, self.formats, self.plan.shared, others, FLOAT_NAMES[self.loaded.dtype])
+        dtype = FLOAT_NAMES[self.loaded.dtype]
+        others = other_specs(self.loaded.other_tensors(), self.loaded.other_dtypes(), dtype)
+        specs = weights_tensors(records, self.formats, self.plan.shared, others)
         tensors = {m.parameter: self.loaded.model.get_parameter(m.parameter) for m in self.loaded.matrices}
         return [replace(s, shape=tuple(tensors[s.name].shape)) if s.name in tensors else s for s in specs]
 
@@ -218,7 +224,8 @@ def _float_bytes(loaded: LoadedModel, spec: TensorSpec, tuned: Mapping[str, Tens
     Raises UserError if the conversion would lose bits.
     """
     tensor = tuned[spec.name] if spec.name in tuned else loaded.model.state_dict()[spec.name].detach()
-    result = tensor.to(TORCH_DTYPES[SAFETENSORS_DTYPES[spec.dtype].name])
+    dtype = {name: dtype for dtype, name in TORCH_NAMES.items()}[SAFETENSORS_DTYPES[spec.dtype].name]
+    result = tensor.to(dtype)
     if spec.name in loaded.other_tensors() and not torch.equal(result.to(tensor.dtype), tensor):
         raise UserError(
             f"tensor {spec.name} is {tensor.dtype} and loses bits as {spec.dtype}; load the model in that dtype"
@@ -228,7 +235,7 @@ def _float_bytes(loaded: LoadedModel, spec: TensorSpec, tuned: Mapping[str, Tens
 
 
 def write_config(folder: Path, loaded: LoadedModel, record: QuantizationRecord) -> None:
-    """Write config.json, the generation configuration and the tokenizer's files."""
+    """Write config.json, the generation configuration and the files of the tokenizer, the processor and the pooling."""
     config = copy.deepcopy(loaded.model.config)
     config.architectures = [type(loaded.model).__name__]
     config.dtype = loaded.dtype
@@ -241,6 +248,12 @@ def write_config(folder: Path, loaded: LoadedModel, record: QuantizationRecord) 
         loaded.model.generation_config.save_pretrained(folder)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
+    for path in loaded.processor_files:
+        shutil.copyfile(path, folder / path.name)
+    if loaded.sentence_encoder is not None:
+        for name, path in loaded.sentence_encoder.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
 
 
 def biased_matrices(loaded: LoadedModel) -> frozenset[str]:
@@ -335,13 +348,13 @@ def compile_plan(
         raise UserError("--objects compiles the generated kernels; leave out --no-kernels")
     check_targets(objects)
     plan = read_plan(plan_path)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model or plan.model)
+    table = find_table(plan, plan_path, work) if codes is None else None
+    loaded = model if isinstance(model, LoadedModel) else load_plan_model(plan, plan_path, model)
     if loaded.digest != plan.model_sha256:
-        raise UserError(
-            f"{plan_path} is a plan for another model than {loaded.source}; plan again, or give that model by --model"
-        )
-    if codes is None:
-        codes = MeasuredCodes(Path(work or plan.work), loaded)
+        raise UserError(f"{plan_path} is a plan for another model than {loaded.source}; plan again, or give that model")
+    if table is not None:
+        codes = MeasuredCodes(table, loaded)
+        codes.check_measured(plan)
         codes.log_missing(plan.choices)
     compilation = Compilation(plan, loaded, codes)
     return write_artifact(compilation, output, force=force, kernels=kernels, objects=objects)

@@ -56,7 +56,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_models` measured; `base_perplexity` and `divergence` are None without a base model.
+    """What `evaluate` measured; `base_perplexity`, `divergence` and `cosine` are None without a base model.
 
     >>> result = reallm.evaluate("out", text="test.txt", seqlen=32, windows=4, progress=False)
     >>> result.comparison.windows, result.comparison.divergence is None
@@ -69,12 +69,15 @@ class Comparison:
     """Context: tokens per window."""
     tokens: int
     """Number of scored positions in all windows."""
-    perplexity: float
-    """exp of the mean loss in nats per token; for an encoder, of the loss on masked tokens."""
+    perplexity: float | None
+    """exp of the mean loss in nats per token; for an encoder, of the loss on masked tokens. None for a model without an
+    output layer for tokens."""
     base_perplexity: float | None
     """The same for the base model."""
     divergence: Divergence | None
-    """How far the model's predictions are from the base's."""
+    """How far the model's predictions are from the base's; None for a model without an output layer for tokens."""
+    cosine: float | None = None
+    """Encoders only: mean cosine between the embeddings of each window (not masked) by the base and by the model."""
 
 
 class CachedLogits:

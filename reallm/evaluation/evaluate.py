@@ -10,21 +10,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json
-from reallm.models.loaded import max_positions
+from reallm.models.limits import embedding_rows, max_positions
+from reallm.models.sentence_encoder import SentenceEncoder, gives_embeddings, read_sentence_encoder
 from reallm.models.sizes import Sizes
-from reallm.runtime.open_model import open_model
+from reallm.models.source import locate
+from reallm.runtime.open_model import RunnableModel, open_model
 from reallm.system.memory import peak_rss_bytes
 from reallm.text.corpus import Text, load_text
 from reallm.text.masking import MASK_SHARE, mask_token_of
-from reallm.text.windows import cut_windows
+from reallm.text.special_tokens import with_special_tokens
+from reallm.text.windows import cut_windows, shortage
 
 from .compare import Comparison, compare_models
+from .embeddings import mean_cosine
 
 MIN_SEQLEN = 8
 
@@ -85,6 +92,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model's perplexity and sizes, and its KL divergence from the original.
 
+    An encoder is measured on masked tokens, and by the cosine between its embeddings and the original's. A model that
+    also takes images or sound is measured on text alone.
+
     Parameters
     ----------
     path
@@ -116,7 +126,8 @@ def evaluate(
     Raises
     ------
     UserError
-        For models that cannot be read, too little text, and logits that are not finite.
+        For models that cannot be read or do not belong together, too little text, a window longer than a model's
+        positions, token ids that a model does not have, and logits that are not finite.
 
     Examples
     --------
@@ -130,20 +141,19 @@ def evaluate(
     source = load_text(text, split="test")
     opened = open_model(path, dtype, device, adapter)
     base = open_model(against, dtype, device) if against is not None else None
-    if base is not None and base.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
-        raise UserError(
-            f"{path} and {against} have different vocabularies; --against must name the model it was made from"
-        )
-    tokens = cut_windows(source, opened.tokenizer, None, seqlen, max_positions=max_positions(opened.model))
-    mask = mask_token_of(opened.model, opened.tokenizer, str(path))
-    comparison = compare_models(
-        base.model if base else None,
-        opened.model,
-        tokens[:windows],
-        mask_token=mask,
-        seed=seed,
-        progress=progress,
+    _check_same_kind(opened, base, path, against)
+    models = [each.model for each in (opened, base) if each is not None]
+    tokens = cut_windows(
+        source,
+        opened.tokenizer,
+        None,
+        seqlen,
+        max_positions=min((limit for each in models if (limit := max_positions(each))), default=None),
+        vocabulary=min((rows for each in models if (rows := embedding_rows(each))), default=None),
     )
+    notes = [*_notes(source, opened, adapter), *([note] if (note := shortage(tokens, windows)) and windows else [])]
+    tokens = tokens[:windows]
+    comparison = _compare(opened, base, path, tokens, seed, progress)
     return Evaluation(
         model=str(path),
         against=None if against is None else str(against),
@@ -155,17 +165,64 @@ def evaluate(
         base_sizes=base.sizes if base else None,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=peak_rss_bytes(),
-        notes=tuple(_notes(source, mask, adapter)),
+        notes=tuple(notes),
         versions={name: version(name) for name in ("reallm", "torch", "transformers")},
         adapter=None if adapter is None else str(adapter),
     )
 
 
-def _notes(text: Text, mask: int | None, adapter: str | Path | None) -> Iterator[str]:
+def _check_same_kind(
+    opened: RunnableModel, base: RunnableModel | None, path: str | Path, against: str | Path | None
+) -> None:
+    """Raise UserError if the base's tokens or predictions are of another kind than the model's."""
+    if base is None:
+        return
+    if base.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
+        raise UserError(
+            f"{path} and {against} have different vocabularies; --against must name the model it was made from"
+        )
+    if _kind(base.model) != _kind(opened.model):
+        raise UserError(
+            f"{path} {_kind(opened.model)}, but {against} {_kind(base.model)}; --against must name the model it was "
+            "made from"
+        )
+
+
+def _kind(model: PreTrainedModel) -> str:
+    """What `model` gives for a text."""
+    if gives_embeddings(model):
+        return "gives embeddings"
+    return "predicts the next token" if model.can_generate() else "predicts masked tokens"
+
+
+def _compare(
+    opened: RunnableModel, base: RunnableModel | None, path: str | Path, tokens: Tensor, seed: int, progress: bool
+) -> Comparison:
+    """The figures on `tokens`, int64 [n, seqlen]: those of the predictions, and for an encoder the cosine as well."""
+    model, reference = opened.model, None if base is None else base.model
+    count, seqlen = tokens.shape
+    if gives_embeddings(model):
+        encoder = read_sentence_encoder(locate(path).folder)
+        comparison = Comparison(count, seqlen, tokens=0, perplexity=None, base_perplexity=None, divergence=None)
+    else:
+        encoder, mask = SentenceEncoder(), mask_token_of(model, opened.tokenizer, str(path))
+        comparison = compare_models(reference, model, tokens, mask_token=mask, seed=seed, progress=progress)
+    if reference is None or model.can_generate():
+        return comparison
+    texts = with_special_tokens(tokens, opened.tokenizer)
+    return replace(comparison, cosine=mean_cosine(reference, model, texts, encoder, progress=progress))
+
+
+def _notes(text: Text, opened: RunnableModel, adapter: str | Path | None) -> Iterator[str]:
     """What a reader of the figures must know."""
+    model = opened.model
     if text.is_fallback:
         yield "this text comes with Python and is not a benchmark; give --text for figures that can be compared"
     if adapter is not None:
         yield f"evaluated with the adapter {adapter}; the sizes do not include it"
-    if mask is not None:
+    if gives_embeddings(model):
+        yield "the model has no output layer for tokens: only the cosine of its embeddings to those of --against counts"
+    elif not model.can_generate():
         yield f"the model is an encoder: the perplexity is that of a random {MASK_SHARE:.0%} of the tokens, masked"
+    if model.config.get_text_config() is not model.config:
+        yield "the model also takes other inputs than text, such as images: it is evaluated on text alone"

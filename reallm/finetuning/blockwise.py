@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from reallm.calibration.block_streaming import BlockStreamer
 from reallm.calibration.calibrate import frozen
-from reallm.calibration.hooks import StatisticsHooks
+from reallm.errors import UserError
 from reallm.system.progress import progress_bar
 from reallm.system.tensor_file import save_tensors
 
@@ -53,6 +53,8 @@ DONE_FILE = "blocks.safetensors"
 class BlockWindow:
     """One window on its way through the blocks."""
 
+    index: int
+    """Its number among the streamer's windows."""
     student: Tensor
     """The input of the student's block, [1, seqlen, hidden]."""
     dense: Tensor
@@ -77,19 +79,27 @@ def train_blocks(pair: StudentTeacher, parts: TrainableParts, settings: Resolved
     weights = [*mean_weights(train), *mean_weights(pair.held_out)]
     streamer = BlockStreamer(pair.dense, folder / "blocks", windows, settings.seed, masked=True)
     with frozen(pair.dense.model):
-        streamer.store_inputs()
+        streamer.store_results()
+        if not streamer.is_chain:
+            raise UserError(
+                f"{pair.dense.source}: its blocks do not form a chain, so they cannot be trained one at a time; leave the "
+                "stage `blocks` out"
+            )
+        blocks = [pair.student.get_submodule(call.path) for call in streamer.calls]
         moments = output_moments(streamer, settings.seed)
     states = _first_inputs(pair.student, blocks[0], windows)
     quiet = not LOG.isEnabledFor(logging.INFO)
     for number, block in enumerate(progress_bar(blocks, desc="blocks", unit="block", disable=quiet)):
-        dense = _windows_of(streamer.hidden_states.read(number + 1))
-        inputs = [BlockWindow(*window) for window in zip(states, dense, weights, strict=True)]
+        inputs = [
+            BlockWindow(index, state, streamer.results.read(number, index)[0], weight)
+            for index, (state, weight) in enumerate(zip(states, weights, strict=True))
+        ]
         trainer = BlockTrainer(streamer, number, block, moments[number])
         if number >= done:
             trainer.train(inputs[:count], inputs[count:], parts.parameter_groups_within(block), settings)
             save_tensors(path, {"done": torch.tensor(number + 1), **parts.state()})
         states = trainer.outputs(states)
-    shutil.rmtree(streamer.hidden_states.folder)
+    shutil.rmtree(streamer.results.folder)
 
 
 def _windows_of(states: Tensor) -> list[Tensor]:
@@ -121,16 +131,17 @@ def _load_state(path: Path, parts: TrainableParts) -> int:
 
 def output_moments(streamer: BlockStreamer, seed: int) -> list[Tensor]:
     """G [hidden, hidden] at every block's output, damped, from the first GRADIENT_WINDOWS windows."""
-    folder, windows = streamer.hidden_states.folder / "few", streamer.inputs[:GRADIENT_WINDOWS]
+    folder, windows = streamer.results.folder / "few", streamer.inputs[:GRADIENT_WINDOWS]
     few = BlockStreamer(streamer.loaded, folder, windows, seed, masked=True)
-    few.store_inputs()
-    few.run_tail(StatisticsHooks(streamer.loaded, [], 1))
+    few.store_results()
+    few.run_tail(few.hooks([]))
     moments: list[Tensor] = []
-    for number in reversed(range(len(few.blocks))):
-        g = few.hidden_states.read_gradient(number + 1).float().flatten(0, -2)
+    for number in reversed(range(len(few.calls))):
+        gradients = few.gradients.of_results(number)
+        g = torch.cat([gradients.read(window)[0] for window in range(few.windows)]).float().flatten(0, -2)
         G = g.T @ g / len(g)
         moments.append(G + torch.diag(DAMPING * G.diagonal().mean().expand(len(G))))
-        few.hidden_states.store_gradient(number, few.run_block(number, StatisticsHooks(streamer.loaded, [], 1)))
+        few.gradients.store(number, *few.run_call(number, few.hooks([])))
     return moments[::-1]
 
 
@@ -165,13 +176,14 @@ class BlockTrainer:
     def loss(self, window: BlockWindow) -> Tensor:
         """The loss of the block's output on one window, nats per token."""
         device = window.student.device
-        d = (self.streamer.replay(self.number, window.student, self.block) - window.dense.to(device)).float()[0]
+        output = self.streamer.replay(self.number, window.index, window.student, self.block)
+        d = (output - window.dense.to(device)).float()[0]
         return 0.5 * (((d @ self.moment.to(device)) * d).sum(-1) * window.weights.to(device)).sum()
 
     @torch.no_grad()
     def outputs(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The block's output [1, seqlen, hidden] for each of the hidden states [1, seqlen, hidden] in `states`."""
-        return [self.streamer.replay(self.number, state, self.block) for state in states]
+        return [self.streamer.replay(self.number, index, state, self.block) for index, state in enumerate(states)]
 
     @torch.no_grad()
     def mean_loss(self, windows: Sequence[BlockWindow]) -> float:

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from reallm.errors import UserError
 from reallm.text.corpus import Text
-from reallm.text.readers import Message
-from reallm.text.windows import cut_windows
+from reallm.text.documents import Conversation, Message
+from reallm.text.tokenizer_calls import encode, render_chat
+from reallm.text.windows import check_vocabulary, cut_windows
 
 ANSWERER = "assistant"
 
@@ -38,17 +39,21 @@ class SampledWindows:
 
 
 def sample_windows(
-    text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int, max_positions: int | None
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    max_positions: int | None,
+    vocabulary: int | None = None,
 ) -> SampledWindows:
     """Cut `text` into consecutive windows of `seqlen` tokens; of conversations, keep those that contain part of an
     answer.
 
-    Raises UserError if the text is too short, `seqlen` exceeds `max_positions`, the chat template is missing, or there
-    is no answer.
+    Raises UserError if the text is too short, `seqlen` exceeds `max_positions`, the chat template is missing or refuses
+    a conversation, a token id is not below `vocabulary` (the rows of the model's embedding), or there is no answer.
     """
-    conversations = [document for document in text.documents if isinstance(document, tuple)]
+    conversations = [document for document in text.documents if isinstance(document, Conversation)]
     if not conversations:
-        tokens = cut_windows(text, tokenizer, None, seqlen, max_positions=max_positions)
+        tokens = cut_windows(text, tokenizer, None, seqlen, max_positions=max_positions, vocabulary=vocabulary)
         return SampledWindows(tokens, torch.arange(len(tokens)))
     if len(conversations) < len(text.documents):
         raise UserError(
@@ -60,46 +65,52 @@ def sample_windows(
         raise UserError(
             f"--seqlen {seqlen}: this model takes 1 to {max_positions} tokens; choose a length in that range"
         )
-    rows = [answer_tokens(conversation, tokenizer, text.description) for conversation in conversations]
+    rows = [answer_tokens(each, tokenizer, text.place(index)) for index, each in enumerate(conversations)]
     tokens, scored = (torch.cat(parts) for parts in zip(*rows, strict=True))
     if not bool(scored.any()):
         raise UserError(
             f"{text.description} has no usable row: none of its {len(rows)} conversations has a message of the "
             f'{ANSWERER} after another message; expected {{"role": "{ANSWERER}", "content": ...}}'
         )
+    check_vocabulary(tokens, tokenizer, vocabulary, text.description)
     count = -(-len(tokens) // seqlen)
     padding = (0, count * seqlen - len(tokens))
-    tokens = pad(tokens, padding, value=_padding_token(tokenizer)).view(count, seqlen)
+    tokens = pad(tokens, padding, value=_padding_token(tokenizer, vocabulary)).view(count, seqlen)
     scored = pad(scored, padding).view(count, seqlen)
     has_answer = scored[:, 1:].any(1)  # the first token of a window is never predicted
     return SampledWindows(tokens[has_answer], torch.arange(count)[has_answer], scored[has_answer])
 
 
-def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills the rest of the last window; it is not scored."""
+def _padding_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> int:
+    """The token that fills the rest of the last window; it is not scored. The model has `vocabulary` tokens."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in candidates if isinstance(token, int)), 0)
+    return next((token for token in candidates if isinstance(token, int) and token < (vocabulary or token + 1)), 0)
 
 
-def answer_tokens(
-    conversation: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[Tensor, Tensor]:
+def _is_answer(message: Message) -> bool:
+    """Whether `message` is one that the model has to learn to write: text or calls of tools."""
+    content = message.get("content")
+    empty = not content.strip() if isinstance(content, str) else not content
+    return message["role"] == ANSWERER and not (empty and not message.get("tool_calls"))
+
+
+def answer_tokens(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[Tensor, Tensor]:
     """Token ids of a conversation, int64 [n], and whether each belongs to an answer, bool [n].
 
-    The token that marks the end of an answer counts as part of the answer. `where` names the text in the error message.
-    Raises UserError if the template does not render the first messages of a conversation as a prefix of the whole.
+    The token that marks the end of an answer counts as part of the answer. `where` names the conversation in the error
+    message. Raises UserError if the template refuses the conversation, or does not render its first messages as a
+    prefix of the whole.
     """
-    messages = [dict(message) for message in conversation]
+    messages = conversation.messages
 
     def render(count: int, generation_prompt: bool) -> str:
-        rendered: str = tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=generation_prompt
+        return render_chat(
+            tokenizer, messages[:count], where, tools=conversation.tools, generation_prompt=generation_prompt
         )
-        return rendered
 
     prefixes: list[tuple[str, bool]] = []  # growing prefixes; whether the text that each adds is an answer
     for index, message in enumerate(messages):
-        if index and message["role"] == ANSWERER and message["content"].strip():
+        if index and _is_answer(message):
             prefixes += [(render(index, True), False), (render(index + 1, False), True)]
     prefixes.append((render(len(messages), False), False))
     ids: list[int] = []
@@ -111,7 +122,7 @@ def answer_tokens(
                 f"{where}: the chat template rewrites earlier messages, so answers cannot be located; expected a "
                 "template that only appends; use plain text, or another tokenizer"
             )
-        part = tokenizer(prefix[len(previous) :], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        part = encode(tokenizer, prefix[len(previous) :], where, special_tokens=False)
         ids += part
         scored += [ends_in_answer] * len(part)
         previous = prefix

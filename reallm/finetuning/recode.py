@@ -33,9 +33,9 @@ SAVES = 5
 def recode(pair: StudentTeacher, measured: Path, settings: ResolvedSettings, folder: Path, before: float) -> float:
     """Give the blocks of the student new codes and norms; return the loss on the held-out windows.
 
-    The old codes and norms stay unless the new loss is lower than `before`. `measured` is the work folder of the plan.
-    Continues from the last state that an interrupted run saved in `folder`. Raises UserError if the work folder is
-    missing or belongs to another model, or if the loss is not finite.
+    The old codes and norms stay unless the new loss is lower than `before`. `measured` is the file of the plan's
+    table. Continues from the last state that an interrupted run saved in `folder`. Raises UserError if the table
+    belongs to another model, or if the loss is not finite.
     """
     encoder = BlockEncoder(pair, measured)
     fields = {

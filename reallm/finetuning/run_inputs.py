@@ -12,9 +12,8 @@ from reallm.artifacts.verify import verify
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice, Plan, read_plan
-from reallm.planner.tables.records import read_record
+from reallm.planner.tables.work_folder import find_table
 from reallm.text.corpus import Text, load_text
 
 from .checkpoints import RunIdentity, progress_folder
@@ -34,16 +33,13 @@ class RunInputs:
     """The plan of `artifact`."""
     source: Text
     settings: ResolvedSettings
+    measured: Path | None
+    """The file of the measured table that the stage "codes" needs; None where no stage needs it."""
 
     @property
     def progress(self) -> Path:
         """The folder of the run's checkpoints."""
         return progress_folder(self.output)
-
-    @property
-    def measured(self) -> Path:
-        """The work folder of the plan."""
-        return Path(self.settings.work or self.plan.work)
 
     def check_output(self) -> None:
         """Raise UserError if the output exists and may not be replaced."""
@@ -79,9 +75,10 @@ def open_inputs(
         raise UserError(f"--stages {stages}: {processes.count} processes can only run end-to-end; start one process")
     if not formats_have(resolved.train, resolved.new_factors, linears):
         raise nothing_to_train(resolved.train)
+    measured = None
     if "codes" in resolved.stages or settings.work is not None:
-        read_record(Path(settings.work or plan.work) / TABLE_FILE, MeasuredTable, "measure")  # must exist
-    return RunInputs(Path(artifact), output, plan, load_text(text), resolved)
+        measured = find_table(plan, artifact, settings.work)
+    return RunInputs(Path(artifact), output, plan, load_text(text), resolved, measured)
 
 
 def _check_output(output: Path, settings: FinetuneSettings) -> None:

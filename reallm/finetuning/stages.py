@@ -31,8 +31,8 @@ class RunFolders:
 
     progress: Path
     """Checkpoints of this run."""
-    measured: Path
-    """The work folder of the plan, which the stage "codes" reads."""
+    measured: Path | None
+    """The file of the plan's measured table, which the stage "codes" reads; None where that stage is not run."""
     checkpoint: Path | None = None
     """The last complete checkpoint in `progress`; None for a new run."""
 
@@ -92,6 +92,7 @@ def _renew_codes(
     stages = tuple(settings.stages)
     if "codes" not in stages:
         return before, stages
+    assert folders.measured is not None
     pair.reload_teacher()
     encoded = recode(pair, folders.measured, settings, folders.progress, before)
     return encoded, stages if encoded < before else tuple(stage for stage in stages if stage != "codes")

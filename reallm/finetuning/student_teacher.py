@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reallm.artifacts.quantization_config import DecodeMode
+from reallm.compilation.plan_model import load_plan_model
 from reallm.errors import UserError
-from reallm.models.loaded import LoadedModel, load_model
+from reallm.models.loaded import LoadedModel
 from reallm.planner.tables.plan import Plan
 from reallm.runtime.load import load
 from reallm.system.device import parse_device
@@ -126,9 +127,7 @@ def open_training_data(
     Raises UserError if the model is missing or is not the right one, or if the text has fewer than two windows.
     """
     device = processes.own_device(parse_device(settings.device, ("cpu", "cuda")))  # the Trainer supports no others
-    dense = load_model(settings.teacher or plan.model)
-    if dense.digest != plan.model_sha256:
-        raise UserError(f"{dense.source} is not the model {artifact} was made from; give that one as --teacher")
+    dense = load_plan_model(plan, artifact, settings.teacher, "--teacher")
     sample = _sample(dense, source, settings.seqlen)
     mask_token = mask_token_of(dense.model, _tokenizer(dense), dense.source)
     if mask_token is not None:
@@ -164,7 +163,7 @@ def _tokenizer(dense: LoadedModel) -> PreTrainedTokenizerBase:
 
 def _sample(dense: LoadedModel, source: Text, seqlen: int) -> SampledWindows:
     """All windows of the text, at least two. Raises UserError."""
-    sample = sample_windows(source, _tokenizer(dense), seqlen, dense.max_positions)
+    sample = sample_windows(source, _tokenizer(dense), seqlen, dense.max_positions, dense.vocabulary)
     if len(sample.tokens) < 2:
         raise UserError(
             f"{source.description} has only one window of {seqlen} tokens; two are needed (one is held out): give a "

@@ -19,6 +19,7 @@ from reallm.errors import UserError
 from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format
 from reallm.models.loaded import LoadedModel, check_storable, load_model
+from reallm.models.matrix import Matrix
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.system.memory import peak_rss_bytes
 from reallm.text.corpus import Text, load_text
@@ -30,6 +31,7 @@ from .encoding import Job
 from .schedule import Measured, measure_formats
 from .screening import AnchorCost, choose_anchor, worth_measuring
 from .search_space import Space, load_space
+from .second_order_check import check_second_order, warning
 from .shared_codebooks import load_or_fit_codebooks
 from .table import Settings, assemble_table, write_table
 from .workers.pool import Backend, open_workers
@@ -126,12 +128,19 @@ def measure(
         for note in (*loaded.notes, *report.notes):
             LOG.warning("%s", note)
         calibrated = time.monotonic()
-        codebooks, shared = load_or_fit_codebooks(loaded, candidates, job)
-        formats: Mapping[str, Sequence[Format]] = {m.name: candidates.formats[m.kind] for m in loaded.matrices}
+        formats: Mapping[str, Sequence[Format]] = {
+            m.name: () if m.name in report.kept else candidates.formats[m.kind] for m in loaded.matrices
+        }
+        codebooks, shared = load_or_fit_codebooks(loaded, formats, job)
         anchors = Measured([], 0)
         if bpw is not None:
-            formats, anchors = _screen(loaded, candidates, job, codebooks, workers, bpw)
+            measurable = [m for m in loaded.matrices if m.name not in report.kept]
+            useful, anchors = _screen(loaded, measurable, candidates, job, codebooks, workers, bpw)
+            formats = {**formats, **useful}
         measured = measure_formats(loaded, formats, job, codebooks, workers)
+    doubt = warning(check_second_order(loaded, ids, measured.records, job, codebooks))
+    if doubt is not None:
+        LOG.warning("%s", doubt)
     base = {
         "calibration_perplexity": report.perplexity,
         "calibration_seconds": round(calibrated - started, 1),
@@ -146,7 +155,12 @@ def measure(
         "space": candidates.name,
         "identity": job.identity,
     }
-    table = assemble_table(loaded, calibration_text, measured.records, shared, settings, report.tokens, base)
+    if chat_template:
+        settings = {**settings, "chat_template": True}
+    if prefix is not None:
+        settings = {**settings, "prefix": str(prefix)}
+    table = assemble_table(loaded, calibration_text, measured.records, shared, settings, report, base)
+    table = table.model_copy(update={"doubts": () if doubt is None else (doubt,)})
     return write_table(table, candidates, output)
 
 
@@ -160,7 +174,8 @@ def sample_windows(
     """
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer; add its tokenizer files to the folder")
-    ids = cut_windows(text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, loaded.max_positions)
+    limits = {"max_positions": loaded.max_positions, "vocabulary": loaded.vocabulary}
+    ids = cut_windows(text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, **limits)
     if text.is_fallback:
         LOG.warning(
             "no --text: calibrating on %s; a text like those the model was made for gives a better plan",
@@ -183,17 +198,18 @@ def _identity(loaded: LoadedModel, ids: Tensor, seed: int, prefix: Path | None) 
 
 def _screen(
     loaded: LoadedModel,
+    matrices: Sequence[Matrix],
     space: Space,
     job: Job,
     codebooks: Mapping[str, Tensor],
     workers: Workers,
     bpw: tuple[float, float],
 ) -> tuple[dict[str, Sequence[Format]], Measured]:
-    """Measure every linear matrix in one anchor format, and rule out candidates that no plan would choose.
+    """Measure the linear ones of `matrices` in one anchor format, and rule out candidates that no plan would choose.
 
     Returns the formats still to be measured, by matrix name, and the measurements in the anchor formats.
     """
-    inner = [m for m in loaded.matrices if m.kind in ("linear", "expert")]
+    inner = [m for m in matrices if m.kind in ("linear", "expert")]
     anchors = {m.name: choose_anchor(space.formats[m.kind]) for m in inner}
     anchor_formats = {m.name: [fmt] if (fmt := anchors.get(m.name)) else [] for m in loaded.matrices}
     measured = measure_formats(loaded, anchor_formats, job, codebooks, workers)
@@ -201,4 +217,4 @@ def _screen(
     numel = sum(m.numel for m in inner)
     anchor_costs = [AnchorCost(m, costs[m.name]) for m in inner if m.name in costs]
     useful = worth_measuring(anchor_costs, space.formats, (bpw[0] * numel / 8, bpw[1] * numel / 8))
-    return {m.name: useful.get(m.name, space.formats[m.kind]) for m in loaded.matrices}, measured
+    return {m.name: useful.get(m.name, space.formats[m.kind]) for m in matrices}, measured

@@ -20,10 +20,9 @@ from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
 from reallm.models.loaded import LoadedModel
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
-from reallm.planner.tables.plan import Choice
-from reallm.planner.tables.records import read_record
+from reallm.planner.tables.plan import Choice, Plan
 from reallm.planner.tables.tensor_layout import shared_key
+from reallm.planner.tables.work_folder import described, folder_of, read_table
 from reallm.system.threads import one_thread
 
 from .encoding import Job, codebook_values
@@ -32,16 +31,37 @@ LOG = logging.getLogger(__name__)
 
 
 class MeasuredCodes:
-    """The packed fields of a plan's choices, from the work folder `work`."""
+    """The packed fields of a plan's choices, from a work folder."""
 
     def __init__(self, work: Path, loaded: LoadedModel) -> None:
-        """Open the cache in `work`. Raises UserError if `work` was measured on another model than `loaded`."""
-        table = read_record(work / TABLE_FILE, MeasuredTable, "measure")
+        """Open the cache of the work folder `work`, which may also be the file of one of its tables.
+
+        Raises UserError if it was measured on another model than `loaded`.
+        """
+        table = read_table(work)
         if table.model_sha256 != loaded.digest:
             raise UserError(f"{work} was measured on another model than {loaded.source}; measure again, or give --work")
-        self.job = Job.at(work, str(table.settings["identity"]), int(table.settings["seed"] or 0))
+        self.work, self.table = work, table
+        self.job = Job.at(folder_of(work), str(table.settings["identity"]), int(table.settings["seed"] or 0))
         self.loaded, self.digests = loaded, {record.key: record.sha256 for record in table.shared}
         self.matrices = {matrix.name: matrix for matrix in loaded.matrices}
+
+    def check_measured(self, plan: Plan) -> None:
+        """Raise UserError if the table has other codes than the plan for one of its choices."""
+        measured = {(record.matrix, record.format): record.codes_sha256 for record in self.table.measurements}
+        for choice in plan.choices:
+            if measured.get((choice.matrix, choice.format), choice.codes_sha256) == choice.codes_sha256:
+                continue
+            if self.table.digest() == plan.table_sha256:
+                raise UserError(
+                    f"{choice.matrix} has other codes in the plan than were measured: it is the plan of a fine-tuned "
+                    "artifact, whose codes are in its own folder only; compile the plan that it was made from"
+                )
+            raise UserError(
+                f"the plan was not made from the measurements in {folder_of(self.work)} ({described(self.table)}): "
+                f"these give {choice.matrix} other codes in {choice.format}; name the work folder that it was made from with "
+                "--work, or plan again"
+            )
 
     def log_missing(self, choices: Sequence[Choice]) -> None:
         """Log how many of the choices must be encoded again because the cache does not hold their codes."""

@@ -1,21 +1,29 @@
-"""Assembling the measured table from the records of this run and of earlier runs."""
+"""Assembling the measured table from the records of this run and of earlier runs.
+
+Runs with the same model, text and settings add to one table. A run with others starts a new one, and the table that it
+replaces is kept (`planner.tables.work_folder`), so that plans made from it stay usable.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from reallm.calibration.calibrate import CalibrationReport
 from reallm.codecs.encode import CODEC_VERSION
 from reallm.models.kv_cache import experts_per_token, kv_cache
 from reallm.models.loaded import LoadedModel
 from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, MeasurementRecord, SharedRecord
-from reallm.planner.tables.records import RecordError, read_record, write_record
+from reallm.planner.tables.records import write_record
+from reallm.planner.tables.work_folder import described, keep_earlier, tables_in
 from reallm.system.lock import exclusive_lock
 from reallm.system.torch_dtypes import FLOAT_NAMES
 from reallm.text.corpus import Text
 
 from .search_space import Space
 
+LOG = logging.getLogger(__name__)
 Settings = Mapping[str, int | float | str | bool | None]
 
 
@@ -25,28 +33,30 @@ def assemble_table(
     records: Sequence[MeasurementRecord],
     shared: Sequence[SharedRecord],
     settings: Settings,
-    tokens: int,
+    report: CalibrationReport,
     base: Mapping[str, float],
 ) -> MeasuredTable:
-    """Make the table of one run.
-
-    `tokens` is the number of calibration tokens; `base` holds the model's perplexity, timings and memory use.
-    """
+    """Make the table of one run; `base` holds the model's perplexity, timings and memory use."""
     order = {m.name: i for i, m in enumerate(loaded.matrices)}
+    kept: dict[str, list[str]] = {}
+    for name, reason in report.kept.items():
+        kept.setdefault(reason, []).append(name)
     return MeasuredTable.model_validate(
         {
             "model": loaded.source,
             "model_sha256": loaded.digest,
             "text": text.description,
             "text_sha256": text.sha256,
-            "settings": {**settings, "codec": CODEC_VERSION, "tokens": tokens},
+            "settings": {**settings, "codec": CODEC_VERSION, "tokens": report.tokens},
             "dtype": FLOAT_NAMES[loaded.dtype],
             "other_tensors": loaded.other_tensors(),
+            "other_dtypes": loaded.other_dtypes(),
             "matrices": tuple(m.record() for m in loaded.matrices),
             "measurements": tuple(sorted(records, key=lambda r: (order[r.matrix], r.format))),
             "shared": tuple(shared),
             "kv_cache": kv_cache(loaded.model),
             "experts_per_token": experts_per_token(loaded.model),
+            "kept": kept,
             "base": dict(base),
         }
     )
@@ -55,41 +65,53 @@ def assemble_table(
 def write_table(table: MeasuredTable, space: Space, output: Path) -> MeasuredTable:
     """Add the measurements of earlier runs to `table`, count those that are missing, and write it to folder `output`.
 
-    The folder is locked during this, because another process or machine may be adding its measurements too.
+    A table of other settings that it replaces is kept, and a log line names its file. The folder is locked during this,
+    because another process or machine may be adding its measurements too.
     """
     with exclusive_lock(output):
         table = _with_earlier(table, output)
         table = table.model_copy(update={"bounded": _count_unmeasured(table, space)})
+        kept = keep_earlier(output, table)
         write_record(output / TABLE_FILE, table)
+    if kept is not None and not _same_settings(kept[1], table):
+        LOG.info(
+            "%s held measurements of other settings (%s): they are kept in %s, and plans made from them can still be "
+            "compiled",
+            output,
+            described(kept[1]),
+            kept[0],
+        )
     return table
+
+
+def _same_settings(one: MeasuredTable, other: MeasuredTable) -> bool:
+    """Whether two tables measured the same model with the same encoders, text and settings."""
+    return all(one.settings.get(key) == other.settings.get(key) for key in ("identity", "codec"))
 
 
 def _with_earlier(table: MeasuredTable, output: Path) -> MeasuredTable:
     """Add to `table` what earlier runs measured in other formats on the same model, text and settings."""
-    try:
-        earlier = read_record(output / TABLE_FILE, MeasuredTable, "measure")
-    except RecordError:  # no table yet, or one of another version
-        return table
-    if any(earlier.settings.get(key) != table.settings[key] for key in ("identity", "codec")):
-        return table
-    known = {(r.matrix, r.format) for r in table.measurements}
-    added = [r for r in earlier.measurements if (r.matrix, r.format) not in known]
-    shared_keys = {record.key for record in table.shared}
+    measurements = {(r.matrix, r.format): r for r in table.measurements}
+    shared = {record.key: record for record in table.shared}
+    doubts = table.doubts
+    for _, earlier in tables_in(output):
+        if _same_settings(earlier, table):
+            doubts = doubts or earlier.doubts
+            measurements = {(r.matrix, r.format): r for r in earlier.measurements} | measurements
+            shared |= {record.key: record for record in earlier.shared if record.key not in shared}
     order = {m.name: i for i, m in enumerate(table.matrices)}
-    return table.model_copy(
-        update={
-            "measurements": tuple(sorted([*table.measurements, *added], key=lambda r: (order[r.matrix], r.format))),
-            "shared": (*table.shared, *(record for record in earlier.shared if record.key not in shared_keys)),
-        }
-    )
+    ordered = sorted(measurements.values(), key=lambda r: (order[r.matrix], r.format))
+    added = {"measurements": tuple(ordered), "shared": tuple(shared.values()), "doubts": doubts}
+    return table.model_copy(update=added)
 
 
 def _count_unmeasured(table: MeasuredTable, space: Space) -> dict[str, int]:
     """Format name -> number of matrices that were not measured in it, for formats of the space where it is not zero."""
     known = {(record.matrix, record.format) for record in table.measurements}
+    kept = {name for names in table.kept.values() for name in names}
     counts: dict[str, int] = {}
     for matrix in table.matrices:
         for fmt in space.formats[matrix.kind]:
-            if (matrix.name, fmt.name) not in known:
+            if matrix.name not in kept and (matrix.name, fmt.name) not in known:
                 counts[fmt.name] = counts.get(fmt.name, 0) + 1
     return counts

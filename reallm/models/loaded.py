@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reallm.errors import UserError
-from reallm.system.torch_dtypes import FLOAT_NAMES
+from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_NAMES
 
+from .limits import embedding_rows, max_positions
 from .matrices import discover
 from .matrix import Matrix
+from .processor import processor_files
+from .sentence_encoder import SentenceEncoder, gives_embeddings, read_sentence_encoder
 from .source import load_dense, load_tokenizer, locate
 
 __all__ = [
@@ -30,7 +34,6 @@ __all__ = [
     "check_storable",
     "discover",
     "load_model",
-    "max_positions",
     "model_digest",
 ]
 
@@ -56,6 +59,10 @@ class LoadedModel:
     """All weight matrices, in module order."""
     notes: tuple[str, ...] = ()
     """Notes for the user about the source, one line each."""
+    sentence_encoder: SentenceEncoder | None = None
+    """What the model computes from its hidden states, if it is an encoder without an output layer for tokens."""
+    processor_files: tuple[Path, ...] = ()
+    """The files of the model's processor for images or sound, to be copied as they are."""
 
     @property
     def is_encoder(self) -> bool:
@@ -64,8 +71,13 @@ class LoadedModel:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest context in tokens; None where the configuration sets no limit."""
+        """The longest context in tokens; None where nothing limits it."""
         return max_positions(self.model)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of rows of the embedding, which every token id must be below; None if there is no embedding."""
+        return embedding_rows(self.model)
 
     def weight(self, matrix: Matrix) -> Tensor:
         """A float32 copy of the weights of `matrix`, [rows, cols]."""
@@ -87,6 +99,11 @@ class LoadedModel:
                 others[name] = tuple(tensor.shape)
         return others
 
+    def other_dtypes(self) -> dict[str, str]:
+        """Name -> dtype ("f32", "i64", ...) of those of `other_tensors` that are not in the model's dtype."""
+        tensors = self.model.state_dict()
+        return {n: TORCH_NAMES[tensors[n].dtype] for n in self.other_tensors() if tensors[n].dtype != self.dtype}
+
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedModel:
     """Load `source` on the CPU and find its matrices.
@@ -104,32 +121,37 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedMo
         tokenizer=load_tokenizer(located),
         source=located.label,
         digest=model_digest(model),
-        dtype=model.dtype,
+        dtype=weights_dtype(model),
         blocks=blocks,
         matrices=matrices,
         notes=notes,
+        sentence_encoder=read_sentence_encoder(located.folder) if gives_embeddings(model) else None,
+        processor_files=() if located.gguf_file else processor_files(located.folder),
     )
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest context of `model` in tokens; None where its configuration sets no limit."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
-            return limit - module.padding_idx - 1  # RoBERTa: the first position comes after padding_idx
-    return limit
+def weights_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that most bytes of the parameters of `model` have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.nbytes
+    return sizes.most_common(1)[0][0] if sizes else model.dtype
 
 
 def check_storable(loaded: LoadedModel) -> None:
-    """Raise UserError, naming the tensor, if the model's dtype cannot hold an uncompressed tensor exactly."""
+    """Raise UserError, naming the tensor, if an artifact cannot store the weights in their dtypes."""
     if loaded.dtype not in FLOAT_NAMES:
         raise UserError(f"{loaded.source}: its weights are {loaded.dtype}; expected float16, bfloat16 or float32")
-    tensors = loaded.model.state_dict()
-    for name in loaded.other_tensors():
-        if not torch.equal(tensors[name].to(loaded.dtype).to(tensors[name].dtype), tensors[name]):
+    for name, tensor in stored_tensors(loaded.model):
+        if tensor.dtype not in TORCH_NAMES:
+            raise UserError(f"{loaded.source}: tensor {name} is {tensor.dtype}, which artifacts do not store")
+    for matrix in loaded.matrices:
+        dtype = loaded.model.get_parameter(matrix.parameter).dtype
+        if dtype not in (loaded.dtype, torch.float32):
             raise UserError(
-                f"{loaded.source}: tensor {name} is {tensors[name].dtype} and loses bits as {loaded.dtype}, in which "
-                "uncompressed tensors are stored; save the model in float32 and measure that"
+                f"{loaded.source}: matrix {matrix.name} is {dtype} in a model of {loaded.dtype}; expected the same "
+                "dtype or float32: save the model in one dtype"
             )
 
 

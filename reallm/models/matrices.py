@@ -1,9 +1,9 @@
 """The weight matrices of a transformers model, found by class and shape instead of by a list of names.
 
 A matrix is W[rows, cols] = [out_features, in_features]. These count as matrices: every nn.Linear, every Conv1D
-(GPT-2's, stored transposed), the token embedding, the output head, and every slice of a 3-D stack of experts. A fused
-projection (qkv, gate_up) is one matrix, and so is a tensor with several tied names. Norms, biases, position embeddings,
-routers and convolutions do not count.
+(GPT-2's, stored transposed), every embedding of the token ids, the output head, and every slice of a 3-D stack of
+experts. A fused projection (qkv, gate_up) is one matrix, and so is a tensor with several tied names. Norms, biases,
+position embeddings, routers and convolutions do not count.
 """
 
 from __future__ import annotations
@@ -33,21 +33,26 @@ class _WeightTensor:
     tensor: Tensor
     kind: Kind
     module: nn.Module
+    is_input: bool = False
+    """Whether it is the model's first embedding."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of the repeated blocks, in order: the children of the ModuleList with the most parameters.
+    """Module paths of the repeated blocks, in module order: the children of every outermost ModuleList of blocks.
 
-    In most models all blocks have the same class; hybrid models (attention and state space) may have blocks of two
-    classes.
+    A vision-language model has several such lists, hybrid models (attention and state space) have blocks of several
+    classes. A child counts as a block if it contains a linear layer; a bare linear layer is no block.
     """
-    largest, blocks = 0, tuple[str, ...]()
+    blocks: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > largest:
-                largest, blocks = size, tuple(f"{path}.{index}" for index in range(len(module)))
-    return blocks
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") for block in blocks):
+            blocks += [f"{path}.{index}" for index, child in enumerate(module) if _is_block(child)]
+    return tuple(blocks)
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module contains a matrix, without being one."""
+    return any(isinstance(child, (nn.Linear, Conv1D)) for child in module.modules() if child is not module)
 
 
 def discover(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[Matrix, ...]]:
@@ -61,7 +66,8 @@ def discover(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[Matrix, ...
     stacks = {candidate.path: candidate.tensor for candidate in candidates if candidate.kind == "expert"}
     watched = {path: module for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     uses = probe(model, watched, stacks)
-    weights = [w for w in candidates if w.kind != "expert" or _is_expert_stack(w, uses)]
+    routers = _routers(model)
+    weights = [w for w in candidates if w.path not in routers and _is_used_as_matrices(w, uses)]
     names = _names_of_tensors(model)
     inputs = _input_names(weights, uses, blocks)
     head_path = next((path for path, module in model.named_modules() if module is head), "")
@@ -81,10 +87,13 @@ def discover(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[Matrix, ...
 
 def _weight_tensors(model: PreTrainedModel, head: nn.Module | None) -> Iterator[_WeightTensor]:
     """Yield every weight tensor once; a tied one belongs to the embedding if that uses it, else to its first user."""
-    embedding = model.get_input_embeddings()
+    embedding = _input_embeddings(model)
     owned = {id(embedding.weight)} if isinstance(embedding, nn.Embedding) else set()
     for path, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
+            yield _WeightTensor(path, f"{path}.weight", module.weight, "embedding", module, is_input=True)
+        elif isinstance(module, nn.Embedding) and id(module.weight) not in owned:
+            owned.add(id(module.weight))
             yield _WeightTensor(path, f"{path}.weight", module.weight, "embedding", module)
         elif isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in owned:
             owned.add(id(module.weight))
@@ -96,9 +105,42 @@ def _weight_tensors(model: PreTrainedModel, head: nn.Module | None) -> Iterator[
                     yield _WeightTensor(f"{path}.{name}", f"{path}.{name}", tensor, "expert", module)
 
 
-def _is_expert_stack(stack: _WeightTensor, uses: Uses) -> bool:
-    """Whether a 3-D parameter is a stack of matrices: the probe saw it used as such, or transformers declares it so."""
-    return stack.path in uses.transposed or hasattr(stack.module, "is_transposed")
+def _is_used_as_matrices(weight: _WeightTensor, uses: Uses) -> bool:
+    """Whether the probe saw a tensor used like its kind.
+
+    A 3-D parameter counts if it is multiplied as a stack of matrices, or if transformers declares it so; an embedding
+    besides the model's first one counts if token ids are looked up in it.
+    """
+    if weight.kind == "expert":
+        return weight.path in uses.transposed or hasattr(weight.module, "is_transposed")
+    return weight.kind != "embedding" or weight.is_input or weight.tensor.data_ptr() in uses.token_lookups
+
+
+def _routers(model: nn.Module) -> frozenset[str]:
+    """Paths of the linear layers that choose experts: of a class named so, or with one output for every expert."""
+    routers = set()
+    for path, module in model.named_modules():
+        counts = {len(child) for child in module.children() if isinstance(child, nn.ModuleList) and len(child) > 1}
+        counts |= {
+            parameter.shape[0]
+            for child in module.children()
+            for parameter in child.parameters(recurse=False)
+            if parameter.ndim == 3 and hasattr(child, "is_transposed")
+        }
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                named = type(child) is not nn.Linear and "router" in type(child).__name__.lower()
+                chooses = child.out_features in counts and name in ("gate", "router", "gating", "classifier")
+                if named or chooses:
+                    routers.add(f"{path}.{name}" if path else name)
+    return frozenset(routers)
+
+
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _names_of_tensors(model: nn.Module) -> dict[int, list[str]]:

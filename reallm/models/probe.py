@@ -34,6 +34,8 @@ class Uses:
     """Module path, or parameter path of a 3-D stack -> fingerprint of its input."""
     transposed: dict[str, bool] = field(default_factory=dict)
     """Parameter path of a 3-D stack -> whether it is stored [E, in, out]."""
+    token_lookups: set[int] = field(default_factory=set)
+    """Addresses of the tables in which the token ids are looked up."""
 
 
 def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapping[str, Tensor]) -> Uses:
@@ -47,8 +49,9 @@ def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapp
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), eager_experts(model), _StackWatch(stacks, uses):
-            model(input_ids=probe_ids(model))
+        ids = probe_ids(model)
+        with torch.no_grad(), eager_experts(model), _StackWatch(stacks, uses, ids):
+            model(input_ids=ids)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{type(model).__name__} cannot be run on token ids alone: {reason}") from error
@@ -104,12 +107,14 @@ def eager_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _StackWatch(TorchFunctionMode):
-    """Records every matrix product whose weight lies inside one of the 3-D parameters `stacks`."""
+    """Records every matrix product whose weight lies inside one of the 3-D parameters `stacks`, and look-ups of `ids`.
 
-    def __init__(self, stacks: Mapping[str, Tensor], uses: Uses) -> None:
+    A table may have fewer rows than there are ids; then a model looks up another row for the larger ones.
+    """
+
+    def __init__(self, stacks: Mapping[str, Tensor], uses: Uses, ids: Tensor) -> None:
         super().__init__()
-        self.stacks = stacks
-        self.uses = uses
+        self.stacks, self.uses, self.ids = stacks, uses, ids
 
     def __torch_function__(
         self,
@@ -118,6 +123,8 @@ class _StackWatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is nn.functional.embedding and self._are_token_ids(args[0]):
+            self.uses.token_lookups.add(args[1].data_ptr())
         if self.stacks and len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             if func is nn.functional.linear:
                 self._note(args[1], -1, args[0])
@@ -125,6 +132,9 @@ class _StackWatch(TorchFunctionMode):
                 self._note(args[1], -2, args[0])
                 self._note(args[0], -1, args[1])
         return func(*args, **(kwargs or {}))
+
+    def _are_token_ids(self, ids: Tensor) -> bool:
+        return ids.shape == self.ids.shape and 2 * int((ids == self.ids).sum()) > ids.numel()
 
     def _note(self, weight: Tensor, contracted: int, x: Tensor) -> None:
         """Record a product that contracts axis `contracted` of `weight` with `x`."""

@@ -16,23 +16,25 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from reallm.errors import UserError
 from reallm.kernels.storage.layout import CONFIG_FILE
 
 from .checkpoint import main_dtype, read_checkpoint, read_json
+from .leftovers import leftover_notes
+from .model_class import model_class
+from .quantised.find import KEYS, find_schemes
+from .quantised.unpack import UnpackedWeights, unpacked_dtype
+from .sentence_encoder import encoder_class, fill_pooler
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+ADAPTER_CONFIG = "adapter_config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 DAMAGE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error, SafetensorError)
 """Exceptions that transformers raises on a file it cannot use."""
@@ -79,72 +81,88 @@ def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedMod
     """
     if source.gguf_file is not None:
         return _load_gguf(source, dtype or torch.bfloat16)
+    settings = _read_settings(source)
+    schemes = find_schemes(settings, source.folder, source.label)
     config = _read_config(source)
+    kind, config = model_class(config, source.label, encoder_class(config, source.folder))
     tensors = read_checkpoint(source.folder)
-    stored_dtype = main_dtype(tensors.values(), source.label)
-    auto = _auto_class(config, source.label)
-    options = {"use_safetensors": True, "trust_remote_code": False}
-    return _load(auto, source, config, dtype or stored_dtype, options)
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    weights = UnpackedWeights(tensors, schemes, source.label)
+    if schemes and not weights.packed:
+        raise UserError(
+            f"{source.label}: config.json says that the weights are quantised ({schemes[0].method}), but none is; if "
+            "these are the original weights, remove quantization_config from config.json"
+        )
+    if schemes:
+        return _load_quantised(kind, source, config, weights, dtype or unpacked_dtype(settings))
+    return _load(kind, source, config, dtype or main_dtype(tensors.values(), source.label), options)
 
 
 def _load(
-    auto: Any, source: Source, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
+    kind: Any, source: Source, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load with from_pretrained. Raises UserError if the files lack weights, whose values would be random."""
+    folder = None if "state_dict" in options else source.folder
     try:
-        model, info = auto.from_pretrained(
-            source.folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+        model, info = kind.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
         )
     except DAMAGE as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{source.label} cannot be loaded as {auto.__name__[9:]}: {reason}") from error
-    if missing := sorted(info["missing_keys"]):
+        name = kind.__name__.removeprefix("AutoModel")
+        raise UserError(f"{source.label} cannot be loaded as {name}: {reason}") from error
+    missing, notes = fill_pooler(model, sorted(info["missing_keys"]))
+    if missing:
         what = f"{len(missing)} tensors of {type(model).__name__} are not in the file, such as {missing[0]}"
         raise UserError(f"{source.label}: {what}; their values would be random: get the complete model")
-    notes: tuple[str, ...] = ()
-    if unexpected := sorted(info["unexpected_keys"]):
-        notes = (
-            f"{len(unexpected)} stored tensors do not belong to the model and are left out, such as {unexpected[0]}",
+    return model.eval(), (*notes, *leftover_notes(model, info["unexpected_keys"], source.label))
+
+
+def _load_quantised(
+    kind: Any, source: Source, config: PretrainedConfig, weights: UnpackedWeights, dtype: torch.dtype
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Unpack quantised weights to `dtype` and load the model with them, as an ordinary one."""
+    model, notes = _load(kind, source, config, dtype, {"state_dict": weights.read(dtype)})
+    model.name_or_path = model.config.name_or_path = str(source.folder)
+    if model.can_generate() and (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    methods = ", ".join(sorted({scheme.method for scheme, _ in weights.packed.values()}))
+    return model, (*notes, _unpacked_note(source, methods, dtype))
+
+
+def _unpacked_note(source: Source, method: str, dtype: torch.dtype) -> str:
+    return f"{source.label} holds quantised weights ({method}): unpacked to {dtype}, they are the reference"
+
+
+def _read_settings(source: Source) -> dict[str, Any]:
+    """The JSON object in config.json. Raises UserError if it cannot be read."""
+    path = source.folder / CONFIG_FILE
+    if not path.is_file():
+        if (source.folder / ADAPTER_CONFIG).is_file():
+            raise UserError(f"{source.label} holds an adapter ({ADAPTER_CONFIG}); give the model that it was made for")
+        raise UserError(f"{source.label} has no {CONFIG_FILE}; expected the folder of a transformers model")
+    if (source.folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{source.label} holds a model and an adapter ({ADAPTER_CONFIG}) in one folder; merge the adapter into the "
+            "model, or move it to a folder of its own"
         )
-    return model.eval(), notes
+    return read_json(path)
 
 
 def _read_config(source: Source) -> PretrainedConfig:
-    """Read the configuration in a folder. Raises UserError when it says that the weights are quantised."""
+    """Read the configuration in a folder, without what it says about quantised weights. Raises UserError."""
     path = source.folder / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{source.label} has no {CONFIG_FILE}; expected the folder of a transformers model")
-    quantised = read_json(path).get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        if method == "reallm":
-            raise UserError(f"{source.label} was already compressed by reallm; give the model it was made from")
-        raise UserError(f"{source.label} is already quantised ({method}); give the original, unquantised model")
     try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except DAMAGE as error:
         reason = str(error).strip().partition("\n")[0]
         known = f"a configuration that transformers {transformers.__version__} knows"
         raise UserError(f"{path} is not {known}: {reason}") from error
-
-
-def _auto_class(config: PretrainedConfig, label: str) -> Any:
-    """AutoModelForCausalLM or AutoModelForMaskedLM, by the configuration's architectures or else by its model type."""
-    causal, masked = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()), set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    named = set(config.architectures or ())
-    if named & causal:
-        return AutoModelForCausalLM
-    if named & masked:
-        return AutoModelForMaskedLM
-    if not named and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return AutoModelForMaskedLM
-    if not named and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModelForCausalLM
-    architecture = ", ".join(sorted(named)) or config.model_type
-    expected = f"a causal or masked language model of transformers {transformers.__version__}"
-    raise UserError(
-        f"{label} has the unsupported architecture {architecture}; expected {expected}, without custom code"
-    )
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key in KEYS:
+            if hasattr(part, key):
+                delattr(part, key)
+    return config
 
 
 def _load_gguf(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -173,7 +191,7 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tup
             delattr(owner, attribute)
     model.is_quantized = False
     model.config.architectures = [type(model).__name__]
-    return model, (*notes, f"{source.label} holds quantised weights: unpacked to {dtype}, they are the reference")
+    return model, (*notes, _unpacked_note(source, "GGUF", dtype))
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:

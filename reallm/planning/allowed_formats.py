@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 
 from reallm.codegen.cpu.linear import kernel_for
 from reallm.codegen.ir.lower import has_kernel
@@ -15,6 +16,7 @@ from reallm.kernels.formats.formats import Format
 from reallm.measurement.search_space import PRESETS, load_space
 from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.tables.measured_table import MeasuredTable
+from reallm.planner.tables.work_folder import folder_of
 
 TARGETS: Mapping[str, Callable[[Format], bool]] = {
     "triton": has_kernel,
@@ -39,7 +41,8 @@ def preset_formats(table: MeasuredTable, preset: str, work: str | Path) -> list[
         raise UserError(f"--preset {preset}: unknown preset; expected one of {', '.join(PRESETS)}")
     space, measured = load_space(preset).formats, {record.format for record in table.measurements}
     if not measured.intersection(fmt.name for fmt in space["linear"]):
-        way_out = f"reallm measure {table.model} -o {work} --space {preset} (with the same --text) adds them"
+        command = f"reallm measure {quote(table.model)} -o {quote(str(folder_of(work)))} --space {preset}"
+        way_out = f"{command} (with the same --text and settings) adds them"
         raise UserError(f"--preset {preset}: none of its formats was measured in {work}; {way_out}")
     return sorted({fmt.name for formats in space.values() for fmt in formats} & measured)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from shlex import quote
 from typing import Unpack
 
 from reallm.errors import UserError
@@ -13,11 +15,15 @@ from reallm.planner.results import sweep as sweeps
 from reallm.planner.results.explain import Alternative, Change, alternatives, differences, larger_plan
 from reallm.planner.results.sweep import Point, as_csv, spaced_budgets
 from reallm.planner.tables.device import DEVICES, KINDS, Device
-from reallm.planner.tables.measured_table import read_table
+from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Plan, read_plan
 from reallm.planner.tables.records import read_record, write_record
+from reallm.planner.tables.work_folder import described, folder_of, read_table, table_of, tables_in
 
 from .allowed_formats import with_allowed_formats
+from .plan_file import replaced_plan
+
+LOG = logging.getLogger(__name__)
 
 
 def plan(
@@ -33,11 +39,12 @@ def plan(
     Parameters
     ----------
     work
-        The folder that `measure` filled.
+        The folder that `measure` filled, whose newest table is used; or the file of one of its tables (an earlier one
+        is in its folder `tables`).
     budget
         "3.0bpw" (bits per weight of the matrices that take part), or "48MiB", "4GiB" (the whole weights file).
     output
-        Where to write the plan as JSON, if given.
+        Where to write the plan as JSON, if given. An earlier plan there is replaced; any other file is not.
     options
         What else to ask of the plan; `PlanOptions` describes every field.
     keywords
@@ -48,7 +55,7 @@ def plan(
     PlanError
         For a budget that is too small (the message names the smallest one), and for options that cannot be met.
     UserError
-        For an unknown preset or target, or one without measured formats.
+        For an unknown preset or target, or one without measured formats, and for an `output` that is not a plan.
     RecordError
         When `work` holds no measured table.
 
@@ -58,9 +65,11 @@ def plan(
     >>> plan.bits_per_weight <= 5, plan.bound.status
     (True, 'optimal')
     """
-    table = read_table(work)
+    if output is not None:
+        replaced_plan(output)
+    table = _chosen_table(work)
     resolved = with_allowed_formats(merged_options(options, keywords), table, work)
-    result = allocate.solve(table, budget, resolved, work=str(work))
+    result = allocate.solve(table, budget, resolved, work=str(folder_of(work)))
     if output is not None:
         write_record(Path(output), result)
     return result
@@ -77,7 +86,24 @@ def best_plans(
     """The `count` plans with the least predicted loss within `budget`, the best first. Otherwise like `plan`."""
     table = read_table(work)
     resolved = with_allowed_formats(merged_options(options, keywords), table, work)
-    return allocate.best_plans(table, budget, resolved, count, work=str(work))
+    return allocate.best_plans(table, budget, resolved, count, work=str(folder_of(work)))
+
+
+def _chosen_table(work: str | Path) -> MeasuredTable:
+    """The table that `work` names. Logs how to name another one, if the folder has tables of other settings."""
+    table = read_table(work)
+    if Path(work).is_file():
+        return table
+    others = {t.settings.get("identity"): (path, t) for path, t in reversed([*tables_in(Path(work))])}
+    others.pop(table.settings.get("identity"), None)
+    for path, other in reversed(others.values()):
+        LOG.info(
+            "%s also has measurements of %s; to plan from these, name %s in place of the folder",
+            work,
+            described(other),
+            quote(str(path)),
+        )
+    return table
 
 
 def sweep(
@@ -95,7 +121,7 @@ def sweep(
     Budgets that no plan fits are left out. The points are written to `output` as CSV if it is given. Options and errors
     are those of `plan`; `reallm.reporting.sweep.sweep` also draws the curve.
     """
-    table = read_table(work)
+    table = _chosen_table(work)
     resolved = with_allowed_formats(merged_options(options, keywords), table, work)
     result = sweeps.sweep(table, spaced_budgets(first, last, points), resolved)
     if output is not None:
@@ -129,7 +155,7 @@ def explain(path: str | Path, matrix: str, work: str | Path | None = None) -> li
     ['fp32', 'int4-g16', 'int8-g16', 'tq3-l8+rot']
     """
     explained = read_plan(path)
-    return alternatives(read_table(work or explained.work), explained, matrix)
+    return alternatives(table_of(explained, path, work), explained, matrix)
 
 
 def diff(before: str | Path, after: str | Path) -> list[Change]:
@@ -143,7 +169,7 @@ def diff(before: str | Path, after: str | Path) -> list[Change]:
 def next_mib(path: str | Path, work: str | Path | None = None) -> tuple[Plan, Plan]:
     """The plan in `path`, and the best plan with one MiB more. Parameters and errors as for `explain`."""
     current = read_plan(path)
-    return current, larger_plan(read_table(work or current.work), current)
+    return current, larger_plan(table_of(current, path, work), current)
 
 
 def load_device(name: str) -> Device:

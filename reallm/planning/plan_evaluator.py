@@ -27,7 +27,7 @@ class PlanEvaluator:
     """
 
     def __init__(self, loaded: LoadedModel, work: Path, windows: Tensor, progress: bool = True) -> None:
-        """`work` is the work folder; `windows`, int64 [n, seqlen], are the tokens to measure on."""
+        """Measure on `windows`, int64 [n, seqlen]; `work` is the work folder or the file of its table."""
         self.loaded, self.codes, self.windows, self.progress = loaded, MeasuredCodes(work, loaded), windows, progress
         self.model = load_model(loaded.source, dtype=torch.float32).model
         self.dense = CachedLogits(load_model(loaded.source, dtype=torch.float32).model)

@@ -20,19 +20,22 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reallm.compilation.plan_model import load_plan_model
 from reallm.errors import UserError
-from reallm.models.loaded import LoadedModel, load_model
+from reallm.models.loaded import LoadedModel
 from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.results.allocate import best_plans
 from reallm.planner.results.uniform import uniform_plan
 from reallm.planner.tables.budget import budget_of
-from reallm.planner.tables.measured_table import MeasuredTable, read_table
+from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Measured, Plan, read_plan
 from reallm.planner.tables.records import write_record
+from reallm.planner.tables.work_folder import find_table, table_of
 from reallm.text.corpus import Text, load_text
 from reallm.text.windows import cut_windows, shortage
 
 from .plan_evaluator import PlanEvaluator
+from .plan_file import replaced_plan
 
 LOG = logging.getLogger(__name__)
 MIN_CORRECTION, MAX_CORRECTION = 0.25, 8.0
@@ -82,7 +85,7 @@ def refit(
     work
         The work folder, if it has moved since planning.
     output
-        Where to write the best plan as JSON, if given.
+        Where to write the best plan as JSON, if given. An earlier plan there is replaced; any other file is not.
     time_limit_s
         Seconds that the solver may take in each round.
     progress
@@ -101,17 +104,20 @@ def refit(
     >>> better.measured.kl <= max(kl for name, predicted, kl in better.measured.tried)
     True
     """
+    if output is not None:
+        replaced_plan(output)
+    plan_path = None if isinstance(plan, Plan) else plan
     plan = plan if isinstance(plan, Plan) else read_plan(plan)
-    folder = Path(work or plan.work)
-    table = read_table(folder)
+    table_file = find_table(plan, plan_path, work)
+    table = table_of(plan, plan_path, work)
     source = load_text(text, split="test")
     if source.sha256 == table.text_sha256:
         raise UserError(
             f"--refit-text {text} is the text that `reallm measure` calibrated on; name one that it has not seen"
         )
-    loaded = model if isinstance(model, LoadedModel) else load_model(model or plan.model)
+    loaded = model if isinstance(model, LoadedModel) else load_plan_model(plan, plan_path or table_file, model)
     tokens = _windows_of(source, loaded, windows, seqlen)
-    evaluator = PlanEvaluator(loaded, folder, tokens, progress)
+    evaluator = PlanEvaluator(loaded, table_file, tokens, progress)
     rival = None if plan.uniform is None else _trial(evaluator, *_uniform_rival(table, plan))
     trials = [*([rival] if rival else []), *_rounds(evaluator, table, plan, rounds, time_limit_s, rival)]
     best = min(trials, key=lambda trial: trial.kl)
@@ -139,7 +145,8 @@ def _windows_of(source: Text, loaded: LoadedModel, count: int, seqlen: int) -> T
     """The first `count` windows of the text, int64 [count, seqlen]; fewer (and a warning) where it is too short."""
     if loaded.is_encoder or loaded.tokenizer is None:
         raise UserError(f"{loaded.source}: refit measures causal language models with a tokenizer")
-    tokens = cut_windows(source, loaded.tokenizer, None, seqlen, max_positions=loaded.max_positions)[:count]
+    limits = {"max_positions": loaded.max_positions, "vocabulary": loaded.vocabulary}
+    tokens = cut_windows(source, loaded.tokenizer, None, seqlen, **limits)[:count]
     if note := shortage(tokens, count):
         LOG.warning("%s", note)
     return tokens

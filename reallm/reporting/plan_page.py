@@ -203,7 +203,7 @@ def _sizes_table(points: Sequence[Point], uniforms: Sequence[UniformPoint]) -> T
 def _measured(plan: Plan, drawing: Drawing | None) -> Section:
     title, measured = "Predicted against measured", plan.measured
     if measured is None:
-        command = f"reallm plan {quote(plan.work)} --budget {plan.budget} --refit 2 --refit-text held.txt"
+        command = f"reallm plan {quote(plan.work)} --budget {quote(plan.budget)} --refit 2 --refit-text held.txt"
         takeaway = f"No plan was measured: all losses are predictions. `{command}` measures them."
         return Section("measured", title, takeaway)
     windows = f"{measured.windows} windows of {measured.seqlen} tokens"

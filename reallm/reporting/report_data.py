@@ -13,8 +13,10 @@ from reallm.planner.results.breakdown import by_family, by_layer, costliest
 from reallm.planner.results.explain import Alternative, alternatives, larger_plan, require_table, sweep_around
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint, uniform_points
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, read_table
+from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Plan
+from reallm.planner.tables.records import RecordError
+from reallm.planner.tables.work_folder import find_table, folder_of, read_table
 
 from .figures.bars import bytes_bars, costliest_bars, measured_bars
 from .figures.curve import curve_of, pareto
@@ -44,24 +46,28 @@ class ReportData:
     """What the report leaves out because the table is missing, and how to get the table; empty if it is there."""
 
 
-def collect_report_data(plan: Plan, work: str | Path | None = None) -> ReportData:
+def collect_report_data(plan: Plan, work: str | Path | None = None, plan_path: str | Path | None = None) -> ReportData:
     """Collect the data that a report on `plan` shows.
 
-    `work` names the work folder if it has moved. Without `work`, it is not an error if the plan's work folder is gone
-    or holds another table: what depends on the table is left out, and `lacking` says so. Raises RecordError
-    for a table that cannot be read, and PlanError when the table in `work` is not the one the plan was made from.
+    `work` names the work folder if it has moved, and `plan_path` is where the plan was read from. Without `work`, it is
+    not an error if the plan's work folder is gone or holds no such table: what depends on the table is left out, and
+    `lacking` says so. Raises RecordError for a table that cannot be read, and PlanError when the table in `work` is not
+    the one the plan was made from.
     """
-    path = Path(work or plan.work) / TABLE_FILE
     omitted = "the sweep, the next MiB and what runners-up cost are left out:"
-    if work is None and not path.exists():
+    try:
+        path = find_table(plan, plan_path, work)
+    except RecordError:
+        if work is not None:
+            raise
         ways_out = (
             "`reallm report plan.json --work FOLDER` reads it from another folder, "
             f"`reallm measure {quote(plan.model)} -o FOLDER` measures again."
         )
-        return ReportData(plan, lacking=f"{omitted} {path} does not exist. {ways_out}")
-    table = read_table(path.parent)
+        return ReportData(plan, lacking=f"{omitted} {Path(plan.work) / TABLE_FILE} does not exist. {ways_out}")
+    table = read_table(path)
     if work is None and table.digest() != plan.table_sha256:
-        way_out = f"`reallm plan {quote(plan.work)} --budget {plan.budget}` plans from it."
+        way_out = f"`reallm plan {quote(str(folder_of(path)))} --budget {quote(plan.budget)}` plans from it."
         return ReportData(plan, lacking=f"{omitted} {path} is not the table that the plan was made from. {way_out}")
     require_table(table, plan)
     names = [choice.matrix for choice in costliest(plan, COSTLIEST)]

@@ -12,8 +12,8 @@ from reallm.planner.problem.plan_options import PlanKeywords, PlanOptions, merge
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint, uniform_points
 from reallm.planner.tables.budget import parse_budget
-from reallm.planner.tables.measured_table import read_table
 from reallm.planner.tables.plan import Scope
+from reallm.planner.tables.work_folder import read_table
 from reallm.planning.allowed_formats import with_allowed_formats
 from reallm.planning.plan import sweep as sweep_budgets
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from reallm.errors import UserError
+from reallm.models.limits import embedding_rows, max_positions
+from reallm.text.tokenizer_calls import encode, render_user_message
+from reallm.text.windows import check_vocabulary
 
-from .open_model import open_model
+from .open_model import RunnableModel, open_model
 from .step.generate import use_step
 from .step.model_reader import StepUnsupportedError
+
+LOG = logging.getLogger(__name__)
 
 
 def generate(
@@ -38,7 +45,7 @@ def generate(
     prompt
         The text to continue.
     max_new_tokens
-        Maximum number of tokens to add.
+        Maximum number of tokens to add. A text ends where the model's positions end, and a warning says so.
     temperature
         0 always takes the most likely token; otherwise tokens are sampled.
     chat
@@ -61,34 +68,66 @@ def generate(
     Raises
     ------
     UserError
-        For a model that cannot generate text, a prompt without tokens, and `chat` without a chat template.
+        For a model that cannot generate text, a prompt without tokens, with tokens that the model does not have or
+        with more than it has positions, and `chat` without a chat template or with one that refuses the prompt.
 
     Examples
     --------
     >>> reallm.generate("out", "a bad", max_new_tokens=4).startswith("a bad")
     True
     """
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} --temperature {temperature}: expected at least 1 token and a "
+            "temperature of 0 or more"
+        )
     opened = open_model(path, dtype, device, adapter)
     if not opened.model.can_generate():
         raise UserError(
             f"{path} is {type(opened.model).__name__}, which does not generate; expected a causal language model"
         )
+    inputs = _tokens(prompt, opened, chat, path)
+    limit = _limit(opened.model, inputs.shape[1], path)
     if dtype is None and not _has_step(opened.model):
         opened = open_model(path, "float32", device, adapter)
-    inputs = _tokens(prompt, opened.tokenizer, chat, path).to(opened.model.device)
+    inputs = inputs.to(opened.model.device)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = opened.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - inputs.shape[1]),
             do_sample=temperature > 0,
             temperature=temperature or None,
             pad_token_id=opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id,
         )
+    reached = limit is not None and output.shape[1] == limit < inputs.shape[1] + max_new_tokens
+    if reached and int(output[0, -1]) not in _end_tokens(opened.model):
+        LOG.warning("the text ends here because %s has only %d positions", path, limit)
     added = output[0, inputs.shape[1] :]
     answer: str = opened.tokenizer.decode(added if chat else output[0], skip_special_tokens=True)
     return answer
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a text."""
+    settings = model.generation_config
+    ends = None if settings is None else settings.eos_token_id
+    return set(ends) if isinstance(ends, list) else {-1 if ends is None else int(ends)}
+
+
+def _limit(model: PreTrainedModel, tokens: int, path: str | Path) -> int | None:
+    """The most tokens that a text may have; None for any number.
+
+    Raises UserError if a prompt of `tokens` tokens leaves no room for another.
+    """
+    limit = max_positions(model)
+    if limit is not None and tokens >= limit:
+        raise UserError(
+            f"the prompt has {tokens} tokens, and {path} has only {limit} positions for it and the answer together; "
+            "give a shorter prompt"
+        )
+    return limit
 
 
 def _has_step(model: PreTrainedModel) -> bool:
@@ -100,15 +139,15 @@ def _has_step(model: PreTrainedModel) -> bool:
     return True
 
 
-def _tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, path: str | Path) -> torch.Tensor:
+def _tokens(prompt: str, opened: RunnableModel, chat: bool, path: str | Path) -> torch.Tensor:
     """Token ids, int64 [1, tokens], of the prompt: as plain text, or as a user's message if `chat` is set."""
-    text = prompt
+    text, tokenizer, where = prompt, opened.tokenizer, "the prompt"
     if chat:
         if not tokenizer.chat_template:
             raise UserError(f"{path} has no chat template; leave out --chat")
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids: torch.Tensor = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"].long()
+        text = render_user_message(tokenizer, prompt, where, generation_prompt=True)
+    ids = torch.tensor(encode(tokenizer, text, where, special_tokens=not chat), dtype=torch.int64)[None]
     if ids.shape[1] == 0:
         raise UserError(f"the prompt {prompt!r} has no tokens; give some text to continue")
+    check_vocabulary(ids, tokenizer, embedding_rows(opened.model), where)
     return ids

@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reallm.artifacts.architecture import model_class_of
 from reallm.artifacts.bundled_adapters import find_adapter
-from reallm.artifacts.directory import is_artifact, read_config
+from reallm.artifacts.find import require_artifact
 from reallm.artifacts.peft_files import read_adapter
 from reallm.artifacts.quantization_config import DecodeMode
 from reallm.artifacts.verify import verify as verify_artifact
-from reallm.errors import UserError
-from reallm.models.source import load_tokenizer, locate
+from reallm.errors import ReallmError, UserError
+from reallm.models.source import DAMAGE, load_tokenizer, locate
+from reallm.system.progress import without_bars_in_files
 
 from .attach_adapter import attach_adapter
 from .install import prepare, set_decode_mode
-
-__all__ = ["is_artifact", "load"]
 
 
 def load(
@@ -36,7 +35,8 @@ def load(
     Parameters
     ----------
     path
-        The folder that `reallm compile` or `reallm finetune` wrote. No code in it is executed.
+        The folder that `reallm compile` or `reallm finetune` wrote, its name on the Hugging Face hub, or a folder to
+        which transformers saved it. No code in it is executed.
     device
         Where the model goes, such as "cpu" or "cuda:0".
     dtype
@@ -46,7 +46,8 @@ def load(
         without Triton on a GPU): "load" keeps the decoded weights, which are as large as the original model; "call"
         decodes at every call, which is slower and keeps only the packed weights.
     verify
-        Hash every byte of the artifact first; otherwise only the headers and sizes of tensors are checked.
+        Hash every byte of the artifact first; otherwise only the headers and sizes of tensors are checked. A folder
+        that transformers saved has no hashes: its values are only checked for being valid.
     adapter
         A LoRA or DoRA adapter to attach: its name, if it is inside the artifact, or else its folder.
 
@@ -68,15 +69,11 @@ def load(
     >>> model.generate(**tokenizer("a bad", return_tensors="pt"), max_new_tokens=4).shape[0]
     1
     """
-    folder = Path(path)
-    if not is_artifact(folder):
-        raise UserError(f"{folder} is not a reallm artifact; `reallm compile` writes one")
+    folder = require_artifact(path)
     adapter_folder = None if adapter is None else find_adapter(folder, adapter)
     if verify:
         verify_artifact(folder, adapters=False)
-    model: PreTrainedModel = _model_class(folder).from_pretrained(
-        folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
-    )
+    model = _from_pretrained(folder, dtype)
     if adapter_folder is not None:
         attach_adapter(model, read_adapter(adapter_folder), str(adapter_folder), folder)
     set_decode_mode(model, decode)
@@ -85,14 +82,17 @@ def load(
     return model, load_tokenizer(locate(folder))
 
 
-def _model_class(folder: Path) -> type[PreTrainedModel]:
-    """The transformers class that config.json names. Raises UserError if transformers has no such model."""
-    names = read_config(folder).get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
-        raise UserError(
-            f"{folder}/config.json names the architecture {name!r}, which transformers {transformers.__version__} does "
-            "not have; install the version that its manifest.json names"
-        )
-    return kind
+def _from_pretrained(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load the model with transformers. Raises UserError, in one line, for a configuration that it cannot use."""
+    kind = model_class_of(folder)
+    try:
+        with without_bars_in_files():
+            model: PreTrainedModel = kind.from_pretrained(
+                folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
+            )
+    except ReallmError:
+        raise
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
+    return model

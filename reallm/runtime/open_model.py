@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reallm.artifacts.directory import is_artifact
+from reallm.artifacts.find import find_artifact, is_saved_copy
+from reallm.artifacts.saved_copy import copy_sizes
 from reallm.errors import UserError
 from reallm.models.loaded import load_model
 from reallm.models.sizes import Sizes, artifact_sizes, model_sizes
@@ -39,9 +40,10 @@ def open_model(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     torch_dtype = DTYPES[dtype] if dtype else None
-    if is_artifact(path):
-        model, tokenizer = load(path, device=parse_device(device), dtype=torch_dtype, adapter=adapter)
-        sizes = artifact_sizes(Path(path))
+    artifact = find_artifact(path)
+    if artifact is not None:
+        model, tokenizer = load(artifact, device=parse_device(device), dtype=torch_dtype, adapter=adapter)
+        sizes = copy_sizes(artifact) if is_saved_copy(artifact) else artifact_sizes(artifact)
     elif adapter is not None:
         raise UserError(f"--adapter: {path} is not a reallm artifact; load its adapters with peft")
     else:

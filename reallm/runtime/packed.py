@@ -110,8 +110,6 @@ class Packed(Decoding):
     """Tensors that generated kernels read in place of some fields; computed at their first use."""
     _native: NativeMatrix | Literal[False] | None
     """The value of `native`: None until it is first needed, False if there is no native kernel."""
-    gain_bytes: Tensor | None
-    """`gain` as uint8, so that casting the module to another dtype does not change it."""
 
     def allocate_fields(
         self,
@@ -126,7 +124,6 @@ class Packed(Decoding):
         """Register the uninitialised buffers of a matrix [rows, cols] that computes in `dtype`."""
         self.format, self.rows, self.cols, self.shared, self._native = fmt, rows, cols, shared, None
         self.start_decoding(mode, dtype)
-        self.register_buffer("gain_bytes", None, persistent=False)
         for field in fmt.fields(rows, cols):
             self.register_buffer(field.name, torch.empty(field.nbytes, dtype=torch.uint8))
 
@@ -143,12 +140,16 @@ class Packed(Decoding):
     @property
     def gain(self) -> Tensor | None:
         """Factors that multiply the decoded rows, float32 [rows], or None. Never saved; only for linear modules."""
-        return None if self.gain_bytes is None else self.gain_bytes.view(torch.float32)
+        raw = self._buffers.get("gain_bytes")  # uint8, so that casting the module to another dtype does not change it
+        return None if raw is None else raw.view(torch.float32)
 
     def set_gain(self, gain: Tensor | None) -> None:
         """Multiply the rows of W_hat by a copy of `gain` [rows] from now on; None removes the gain."""
         values = None if gain is None else gain.detach().to(torch.float32, copy=True).contiguous()
-        self.gain_bytes = None if values is None else values.view(torch.uint8)
+        self._buffers.pop("gain_bytes", None)
+        if values is not None:
+            self.register_buffer("gain_bytes", values.view(torch.uint8), persistent=False)
+        self.drop_cache()
 
     @property
     def native(self) -> NativeMatrix | None:

@@ -1,24 +1,44 @@
 """Registration with transformers without importing it, so that `import reallm` stays cheap.
 
-transformers has no entry points for quantisation methods, so its registry must be called. If its models are already
-imported, this is done at once. Otherwise an import finder waits for the module that all models need and then registers.
+transformers has no entry points for quantisation methods, so its registry must be called. If the registry is already
+imported, this is done at once. Otherwise an import finder waits for the registry and then registers. If the registry is
+being imported at this moment, the finder waits for the module that all models need, which is imported later.
+
+pyproject.toml also names `register_with_transformers` as an entry point of torch, which calls it at `import torch`
+wherever reallm is installed. Programs that do not import reallm can then load artifacts too, unless they set torch's
+switch TORCH_DEVICE_BACKEND_AUTOLOAD=0.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+REGISTRY = "transformers.quantizers.auto"
 MODELS = "transformers.modeling_utils"  # where from_pretrained lives
 
 
 def _register() -> None:
-    from .transformers_quantizer import register
+    try:
+        from .transformers_quantizer import register
 
-    register()
+        register()
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"reallm cannot register with the installed transformers ({error}), so transformers cannot load its "
+            "artifacts; install a transformers release that reallm supports",
+            stacklevel=2,
+        )
+
+
+def _is_imported(name: str) -> bool:
+    """Whether the module has been imported, and not only begun."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 class _RegisteringLoader(Loader):
@@ -35,14 +55,14 @@ class _RegisteringLoader(Loader):
         _register()
 
 
-class ModelsFinder(MetaPathFinder):
-    """Finds only `transformers.modeling_utils`, so that reallm is registered as soon as it is imported."""
+class RegistryFinder(MetaPathFinder):
+    """Finds only the two modules named above, so that reallm is registered as soon as one of them is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of `transformers.modeling_utils` with a loader that registers; None for every other module."""
-        if fullname != MODELS:
+        """The spec of the module with a loader that registers; None for every other module."""
+        if fullname not in (REGISTRY, MODELS):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -51,8 +71,8 @@ class ModelsFinder(MetaPathFinder):
 
 
 def register_with_transformers() -> None:
-    """Register now, or as soon as transformers' models are imported. A second call has no effect."""
-    if MODELS in sys.modules:
+    """Register now, or as soon as transformers' registry is imported. A second call has no effect."""
+    if _is_imported(REGISTRY):
         _register()
-    elif not any(isinstance(finder, ModelsFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, ModelsFinder())
+    elif not any(isinstance(finder, RegistryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, RegistryFinder())

@@ -3,26 +3,30 @@
 transformers builds the model without allocating memory (on "meta"), lets the quantizer replace modules, reads the files
 and calls the quantizer again. Before reading, the files' headers are compared with what the modules expect; after
 reading, every packed tensor must have come from a file. Otherwise loading fails: a packed weight is never random.
+
+This module is imported with transformers' registry of quantisation methods, before transformers' models. It must
+therefore import neither these nor anything that takes long; the methods import what they need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers import PretrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from reallm.artifacts.quantization_config import METHOD, QuantizationRecord, read_quantization
+from reallm.artifacts.weights_guard import add_guard, remove_guard
 from reallm.errors import UserError
-from reallm.kernels.storage.layout import LayoutError
-from reallm.kernels.storage.safetensors_reader import StoredTensor, read_header
 
-from .install import install, packed_tensors
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ReallmConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -61,6 +65,13 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         """True: norms, biases and low-rank factors can be trained without adapters (see `runtime.training`)."""
         return True
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Remove the guard from the configuration: transformers calls this before it looks for the weights."""
+        remove_guard(config)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what transformers calls there in its first 5.x releases
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """No conversions: an artifact's tensors have the names of the modules that hold them."""
         return []
@@ -72,23 +83,34 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         checkpoint_files: Sequence[str] | None = None,
         **unused: object,
     ) -> None:
+        from .file_headers import check_headers, keep_stored_dtypes, read_headers, stored_dtype
+        from .install import install
+        from .model_attributes import answer_from_packed_modules
+
         record = self.quantization_config.record
+        dtype = dtype or torch.get_default_dtype()
         with torch.device("meta"):
-            install(model, record, dtype or torch.get_default_dtype())
+            install(model, record, dtype)
+        answer_from_packed_modules(model)
         _retie(model, record)
         if checkpoint_files is not None:
-            check_headers(model, [Path(file) for file in checkpoint_files])
+            files = [Path(file) for file in checkpoint_files]
+            folder, stored = files[0].parent, read_headers(files)
+            check_headers(model, stored, folder)
+            if dtype == stored_dtype(folder):
+                keep_stored_dtypes(model, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: object) -> PreTrainedModel:
+        from .install import packed_tensors
+        from .step.generate import use_step
+
         for name, raw in packed_tensors(model).items():
             if not getattr(raw, "_is_hf_initialized", False) or raw.is_meta:
                 raise UserError(
-                    f"tensor {name!r} was not loaded: its file is incomplete, or `device_map` sent it to disk; "
-                    "copy the artifact again, or load it without offloading"
+                    f"tensor {name!r} was not loaded: its file is incomplete, or `offload_buffers` moved it out of "
+                    "memory; copy the artifact again, or load it without `offload_buffers`"
                 )
         if model.can_generate():
-            from .step.generate import use_step  # imports transformers' models, which import this module
-
             use_step(model)
         return model
 
@@ -102,66 +124,29 @@ def _retie(model: PreTrainedModel, record: QuantizationRecord) -> None:
     }
 
 
-def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """The tensors of all weights files by name. Raises UserError for a damaged header or a name in two files."""
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
+def _guard_saved_configs() -> None:
+    """Make transformers write the guard into config.json whenever it saves a configuration of reallm's method."""
+    original = PretrainedConfig.to_json_file
+
+    @wraps(original)
+    def to_json_file(self: Any, *args: Any, **options: Any) -> None:
+        quantization = getattr(self, "quantization_config", None)
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        if method != METHOD and not isinstance(quantization, ReallmConfig):
+            original(self, *args, **options)
+            return
+        add_guard(self)
         try:
-            header = read_header(file)
-        except LayoutError as error:
-            raise UserError(str(error)) from None
-        if repeated := stored.keys() & header.keys():
-            raise UserError(f"{file}: tensor {min(repeated)!r} is in another file too; copy the artifact again")
-        stored |= header
-    return stored
+            original(self, *args, **options)
+        finally:
+            remove_guard(self)
 
-
-def check_headers(model: PreTrainedModel, files: Sequence[Path]) -> None:
-    """Compare the files' headers with the model, before any data is read or allocated.
-
-    Raises UserError unless every field is stored as U8 with its exact size, and every other tensor with its shape.
-    """
-    stored = read_headers(files)
-    expected = packed_tensors(model)
-    for name, raw in expected.items():
-        tensor = _find(stored, name, model.base_model_prefix)
-        if tensor is None:
-            raise UserError(f"{files[0]}: tensor {name!r} is missing; copy or compile the artifact again")
-        if tensor.dtype != "U8" or tensor.shape != tuple(raw.shape):
-            raise UserError(
-                f"{tensor.path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected U8 {list(raw.shape)}"
-            )
-    complete = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
-    _check_others(model, stored, set(expected), complete)
-
-
-def _check_others(model: PreTrainedModel, stored: Mapping[str, StoredTensor], packed: set[str], complete: bool) -> None:
-    """Check the tensors that are not packed; unless the model is `complete`, tensors of the artifact may be missing."""
-    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
-    for name, tensor in model.state_dict().items():
-        if name in packed:
-            continue
-        file_tensor = _find(stored, name, model.base_model_prefix)
-        if file_tensor is None and complete and name not in tied:
-            raise UserError(f"tensor {name!r} is missing from the weights; copy or compile the artifact again")
-        if file_tensor is None:
-            continue
-        if file_tensor.shape != tuple(tensor.shape) or not file_tensor.dtype.startswith(("F", "BF")):
-            found = f"{file_tensor.dtype} {list(file_tensor.shape)}"
-            raise UserError(f"{file_tensor.path}: tensor {name!r} is {found}, expected floats {list(tensor.shape)}")
-
-
-def _find(stored: Mapping[str, StoredTensor], name: str, prefix: str) -> StoredTensor | None:
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in stored:
-            return stored[candidate]
-    return None
+    PretrainedConfig.to_json_file = to_json_file
 
 
 def register() -> None:
     """Register the quantisation method with transformers. A second call has no effect."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(ReallmConfig)
         register_quantizer(METHOD)(ReallmQuantizer)
+        _guard_saved_configs()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -48,3 +49,18 @@ def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> tqdm
     settings.setdefault("disable", False)  # an explicit argument overrides the environment variable TQDM_DISABLE
     bar: tqdm[Any] = (tqdm if sys.stderr.isatty() else ProgressLines)(iterable, **settings)
     return bar
+
+
+@contextmanager
+def without_bars_in_files() -> Iterator[None]:
+    """Within the context, transformers draws no progress bars unless stderr is a terminal: they fill log files."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -17,6 +17,13 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 """The types of all fields that hold plain numbers instead of codes, by short name."""
 
+TORCH_NAMES: Mapping[torch.dtype, str] = {
+    **{dtype: name for name, dtype in TORCH_DTYPES.items()},
+    **{torch.bool: "bool", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"},
+    torch.float64: "f64",
+}
+"""The short names of all types that the tensors of an artifact may have."""
+
 
 def torch_name(dtype: torch.dtype) -> str:
     """The name of `dtype` in torch, such as "bfloat16"."""

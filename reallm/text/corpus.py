@@ -10,10 +10,13 @@ from typing import Literal
 
 from reallm.errors import UserError
 
+from .documents import Conversation, Document
 from .offline import offline_documents
-from .readers import Document, read_dataset, read_jsonl, read_parquet, read_text_file
+from .readers import ReadDocuments, read_dataset, read_jsonl, read_parquet, read_text_file
 
 READERS = {".txt": read_text_file, ".jsonl": read_jsonl, ".parquet": read_parquet}
+MAX_SHOWN = 60
+"""Characters of an unusable path that a message shows."""
 Split = Literal["train", "test"]
 
 
@@ -28,6 +31,12 @@ class Text:
     """Digest of the documents; it does not depend on the path that they were read from."""
     is_fallback: bool = False
     """Whether this is the offline default; if so, every report must say so."""
+    places: tuple[str, ...] = ()
+    """Where each document stands in its source, for error messages; empty if only the description is known."""
+
+    def place(self, index: int) -> str:
+        """Where document `index` stands: the file with a line or row number, or else the description of the text."""
+        return self.places[index] if self.places else f"{self.description}, document {index + 1}"
 
 
 def load_text(source: str | Path | None, split: Split = "train") -> Text:
@@ -39,21 +48,34 @@ def load_text(source: str | Path | None, split: Split = "train") -> Text:
     Raises UserError, with a message of one line, for a source that is missing, empty or not in the expected form.
     """
     documents: tuple[Document, ...]
+    places: tuple[str, ...] = ()
     if source is None:
         documents, description = offline_documents(split)
     else:
-        documents, description = _read(source, split)
-    if not any(document if isinstance(document, tuple) else document.strip() for document in documents):
+        (documents, places), description = _read(source, split)
+    if not any(not isinstance(document, str) or document.strip() for document in documents):
         raise UserError(f"{source} holds no text; expected at least one window of it: give another --text")
-    canonical = json.dumps(documents, ensure_ascii=True, sort_keys=True)
-    return Text(documents, description, hashlib.sha256(canonical.encode()).hexdigest(), source is None)
+    return Text(documents, description, _digest(documents), source is None, places)
 
 
-def _read(source: str | Path, split: str) -> tuple[tuple[Document, ...], str]:
+def _digest(documents: tuple[Document, ...]) -> str:
+    """sha256 of the documents as JSON."""
+    values = [document.to_json() if isinstance(document, Conversation) else document for document in documents]
+    canonical = json.dumps(values, ensure_ascii=True, sort_keys=True, default=str)  # a table may hold dates
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _read(source: str | Path, split: str) -> tuple[ReadDocuments, str]:
     """The documents of a file or a data set, and a description of them."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, such as a text; a home that is not known
+        name = str(source)
+        shown = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "..."
+        raise UserError(f"--text {shown}: cannot be read ({error.args[-1]}); expected the path of a file") from None
     reader = READERS.get(path.suffix)
-    if path.is_file():
+    if is_file:
         if reader is None:
             raise UserError(f"{source} ends in {path.suffix or 'nothing'}; expected {', '.join(READERS)}: convert it")
         return reader(path), str(source)

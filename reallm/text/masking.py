@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reallm.errors import UserError
+from reallm.models.limits import embedding_rows
 
 MASK_SHARE = 0.15
 """Share of the tokens that are masked (BERT, arXiv 1810.04805)."""
@@ -33,13 +34,20 @@ class ScoredWindow:
 def mask_token_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str) -> int | None:
     """Id of the mask token of an encoder; None for a model that generates.
 
-    Raises UserError, naming the model as `label`, for an encoder whose tokenizer has no mask token.
+    Raises UserError, naming the model as `label`, for an encoder whose tokenizer has no mask token, or one that the
+    model's embedding does not have.
     """
     if model.can_generate():
         return None
     mask: int | None = tokenizer.mask_token_id
     if mask is None:
         raise UserError(f"{label} neither generates nor has a mask token; expected a causal or a masked language model")
+    vocabulary = embedding_rows(model)
+    if vocabulary is not None and mask >= vocabulary:
+        raise UserError(
+            f"{label}: the mask token has the id {mask}, but the model's embedding has {vocabulary} rows; the "
+            "tokenizer belongs to another model: give the model's own tokenizer files"
+        )
     return mask
 
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reallm.errors import UserError
 
-Message = dict[str, str]
-"""One turn of a conversation: {"role": ..., "content": ...}."""
-Document = str | tuple[Message, ...]
-"""Plain text, or a conversation that still needs a chat template."""
+from .documents import CHAT_COLUMN, TEXT_COLUMN, TOOLS_COLUMN, Document, document_of, without_nulls
 
-TEXT_COLUMN, CHAT_COLUMN = "text", "messages"
 MAX_DATASET_CHARACTERS = 64 * 2**20
 """Number of characters after which reading a streamed data set stops; it is enough for any calibration."""
 
 
-def read_text_file(path: Path) -> tuple[Document, ...]:
+class ReadDocuments(NamedTuple):
+    """Documents in the order of their source."""
+
+    documents: tuple[Document, ...]
+    places: tuple[str, ...]
+    """Where each document stands, for error messages: the path with a line or row number."""
+
+
+def read_text_file(path: Path) -> ReadDocuments:
     """Read a .txt file as one document."""
-    return (_decoded(path),)
+    return ReadDocuments((_decoded(path),), (str(path),))
 
 
 def _decoded(path: Path) -> str:
@@ -34,9 +38,9 @@ def _decoded(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
 
 
-def read_jsonl(path: Path) -> tuple[Document, ...]:
-    """Read a .jsonl file with one document per line: an object with `text`, or with `messages` (a list of Message)."""
-    documents = []
+def read_jsonl(path: Path) -> ReadDocuments:
+    """Read a .jsonl file with one document per line: an object with `text`, or with `messages` and perhaps `tools`."""
+    documents, places = [], []
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -45,48 +49,44 @@ def read_jsonl(path: Path) -> tuple[Document, ...]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON ({error}); expected one object per line") from None
-        documents.append(_document(row, where))
-    return tuple(documents)
+        documents.append(document_of(row, where))
+        places.append(where)
+    return ReadDocuments(tuple(documents), tuple(places))
 
 
-def _document(row: object, where: str) -> Document:
-    """The document in one row. Raises UserError, naming the row as `where`, if it has neither text nor messages."""
-    if isinstance(row, Mapping):
-        text, messages = row.get(TEXT_COLUMN), row.get(CHAT_COLUMN)
-        if isinstance(text, str):
-            return text
-        if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-            return tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    content = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-    expected = f'expected "{TEXT_COLUMN}": a string, or "{CHAT_COLUMN}": a list of {{"role", "content"}}'
-    raise UserError(f"{where} holds {content or 'nothing'}; {expected}")
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def read_parquet(path: Path) -> tuple[Document, ...]:
-    """Read a .parquet file with one document per row, from the string column `text`."""
+def read_parquet(path: Path) -> ReadDocuments:
+    """Read a .parquet file with one document per row, from the column `text`, or else `messages` (and `tools`)."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         names = pyarrow.parquet.read_schema(path).names
-        if TEXT_COLUMN not in names:
+        columns = [TEXT_COLUMN] if TEXT_COLUMN in names else [n for n in (CHAT_COLUMN, TOOLS_COLUMN) if n in names]
+        if not {TEXT_COLUMN, CHAT_COLUMN} & set(columns):
             raise UserError(
-                f"{path} has the columns {', '.join(names)}; expected one called {TEXT_COLUMN}: rename the column"
+                f"{path} has the columns {', '.join(names)}; expected one called {TEXT_COLUMN} or {CHAT_COLUMN}: "
+                "rename the column"
             )
-        column = pyarrow.parquet.read_table(path, columns=[TEXT_COLUMN])[TEXT_COLUMN].to_pylist()
+        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} cannot be read as parquet ({reason}); get the file again") from None
-    if not all(value is None or isinstance(value, str) for value in column):
+    places = tuple(f"{path} row {number}" for number in range(1, len(rows) + 1))
+    if TEXT_COLUMN in columns:
+        return ReadDocuments(_texts([row[TEXT_COLUMN] for row in rows], path), places)
+    documents = (document_of(without_nulls(row), where) for row, where in zip(rows, places, strict=True))
+    return ReadDocuments(tuple(documents), places)
+
+
+def _texts(column: list[object], path: Path) -> tuple[str, ...]:
+    """The texts of a column, with an empty text for null. Raises UserError if it holds anything else."""
+    texts = tuple(value or "" for value in column if value is None or isinstance(value, str))
+    if len(texts) < len(column):
         raise UserError(f"{path} has a column {TEXT_COLUMN} that holds no strings; expected one text per row")
-    return tuple(value or "" for value in column)
+    return texts
 
 
-def read_dataset(source: str, split: str) -> tuple[tuple[Document, ...], str]:
+def read_dataset(source: str, split: str) -> tuple[ReadDocuments, str]:
     """Read the data set NAME, NAME:SPLIT or NAME:CONFIG:SPLIT: (documents, description).
 
     NAME is a name on the hub or a local folder. Rows are streamed until MAX_DATASET_CHARACTERS is reached; the
@@ -94,7 +94,6 @@ def read_dataset(source: str, split: str) -> tuple[tuple[Document, ...], str]:
     the data set, its split or its text column is not available.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     name, *rest = source.split(":")
     if not name or len(rest) > 2 or not all(rest):
@@ -103,25 +102,28 @@ def read_dataset(source: str, split: str) -> tuple[tuple[Document, ...], str]:
     config = rest[0] if len(rest) == 2 else None
     try:
         rows = load_dataset(name, config, split=split, streaming=True)
-        documents, cut = _take(rows, source)
-    except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        read, cut = _take(rows, source)
+    except UserError:
+        raise
+    except Exception as error:  # the builder of each file type and the network client raise their own kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         what = f"--text {source}: there is no such file, and no data set can be loaded by that name ({reason})"
         raise UserError(
             f"{what}; give a .txt, .jsonl or .parquet file, or check the name and the connection"
         ) from error
-    part = f", its first {len(documents)} rows" if cut else ""
-    return documents, f"data set {name}{f' ({config})' if config else ''}, split {split}{part}"
+    part = f", its first {len(read.documents)} rows" if cut else ""
+    return read, f"data set {name}{f' ({config})' if config else ''}, split {split}{part}"
 
 
-def _take(rows: Iterator[Mapping[str, Any]], source: str) -> tuple[tuple[Document, ...], bool]:
+def _take(rows: Iterator[Mapping[str, Any]], source: str) -> tuple[ReadDocuments, bool]:
     """Take documents from `rows` up to MAX_DATASET_CHARACTERS: (documents, whether the limit was reached)."""
     documents: list[Document] = []
     characters = 0
     for number, row in enumerate(rows, start=1):
-        document = _document(row, f"--text {source} row {number}")
+        document = document_of(without_nulls(row), f"--text {source} row {number}")
         documents.append(document)
-        characters += len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+        characters += len(document) if isinstance(document, str) else document.characters
         if characters >= MAX_DATASET_CHARACTERS:
-            return tuple(documents), True
-    return tuple(documents), False
+            break
+    places = tuple(f"--text {source} row {number}" for number in range(1, len(documents) + 1))
+    return ReadDocuments(tuple(documents), places), characters >= MAX_DATASET_CHARACTERS

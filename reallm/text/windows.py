@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from reallm.errors import UserError
 
 from .corpus import Text
-from .readers import Document
+from .documents import Conversation, Document
+from .tokenizer_calls import encode, render_chat, render_user_message
 
 NO_LIMIT = 10**9
 """Longest window if neither the model nor the tokenizer sets a limit; tokenizers without a limit report about 10^30."""
@@ -28,14 +29,17 @@ def cut_windows(
     seed: int = 0,
     chat_template: bool = False,
     max_positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Cut `text` into token windows that do not overlap, int64 [windows, seqlen].
 
     With `nsamples` None, these are all consecutive windows from the start of the text. Otherwise `nsamples` windows are
     drawn at random with `seed` and returned in the order of the text; they are fewer if the text is too short (see
     `shortage`). `chat_template` wraps each plain document as a user's message; conversations always go through the
-    template. `max_positions` is the model's longest context in tokens; if None, the tokenizer's limit is used. Raises
-    UserError for a text shorter than one window and for a `seqlen` out of range.
+    template. `max_positions` is the model's longest context in tokens; if None, the tokenizer's limit is used.
+    `vocabulary` is the number of rows of the model's embedding; if None, token ids are not checked. Raises UserError
+    for a text shorter than one window, a `seqlen` out of range, a token that the model does not have, and a document
+    that the tokenizer or its chat template refuses.
     """
     limit = max_positions or tokenizer.model_max_length or NO_LIMIT
     if not 1 <= seqlen <= limit:
@@ -47,6 +51,7 @@ def cut_windows(
     if count == 0:
         what = f"{text.description}: {len(tokens)} tokens found, {seqlen} needed for one window"
         raise UserError(f"{what}; give a longer --text or a smaller --seqlen")
+    check_vocabulary(tokens, tokenizer, vocabulary, text.description)
     if nsamples is None:
         return tokens[: count * seqlen].reshape(count, seqlen)
     count = min(count, nsamples)
@@ -66,21 +71,43 @@ def shortage(windows: Tensor, nsamples: int | None) -> str | None:
 def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> Tensor:
     """Tokenise the whole text at once: int64 [tokens]. Special tokens that the tokenizer adds at the ends appear once.
 
-    Raises UserError when a chat template is needed and the tokenizer has none.
+    Raises UserError, naming the document, when a chat template is needed and the tokenizer has none, when the template
+    refuses a conversation, and when the tokenizer cannot encode a document.
     """
-    templated = chat_template or any(isinstance(document, tuple) for document in text.documents)
+    templated = chat_template or any(isinstance(document, Conversation) for document in text.documents)
     if templated and not tokenizer.chat_template:
         raise UserError(f"{text.description}: the tokenizer has no chat template; use plain text without it")
-    parts = [_render(document, tokenizer, chat_template) for document in text.documents]
+    parts = [
+        _render(document, tokenizer, chat_template, text.place(index)) for index, document in enumerate(text.documents)
+    ]
     joined = ("" if templated else "\n\n").join(parts)  # a template adds its own separators and BOS
-    ids = tokenizer(joined, add_special_tokens=not templated, return_attention_mask=False, verbose=False)["input_ids"]
+    try:
+        ids = encode(tokenizer, joined, text.description, special_tokens=not templated)
+    except UserError:
+        for index, part in enumerate(parts):  # find the document that is to blame
+            encode(tokenizer, part, text.place(index), special_tokens=not templated)
+        raise
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _render(document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> str:
+def check_vocabulary(
+    tokens: Tensor, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, description: str
+) -> None:
+    """Raise UserError if a token id, int64 of any shape, is not below `vocabulary`, the rows of the model's embedding.
+
+    With `vocabulary` None nothing is checked. `description` names the text in the message.
+    """
+    if vocabulary is None or not tokens.numel() or int(tokens.max()) < vocabulary:
+        return
+    found = int(tokens.max())
+    raise UserError(
+        f"{description}: the tokenizer gives the token id {found} ({tokenizer.decode([found])!r}), but the model's "
+        f"embedding has {vocabulary} rows; the tokenizer belongs to another model: give the model's own tokenizer files"
+    )
+
+
+def _render(document: Document, tokenizer: PreTrainedTokenizerBase, chat_template: bool, where: str) -> str:
     """The text of a document, rendered by the chat template if it is a conversation or `chat_template` is true."""
-    if isinstance(document, str) and not chat_template:
-        return document
-    conversation = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
-    rendered: str = tokenizer.apply_chat_template(conversation, tokenize=False)
-    return rendered
+    if isinstance(document, Conversation):
+        return render_chat(tokenizer, document.messages, where, tools=document.tools)
+    return render_user_message(tokenizer, document, where) if chat_template else document

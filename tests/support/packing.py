@@ -19,7 +19,7 @@ from reallm.kernels.storage.layout import file_bytes
 from reallm.models.loaded import LoadedModel, Matrix
 from reallm.planner.tables.plan import Bound, Choice, Plan
 from reallm.planner.tables.records import write_record
-from reallm.planner.tables.tensor_layout import dense_nbytes, shared_key, weights_tensors, whole_stacks
+from reallm.planner.tables.tensor_layout import dense_nbytes, other_specs, shared_key, weights_tensors, whole_stacks
 from reallm.system.torch_dtypes import FLOAT_NAMES
 
 Bytes = NDArray[np.uint8]
@@ -102,7 +102,8 @@ class PackedModel:
         matrices_bytes = sum(choice.nbytes for choice in choices) + sum(shared.values())
         records = [matrix.record() for matrix in self.loaded.matrices]
         dtype = FLOAT_NAMES[self.loaded.dtype]
-        specs = weights_tensors(records, self._formats(), shared, self.loaded.other_tensors(), dtype)
+        others = other_specs(self.loaded.other_tensors(), self.loaded.other_dtypes(), dtype)
+        specs = weights_tensors(records, self._formats(), shared, others)
         total = sum(choice.cost for choice in choices)
         return Plan(
             model=self.loaded.source,

@@ -82,7 +82,7 @@ def test_shards_keep_to_their_limit_and_lose_nothing(tensors: list[TensorSpec], 
 def test_header_is_json_with_contiguous_offsets(tensors: list[TensorSpec]) -> None:
     (shard,) = plan_shards(tensors)
     header = json.loads(header_text(shard))
-    assert header.pop("__metadata__") == {"format": "pt"}
+    assert header.pop("__metadata__") == {"format": "reallm"}
     end = 0
     for spec in shard.tensors:
         entry = header.pop(spec.name)
@@ -97,7 +97,7 @@ def test_header_is_json_with_contiguous_offsets(tensors: list[TensorSpec]) -> No
 
 
 def test_a_size_by_hand() -> None:
-    # {"__metadata__":{"format":"pt"}} is 32 bytes, with the length 40 -> 64. The entry
+    # {"__metadata__":{"format":"reallm"}} is 36 bytes, with the length 44 -> 64. The entry
     # "a.codes":{"dtype":"U8","shape":[128],"data_offsets":[0,128]} is 61; with two offsets of 13 digits and a comma 84.
     assert file_overhead() == 64
     spec = TensorSpec("a.codes", "U8", (128,))

@@ -23,7 +23,7 @@ from reallm.planner.tables.budget import parse_budget
 from reallm.planner.tables.measured_table import MatrixRecord, MeasuredTable
 from reallm.planner.tables.plan import Plan, Ties
 from reallm.planner.tables.records import read_record, write_record
-from reallm.planner.tables.tensor_layout import matrix_tensors, shared_key, shared_tensor, weights_tensors
+from reallm.planner.tables.tensor_layout import matrix_tensors, other_specs, shared_key, shared_tensor, weights_tensors
 from reallm.planner.tables.units import PlanError
 
 budgets = st.one_of(
@@ -105,7 +105,7 @@ def test_plans_never_exceed_the_budget_and_their_bytes_are_the_files(table: Meas
     assume(plan is not None)
     chosen = {c.matrix: Format.parse(c.format) for c in plan.choices}
     formats = {m.name: chosen.get(m.name, dense_format(m, table.dtype)) for m in table.matrices}
-    tensors = weights_tensors(table.matrices, formats, plan.shared, table.other_tensors, table.dtype)
+    tensors = weights_tensors(table.matrices, formats, plan.shared, other_specs(table.other_tensors, {}, table.dtype))
     assert plan.file_bytes == file_bytes(tensors)
     prefixes = (*(f"{c.matrix}." for c in plan.choices), "reallm_shared.")
     whole = {t.name for t in tensors if t.name.startswith("moe.") and len(t.shape) == 3}
@@ -206,7 +206,7 @@ def test_a_stack_left_dense_stays_one_parameter() -> None:
     # 4 slices of 312 bytes are one tensor [4, 12, 13]; packed, each slice would take 320.
     assert dense.matrices_bytes == 4 * 312 and [c.nbytes for c in dense.choices] == [312] * 4
     formats = dict.fromkeys((m.name for m in table.matrices), Format.parse("bf16"))
-    assert TensorSpec("moe.up", "BF16", (4, 12, 13)) in weights_tensors(table.matrices, formats, {}, {}, "bf16")
+    assert TensorSpec("moe.up", "BF16", (4, 12, 13)) in weights_tensors(table.matrices, formats, {}, [])
     mixed = solve(table, "4KiB", pins=["up.2=int4-g8"])
     # 78 bytes of codes -> 128, 24 scales -> 64.
     assert [c.nbytes for c in mixed.choices] == [320, 320, 192, 320]

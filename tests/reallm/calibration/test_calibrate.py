@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from tiny import ARCHITECTURES, VOCAB
 from torch import Tensor
 
-from reallm.calibration.block_streaming import BlockStreamer
+from reallm.calibration.block_streaming import BlockStreamer, NotReproducedError
 from reallm.calibration.calibrate import calibrate
-from reallm.calibration.hidden_states import HiddenStates
 from reallm.calibration.hooks import StatisticsHooks
 from reallm.calibration.statistics import read_statistics, statistics_path
+from reallm.calibration.stored_tensors import CallResults, StoredGradients
 from reallm.errors import UserError
 from reallm.measurement.encoding import matrix_metric
 from reallm.models.loaded import LoadedModel
@@ -53,7 +53,7 @@ def stored(folder: Path, loaded: LoadedModel) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for block in (None, *range(len(loaded.blocks))):
         tensors |= load_file(statistics_path(folder, block))
-    return tensors
+    return {key: value for key, value in tensors.items() if not key.startswith("count/")}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -94,24 +94,35 @@ def test_every_matrix_has_a_metric(tmp_path: Path) -> None:
                 assert not metric.extra_fisher[unseen].any() and bool(metric.extra_fisher[~unseen].any(1).all())
 
 
-def test_experts_without_tokens_are_named_and_have_no_statistics(tmp_path: Path) -> None:
+def test_experts_without_tokens_borrow_the_statistics_of_the_others(tmp_path: Path) -> None:
     loaded = loaded_tiny("mixtral")
     for name, parameter in loaded.model.named_parameters():
         if name.endswith("gate.weight") or "router" in name:
             with torch.no_grad():
                 parameter.zero_()  # equal scores: top-k chooses the same two of three experts for every token
     report = calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
-    empty = [m for m in loaded.matrices if f"guided/{m.name}" not in stored(tmp_path, loaded) and m.kind == "expert"]
+    matrices = [m for m in loaded.matrices if m.kind == "expert"]
+    counts = {m.name: load_file(statistics_path(tmp_path, m.block)).get(f"count/{m.name}") for m in matrices}
+    empty = [m for m in matrices if counts[m.name] is None]
     assert len(empty) == 4  # gate_up and down of one expert in each of two blocks
-    assert any(f"4 of {len(loaded.matrices)}" in note and empty[0].name in note for note in report.notes)
-    metric = matrix_metric(empty[0], read_statistics(tmp_path, empty[0].block, [empty[0]]))
-    assert not metric.hessian.any() and not metric.fisher.any()
+    assert any("routed to 4 experts" in note and empty[0].name in note for note in report.notes)
+    assert not report.kept
+    actual = stored(tmp_path, loaded)
+    for matrix in empty:
+        others = [m for m in matrices if (m.block, m.family) == (matrix.block, matrix.family) and m != matrix]
+        for kind in ("guided", "fisher", "gram"):
+            # Two tokens of three go to each of the other two: the average per token is their sum / all their tokens.
+            total = sum(actual[f"{kind}/{m.name}"].double() for m in others)
+            expected = total / sum(float(counts[m.name]) for m in others)
+            found = actual[f"{kind}/{matrix.name}"].double()
+            assert torch.allclose(found, expected, rtol=2.0**-8, atol=1e-6 * float(expected.abs().max()))
+            assert bool(found.any())
 
 
-STEPS = ("store_inputs", "run_tail", "run_block", "run_front")
+STEPS = ("store_results", "run_tail", "run_call", "run_front")
 
 
-@pytest.mark.parametrize("stopped_at", [*STEPS, "window", "store_gradient", "statistics"])
+@pytest.mark.parametrize("stopped_at", [*STEPS, "window", "store", "statistics"])
 def test_an_interrupted_pass_resumes_to_the_same_bytes(
     stopped_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,10 +142,10 @@ def test_an_interrupted_pass_resumes_to_the_same_bytes(
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    owners = {"window": (HiddenStates, "append"), "store_gradient": (HiddenStates, "store_gradient")}
+    owners = {"window": (CallResults, "append"), "store": (StoredGradients, "store")}
     owners["statistics"] = (StatisticsHooks, "statistics")
     owner, name = owners.get(stopped_at, (BlockStreamer, stopped_at))
-    interrupt(owner, name, {"window": 5, "run_block": 2, "store_gradient": 3, "statistics": 3}.get(stopped_at, 1))
+    interrupt(owner, name, {"window": 5, "run_call": 2, "store": 2, "statistics": 2}.get(stopped_at, 1))
     with pytest.raises(KeyboardInterrupt):
         calibrate(loaded, WINDOWS, tmp_path / "interrupted", seed=SEED)
     resumed = calibrate(loaded, WINDOWS, tmp_path / "interrupted", seed=SEED)
@@ -157,16 +168,16 @@ def test_a_finished_pass_is_not_repeated(tmp_path: Path) -> None:
 
 def test_a_finished_block_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, ran = loaded_tiny("llama"), []
-    original = BlockStreamer.run_block
+    original = BlockStreamer.run_call
 
-    def counted(self: BlockStreamer, number: int, hooks: StatisticsHooks) -> Tensor:
+    def counted(self: BlockStreamer, number: int, hooks: StatisticsHooks) -> object:
         if ran == [1]:
             ran.append(-1)
             raise KeyboardInterrupt
         ran.append(number)
         return original(self, number, hooks)
 
-    monkeypatch.setattr(BlockStreamer, "run_block", counted)
+    monkeypatch.setattr(BlockStreamer, "run_call", counted)
     with pytest.raises(KeyboardInterrupt):
         calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
     calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
@@ -190,7 +201,7 @@ def test_activations_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         loaded.model.model.layers[0].mlp.down_proj.weight[0, 0] = 3e38
         loaded.model.model.layers[0].mlp.up_proj.weight.mul_(1e20)
-    with pytest.raises(UserError, match=r"llama: activations at the input of model\.layers\.1 are NaN or infinite"):
+    with pytest.raises(UserError, match=r"llama: activations at the output of model\.layers\.0 are NaN or infinite"):
         calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
 
 
@@ -225,15 +236,55 @@ _ROW = WINDOWS[0, 1:2]
 
 
 @pytest.mark.parametrize("twist", ["call", "token"])
-def test_blocks_that_do_not_form_a_chain_are_refused(twist: str, tmp_path: Path) -> None:
+def test_blocks_that_cannot_be_run_alone_are_run_with_the_whole_model(twist: str, tmp_path: Path) -> None:
     loaded = loaded_tiny("llama")
     layers = loaded.model.model.layers
     if twist == "call":  # a block whose output changes from call to call
-        layers[0].register_forward_hook(_Counting())
-    else:  # a block that knows something about the tokens that is not in the hidden state
-        loaded.model.model.register_forward_pre_hook(_TokenSecret(layers[1]), with_kwargs=True)
-    with pytest.raises(UserError, match=r"llama: model\.layers\.[01] run alone differs .* cannot be streamed"):
-        calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+        layers[0].mlp.register_forward_hook(_Counting())
+    else:  # a block that depends on another module's last call
+        layers[1].mlp.register_forward_hook(_Neighbour(loaded.model, layers[0]))
+    report = calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
+    assert any("whole model at once, because model.layers." in note for note in report.notes)
+    actual = stored(tmp_path, loaded)
+    names = {m.name for m in loaded.matrices if m.kind == "linear"}
+    assert {key.split("/")[1] for key in actual if key.startswith("guided/")} >= names
+
+
+def test_the_whole_model_at_once_gives_the_same_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for architecture in ("llama-tied", "mixtral", "roberta"):
+        loaded = loaded_tiny(architecture)
+        calibrate(loaded, WINDOWS, tmp_path / architecture / "calls", seed=SEED)
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockStreamer, "_find_dependencies", _refuse)
+            patch.setattr("reallm.calibration.gathering.MEMORY_SHARE", 1e-6)  # one matrix at a time
+            calibrate(loaded, WINDOWS, tmp_path / architecture / "whole", seed=SEED)
+        expected = stored(tmp_path / architecture / "calls", loaded)
+        actual = stored(tmp_path / architecture / "whole", loaded)
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.allclose(actual[key], value, rtol=2.0**-7, atol=1e-5 * float(value.abs().max())), key
+
+
+def _refuse(_streamer: BlockStreamer) -> None:
+    raise NotReproducedError("it is asked for")
+
+
+class _Neighbour:
+    """Adds to a module's output what another block computed in the same pass of the model."""
+
+    def __init__(self, model: torch.nn.Module, other: torch.nn.Module) -> None:
+        self.seen: Tensor | float = 0.0
+        model.register_forward_pre_hook(self.forget)
+        other.mlp.register_forward_hook(self.remember)
+
+    def forget(self, _module: object, _args: object) -> None:
+        self.seen = 0.0
+
+    def remember(self, _module: object, _args: object, output: Tensor) -> None:
+        self.seen = output.detach()
+
+    def __call__(self, _module: object, _args: object, output: Tensor) -> Tensor:
+        return output + self.seen
 
 
 class _Counting:
@@ -247,24 +298,13 @@ class _Counting:
         return output + self.calls
 
 
-class _TokenSecret:
-    """Passes the sum of the token ids to a block without the model knowing."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        self.secret = 0.0
-        layer.register_forward_hook(lambda _module, _args, output: output + self.secret)
-
-    def __call__(self, _module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
-        self.secret = float(kwargs["input_ids"].sum())
-
-
 def test_memory_holds_the_statistics_of_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, blocks_together = loaded_tiny("llama"), []
     original = StatisticsHooks.__init__
 
-    def noted(self: StatisticsHooks, model: LoadedModel, matrices: list, tokens: int) -> None:
+    def noted(self: StatisticsHooks, model: LoadedModel, matrices: list, *rest: object) -> None:
         blocks_together.append({m.block for m in matrices})
-        original(self, model, matrices, tokens)
+        original(self, model, matrices, *rest)
 
     monkeypatch.setattr(StatisticsHooks, "__init__", noted)
     calibrate(loaded, WINDOWS, tmp_path, seed=SEED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model
+from tiny import VOCAB, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from reallm.cli.tables import print_evaluation
 from reallm.errors import UserError
 from reallm.evaluation.evaluate import evaluate
 from reallm.models.sizes import COUNTED_KINDS
@@ -141,3 +144,81 @@ def test_infinite_activations_are_an_error(tmp_path: Path, text: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"window 1 of the evaluated model: the logits hold NaN or infinity"):
         evaluate(folder, text=text, seqlen=SEQLEN, progress=False)
+
+
+def test_an_encoder_is_compared_by_masked_divergence_and_by_the_cosine_of_its_embeddings(
+    tmp_path: Path, text: str
+) -> None:
+    first, second = (save_tiny("roberta", tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    same = evaluate(first, against=first, text=text, seqlen=SEQLEN, windows=2, progress=False).comparison
+    assert same.divergence is not None and same.divergence.mean == 0
+    assert same.cosine == pytest.approx(1, abs=1e-6)
+    other = evaluate(second, against=first, text=text, seqlen=SEQLEN, windows=2, progress=False)
+    assert other.comparison.cosine is not None and other.comparison.cosine < 0.99
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_evaluation(other, console)
+    assert f"{other.comparison.cosine:.6f}" in console.export_text()
+    assert evaluate(first, text=text, seqlen=SEQLEN, windows=2, progress=False).comparison.cosine is None
+
+
+def test_a_language_model_has_no_cosine(llama: Path, text: str) -> None:
+    assert evaluate(llama, against=llama, text=text, seqlen=SEQLEN, progress=False).comparison.cosine is None
+
+
+def test_fewer_windows_than_asked_for_are_noted(llama: Path, text: str) -> None:
+    result = evaluate(llama, text=text, seqlen=SEQLEN, windows=50, progress=False)
+    assert any("has only 9 windows of 32 tokens, not 50" in note for note in result.notes)
+    assert not any("has only" in n for n in evaluate(llama, text=text, seqlen=SEQLEN, windows=9, progress=False).notes)
+
+
+def test_tokens_that_the_model_or_the_base_does_not_have_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    larger = tiny_model("llama")
+    larger.resize_token_embeddings(VOCAB + 1)
+    larger.save_pretrained(tmp_path / "larger")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    for each in (folder, tmp_path / "larger"):
+        tokenizer.save_pretrained(each)
+    (tmp_path / "new.txt").write_text("abcdefgh<new>" * 20)
+    source = str(tmp_path / "new.txt")
+    for path, against in ((folder, None), (tmp_path / "larger", folder)):
+        with pytest.raises(UserError, match=rf"new.txt: .* the token id {VOCAB} .*embedding has {VOCAB} rows"):
+            evaluate(path, against=against, text=source, seqlen=SEQLEN, progress=False)
+    assert evaluate(tmp_path / "larger", text=source, seqlen=SEQLEN, progress=False).comparison.windows == 5
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer_is_scored_in_full(tmp_path: Path, text: str) -> None:
+    padded = tiny_model("llama")
+    padded.resize_token_embeddings(VOCAB + 27)
+    padded.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    result = evaluate(tmp_path, against=tmp_path, text=text, seqlen=SEQLEN, windows=1, progress=False).comparison
+    ids = torch.tensor([_token_of(letter) for letter in Path(text).read_text()[:SEQLEN]])[None]
+    with torch.inference_mode():
+        loss = float(padded(ids, labels=ids).loss)
+    assert result.perplexity is not None and result.divergence is not None
+    assert math.log(result.perplexity) == pytest.approx(loss, abs=1e-5)
+    assert result.divergence.mean == 0
+
+
+def test_models_that_do_not_belong_together_are_refused(llama: Path, tmp_path: Path, text: str) -> None:
+    encoder = save_tiny("roberta", tmp_path / "encoder")
+    with pytest.raises(UserError, match=r"predicts masked tokens, but .* predicts the next token; --against must name"):
+        evaluate(encoder, against=llama, text=text, seqlen=SEQLEN, progress=False)
+    shorter = tiny_model("llama", settings={"max_position_embeddings": 64})
+    shorter.save_pretrained(tmp_path / "shorter")
+    tiny_tokenizer().save_pretrained(tmp_path / "shorter")
+    with pytest.raises(UserError, match="--seqlen 100: this model takes 1 to 64 tokens"):
+        evaluate(llama, against=tmp_path / "shorter", text=text, seqlen=100, progress=False)
+    other = tiny_tokenizer()
+    other.add_tokens(["<new>"])
+    other.save_pretrained(tmp_path / "shorter")
+    with pytest.raises(UserError, match="have different vocabularies"):
+        evaluate(llama, against=tmp_path / "shorter", text=text, seqlen=SEQLEN, progress=False)
+
+
+def test_a_lone_surrogate_names_its_line(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "\\udc00"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl line 2: character 1 is half of a UTF-16 surrogate pair"):
+        evaluate(llama, text=str(tmp_path / "a.jsonl"), seqlen=SEQLEN, progress=False)

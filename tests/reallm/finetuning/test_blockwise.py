@@ -66,7 +66,7 @@ def test_the_loss_is_the_second_order_divergence(tmp_path: Path) -> None:
     loaded = load_model(save_tiny("llama", tmp_path / "model"), dtype=torch.float32)
     windows = torch.randint(0, 64, (3, SEQLEN), generator=torch.Generator().manual_seed(0))
     streamer = BlockStreamer(loaded, tmp_path / "states", windows, 7, masked=True)
-    streamer.store_inputs()
+    streamer.store_results()
     loaded.model.requires_grad_(False)
     moments = blockwise.output_moments(streamer, 7)
     generator, gradients = torch.Generator().manual_seed(7), []
@@ -85,11 +85,12 @@ def test_the_loss_is_the_second_order_divergence(tmp_path: Path) -> None:
     G = g.T @ g / len(g)
     G += blockwise.DAMPING * G.diagonal().mean() * torch.eye(len(G), dtype=torch.float64)
     torch.testing.assert_close(moments[0].double(), G, rtol=1e-4, atol=1e-7)
-    dense, weights = streamer.hidden_states.read(1)[:1], torch.rand(SEQLEN)
-    student = streamer.hidden_states.read(0)[:1] + 0.1
-    block = BlockTrainer(streamer, 0, streamer.blocks[0], moments[0])
-    loss = block.loss(BlockWindow(student, dense, weights / weights.sum()))
-    d = (streamer.replay(0, student) - dense)[0].double()
+    dense, weights = streamer.results.read(0, 0)[0], torch.rand(SEQLEN)
+    student = streamer.arguments(0, 0)[0][0] + 0.1
+    first = loaded.model.get_submodule(loaded.blocks[0])
+    block = BlockTrainer(streamer, 0, first, moments[0])
+    loss = block.loss(BlockWindow(0, student, dense, weights / weights.sum()))
+    d = (streamer.replay(0, 0, student, first) - dense)[0].double()
     expected = sum(0.5 * w * (e @ G @ e) for w, e in zip(weights.double() / weights.double().sum(), d, strict=True))
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
+from tiny import VOCAB, tiny_tokenizer
 
 from reallm.errors import UserError
 from reallm.finetuning.chat_windows import answer_tokens, sample_windows
 from reallm.text.corpus import load_text
+from reallm.text.documents import Conversation
 
 TALK = [
     {"role": "user", "content": "one"},
@@ -28,7 +29,7 @@ def rows(path: Path, *documents: Any) -> str:
 
 def test_only_answers_are_scored() -> None:
     tokenizer = tiny_tokenizer()
-    ids, scored = answer_tokens(tuple(TALK), tokenizer, "here")
+    ids, scored = answer_tokens(Conversation(tuple(TALK)), tokenizer, "here")
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
     text = tokenizer.decode(ids[scored])
     assert "two" in text and "four" in text and "one" not in text and "three" not in text
@@ -60,3 +61,47 @@ def test_unusable_rows_are_refused(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         sample_windows(silent, tokenizer, 16, None)
+
+
+def test_calls_of_tools_are_answers_and_everything_is_rendered_as_the_template_does() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<s>{{ m.role }}: "
+        "{% if m.content is string %}{{ m.content }}{% elif m.content %}{{ m.content[0].text }}{% endif %}"
+        "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    talk = (
+        {"role": "user", "content": [{"type": "text", "text": "one"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+        {"role": "tool", "content": "three"},
+        {"role": "assistant", "content": "four"},
+        {"role": "assistant", "content": None},
+    )
+    tools = ({"name": "f", "description": "five"},)
+    ids, scored = answer_tokens(Conversation(talk, tools), tokenizer, "here")
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(list(talk), tools=list(tools), tokenize=False)
+    assert tokenizer.decode(ids[scored]) == '{"name": "f"}</s>four</s>'
+
+
+def test_a_refused_conversation_names_its_line(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    silent = [{"role": "system", "content": "x"}, *TALK]
+    text = load_text(rows(tmp_path / "a.jsonl", {"messages": TALK}, {"messages": silent}))
+    with pytest.raises(UserError, match=r"a.jsonl line 2: the chat template fails .*no system role"):
+        sample_windows(text, tokenizer, 16, None)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused_and_never_pad(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    talk = load_text(rows(tmp_path / "a.jsonl", {"messages": TALK}))
+    with pytest.raises(UserError, match=r"the token id \d+ .*embedding has 80 rows"):
+        sample_windows(talk, tokenizer, 16, None, vocabulary=80)
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    sample = sample_windows(talk, tokenizer, 64, None, vocabulary=VOCAB)
+    assert int(sample.tokens.max()) < VOCAB
+    assert int(sample_windows(talk, tokenizer, 64, None).tokens.max()) == VOCAB

@@ -20,10 +20,12 @@ import pytest
 import torch
 from clusters import kill_an_encoder, local_cluster
 from measuring import start_measure
+from safetensors.torch import load_file
 from tiny import save_tiny
 
 from reallm.calibration.statistics import read_statistics
 from reallm.codecs.encode import CODEC_VERSION
+from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
 from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format
@@ -37,8 +39,9 @@ from reallm.measurement.measured_codes import MeasuredCodes
 from reallm.models.loaded import load_model
 from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Choice
-from reallm.planner.tables.records import read_record
+from reallm.planner.tables.records import read_record, write_record
 from reallm.planner.tables.tensor_layout import shared_key
+from reallm.planning.plan import plan
 from reallm.system.lock import exclusive_lock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,17 +62,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_the_dtype_cannot_hold_is_refused_before_calibration(model: Path, tmp_path: Path) -> None:
+def test_every_uncompressed_tensor_keeps_its_own_dtype(model: Path, tmp_path: Path) -> None:
     loaded = load_model(model)
-    norm = loaded.model.get_submodule("model.norm")
-    norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, 1 / 3, dtype=torch.float32))
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(UserError, match=r"model\.norm\.weight is torch\.float32 and loses bits as torch\.bfloat16"),
-    ):
+    norm = loaded.model.get_submodule("model.norm")  # tensors that the model does not compute with
+    norm.bias = torch.nn.Parameter(torch.full_like(norm.weight, 1 / 3, dtype=torch.float32))
+    norm.register_buffer("steps", torch.tensor([2**40 + 1]))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_module, "load_model", lambda source: loaded)
-        run(model, tmp_path / "work")
-    assert not (tmp_path / "work").exists()
+        table = run(model, tmp_path / "work")
+    assert table.other_dtypes == {"model.norm.bias": "f32", "model.norm.steps": "i64"}
+    made = plan(tmp_path / "work", budget="4bpw")
+    write_record(tmp_path / "plan.json", made)
+    artifact = compile_plan(tmp_path / "plan.json", tmp_path / "out", model=loaded)
+    tensors = load_file(artifact / "model.safetensors")
+    assert sum(file.stat().st_size for file in artifact.glob("*.safetensors")) == made.file_bytes
+    assert torch.equal(tensors["model.norm.bias"], norm.bias) and torch.equal(tensors["model.norm.steps"], norm.steps)
+    assert tensors["model.norm.weight"].dtype == torch.bfloat16
 
 
 def run(model: Path, output: Path, **changes: int | bool | str) -> MeasuredTable:

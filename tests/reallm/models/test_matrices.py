@@ -180,7 +180,7 @@ def test_the_family_drops_indices_into_a_module_list_but_keeps_those_into_a_sequ
     assert families == ["mlp.extra.0", "mlp.extra.2"] * 2 * BLOCKS
 
 
-def test_blocks_are_the_list_with_the_most_parameters():
+def test_blocks_are_the_children_of_a_list_that_contain_matrices():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()

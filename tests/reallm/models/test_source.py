@@ -205,8 +205,8 @@ def test_large_finite_weights_are_accepted(folder):
 def test_compressed_and_quantised_models_are_refused(folder):
     rewrite_config(folder, quantization_config={"quant_method": "reallm", "version": 1})
     assert "already compressed by reallm" in error_message(folder)
-    rewrite_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "already quantised (gptq)" in error_message(folder)
+    rewrite_config(folder, quantization_config={"quant_method": "aqlm"})
+    assert "already quantised (aqlm)" in error_message(folder)
 
 
 def test_integer_weights_are_refused(folder):

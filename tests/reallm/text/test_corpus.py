@@ -9,6 +9,7 @@ from tiny import tiny_tokenizer
 
 from reallm.errors import UserError
 from reallm.text.corpus import load_text
+from reallm.text.documents import Conversation
 from reallm.text.windows import tokenize
 
 TOKENIZER = tiny_tokenizer()  # one token per byte, so that lengths can be counted
@@ -48,7 +49,7 @@ def test_jsonl_holds_texts_and_conversations(tmp_path):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     path = write_jsonl(tmp_path / "a.jsonl", {"text": "plain", "id": 1}, {"messages": turns})
     text = load_text(path)
-    assert text.documents == ("plain", tuple(turns))
+    assert text.documents == ("plain", Conversation(tuple(turns)))
     assert TOKENIZER.decode(tokenize(text, TOKENIZER)) == "plain<s>user: hi</s><s>assistant: hello</s>"
 
 
@@ -104,7 +105,17 @@ def test_unknown_kind_empty_file_and_wrong_encoding(tmp_path):
         ('{"txt": "x"}', "holds txt"),
         ('{"text": 5}', "holds text"),
         ('{"messages": []}', "holds messages"),
-        ('{"messages": [{"role": "user"}]}', "holds messages"),
+        ('{"messages": [{"role": "user"}]}', "message 1 has no content"),
+        ('{"messages": [{"role": "user", "content": "a"}, 3]}', "message 2 is int"),
+        ('{"messages": [{"content": "a"}]}', "message 1 has no role"),
+        ('{"messages": [{"role": 3, "content": "a"}]}', "message 1 has no role"),
+        ('{"messages": [{"role": "user", "content": 3.5}]}', "content of type float"),
+        ('{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "a part without a type"),
+        ('{"messages": [{"role": "user", "content": [7]}]}', "a part without a type"),
+        ('{"messages": "a"}', "holds messages"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "tools is not a list"),
+        ("[" * 100_000, "is not JSON"),
+        ("1" * 10_000, "is not JSON"),
     ],
 )
 def test_a_bad_line_of_jsonl_is_named(tmp_path, line, found):
@@ -115,10 +126,44 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path, line, found):
     assert found in message
 
 
+def test_conversations_keep_calls_of_tools_parts_and_null_content(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image"}]}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    text = load_text(write_jsonl(tmp_path / "a.jsonl", {"messages": [parts, call], "tools": tools}))
+    assert text.documents == (Conversation((parts, call), tuple(tools)),)
+    plain = load_text(write_jsonl(tmp_path / "b.jsonl", {"messages": [parts, call]}))
+    assert plain.documents == (Conversation((parts, call)),)
+    assert plain.sha256 != text.sha256
+
+
+def test_parquet_reads_conversations_without_the_nulls_that_a_table_adds(tmp_path):
+    call = {"role": "assistant", "content": None, "name": "f"}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [[{"role": "user", "content": "hi"}, call]]}), path)
+    assert load_text(path).documents == (Conversation(({"role": "user", "content": "hi"}, call)),)
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [[{"role": "user", "content": "hi"}], []]}), path)
+    assert f"{path} row 2 holds messages" in error_message(load_text, path)
+
+
+def test_each_document_has_a_place(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    text = load_text(path)
+    assert [text.place(0), text.place(1)] == [f"{path} line 1", f"{path} line 3"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "train.parquet")
+    assert load_text(tmp_path / "train.parquet").place(1) == f"{tmp_path / 'train.parquet'} row 2"
+    assert load_text(str(tmp_path)).place(1) == f"--text {tmp_path} row 2"
+
+
+def test_a_text_given_in_place_of_a_path_is_refused():
+    assert "expected the path of a file" in error_message(load_text, "a word " * 100 + ".txt")
+
+
 def test_parquet_without_the_column_or_damaged(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), path)
-    assert "has the columns id, body; expected one called text" in error_message(load_text, path)
+    assert "has the columns id, body; expected one called text or messages" in error_message(load_text, path)
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     assert "holds no strings" in error_message(load_text, path)
     path.write_bytes(path.read_bytes()[:-20])

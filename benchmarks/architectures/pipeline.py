@@ -1,0 +1,181 @@
+"""All stages of reallm on the tiny model of one case, with results compared with references computed without reallm."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import reallm
+from reallm.errors import ReallmError
+from reallm.models.loaded import load_model
+from reallm.planner.tables.plan import Plan
+
+from .build import round_weights, save_model, text_forward, tiny_model
+from .cases import Case
+from .outcome import Outcome
+from .picture import with_picture
+from .reference import free_matrices, packed_choices, replaced_model
+
+SPACE = "linear: [int4-g16, int8-g16, tq3-l8+ldl2+rot]\nembedding: [int4-g16, int8-g16]\n"
+TEXT = "The quick brown fox jumps over the lazy dog, and 13 more animals watch it (quietly). " * 12
+SEQLEN, WINDOWS = 32, 3
+MAX_ERROR = 1e-3
+"""Largest difference of two float32 models that compute the same in another order, relative to the logits' range."""
+MAX_KL = 0.02
+"""Nats per token that 8 bits may cost; a wrong matrix costs 0.1 or more in these models."""
+PLANS = {"mixed": ("6bpw", None), "int8": ("16bpw", ["int8-g16"])}
+"""Name of a plan -> (budget, allowed formats). The mixed plan goes through every stage, the other one must be close to
+the dense model."""
+
+
+def run_case(case: Case, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Outcome:
+    """Run all stages of `case` in `folder`; errors are noted in the outcome, and tracebacks in error.txt."""
+    outcome = Outcome(case.name, case.class_name, case.kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    try:
+        _Run(case, folder, outcome, tokenizer).all_stages()
+    except Exception as error:
+        work = folder / "work"
+        encoded = any(work.rglob("*.safetensors")) if work.is_dir() else False
+        outcome.refused = isinstance(error, ReallmError) and outcome.stage == "measure" and not encoded
+        line = str(error).strip().partition("\n")[0].replace(f"{folder}/", "")
+        outcome.error = f"{type(error).__name__}: {line}"[:400]
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    outcome.seconds = round(time.monotonic() - started, 2)
+    return outcome
+
+
+class _Run:
+    def __init__(self, case: Case, folder: Path, outcome: Outcome, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.case, self.folder, self.outcome, self.tokenizer = case, folder, outcome, tokenizer
+        self.model, self.work, self.text = folder / "model", folder / "work", folder / "text.txt"
+
+    def all_stages(self) -> None:
+        """Run the stages in order; `outcome.stage` names the one that runs."""
+        self._build()
+        self._measure()
+        plans = self._plans()
+        self._compile_and_compare(plans)
+        self._generate_and_evaluate()
+        self._save_and_verify()
+        if self.case.kind == "image":
+            self._show_picture()
+        self.outcome.stage = "done"
+
+    def _build(self) -> None:
+        model = tiny_model(self.case)
+        self.outcome.parameters = sum(tensor.numel() for tensor in model.parameters())
+        self.ids = torch.tensor([self.tokenizer(TEXT)["input_ids"][:SEQLEN]])
+        if not round_weights(model, self.case.dtype, self.ids):
+            self.outcome.notes.append(f"in float32, because the model's code does not run in {self.case.dtype}")
+        save_model(model, self.tokenizer, self.model)
+        self.dense = copy.deepcopy(model).float()
+        self.text.write_text(TEXT, encoding="utf-8")
+        (self.folder / "space.yaml").write_text(SPACE, encoding="utf-8")
+        try:
+            self.logits = text_forward(self.dense, self.ids)
+        except Exception as error:  # reallm must refuse it, too
+            self.outcome.notes.append(f"the dense model cannot be run on text: {type(error).__name__}")
+            return
+        if not bool(torch.isfinite(self.logits).all()):
+            raise ValueError("the dense model's logits are not finite")
+
+    def _measure(self) -> None:
+        self.outcome.stage = "measure"
+        settings = {"nsamples": WINDOWS, "seqlen": SEQLEN, "jobs": 1}
+        space = self.folder / "space.yaml"
+        self.table = reallm.measure(self.model, text=self.text, output=self.work, space=space, **settings)
+
+    def _plans(self) -> dict[str, Plan]:
+        self.outcome.stage = "plan"
+        measured = {record.matrix for record in self.table.measurements}
+        tables = [m.name for m in self.table.matrices if m.kind in ("embedding", "head") and m.name in measured]
+        pins = [f"^{re.escape(name)}$=int8-g16" for name in tables]
+        plans = {}
+        for name, (budget, formats) in PLANS.items():
+            output = self.folder / f"{name}.json"
+            plans[name] = reallm.plan(self.work, budget=budget, output=output, formats=formats, pins=pins)
+        plan = plans["mixed"]
+        packed = sum(choice.rows * choice.cols for choice, _ in packed_choices(plan))
+        self.outcome.matrices = len(plan.choices)
+        self.outcome.packed_share = round(packed / self.outcome.parameters, 4)
+        self.outcome.free = free_matrices(plan)
+        return plans
+
+    def _compile_and_compare(self, plans: dict[str, Plan]) -> None:
+        loaded = load_model(self.model)
+        for name, plan in plans.items():
+            self.outcome.stage = "compile"
+            reallm.compile(self.folder / f"{name}.json", self.folder / name, kernels=False)
+            self.outcome.stage = "load"
+            compressed, _ = reallm.load(self.folder / name, dtype=torch.float32)
+            self.outcome.stage = "logits"
+            logits = text_forward(compressed, self.ids)
+            reference = text_forward(replaced_model(self.dense, loaded, plan, self.work), self.ids)
+            self._note_error(name, logits, reference)
+            if name == "int8":
+                self._note_kl("kl", self.logits, logits)
+            self.compressed, self.plan = compressed, plan
+
+    def _note_error(self, name: str, logits: Tensor, reference: Tensor) -> None:
+        error = float((logits - reference).abs().max() / (reference.max() - reference.min()))
+        self.outcome.figures[f"error_{name}"] = error
+        if not error <= MAX_ERROR:
+            raise ValueError(f"{name}: logits differ from the reference by {error:.2g} of their range")
+
+    def _note_kl(self, figure: str, dense: Tensor, compressed: Tensor) -> None:
+        dense, compressed = dense.log_softmax(-1), compressed.log_softmax(-1)
+        kl = float((dense.exp() * (dense - compressed)).sum(-1).mean())
+        self.outcome.figures[figure] = kl
+        if not kl <= MAX_KL:
+            raise ValueError(f"{figure}: 8 bits cost {kl:.2g} nats per token")
+
+    def _generate_and_evaluate(self) -> None:
+        self.outcome.stage = "generate"
+        if self.dense.can_generate():
+            text = reallm.generate(self.folder / "mixed", "The quick", max_new_tokens=4)
+            if not text.startswith("The quick"):
+                raise ValueError(f"generate returned {text!r}")
+        self.outcome.stage = "eval"
+        settings = {"seqlen": SEQLEN, "windows": 2, "progress": False}
+        result = reallm.evaluate(self.folder / "int8", against=self.model, text=str(self.text), **settings)
+        divergence = result.comparison.divergence
+        if divergence is None or not divergence.mean <= MAX_KL:
+            raise ValueError(f"eval finds a divergence of {divergence} at 8 bits")
+
+    def _save_and_verify(self) -> None:
+        self.outcome.stage = "save"
+        saved = self.folder / "saved"
+        self.compressed.save_pretrained(saved)
+        again = type(self.compressed).from_pretrained(saved, dtype=torch.float32).eval()
+        self._note_error("saved", text_forward(again, self.ids), text_forward(self.compressed, self.ids))
+        self.outcome.stage = "verify"
+        reallm.verify(self.folder / "mixed")
+
+    def _show_picture(self) -> None:
+        """Compare the int8 model with the dense one on an input with a picture."""
+        self.outcome.stage = "picture"
+        logits = []
+        for seed in (0, 1):
+            try:
+                ids, pixels = with_picture(self.dense, self.ids, seed)
+                logits.append(text_forward(self.dense, ids, **pixels))
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                self.outcome.notes.append(f"no picture was tried: {type(error).__name__}: {reason}"[:200])
+                return
+        if torch.equal(logits[0], logits[1]):
+            self.outcome.notes.append("no picture was tried: the inputs made for it do not change the logits")
+            return
+        compressed = text_forward(self.compressed, ids, **pixels)
+        reference = replaced_model(self.dense, load_model(self.model), self.plan, self.work)
+        self._note_error("picture", compressed, text_forward(reference, ids, **pixels))
+        self._note_kl("kl_picture", logits[1], compressed)
