@@ -36,7 +36,10 @@ def main() -> None:
     results = _read() if sys.argv[1:] else {}
     for outcome in run_cases(cases, FOLDER, int(os.environ.get("JOBS") or 2)):
         results[outcome.name] = outcome
-        print(f"{outcome.status:9} {outcome.name:32} {outcome.stage:9} {outcome.seconds:6.1f}s {outcome.error}", flush=True)
+        print(
+            f"{outcome.status:9} {outcome.name:32} {outcome.stage:9} {outcome.seconds:6.1f}s {outcome.error}",
+            flush=True,
+        )
     names = {case.name for case in all_cases()}
     kept = [outcome for name, outcome in sorted(results.items()) if name in names]
     write_text_atomic(RESULTS, json.dumps([asdict(outcome) for outcome in kept], indent=1) + "\n")

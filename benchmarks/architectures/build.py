@@ -16,7 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .cases import Case
 from .settings import SETTINGS
-from .shrink import VOCAB, shrink
+from .shrink import shrink
+from .sizes import VOCAB
 
 INITIALIZER = 0.1
 FLOAT32 = re.compile(r"e_score_correction_bias|A_log|(^|\.)D$|dt_bias|expert_bias")
@@ -62,7 +63,7 @@ def _set(values: dict[str, Any], key: str, value: object) -> None:
 
 
 def tiny_model(case: Case, seed: int = 0) -> PreTrainedModel:
-    """The random model of a case, float32, in evaluation mode. Norms, biases and what starts as a constant are random."""
+    """The random model of a case, float32, in evaluation mode; norms, biases and constants are random as well."""
     config = tiny_config(case)
     kind = getattr(transformers, case.class_name)
     part = config.get_text_config(decoder=True)
@@ -80,27 +81,23 @@ def tiny_model(case: Case, seed: int = 0) -> PreTrainedModel:
     return model.float().eval()
 
 
-def round_weights(model: PreTrainedModel, dtype: torch.dtype, ids: Tensor) -> bool:
-    """Round the model's weights to `dtype`, except those that released checkpoints keep in float32 (see FLOAT32).
-
-    Returns False and leaves the model in float32 if its code cannot be run on `ids` in `dtype`.
-    """
-    _round(model, dtype)
-    try:
-        text_forward(model, ids)
-    except RuntimeError:
-        model.float()
-        return False
-    except Exception:  # the model needs other inputs, which says nothing about dtypes
-        return True
-    return True
-
-
-def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the model's weights to `dtype`, except those that released checkpoints keep in float32 (see FLOAT32)."""
     kept = _kept_in_float32(type(model))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.dtype == torch.float32 and not FLOAT32.search(name) and not any(part in name for part in kept):
             tensor.data = tensor.data.to(dtype)
+
+
+def runs_in(dtype: torch.dtype, model: PreTrainedModel, folder: Path, ids: Tensor) -> bool:
+    """Whether transformers' code runs on `ids` in `dtype` after it has loaded the model saved in `folder`."""
+    try:
+        text_forward(type(model).from_pretrained(folder, dtype=dtype).eval(), ids)
+    except RuntimeError:
+        return False
+    except Exception:  # noqa: BLE001 - the model needs other inputs, which says nothing about dtypes
+        return True
+    return True
 
 
 def _kept_in_float32(kind: type[PreTrainedModel]) -> set[str]:

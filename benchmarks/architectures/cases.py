@@ -54,7 +54,8 @@ def all_cases() -> list[Case]:
     cases: dict[str, Case] = {}
     seen: set[tuple[str, str]] = set()
     for kind, mapping in KINDS.items():
-        for model_type, class_name in sorted(mapping.items(), key=lambda item: len(item[0])):  # gpt2 before gpt-sw3, the same model
+        for model_type in sorted(mapping, key=len):  # gpt2 before gpt-sw3, which is the same model
+            class_name = mapping[model_type]
             key = (CONFIG_MAPPING_NAMES.get(model_type, model_type), class_name)
             if key in seen or mapping.get(f"{model_type}_text") == class_name:  # the text part is a type of its own
                 continue

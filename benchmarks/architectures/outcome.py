@@ -33,17 +33,19 @@ class Outcome:
     matrices: int = 0
     packed_share: float = 0.0
     """Share of `parameters` that is stored in packed matrices."""
-    free: list[str] = field(default_factory=list)
-    """Packed matrices whose predicted cost is zero, although rounding changed them."""
-    unlisted: list[str] = field(default_factory=list)
-    """Tensors with two or more axes and a large share of the weights that are neither packed nor listed."""
+    kept: dict[str, float] = field(default_factory=dict)
+    """Reason -> share of `parameters` in matrices that keep their dtype for it."""
+    other_share: float = 0.0
+    """Share of `parameters` in tensors with several dimensions that are not matrices, such as convolutions."""
     figures: dict[str, float] = field(default_factory=dict)
-    """"kl": of the 8-bit model, nats per token; "error": largest difference from the reference relative to its range."""
+    """Names that begin with "kl": divergence of the 8-bit model from the original, nats per token. Those that begin
+    with "error": largest difference of the logits from the reference, relative to their range.
+    """
     notes: list[str] = field(default_factory=list)
 
     @property
     def status(self) -> str:
-        """"passes", "refused", "fails", or "not built" for a case whose tiny model could not be made."""
+        """ "passes", "refused", "fails", or "not built" for a case whose tiny model could not be made."""
         if self.stage == "done" and not self.error:
             return "passes"
         if self.stage == "build":

@@ -21,20 +21,22 @@ HEAD = """\
 
 % Written by `make sweep`; do not edit.
 
-Every architecture of transformers {transformers} was tried (torch {torch}): a tiny random model of each class for causal, masked,
-image-and-text and sequence-to-sequence language modelling, and of {variants} variants. Each one is saved as released checkpoints
-are: in bfloat16, with the tensors in float32 that releases keep in float32. Then it goes through every stage: measure, plan, compile,
-load, logits, generate, evaluate, save and load again, verify.
+Every architecture of transformers {transformers} was tried (torch {torch}): a tiny random model of each class for
+causal, masked, image-and-text and sequence-to-sequence language modelling, and {variants} variants. Each is saved as
+releases are: in bfloat16, and those tensors in float32 that releases keep in float32. It then goes through every
+stage: measure, plan, compile, load, logits, generate, evaluate, save and load again, verify.
 
-A model passes when every stage does, and
+A model passes if every stage does, and
 
-- the logits of the packed model equal those of the original with the decoded weights in it, up to float32 rounding;
+- the logits of the packed model equal those of the original with the decoded weights in it, up to rounding in float32;
 - 8 bits per weight cost at most {kl} nats per token;
-- no matrix counts as free: what calibration could not measure keeps its dtype, and the plan lists it;
-- a vision-language model gives the same answer to a random picture as before, with its vision tower uncompressed and with its vision
-  tower pinned to 8 bits. The column *picture* says whether that was tried.
+- no packed matrix has a predicted loss of zero: what calibration could not measure keeps its dtype, and the plan
+  lists it;
+- a vision-language model predicts the same after a random picture as before, once with its vision tower as it was and
+  once with the tower pinned to 8 bits. The column *picture* says where this was tried.
 
-*Packed* is the share of all weights that the plan stored in a packed format. `make sweep NAMES="qwen3* llama"` runs some of them.
+*Packed* is the share of all weights that is stored packed, and *kept* the share of matrices that calibration could not
+measure: they keep their dtype. `make sweep NAMES="qwen3* llama"` runs a part of the list.
 
 """
 
@@ -49,7 +51,7 @@ def write_page(outcomes: Iterable[Outcome], max_kl: float) -> str:
     for kind, title in KIND_TITLES.items():
         if rows := [outcome for outcome in passed if outcome.kind == kind]:
             parts += [f"## {title}\n\n", *_passed(rows, kind == "image"), "\n"]
-    parts += _others(outcomes, "refused", "Refused", "These end with an error before any work, and it names the reason.")
+    parts += _others(outcomes, "refused", "Refused", "These end before any work, with an error that names the reason.")
     parts += _others(outcomes, "fails", "Not working", "These end with an error in the stage that is named.")
     parts += _others(outcomes, "not built", "Not tried", "No tiny model of these could be made here.")
     return "".join(parts)
@@ -66,11 +68,12 @@ def _summary(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _passed(rows: Sequence[Outcome], pictures: bool) -> list[str]:
-    lines = ["| name | class | matrices | packed |" + (" picture |\n" if pictures else "\n")]
-    lines.append("|---|---|---|---|" + ("---|\n" if pictures else "\n"))
+    lines = ["| name | class | matrices | packed | kept |" + (" picture |\n" if pictures else "\n")]
+    lines.append("|---|---|---|---|---|" + ("---|\n" if pictures else "\n"))
     for row in rows:
-        picture = f" {'yes' if 'kl_picture' in row.figures else 'no'} |" if pictures else ""
-        lines.append(f"| `{row.name}` | `{row.class_name}` | {row.matrices} | {row.packed_share:.0%} |{picture}\n")
+        picture = f" {'yes' if 'kl_int8_picture' in row.figures else 'no'} |" if pictures else ""
+        shares = f"{row.packed_share:.0%} | {sum(row.kept.values()):.0%}"
+        lines.append(f"| `{row.name}` | `{row.class_name}` | {row.matrices} | {shares} |{picture}\n")
     return lines
 
 

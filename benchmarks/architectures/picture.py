@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .shrink import IMAGE
+from .sizes import IMAGE
 
 Inputs = dict[str, Any]
 GRID = 4
@@ -88,7 +88,9 @@ def _pixels(model: PreTrainedModel, accepted: set[str], generator: torch.Generat
 
 def _vision_config(config: PretrainedConfig) -> Any:
     """The configuration of the vision tower, or the whole one if there is no part for it."""
-    part = getattr(config, "vision_config", None) or getattr(getattr(config, "thinker_config", None), "vision_config", None)
+    part = getattr(config, "vision_config", None) or getattr(
+        getattr(config, "thinker_config", None), "vision_config", None
+    )
     return config if part is None else part
 
 

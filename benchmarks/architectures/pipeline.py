@@ -6,6 +6,7 @@ import copy
 import re
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,11 +18,11 @@ from reallm.errors import ReallmError
 from reallm.models.loaded import load_model
 from reallm.planner.tables.plan import Plan
 
-from .build import round_weights, save_model, text_forward, tiny_model
+from .build import round_weights, runs_in, save_model, text_forward, tiny_model
 from .cases import Case
 from .outcome import Outcome
 from .picture import with_picture
-from .reference import free_matrices, packed_choices, replaced_model
+from .reference import check_plan, other_sizes, packed_choices, replaced_model
 
 SPACE = "linear: [int4-g16, int8-g16, tq3-l8+ldl2+rot]\nembedding: [int4-g16, int8-g16]\n"
 TEXT = "The quick brown fox jumps over the lazy dog, and 13 more animals watch it (quietly). " * 12
@@ -30,9 +31,13 @@ MAX_ERROR = 1e-3
 """Largest difference of two float32 models that compute the same in another order, relative to the logits' range."""
 MAX_KL = 0.02
 """Nats per token that 8 bits may cost; a wrong matrix costs 0.1 or more in these models."""
-PLANS = {"mixed": ("6bpw", None), "int8": ("16bpw", ["int8-g16"])}
-"""Name of a plan -> (budget, allowed formats). The mixed plan goes through every stage, the other one must be close to
-the dense model."""
+INT8 = ("16bpw", "int8-g16", ["int8-g16"])
+PLANS = {"mixed": ("6.5bpw", "int4-g16", None), "int8": INT8, "pinned": INT8}
+"""Name of a plan -> (budget, format of embedding and head, allowed formats).
+
+The mixed plan goes through every stage. The others must be close to the original model; the pinned one also packs what
+calibration never ran, such as a vision tower.
+"""
 
 
 def run_case(case: Case, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Outcome:
@@ -42,7 +47,7 @@ def run_case(case: Case, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Ou
     started = time.monotonic()
     try:
         _Run(case, folder, outcome, tokenizer).all_stages()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever a stage raises is the result
         work = folder / "work"
         encoded = any(work.rglob("*.safetensors")) if work.is_dir() else False
         outcome.refused = isinstance(error, ReallmError) and outcome.stage == "measure" and not encoded
@@ -57,6 +62,9 @@ class _Run:
     def __init__(self, case: Case, folder: Path, outcome: Outcome, tokenizer: PreTrainedTokenizerBase) -> None:
         self.case, self.folder, self.outcome, self.tokenizer = case, folder, outcome, tokenizer
         self.model, self.work, self.text = folder / "model", folder / "work", folder / "text.txt"
+        self.compressed: dict[str, PreTrainedModel] = {}
+        """Name of a plan -> the artifact as loaded, in float32."""
+        self.references: dict[str, PreTrainedModel] = {}
 
     def all_stages(self) -> None:
         """Run the stages in order; `outcome.stage` names the one that runs."""
@@ -74,15 +82,17 @@ class _Run:
         model = tiny_model(self.case)
         self.outcome.parameters = sum(tensor.numel() for tensor in model.parameters())
         self.ids = torch.tensor([self.tokenizer(TEXT)["input_ids"][:SEQLEN]])
-        if not round_weights(model, self.case.dtype, self.ids):
-            self.outcome.notes.append(f"in float32, because the model's code does not run in {self.case.dtype}")
+        round_weights(model, self.case.dtype)
         save_model(model, self.tokenizer, self.model)
+        if not runs_in(self.case.dtype, model, self.model, self.ids):
+            self.outcome.notes.append(f"in float32, because the model's code does not run in {self.case.dtype}")
+            save_model(model.float(), self.tokenizer, self.model)
         self.dense = copy.deepcopy(model).float()
         self.text.write_text(TEXT, encoding="utf-8")
         (self.folder / "space.yaml").write_text(SPACE, encoding="utf-8")
         try:
             self.logits = text_forward(self.dense, self.ids)
-        except Exception as error:  # reallm must refuse it, too
+        except Exception as error:  # noqa: BLE001 - reallm must refuse this model
             self.outcome.notes.append(f"the dense model cannot be run on text: {type(error).__name__}")
             return
         if not bool(torch.isfinite(self.logits).all()):
@@ -90,25 +100,37 @@ class _Run:
 
     def _measure(self) -> None:
         self.outcome.stage = "measure"
-        settings = {"nsamples": WINDOWS, "seqlen": SEQLEN, "jobs": 1}
         space = self.folder / "space.yaml"
-        self.table = reallm.measure(self.model, text=self.text, output=self.work, space=space, **settings)
+        self.table = reallm.measure(
+            self.model, text=self.text, output=self.work, space=space, nsamples=WINDOWS, seqlen=SEQLEN, jobs=1
+        )
 
     def _plans(self) -> dict[str, Plan]:
         self.outcome.stage = "plan"
         measured = {record.matrix for record in self.table.measurements}
         tables = [m.name for m in self.table.matrices if m.kind in ("embedding", "head") and m.name in measured]
-        pins = [f"^{re.escape(name)}$=int8-g16" for name in tables]
-        plans = {}
-        for name, (budget, formats) in PLANS.items():
-            output = self.folder / f"{name}.json"
-            plans[name] = reallm.plan(self.work, budget=budget, output=output, formats=formats, pins=pins)
+        plans = {name: self._plan(name, tables) for name in ("mixed", "int8")}
         plan = plans["mixed"]
-        packed = sum(choice.rows * choice.cols for choice, _ in packed_choices(plan))
-        self.outcome.matrices = len(plan.choices)
-        self.outcome.packed_share = round(packed / self.outcome.parameters, 4)
-        self.outcome.free = free_matrices(plan)
+        self._note_shares(plan)
+        check_plan(plan, self.table)
+        if self.case.kind == "image" and plan.kept:
+            plans["pinned"] = self._plan("pinned", [*tables, *(name for names in plan.kept.values() for name in names)])
         return plans
+
+    def _note_shares(self, plan: Plan) -> None:
+        """Note which part of the weights is packed, and what becomes of the others."""
+        total, sizes = self.outcome.parameters, {matrix.name: matrix.numel for matrix in self.table.matrices}
+        packed = sum(sizes[choice.matrix] for choice, _ in packed_choices(plan))
+        self.outcome.matrices = len(plan.choices)
+        self.outcome.packed_share = round(packed / total, 4)
+        self.outcome.other_share = round(sum(other_sizes(self.table).values()) / total, 4)
+        kept = {reason: sum(sizes[name] for name in names) for reason, names in plan.kept.items()}
+        self.outcome.kept = {reason: round(size / total, 4) for reason, size in kept.items()}
+
+    def _plan(self, name: str, pinned: Iterable[str]) -> Plan:
+        budget, pin, formats = PLANS[name]
+        pins = [f"^{re.escape(matrix)}$={pin}" for matrix in pinned]
+        return reallm.plan(self.work, budget=budget, output=self.folder / f"{name}.json", formats=formats, pins=pins)
 
     def _compile_and_compare(self, plans: dict[str, Plan]) -> None:
         loaded = load_model(self.model)
@@ -116,14 +138,13 @@ class _Run:
             self.outcome.stage = "compile"
             reallm.compile(self.folder / f"{name}.json", self.folder / name, kernels=False)
             self.outcome.stage = "load"
-            compressed, _ = reallm.load(self.folder / name, dtype=torch.float32)
+            self.compressed[name], _ = reallm.load(self.folder / name, dtype=torch.float32)
             self.outcome.stage = "logits"
-            logits = text_forward(compressed, self.ids)
-            reference = text_forward(replaced_model(self.dense, loaded, plan, self.work), self.ids)
-            self._note_error(name, logits, reference)
-            if name == "int8":
-                self._note_kl("kl", self.logits, logits)
-            self.compressed, self.plan = compressed, plan
+            self.references[name] = replaced_model(self.dense, loaded, plan, self.work)
+            logits = text_forward(self.compressed[name], self.ids)
+            self._note_error(name, logits, text_forward(self.references[name], self.ids))
+            if name != "mixed":
+                self._note_kl(f"kl_{name}", self.logits, logits)
 
     def _note_error(self, name: str, logits: Tensor, reference: Tensor) -> None:
         error = float((logits - reference).abs().max() / (reference.max() - reference.min()))
@@ -145,8 +166,9 @@ class _Run:
             if not text.startswith("The quick"):
                 raise ValueError(f"generate returned {text!r}")
         self.outcome.stage = "eval"
-        settings = {"seqlen": SEQLEN, "windows": 2, "progress": False}
-        result = reallm.evaluate(self.folder / "int8", against=self.model, text=str(self.text), **settings)
+        result = reallm.evaluate(
+            self.folder / "int8", against=self.model, text=str(self.text), seqlen=SEQLEN, windows=2, progress=False
+        )
         divergence = result.comparison.divergence
         if divergence is None or not divergence.mean <= MAX_KL:
             raise ValueError(f"eval finds a divergence of {divergence} at 8 bits")
@@ -154,28 +176,31 @@ class _Run:
     def _save_and_verify(self) -> None:
         self.outcome.stage = "save"
         saved = self.folder / "saved"
-        self.compressed.save_pretrained(saved)
-        again = type(self.compressed).from_pretrained(saved, dtype=torch.float32).eval()
-        self._note_error("saved", text_forward(again, self.ids), text_forward(self.compressed, self.ids))
+        model = self.compressed["mixed"]
+        model.save_pretrained(saved)
+        again = type(model).from_pretrained(saved, dtype=torch.float32).eval()
+        self._note_error("saved", text_forward(again, self.ids), text_forward(model, self.ids))
         self.outcome.stage = "verify"
         reallm.verify(self.folder / "mixed")
 
     def _show_picture(self) -> None:
-        """Compare the int8 model with the dense one on an input with a picture."""
+        """Compare the 8-bit models with the dense one on an input with a picture."""
         self.outcome.stage = "picture"
         logits = []
         for seed in (0, 1):
             try:
                 ids, pixels = with_picture(self.dense, self.ids, seed)
                 logits.append(text_forward(self.dense, ids, **pixels))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the sweep does not know the inputs of every model
                 reason = str(error).partition("\n")[0]
                 self.outcome.notes.append(f"no picture was tried: {type(error).__name__}: {reason}"[:200])
                 return
-        if torch.equal(logits[0], logits[1]):
+        if torch.equal(*logits):
             self.outcome.notes.append("no picture was tried: the inputs made for it do not change the logits")
             return
-        compressed = text_forward(self.compressed, ids, **pixels)
-        reference = replaced_model(self.dense, load_model(self.model), self.plan, self.work)
-        self._note_error("picture", compressed, text_forward(reference, ids, **pixels))
-        self._note_kl("kl_picture", logits[1], compressed)
+        for name in ("int8", "pinned"):
+            if name in self.compressed:
+                compressed = text_forward(self.compressed[name], ids, **pixels)
+                reference = text_forward(self.references[name], ids, **pixels)
+                self._note_error(f"{name}_picture", compressed, reference)
+                self._note_kl(f"kl_{name}_picture", logits[1], compressed)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from tests.support.tiny import tiny_tokenizer
 
 from .cases import Case
@@ -34,7 +35,7 @@ def run_cases(cases: list[Case], root: Path, jobs: int) -> Iterator[Outcome]:
             folder = root / case.name
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            process = context.Process(target=_run, args=(case, folder))
+            process: BaseProcess = context.Process(target=_run, args=(case, folder))
             process.start()
             running.append((case, process, time.monotonic()))
         for entry in list(running):

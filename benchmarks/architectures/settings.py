@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .shrink import HIDDEN, IMAGE
+from .sizes import HIDDEN, IMAGE
 
 Settings = Mapping[str, object]
 

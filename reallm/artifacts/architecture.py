@@ -40,7 +40,7 @@ def matrix_shapes(folder: Path, record: QuantizationRecord) -> dict[str, tuple[i
         with torch.device("meta"):
             model = kind(config)
     except Exception as error:  # whatever transformers raises on values that it cannot use
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())
         raise UserError(f"{folder}/config.json does not describe a {kind.__name__}: {reason}") from error
     transposed = frozenset(record.transposed)
     return {name: _shape(model, name, transposed, folder) for name, _ in record.matrices()}

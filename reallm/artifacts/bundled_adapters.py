@@ -14,7 +14,7 @@ from reallm.kernels.storage.safetensors_reader import StoredTensor
 from reallm.planner.tables.plan import Plan
 
 from .directory import adapters_in
-from .manifest import ADAPTERS_FOLDER, MANIFEST_FILE, sha256_file
+from .manifest import ADAPTERS_FOLDER, artifact_digest
 from .peft_files import read_adapter, read_layout
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,13 +65,13 @@ def view_adapters(artifact: Path, shapes: Shapes) -> tuple[AdapterView, ...]:
 
     Reads headers, but no values.
     """
-    artifact_sha256 = sha256_file(artifact / MANIFEST_FILE)
+    artifact_sha256 = artifact_digest(artifact)
     return tuple(
         _view(name, folder, artifact, artifact_sha256, shapes) for name, folder in adapters_in(artifact).items()
     )
 
 
-def _view(name: str, folder: Path, artifact: Path, artifact_sha256: str, shapes: Shapes) -> AdapterView:
+def _view(name: str, folder: Path, artifact: Path, artifact_sha256: str | None, shapes: Shapes) -> AdapterView:
     try:
         layout = read_layout(folder)
     except UserError as error:

@@ -150,6 +150,12 @@ def write_manifest(folder: Path, tensors: Mapping[str, str], model_sha256: str, 
     write_text_atomic(folder / MANIFEST_FILE, _sealed(manifest))
 
 
+def artifact_digest(folder: Path) -> str | None:
+    """The sha256 that adapters name the artifact in `folder` by: that of its manifest; None if it has none."""
+    path = folder / MANIFEST_FILE
+    return sha256_file(path) if path.is_file() else None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder`. Raises UserError if it is missing, or was changed since it was written."""
     path = folder / MANIFEST_FILE

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from reallm.models.loaded import LoadedModel, Matrix
 from reallm.models.sentence_encoder import SentenceEncoder
 from reallm.text.masking import mask_windows
+from reallm.text.windows import check_vocabulary
 
 from .hooks import StatisticsHooks
 from .text_objective import EmbeddingObjective, TextStatisticsHooks
@@ -43,6 +44,7 @@ class Objective:
             self.notes.append("the tokenizer has no mask token: all tokens are scored unmasked")
             self.scored = torch.ones_like(self.tokens, dtype=torch.bool)
         else:
+            check_vocabulary(torch.tensor(token), self.loaded.tokenizer, self.loaded.vocabulary, "the mask token")
             self.inputs, self.scored = mask_windows(self.tokens, int(token), self.seed)
 
     def hooks(self, matrices: Sequence[Matrix], sums: Mapping[str, Tensor] | None = None) -> StatisticsHooks:

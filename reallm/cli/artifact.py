@@ -135,37 +135,42 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Show what an artifact or a plan contains: budget, proof, formats, bits and bytes. Reads no weights."""
-    from reallm.planner.tables.plan import read_plan
+    from reallm.artifacts.find import plan_of
 
     from .plan_tables import families_table, print_matrices, print_plan
-    from .tables import print_inspection
+    from .tables import print_formats, print_inspection
 
-    plan = read_plan(artifact)
     inspection = None
-    if artifact.is_dir():
+    if not artifact.is_file() and artifact.suffix != ".json":
         from reallm.artifacts.inspect import inspect as run
 
         inspection = run(artifact)
+    plan = plan_of(artifact) if inspection is None else inspection.plan
     if json is not None:
         facts = {} if inspection is None else asdict(inspection)
-        write_text_atomic(json, canonical_json(facts | {"plan": plan.model_dump(mode="json")}))
-    print_plan(plan, CONSOLE)
+        write_text_atomic(json, canonical_json(facts | {"plan": plan and plan.model_dump(mode="json")}))
+    if plan is not None:
+        print_plan(plan, CONSOLE)
     if inspection is not None:
         print_inspection(inspection, CONSOLE)
-    CONSOLE.print(families_table(plan.choices))
-    if matrices:
-        print_matrices(plan.choices, CONSOLE)
+    if plan is not None:
+        CONSOLE.print(families_table(plan.choices))
+        if matrices:
+            print_matrices(plan.choices, CONSOLE)
+    elif inspection is not None:
+        print_formats(inspection, CONSOLE, matrices)
 
 
 @app.command(epilog="Example: reallm verify out/")
 def verify(artifact: Artifact, json: Json = None) -> None:
     """Check all hashes, sizes, offsets and codes of an artifact; a single changed bit is found."""
+    from reallm.artifacts.find import plan_of
     from reallm.artifacts.verify import verify as run
     from reallm.codegen.artifact.check_sources import check_sources
-    from reallm.planner.tables.plan import read_plan
 
     report = run(artifact)
-    if different := check_sources(read_plan(artifact), artifact):
+    folder = Path(report.path)
+    if report.hashed and (different := check_sources(plan_of(folder), folder)):
         typer.echo(
             f"{artifact}: {len(different)} kernel sources differ from those that this version generates (first: "
             f"{different[0]}); the installed version's own sources are used, compile again to renew the files",
@@ -173,7 +178,14 @@ def verify(artifact: Artifact, json: Json = None) -> None:
         )
     if json is not None:
         write_text_atomic(json, canonical_json(asdict(report)))
-    typer.echo(f"{artifact} is intact: {report.files} files, {report.tensors} tensors, {report.matrices} matrices")
+    counts = f"{report.tensors} tensors, {report.matrices} matrices"
+    if report.hashed:
+        typer.echo(f"{artifact} is intact: {report.files} files, {counts}")
+    else:
+        typer.echo(
+            f"{artifact} is complete and can be decoded: {counts}; transformers saved it without manifest.json, so "
+            "whether values were changed cannot be checked"
+        )
     if report.unchecked:
         typer.echo(f"not checked, because they decide nothing about the model: {', '.join(report.unchecked)}")
     for view in report.adapters:

@@ -115,7 +115,8 @@ def _print_overview(folder: Path, budget: str, finished: Mapping[str, Stage], co
     """Print what the demo is going to do and how long each stage will take."""
     console.print(
         f"This demo fits SmolLM2-135M-Instruct, a 4-bit file of 93.8 MiB, into {budget}. "
-        f"All files go to {escape(str(folder))}/. It can be interrupted: the same command then continues. On two cores:",
+        f"All files go to {escape(str(folder))}/. It can be interrupted: the same command then continues. "
+        "On two cores:",
         highlight=False,
     )
     rows = [

@@ -160,11 +160,11 @@ def diff(
     after: Annotated[Path, typer.Argument(help="Another plan.json or artifact of the same model.")],
 ) -> None:
     """Show what a second plan stores differently: bytes and predicted loss, matrix by matrix."""
-    from reallm.planner.tables.plan import read_plan
+    from reallm.artifacts.find import plan_of
 
     from .plan_tables import print_changes
 
-    print_changes(f"{after} compared with {before}", read_plan(before), read_plan(after), CONSOLE, most=None)
+    print_changes(f"{after} compared with {before}", plan_of(before), plan_of(after), CONSOLE, most=None)
 
 
 @app.command(epilog="Example: reallm explain plan.json 'layers.0.self_attn.o_proj'")

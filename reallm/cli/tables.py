@@ -48,13 +48,24 @@ def print_first_that_fits(console: Console, *tables: Table) -> None:
             return
 
 
+def print_formats(inspection: Inspection, console: Console, matrices: bool) -> None:
+    """Print the formats of an artifact without a plan, and with `matrices` every matrix."""
+    note = "transformers saved this artifact, without its plan: budget, proof and predicted losses are not known"
+    console.print(f"note: {note}", highlight=False)
+    rows = [[name, f"{f.bits_per_weight:.3f}", str(f.matrices)] for name, f in inspection.formats.items()]
+    console.print(columns_table("formats", ("format", "bits/weight", "matrices"), rows))
+    if matrices:
+        lines = [[m.name, m.format, str(m.nbytes), f"{m.bits_per_weight:.3f}"] for m in inspection.matrices]
+        console.print(columns_table("matrices", ("matrix", "format", "bytes", "bits"), lines))
+
+
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print what the bytes of an artifact's weights files are used for, and the distribution of bits per weight."""
     total = sum(inspection.bits_histogram.values()) or 1
     widths = ", ".join(f"up to {bits}: {count / total:.1%}" for bits, count in inspection.bits_histogram.items())
     facts = [
         ("architecture", inspection.architecture),
-        ("matrices", f"{inspection.plan.matrices_bytes} bytes, {inspection.shared_bytes} of them shared codebooks"),
+        ("matrices", f"{_matrices_bytes(inspection)} bytes, {inspection.shared_bytes} of them shared codebooks"),
         ("everything else", f"{inspection.other_bytes} bytes in {inspection.other_tensors} tensors"),
         ("headers", f"{inspection.header_bytes} bytes"),
         ("weights files", f"{inspection.file_bytes} bytes ({bytes_text(inspection.file_bytes)})"),
@@ -62,6 +73,11 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     ]
     facts += [("adapter", _adapter_text(view)) for view in inspection.adapters]
     console.print(facts_table(inspection.path, facts))
+
+
+def _matrices_bytes(inspection: Inspection) -> int:
+    """Bytes of the matrices with their shared codebooks."""
+    return sum(matrix.nbytes for matrix in inspection.matrices) + inspection.shared_bytes
 
 
 def _adapter_text(view: AdapterView) -> str:
@@ -73,7 +89,8 @@ def _adapter_text(view: AdapterView) -> str:
 def print_evaluation(result: Evaluation, console: Console) -> None:
     """Print perplexities, the KL divergence with its tail, the sizes, and the time and memory that evaluation took."""
     comparison = result.comparison
-    context = f"{comparison.windows} windows of {comparison.seqlen} tokens, {comparison.tokens} scored, {result.dtype}"
+    scored = f"{comparison.tokens} scored, " if comparison.tokens else ""
+    context = f"{comparison.windows} windows of {comparison.seqlen} tokens, {scored}{result.dtype}"
     facts = [("text", result.text), ("protocol", context)]
     if comparison.perplexity is not None:
         facts.append(("perplexity", f"{comparison.perplexity:.4f}"))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reallm.artifacts.directory import CARD_FILE, check_output, new_artifact
+from reallm.artifacts.find import plan_of
 from reallm.artifacts.manifest import sha256_file, write_manifest
 from reallm.artifacts.quantization_config import QuantizationRecord
 from reallm.codecs.packed_fields import store
@@ -34,7 +35,7 @@ from reallm.kernels.storage.safetensors_writer import write_weights
 from reallm.measurement.measured_codes import MeasuredCodes
 from reallm.models.loaded import LoadedModel, Matrix
 from reallm.planner.problem.candidates import dense_format
-from reallm.planner.tables.plan import PLAN_FILE, Choice, Plan, read_plan
+from reallm.planner.tables.plan import PLAN_FILE, Choice, Plan
 from reallm.planner.tables.records import write_record
 from reallm.planner.tables.tensor_layout import (
     dense_nbytes,
@@ -347,7 +348,7 @@ def compile_plan(
     if objects and not kernels:
         raise UserError("--objects compiles the generated kernels; leave out --no-kernels")
     check_targets(objects)
-    plan = read_plan(plan_path)
+    plan = plan_of(plan_path)
     table = find_table(plan, plan_path, work) if codes is None else None
     loaded = model if isinstance(model, LoadedModel) else load_plan_model(plan, plan_path, model)
     if loaded.digest != plan.model_sha256:

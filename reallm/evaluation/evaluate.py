@@ -151,7 +151,6 @@ def evaluate(
         max_positions=min((limit for each in models if (limit := max_positions(each))), default=None),
         vocabulary=min((rows for each in models if (rows := embedding_rows(each))), default=None),
     )
-    notes = [*_notes(source, opened, adapter), *([note] if (note := shortage(tokens, windows)) and windows else [])]
     tokens = tokens[:windows]
     comparison = _compare(opened, base, path, tokens, seed, progress)
     return Evaluation(
@@ -165,7 +164,7 @@ def evaluate(
         base_sizes=base.sizes if base else None,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=peak_rss_bytes(),
-        notes=tuple(notes),
+        notes=tuple(_notes(source, opened, adapter, shortage(tokens, windows))),
         versions={name: version(name) for name in ("reallm", "torch", "transformers")},
         adapter=None if adapter is None else str(adapter),
     )
@@ -213,9 +212,11 @@ def _compare(
     return replace(comparison, cosine=mean_cosine(reference, model, texts, encoder, progress=progress))
 
 
-def _notes(text: Text, opened: RunnableModel, adapter: str | Path | None) -> Iterator[str]:
+def _notes(text: Text, opened: RunnableModel, adapter: str | Path | None, too_few_windows: str | None) -> Iterator[str]:
     """What a reader of the figures must know."""
     model = opened.model
+    if too_few_windows is not None:
+        yield too_few_windows
     if text.is_fallback:
         yield "this text comes with Python and is not a benchmark; give --text for figures that can be compared"
     if adapter is not None:

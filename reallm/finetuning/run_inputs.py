@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from reallm.artifacts.directory import check_output, is_artifact
+from reallm.artifacts.directory import check_output
+from reallm.artifacts.find import plan_of, require_artifact
 from reallm.artifacts.manifest import MANIFEST_FILE, sha256_file
 from reallm.artifacts.peft_files import CONFIG_FILE
 from reallm.artifacts.verify import verify
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
-from reallm.planner.tables.plan import Choice, Plan, read_plan
+from reallm.planner.tables.plan import Choice, Plan
 from reallm.planner.tables.work_folder import find_table
 from reallm.text.corpus import Text, load_text
 
@@ -62,10 +63,8 @@ def open_inputs(
     Raises UserError if it cannot.
     """
     _check_output(output, settings)
-    if not is_artifact(artifact):
-        raise UserError(f"{artifact} is not a reallm artifact; `reallm compile` writes one")
-    verify(Path(artifact), adapters=False)
-    plan = read_plan(Path(artifact))
+    plan, artifact = plan_of(require_artifact(artifact)), require_artifact(artifact)
+    verify(artifact, adapters=False)
     linears = [(Format.parse(c.format), c.rows, c.cols) for c in plan.choices if _is_compressed_linear(c)]
     if not linears:
         raise UserError(f"{artifact} has no compressed linear, so there is nothing to train")
@@ -78,7 +77,7 @@ def open_inputs(
     measured = None
     if "codes" in resolved.stages or settings.work is not None:
         measured = find_table(plan, artifact, settings.work)
-    return RunInputs(Path(artifact), output, plan, load_text(text), resolved, measured)
+    return RunInputs(artifact, output, plan, load_text(text), resolved, measured)
 
 
 def _check_output(output: Path, settings: FinetuneSettings) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reallm.artifacts.find import require_artifact
 from reallm.artifacts.manifest import MANIFEST_FILE, read_manifest, sha256_file
 from reallm.errors import UserError
 from reallm.models.loaded import LoadedModel
@@ -26,6 +27,7 @@ def prefix_digest(artifact: Path, loaded: LoadedModel) -> str:
 
     Raises UserError when the artifact was compiled from another model than `loaded`.
     """
+    artifact = require_artifact(artifact)
     if read_manifest(artifact).model_sha256 != loaded.digest:
         raise UserError(
             f"--prefix {artifact} was compiled from another model than {loaded.source}; expected one of the same model"

@@ -59,8 +59,8 @@ class MeasuredCodes:
                 )
             raise UserError(
                 f"the plan was not made from the measurements in {folder_of(self.work)} ({described(self.table)}): "
-                f"these give {choice.matrix} other codes in {choice.format}; name the work folder that it was made from with "
-                "--work, or plan again"
+                f"these give {choice.matrix} other codes in {choice.format}; name the folder that it was made from "
+                "with --work, or plan again"
             )
 
     def log_missing(self, choices: Sequence[Choice]) -> None:

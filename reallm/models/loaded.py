@@ -18,14 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reallm.errors import UserError
+from reallm.system.progress import without_bars_in_files
 from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_NAMES
 
+from .checkpoint import read_checkpoint
 from .limits import embedding_rows, max_positions
 from .matrices import discover
 from .matrix import Matrix
 from .processor import processor_files
 from .sentence_encoder import SentenceEncoder, gives_embeddings, read_sentence_encoder
 from .source import load_dense, load_tokenizer, locate
+from .stored_dtypes import restore_stored_dtypes
 
 __all__ = [
     "LoadedModel",
@@ -112,8 +115,11 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedMo
     line for a source that is unknown, damaged, incomplete, quantised or of an unsupported architecture, and for NaN or
     infinity in a tensor.
     """
-    located = locate(source)
-    model, notes = load_dense(located, dtype)
+    with without_bars_in_files():
+        located = locate(source)
+        model, notes = load_dense(located, dtype)
+    if dtype is None and located.gguf_file is None:
+        notes = (*notes, *restore_stored_dtypes(model, read_checkpoint(located.folder)))
     check_finite(model, located.label)
     blocks, matrices = discover(model)
     return LoadedModel(

@@ -26,12 +26,14 @@ from transformers import (
 from reallm.errors import UserError
 from reallm.kernels.storage.layout import CONFIG_FILE
 
+from .bad_settings import GENERATION_FILE, check_generation, check_tokenizer
 from .checkpoint import main_dtype, read_checkpoint, read_json
 from .leftovers import leftover_notes
 from .model_class import model_class
 from .quantised.find import KEYS, find_schemes
 from .quantised.unpack import UnpackedWeights, unpacked_dtype
 from .sentence_encoder import encoder_class, fill_pooler
+from .settings_errors import check_numbers, settings_errors
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -86,6 +88,7 @@ def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedMod
     config = _read_config(source)
     kind, config = model_class(config, source.label, encoder_class(config, source.folder))
     tensors = read_checkpoint(source.folder)
+    check_numbers(source.folder)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
     weights = UnpackedWeights(tensors, schemes, source.label)
     if schemes and not weights.packed:
@@ -103,14 +106,15 @@ def _load(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load with from_pretrained. Raises UserError if the files lack weights, whose values would be random."""
     folder = None if "state_dict" in options else source.folder
-    try:
+    name = kind.__name__.removeprefix("AutoModel")
+    with settings_errors(None if source.gguf_file else source.folder, f"{source.label} cannot be loaded as {name}"):
         model, info = kind.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **options
         )
-    except DAMAGE as error:
-        reason = str(error).strip().partition("\n")[0]
-        name = kind.__name__.removeprefix("AutoModel")
-        raise UserError(f"{source.label} cannot be loaded as {name}: {reason}") from error
+        if folder is None and model.can_generate() and (source.folder / GENERATION_FILE).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+        if model.can_generate():
+            check_generation(model.generation_config)
     missing, notes = fill_pooler(model, sorted(info["missing_keys"]))
     if missing:
         what = f"{len(missing)} tensors of {type(model).__name__} are not in the file, such as {missing[0]}"
@@ -124,8 +128,6 @@ def _load_quantised(
     """Unpack quantised weights to `dtype` and load the model with them, as an ordinary one."""
     model, notes = _load(kind, source, config, dtype, {"state_dict": weights.read(dtype)})
     model.name_or_path = model.config.name_or_path = str(source.folder)
-    if model.can_generate() and (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     methods = ", ".join(sorted({scheme.method for scheme, _ in weights.packed.values()}))
     return model, (*notes, _unpacked_note(source, methods, dtype))
 
@@ -146,18 +148,18 @@ def _read_settings(source: Source) -> dict[str, Any]:
             f"{source.label} holds a model and an adapter ({ADAPTER_CONFIG}) in one folder; merge the adapter into the "
             "model, or move it to a folder of its own"
         )
-    return read_json(path)
+    settings = read_json(path)
+    if not isinstance(kind := settings.get("model_type", ""), str):
+        raise UserError(f"{path}: model_type = {kind!r} cannot be used; expected a name, such as 'llama'")
+    return settings
 
 
 def _read_config(source: Source) -> PretrainedConfig:
     """Read the configuration in a folder, without what it says about quantised weights. Raises UserError."""
     path = source.folder / CONFIG_FILE
-    try:
+    problem = f"{path} is not a configuration that transformers {transformers.__version__} knows"
+    with settings_errors(source.folder, problem):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    except DAMAGE as error:
-        reason = str(error).strip().partition("\n")[0]
-        known = f"a configuration that transformers {transformers.__version__} knows"
-        raise UserError(f"{path} is not {known}: {reason}") from error
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         for key in KEYS:
             if hasattr(part, key):
@@ -199,8 +201,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     if not source.gguf_file and not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True, **options)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"the tokenizer of {source.label} cannot be loaded: {reason}") from error
+    folder = None if source.gguf_file else source.folder
+    with settings_errors(folder, f"the tokenizer of {source.label} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=False, local_files_only=True, **options
+        )
+        check_tokenizer(tokenizer)
+    return tokenizer

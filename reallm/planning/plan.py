@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Unpack
 
+from reallm.artifacts.find import plan_of
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import write_text_atomic
 from reallm.planner.problem.plan_options import PlanKeywords, PlanOptions, merged_options
@@ -16,7 +17,7 @@ from reallm.planner.results.explain import Alternative, Change, alternatives, di
 from reallm.planner.results.sweep import Point, as_csv, spaced_budgets
 from reallm.planner.tables.device import DEVICES, KINDS, Device
 from reallm.planner.tables.measured_table import MeasuredTable
-from reallm.planner.tables.plan import Plan, read_plan
+from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.records import read_record, write_record
 from reallm.planner.tables.work_folder import described, folder_of, read_table, table_of, tables_in
 
@@ -154,7 +155,7 @@ def explain(path: str | Path, matrix: str, work: str | Path | None = None) -> li
     >>> sorted(alternative.format for alternative in alternatives)
     ['fp32', 'int4-g16', 'int8-g16', 'tq3-l8+rot']
     """
-    explained = read_plan(path)
+    explained = plan_of(path)
     return alternatives(table_of(explained, path, work), explained, matrix)
 
 
@@ -163,12 +164,12 @@ def diff(before: str | Path, after: str | Path) -> list[Change]:
 
     Raises PlanError for plans of different models, RecordError when one cannot be read.
     """
-    return differences(read_plan(before), read_plan(after))
+    return differences(plan_of(before), plan_of(after))
 
 
 def next_mib(path: str | Path, work: str | Path | None = None) -> tuple[Plan, Plan]:
     """The plan in `path`, and the best plan with one MiB more. Parameters and errors as for `explain`."""
-    current = read_plan(path)
+    current = plan_of(path)
     return current, larger_plan(table_of(current, path, work), current)
 
 

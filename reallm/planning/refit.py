@@ -20,6 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reallm.artifacts.find import plan_of
 from reallm.compilation.plan_model import load_plan_model
 from reallm.errors import UserError
 from reallm.models.loaded import LoadedModel
@@ -28,7 +29,7 @@ from reallm.planner.results.allocate import best_plans
 from reallm.planner.results.uniform import uniform_plan
 from reallm.planner.tables.budget import budget_of
 from reallm.planner.tables.measured_table import MeasuredTable
-from reallm.planner.tables.plan import Measured, Plan, read_plan
+from reallm.planner.tables.plan import Measured, Plan
 from reallm.planner.tables.records import write_record
 from reallm.planner.tables.work_folder import find_table, table_of
 from reallm.text.corpus import Text, load_text
@@ -107,7 +108,7 @@ def refit(
     if output is not None:
         replaced_plan(output)
     plan_path = None if isinstance(plan, Plan) else plan
-    plan = plan if isinstance(plan, Plan) else read_plan(plan)
+    plan = plan if isinstance(plan, Plan) else plan_of(plan)
     table_file = find_table(plan, plan_path, work)
     table = table_of(plan, plan_path, work)
     source = load_text(text, split="test")

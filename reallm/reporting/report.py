@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reallm.artifacts.find import plan_of
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import write_bytes_atomic, write_text_atomic
-from reallm.planner.tables.plan import read_plan
 
 from .figures.paint import png
 from .plan_page import plan_page
@@ -52,7 +52,7 @@ def report(
         raise UserError(f"--output {output}: expected the name of an .html file, such as report.html")
     if png_folder is not None and Path(png_folder).exists() and not Path(png_folder).is_dir():
         raise UserError(f"--png {png_folder} is a file; expected a folder for the figures")
-    data = collect_report_data(read_plan(path), work, path)
+    data = collect_report_data(plan_of(path), work, path)
     figures = drawings(data)
     write_text_atomic(output, plan_page(data, figures))
     if png_folder is not None:

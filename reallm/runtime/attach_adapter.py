@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reallm.artifacts.manifest import MANIFEST_FILE, sha256_file
+from reallm.artifacts.manifest import artifact_digest
 from reallm.artifacts.peft_files import Adapter
 from reallm.errors import UserError
 
@@ -29,7 +29,12 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, where: str, artifac
 
     Raises UserError for an adapter that was trained on another model or artifact, before anything is changed.
     """
-    if adapter.artifact_sha256 not in (None, sha256_file(artifact / MANIFEST_FILE)):
+    if adapter.artifact_sha256 not in (None, digest := artifact_digest(artifact)):
+        if digest is None:
+            raise UserError(
+                f"{where} belongs to an artifact with a manifest.json, and {artifact} has none, so whether they belong "
+                "together cannot be checked; load the artifact that it was trained on"
+            )
         raise UserError(f"{where} was trained on another artifact than {artifact}; load that one, or train it again")
     modules, embedding = dict(model.named_modules()), model.get_input_embeddings()
     for name, (left, right) in adapter.factors.items():

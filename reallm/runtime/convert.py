@@ -1,19 +1,21 @@
-"""Convert a model's own modules to packed modules with the same state, except for the weight."""
+"""Convert a model's own modules to packed modules with the same state, except for the weight, and back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from reallm.artifacts.quantization_config import DecodeMode
 from reallm.kernels.formats.formats import Format
 
 from .modules import CompressedEmbedding, CompressedLinear, TiedHead
-from .packed import Shared
+from .packed import Original, Packed, Shared
 
 
 @cache
@@ -31,9 +33,32 @@ def _converted(module: nn.Module, packed: Any, plain: type[nn.Module]) -> Any:
     original: Any = type(module)
     kind = packed if original is plain else _packed_subclass(original, packed)
     result = kind.__new__(kind)
-    state = {name: copy(value) if isinstance(value, dict | set) else value for name, value in vars(module).items()}
-    vars(result).update(state)
+    vars(result).update(_state(module, vars(module)))
     del result._parameters["weight"]
+    result.original = Original(original, frozenset(vars(module)), frozenset(module._buffers))
+    return result
+
+
+def _state(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """The attributes `names` of `module`; those that hold its parameters, buffers, children and hooks are copied."""
+    values = {name: vars(module)[name] for name in names}
+    return {name: copy(value) if isinstance(value, dict | set) else value for name, value in values.items()}
+
+
+def to_dense(module: Packed | TiedHead, weight: nn.Parameter) -> nn.Module:
+    """A module of the class that `module` replaced, with its state and `weight`, which has the shape of that class."""
+    kind, attributes, buffers = module.original
+    if kind is Conv1D:
+        with torch.device("meta"):
+            result: Any = Conv1D(*reversed(weight.shape))
+        result.train(module.training)
+        result.weight, result.bias = weight, module.bias
+        return result
+    result = kind.__new__(kind)
+    vars(result).update(_state(module, attributes))
+    result._buffers = {name: raw for name, raw in module._buffers.items() if name in buffers}
+    result._parameters = {"weight": weight, **module._parameters}
+    result._modules.pop("training_part", None)
     return result
 
 

@@ -14,6 +14,7 @@ from reallm.errors import UserError
 from reallm.kernels.storage.dtypes import SAFETENSORS_DTYPES
 from reallm.kernels.storage.layout import LayoutError
 from reallm.kernels.storage.safetensors_reader import StoredTensor, read_header
+from reallm.models.stored_dtypes import narrowed
 from reallm.system.torch_dtypes import TORCH_NAMES
 
 from .install import packed_tensors
@@ -90,16 +91,16 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 
 def keep_stored_dtypes(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
-    """Give every float tensor of the model that is not packed the dtype that it has in the files.
+    """Give the float tensors of the model the dtypes that they have in the files, except for packed ones and weights of
+    layers, which have the model's dtype (see `models.stored_dtypes`).
 
     The model is on "meta". transformers converts each tensor that it reads to the dtype of the model's tensor, so
     nothing is converted then, except for the tensors that the model's class always keeps in float32.
     """
-    packed = packed_tensors(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        file_tensor = None if name in packed else _find(stored, name, model.base_model_prefix)
+    for name, tensor in narrowed(model):
+        file_tensor = _find(stored, name, model.base_model_prefix)
         dtype = None if file_tensor is None else _torch_dtype(file_tensor)
-        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+        if dtype is not None and dtype.is_floating_point and tensor.dtype != dtype:
             tensor.data = torch.empty_like(tensor, dtype=dtype)
 
 

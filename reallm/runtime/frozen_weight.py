@@ -14,7 +14,7 @@ from torch import Tensor
 
 REFUSAL = (
     "a reallm weight is decoded from packed codes and cannot be written: the change would be lost on saving; "
-    "keep adapters unmerged, use `reallm finetune`, or load the uncompressed model"
+    "keep adapters unmerged, use `reallm finetune`, or call model.dequantize() first"
 )
 
 

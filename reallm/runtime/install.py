@@ -76,6 +76,8 @@ class _Installer:
         shared = self.shared(matrix)
         if isinstance(plain, nn.Linear) and not isinstance(plain, Packed):
             packed = self.linears[name] = pack_linear(plain, fmt, self.mode, self.dtype, shared)
+            if isinstance(module, Conv1D):
+                packed.original = packed.original._replace(kind=Conv1D)
             self.replace(module, packed)
         elif isinstance(plain, nn.Embedding) and not isinstance(plain, Packed):
             self.replace(module, pack_embedding(plain, fmt, self.mode, self.dtype, shared))

@@ -13,8 +13,9 @@ from reallm.artifacts.find import require_artifact
 from reallm.artifacts.peft_files import read_adapter
 from reallm.artifacts.quantization_config import DecodeMode
 from reallm.artifacts.verify import verify as verify_artifact
-from reallm.errors import ReallmError, UserError
-from reallm.models.source import DAMAGE, load_tokenizer, locate
+from reallm.models.bad_settings import check_generation
+from reallm.models.settings_errors import check_numbers, settings_errors
+from reallm.models.source import load_tokenizer, locate
 from reallm.system.progress import without_bars_in_files
 
 from .attach_adapter import attach_adapter
@@ -85,14 +86,11 @@ def load(
 def _from_pretrained(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """Load the model with transformers. Raises UserError, in one line, for a configuration that it cannot use."""
     kind = model_class_of(folder)
-    try:
-        with without_bars_in_files():
-            model: PreTrainedModel = kind.from_pretrained(
-                folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
-            )
-    except ReallmError:
-        raise
-    except DAMAGE as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
+    check_numbers(folder)
+    with settings_errors(folder, f"{folder} cannot be loaded as {kind.__name__}"), without_bars_in_files():
+        model: PreTrainedModel = kind.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True
+        )
+        if model.can_generate():
+            check_generation(model.generation_config)
     return model

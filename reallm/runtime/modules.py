@@ -13,7 +13,7 @@ from reallm.decoding.decode import decode
 from .cpu import can_look_up, can_multiply
 from .frozen_weight import REFUSAL, FrozenWeightError
 from .input_groups import GroupedLinear
-from .packed import Packed
+from .packed import Original, Packed
 from .triton_linear import packed_linear, takes_kernel
 
 
@@ -72,6 +72,7 @@ class CompressedEmbedding(Packed, nn.Embedding):  # type: ignore[override]  # we
 class TiedHead(nn.Linear):
     """A head that multiplies by the weight of a packed embedding, its source."""
 
+    original: Original
     _source: tuple[CompressedEmbedding]  # a tuple, so that torch does not make it a child of this module
     _is_hf_initialized: bool  # tells transformers not to initialise the weight
 

@@ -9,7 +9,7 @@ the bytes of the fields; it drops the kept weight, which is then decoded again i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,16 @@ They are in a tuple, so that torch does not make them a child of the matrix.
 """
 
 
+class Original(NamedTuple):
+    """The module that a packed module replaced."""
+
+    kind: type[nn.Module]
+    attributes: frozenset[str]
+    """Names of the module's attributes, in `vars`."""
+    buffers: frozenset[str]
+    """Names of its buffers."""
+
+
 class Packed(Decoding):
     """A matrix W[rows, cols] stored as the fields of `format`, each a uint8 buffer with the field's name.
 
@@ -106,6 +116,7 @@ class Packed(Decoding):
     rows: int
     cols: int
     shared: Shared
+    original: Original
     derived: Derived | None = None
     """Tensors that generated kernels read in place of some fields; computed at their first use."""
     _native: NativeMatrix | Literal[False] | None

@@ -18,6 +18,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from .peft_wrappers import PEFT_WRAPPERS, refuse_packed_modules
+
 REGISTRY = "transformers.quantizers.auto"
 MODELS = "transformers.modeling_utils"  # where from_pretrained lives
 
@@ -35,14 +37,18 @@ def _register() -> None:
         )
 
 
+CALLBACKS = {REGISTRY: _register, MODELS: _register, PEFT_WRAPPERS: refuse_packed_modules}
+"""Module -> what to do as soon as it is imported."""
+
+
 def _is_imported(name: str) -> bool:
     """Whether the module has been imported, and not only begun."""
     module = sys.modules.get(name)
     return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
-class _RegisteringLoader(Loader):
-    """Loads a module with the module's original loader, then registers reallm with transformers."""
+class _CallingLoader(Loader):
+    """Loads a module with the module's original loader, then calls the module's callback."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -52,27 +58,31 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _register()
+        CALLBACKS[module.__name__]()
 
 
-class RegistryFinder(MetaPathFinder):
-    """Finds only the two modules named above, so that reallm is registered as soon as one of them is imported."""
+class CallingFinder(MetaPathFinder):
+    """Finds only the modules of CALLBACKS, so that these are called as soon as the modules are imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of the module with a loader that registers; None for every other module."""
-        if fullname not in (REGISTRY, MODELS):
+        """The spec of the module with a loader that calls back; None for every other module."""
+        if fullname not in CALLBACKS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _CallingLoader(spec.loader)
         return spec
 
 
 def register_with_transformers() -> None:
-    """Register now, or as soon as transformers' registry is imported. A second call has no effect."""
-    if _is_imported(REGISTRY):
-        _register()
-    elif not any(isinstance(finder, RegistryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, RegistryFinder())
+    """Register now, or as soon as transformers' registry is imported. A second call has no effect.
+
+    PEFT's check (see `peft_wrappers`) is extended in the same way.
+    """
+    for name in (REGISTRY, PEFT_WRAPPERS):
+        if _is_imported(name):
+            CALLBACKS[name]()
+    if not any(isinstance(finder, CallingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, CallingFinder())

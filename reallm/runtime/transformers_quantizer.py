@@ -65,6 +65,13 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         """True: norms, biases and low-rank factors can be trained without adapters (see `runtime.training`)."""
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """The default state dict. Raises UserError if it would lose something; transformers calls this to save."""
+        from .saving import check_savable
+
+        check_savable(model, self.quantization_config.record)
+        return None, {}
+
     def update_attn_implementation(self, config: Any) -> Any:
         """Remove the guard from the configuration: transformers calls this before it looks for the weights."""
         remove_guard(config)
@@ -99,6 +106,14 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
             check_headers(model, stored, folder)
             if dtype == stored_dtype(folder):
                 keep_stored_dtypes(model, stored)
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Replace every packed module by a module of its original class; see `runtime.dequantize`."""
+        from .dequantize import dequantize
+
+        dequantize(model, self.quantization_config.record, dtype)
+        self.remove_quantization_config(model)
+        return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: object) -> PreTrainedModel:
         from .install import packed_tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from .documents import Conversation, Document
 from .offline import offline_documents
 from .readers import ReadDocuments, read_dataset, read_jsonl, read_parquet, read_text_file
 
+LOG = logging.getLogger(__name__)
 READERS = {".txt": read_text_file, ".jsonl": read_jsonl, ".parquet": read_parquet}
 MAX_SHOWN = 60
 """Characters of an unusable path that a message shows."""
@@ -55,6 +57,13 @@ def load_text(source: str | Path | None, split: Split = "train") -> Text:
         (documents, places), description = _read(source, split)
     if not any(not isinstance(document, str) or document.strip() for document in documents):
         raise UserError(f"{source} holds no text; expected at least one window of it: give another --text")
+    if media := sum(isinstance(document, Conversation) and document.has_media for document in documents):
+        LOG.warning(
+            "%s: %d conversations have images, sound or the like, which are not read: the model sees only what the "
+            "chat template writes in their place",
+            description,
+            media,
+        )
     return Text(documents, description, _digest(documents), source is None, places)
 
 

@@ -33,6 +33,13 @@ class Conversation:
         return messages if self.tools is None else {CHAT_COLUMN: messages, TOOLS_COLUMN: list(self.tools)}
 
     @property
+    def has_media(self) -> bool:
+        """Whether a message has a part that is not text, such as an image."""
+        contents = [message.get("content") for message in self.messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        return any(isinstance(part, Mapping) and part["type"] != "text" for part in parts)
+
+    @property
     def characters(self) -> int:
         """Approximate length of the rendered conversation, in characters."""
         return sum(len(str(message.get("content"))) for message in self.messages)
@@ -56,7 +63,9 @@ def document_of(row: object, where: str) -> Document:
             for number, message in enumerate(messages, start=1):
                 _check_message(message, f"{where}: message {number}")
             return Conversation(tuple(messages), _tools(row.get(TOOLS_COLUMN), where))
-    content = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    content = type(row).__name__
+    if isinstance(row, Mapping):
+        content = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
     expected = f'expected "{TEXT_COLUMN}": a string, or "{CHAT_COLUMN}": a list of {{"role", "content"}}'
     raise UserError(f"{where} holds {content or 'nothing'}; {expected}")
 

@@ -13,7 +13,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, save_tiny, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from reallm.cli.tables import print_evaluation
 from reallm.errors import UserError
@@ -168,7 +176,9 @@ def test_a_language_model_has_no_cosine(llama: Path, text: str) -> None:
 def test_fewer_windows_than_asked_for_are_noted(llama: Path, text: str) -> None:
     result = evaluate(llama, text=text, seqlen=SEQLEN, windows=50, progress=False)
     assert any("has only 9 windows of 32 tokens, not 50" in note for note in result.notes)
-    assert not any("has only" in n for n in evaluate(llama, text=text, seqlen=SEQLEN, windows=9, progress=False).notes)
+    for count in (2, 9, None):
+        enough = evaluate(llama, text=text, seqlen=SEQLEN, windows=count, progress=False)
+        assert not any("has only" in note for note in enough.notes)
 
 
 def test_tokens_that_the_model_or_the_base_does_not_have_are_refused(tmp_path: Path) -> None:
@@ -222,3 +232,37 @@ def test_a_lone_surrogate_names_its_line(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "\\udc00"}\n')
     with pytest.raises(UserError, match=r"a.jsonl line 2: character 1 is half of a UTF-16 surrogate pair"):
         evaluate(llama, text=str(tmp_path / "a.jsonl"), seqlen=SEQLEN, progress=False)
+
+
+def test_a_model_without_an_output_layer_has_only_the_cosine(tmp_path: Path, text: str) -> None:
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3
+        )
+        BertModel(config).save_pretrained(tmp_path / str(seed))
+        tiny_tokenizer().save_pretrained(tmp_path / str(seed))
+    result = evaluate(tmp_path / "1", against=tmp_path / "0", text=text, seqlen=SEQLEN, windows=2, progress=False)
+    assert result.comparison.perplexity is None and result.comparison.divergence is None
+    models = [AutoModel.from_pretrained(tmp_path / str(seed)).eval() for seed in (0, 1)]
+    ids = torch.tensor([_token_of(letter) for letter in Path(text).read_text()[: 2 * SEQLEN]]).view(2, SEQLEN)
+    with torch.inference_mode():
+        means = [model(ids).last_hidden_state.mean(1) for model in models]
+    assert result.comparison.cosine == pytest.approx(float(torch.cosine_similarity(*means).mean()), abs=1e-6)
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_evaluation(result, console)
+    shown = console.export_text()
+    assert "cosine to the original" in shown and "perplexity" not in shown and "scored" not in shown
+
+
+def test_a_model_that_also_takes_images_is_evaluated_on_text_alone(tmp_path: Path, text: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    language = tiny_model("llama")
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    config = LlavaConfig(text_config=language.config, vision_config=vision, image_token_index=4)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    result = evaluate(tmp_path, against=tmp_path, text=text, seqlen=SEQLEN, windows=1, progress=False)
+    assert result.comparison.divergence is not None and result.comparison.divergence.mean == 0
+    assert any("evaluated on text alone" in note for note in result.notes)

@@ -41,18 +41,27 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measured(model: Path, work: Path) -> tuple[MeasuredTable, LoadedModel, Tensor, Job]:
+Measurement = tuple[MeasuredTable, LoadedModel, Tensor, Job]
+
+
+def measured(model: Path, work: Path) -> Measurement:
     """A small measurement, and what the check needs beside it."""
     (work / "space.yaml").write_text(SPACE)
-    table = measure(model, output=work, space=work / "space.yaml", nsamples=16, seqlen=64, jobs=1)
+    table = measure(model, output=work, space=work / "space.yaml", nsamples=8, seqlen=64, jobs=1)
     loaded = load_model(model)
-    windows = sample_windows(loaded, load_text(None), 16, 64, 0, chat_template=False)
+    windows = sample_windows(loaded, load_text(None), 8, 64, 0, chat_template=False)
     return table, loaded, windows, Job.at(work, str(table.settings["identity"]), 0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "roberta"])
-def test_ordinary_models_are_not_doubted(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, loaded, windows, job = measured(save_tiny(architecture, tmp_path / "model"), tmp_path)
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral", "roberta"])
+def ordinary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
+    """Models with plain and transposed matrices and experts, and an encoder, without outliers."""
+    work = tmp_path_factory.mktemp("work")
+    return measured(save_tiny(request.param, work / "model"), work)
+
+
+def test_ordinary_models_are_not_doubted(ordinary: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, loaded, windows, job = ordinary
     assert doubtful_records(loaded, table.measurements) == [] and table.doubts == ()
     assert "doubts" not in table.model_dump(mode="json")
     monkeypatch.setattr(nn.Module, "__call__", None)  # the model is not even run
@@ -76,7 +85,7 @@ def test_outliers_are_found_and_their_loss_is_measured(outliers: Path, tmp_path:
     assert note in plan(tmp_path, budget="4.5bpw").notes
     assert table.digest() == table.model_copy(update={"doubts": ()}).digest()
     (tmp_path / "space.yaml").write_text("linear: [int6-g16]\nembedding: []\nhead: []\n")
-    later = measure(outliers, output=tmp_path, space=tmp_path / "space.yaml", nsamples=16, seqlen=64, jobs=1)
+    later = measure(outliers, output=tmp_path, space=tmp_path / "space.yaml", nsamples=8, seqlen=64, jobs=1)
     assert len(later.doubts) == 1 and len(later.measurements) > len(table.measurements)
     # codes that were not kept are encoded again
     for file in job.cache.folder.rglob("*.safetensors"):
@@ -86,12 +95,11 @@ def test_outliers_are_found_and_their_loss_is_measured(outliers: Path, tmp_path:
     assert again[0].measured == pytest.approx(checks[0].measured, rel=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "roberta"])
 def test_the_measured_loss_is_near_the_predicted_one_where_second_order_holds(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ordinary: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every matrix is checked here, in its middle format: transposed ones, experts, and encoders on masked tokens."""
-    table, loaded, windows, job = measured(save_tiny(architecture, tmp_path / "model"), tmp_path)
+    """Every matrix is checked here, in its middle format."""
+    table, loaded, windows, job = ordinary
     module = "reallm.measurement.second_order_check"
     monkeypatch.setattr(f"{module}.SMALLEST_LOSS", -1.0)
     monkeypatch.setattr(f"{module}.CHECKED_MATRICES", 1000)

@@ -71,5 +71,7 @@ def test_what_the_class_keeps_in_float32_stays(mixed_dtypes: Path, monkeypatch: 
 
 def test_integers_in_place_of_floats_are_refused(mixed_dtypes: Path) -> None:
     change(mixed_dtypes, NORM, torch.ones(48, dtype=torch.int64))
-    with pytest.raises(UserError, match=r"'model.layers.1.input_layernorm.weight' is I64 \[48\], expected floats \[48\]"):
+    with pytest.raises(
+        UserError, match=r"'model.layers.1.input_layernorm.weight' is I64 \[48\], expected floats \[48\]"
+    ):
         AutoModelForCausalLM.from_pretrained(mixed_dtypes)

@@ -102,8 +102,8 @@ def test_unknown_kind_empty_file_and_wrong_encoding(tmp_path):
         ("{", "is not JSON"),
         ("3", "holds int"),
         ("{}", "holds nothing"),
-        ('{"txt": "x"}', "holds txt"),
-        ('{"text": 5}', "holds text"),
+        ('{"txt": "x"}', "holds txt (str)"),
+        ('{"text": 5}', "holds text (int)"),
         ('{"messages": []}', "holds messages"),
         ('{"messages": [{"role": "user"}]}', "message 1 has no content"),
         ('{"messages": [{"role": "user", "content": "a"}, 3]}', "message 2 is int"),
@@ -124,6 +124,15 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path, line, found):
     message = error_message(load_text, path)
     assert f"{path} line 3" in message
     assert found in message
+
+
+def test_images_that_are_not_read_are_reported(tmp_path, caplog):
+    parts = [{"type": "text", "text": "hi"}]
+    load_text(write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": parts}]}, {"text": "x"}))
+    assert not caplog.records
+    parts.append({"type": "image", "url": "a.png"})
+    load_text(write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": parts}]}, {"text": "x"}))
+    assert "a.jsonl: 1 conversations have images" in caplog.text
 
 
 def test_conversations_keep_calls_of_tools_parts_and_null_content(tmp_path):

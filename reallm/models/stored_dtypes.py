@@ -1,0 +1,88 @@
+"""Tensors that a file stores in float32 although most of the model is in 16 bits: kept so where the model can run so.
+
+transformers converts every tensor to one dtype while loading, except those that a model's class protects. Released
+16-bit models often store decay rates (A_log), biases of routers or attention sinks in float32, because rounding them
+changes the model. They are read again here. Weights of linear layers and embeddings, and norms that hand float32 to the
+next layer, cannot be float32 in a 16-bit model; these stay rounded, and a note says so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from reallm.kernels.storage.safetensors_reader import StoredTensor
+
+from .probe import probe_ids
+
+_FAILURES = (RuntimeError, ValueError, TypeError)
+
+
+@dataclass(frozen=True)
+class _Narrowed:
+    """A tensor that was converted while loading."""
+
+    name: str
+    tensor: Tensor
+    rounded: Tensor
+    exact: Tensor
+
+
+def restore_stored_dtypes(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """Give tensors of a 16-bit `model` that the file stores in float32 their stored values; returns notes.
+
+    Tensors of the same role (the last two parts of the name) are restored together, if the model still runs then.
+    """
+    roles: dict[str, list[_Narrowed]] = defaultdict(list)
+    for name, tensor in narrowed(model):
+        stored_name = _find(stored, name, model.base_model_prefix)
+        file_tensor = stored.get(stored_name)
+        if file_tensor is not None and file_tensor.dtype == "F32" and file_tensor.shape == tuple(tensor.shape):
+            with safe_open(file_tensor.path, framework="pt") as file:
+                value = file.get_tensor(stored_name)
+            roles[".".join(name.split(".")[-2:])].append(_Narrowed(name, tensor, tensor.data, value))
+    rounded: list[str] = []
+    for role in roles.values():
+        if all(torch.equal(item.rounded.float(), item.exact) for item in role):
+            continue
+        for item in role:
+            item.tensor.data = item.exact
+        if not _runs(model):
+            for item in role:
+                item.tensor.data = item.rounded
+            rounded += [item.name for item in role]
+    if not rounded:
+        return ()
+    what = f"{len(rounded)} tensors stored in float32, such as {rounded[0]}, are rounded to {model.dtype}"
+    return (f"{what} as transformers does: the model does not run with them in float32",)
+
+
+def narrowed(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The 16-bit tensors of `model` that are not weights of linear layers, embeddings or stacks of experts."""
+    layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)))
+    weights = {id(layer._parameters.get("weight")) for layer in layers}  # a packed layer has none, and would decode it
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.dtype in (torch.bfloat16, torch.float16) and id(tensor) not in weights and tensor.ndim != 3:
+            yield name, tensor
+
+
+def _find(stored: Mapping[str, StoredTensor], name: str, prefix: str) -> str:
+    """The name under which a file stores the model's tensor `name`; empty if it does not."""
+    names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((candidate for candidate in names if candidate in stored), "")
+
+
+def _runs(model: PreTrainedModel) -> bool:
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_ids(model))
+    except _FAILURES:
+        return False
+    return True
