@@ -1,8 +1,10 @@
-# make demo | test | test-all | check | format | docs | bench NAME=quality     each sets up .venv by itself, once
+# make demo | test | test-all | check | format | docs | sweep | bench NAME=quality     each sets up .venv by itself, once
 #
 #   test                   everything that CI runs: format, lint, types, docs, tests; test-all: the long tests too
 #   check                  everything but the tests
 #   docs                   the documentation as HTML, in build/docs
+#   sweep                  every architecture of transformers as a tiny model through every stage; writes the page of the
+#                          documentation that lists them. NAMES="qwen3* llama" runs some; JOBS=2 at the same time
 #
 #   NAME=quality_peers     only the peers of NAME=quality, kept for it
 #   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order of
@@ -30,13 +32,14 @@ TEXT ?=
 TEST ?=
 BUDGET ?=
 JOBS ?= 2
+NAMES ?=
 MODEL ?=
 SPACE ?=
 PEERS ?=
 PRESETS ?=
 CHANGES ?=
 BLOCKS ?=
-export TEXT TEST MODEL SPACE PEERS PRESETS CHANGES BLOCKS
+export JOBS TEXT TEST MODEL SPACE PEERS PRESETS CHANGES BLOCKS
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,7 +51,7 @@ SOURCES := reallm kernels planner codegen tests benchmarks examples docs
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all check format docs bench clean
+.PHONY: demo test test-all check format docs sweep bench clean
 
 demo: $(READY)
 	$(BIN)/reallm demo $(if $(BUDGET),--budget $(BUDGET)) $(if $(TEXT),--text "$(TEXT)") $(if $(TEST),--test "$(TEST)")
@@ -72,6 +75,9 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -j $(JOBS) -b html docs build/docs
+
+sweep: $(READY)
+	$(BIN)/python -m benchmarks.architectures $(foreach name,$(NAMES),"$(name)")
 
 bench: $(READY) $(BENCH_READY)
 	$(if $(filter cluster,$(NAME)),$(BIN)/pip install --quiet $(INDEX) -c constraints.txt -e ".[ray]")

@@ -30,7 +30,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "command line": ("argparse", "optparse", "getopt", "cmd", "configparser", "pdb", "getpass"),
     "code": ("ast", "inspect", "dis", "pickle", "typing", "dataclasses", "importlib", "tokenize"),
 }
-PER_CLASS, HELD_OUT = 60, 50
+PER_CLASS, HELD_OUT = 40, 50
 """Training and held-out sentences of each class."""
 
 
@@ -61,13 +61,13 @@ def _digest(text: str) -> str:
 
 
 def _sentences(modules: tuple[str, ...]) -> Iterator[str]:
-    """Sentences of 8 to 30 words from the docstrings and comments of `modules`, without the modules' names."""
+    """Sentences of 8 to 20 words from the docstrings and comments of `modules`, without the modules' names."""
     names = re.compile("|".join(rf"\b{re.escape(m)}\w*" for m in (*modules, *CLASSES)), re.IGNORECASE)
     for path in _files(modules):
         for block in _texts(path.read_text(encoding="utf-8", errors="replace")):
             for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", re.sub(r"\s+", " ", block)):
                 plain = re.fullmatch(r"[A-Z][\w ,;:()'\"/-]*[.]", sentence)
-                if plain and 8 <= len(sentence.split()) <= 30 and "__" not in sentence:
+                if plain and 8 <= len(sentence.split()) <= 20 and "__" not in sentence:
                     yield re.sub(r"\s+", " ", names.sub("it", sentence))
 
 

@@ -27,6 +27,7 @@ from .reference import check_plan, other_sizes, packed_choices, replaced_model
 SPACE = "linear: [int4-g16, int8-g16, tq3-l8+ldl2+rot]\nembedding: [int4-g16, int8-g16]\n"
 TEXT = "The quick brown fox jumps over the lazy dog, and 13 more animals watch it (quietly). " * 12
 SEQLEN, WINDOWS = 32, 3
+PROMPT, NEW_TOKENS = "The quick", 6
 MAX_ERROR = 1e-3
 """Largest difference of two float32 models that compute the same in another order, relative to the logits' range."""
 MAX_KL = 0.02
@@ -162,9 +163,9 @@ class _Run:
     def _generate_and_evaluate(self) -> None:
         self.outcome.stage = "generate"
         if self.dense.can_generate():
-            text = reallm.generate(self.folder / "mixed", "The quick", max_new_tokens=4)
-            if not text.startswith("The quick"):
-                raise ValueError(f"generate returned {text!r}")
+            text = reallm.generate(self.folder / "mixed", PROMPT, max_new_tokens=NEW_TOKENS, dtype="float32")
+            if text != (expected := self._continued(self.references["mixed"])):
+                raise ValueError(f"generate returned {text!r}, the reference {expected!r}")
         self.outcome.stage = "eval"
         result = reallm.evaluate(
             self.folder / "int8", against=self.model, text=str(self.text), seqlen=SEQLEN, windows=2, progress=False
@@ -172,6 +173,14 @@ class _Run:
         divergence = result.comparison.divergence
         if divergence is None or not divergence.mean <= MAX_KL:
             raise ValueError(f"eval finds a divergence of {divergence} at 8 bits")
+
+    def _continued(self, model: PreTrainedModel) -> str:
+        """PROMPT and the tokens that transformers' own loop adds to it."""
+        ids = torch.tensor([self.tokenizer(PROMPT)["input_ids"]])
+        limits = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **limits)
+        text: str = self.tokenizer.decode(output[0], skip_special_tokens=True)
+        return text
 
     def _save_and_verify(self) -> None:
         self.outcome.stage = "save"

@@ -11,20 +11,14 @@ from typing import Any
 
 from .sizes import HEAD_DIM, LAYERS, MAX_LAYERS, POSITIONS, small_number
 
-_LEFT_OUT = frozenset(
-    {"transformers_version", "dtype", "quantization_config", "id2label", "label2id", "task_specific_params"}
-)
+_LEFT_OUT = frozenset({"dtype", "quantization_config", "id2label", "label2id", "task_specific_params"})
 _LAYER_INDEX = re.compile(r".*(ind(ex|ic)e?s|layer_ids|idxs|_layers)$")
 
 
 def shrink(values: dict[str, Any], tokens: dict[int, int] | None = None) -> dict[str, Any]:
     """A copy of a configuration's `values` (as of to_dict) with small sizes; sub-configurations are shrunk as well."""
     tokens = {} if tokens is None else tokens
-    values = {
-        key: value
-        for key, value in values.items()
-        if key not in ("transformers_version", "dtype", "quantization_config")
-    }
+    values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
     layers = _layers(values)
     kept = _kept_layers(values, layers)
     result: dict[str, Any] = {}

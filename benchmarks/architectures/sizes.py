@@ -42,7 +42,7 @@ _SIZES: tuple[tuple[int | None, str], ...] = (
 )
 """(largest value, names of settings); None keeps the value."""
 _LAYER_COUNT = re.compile(
-    "(.*_)?num_(hidden_|decoder_|encoder_|global_)?layers(_per_stack)?|n_layers?|depth|(encoder|decoder)_layers"
+    "(.*_)?num_(hidden_|decoder_|encoder_|global_)?layers(_per_stack)?|n_layers?|depth|((encoder|decoder)_)?layers"
 )
 _RULES = tuple((re.compile(names), size) for size, names in _SIZES)
 _TOKENS = {"bos": 0, "pad": 1, "eos": 2, "forced_eos": 2, "decoder_start": 0, "forced_bos": 0, "mask": 4, "sep": 2}

@@ -91,7 +91,8 @@ def allowed_options(
 ) -> FormatOptions:
     """The options of every matrix that takes part, as pins, exclusions and formats allow. Raises PlanError."""
     pinned = _pinned_formats(table, plan_options.pins, options)
-    excluded = {name for regex in plan_options.exclude for name in _matching_names(table, "--exclude", regex)}
+    names = [matrix.name for matrix in table.matrices]
+    excluded = {name for regex in plan_options.exclude for name in matching_names(names, "--exclude", regex)}
     if both := sorted(set(pinned) & excluded):
         raise PlanError(f"{both[0]} is both pinned and excluded; drop one of the two")
     excluded |= {name for names in table.kept.values() for name in names} - set(pinned)
@@ -137,16 +138,28 @@ def parsed_format(name: str, where: str) -> Format:
         raise PlanError(f"{where}: {error}") from None
 
 
-def _matching_names(table: MeasuredTable, option: str, regex: str) -> list[str]:
-    """Names of the matrices that a user's regex matches, at least one. Raises PlanError when there is none."""
+def parse_pin(text: str) -> tuple[str, Format]:
+    """The regex and the format of a pin "REGEX=FORMAT". Raises PlanError.
+
+    >>> parse_pin("lm_head=int8-g64")[0]
+    'lm_head'
+    """
+    regex, equals, name = text.rpartition("=")
+    if not equals or not regex or not name:
+        raise PlanError(f"--pin {text!r}: expected 'regex=format', such as 'lm_head=int8-g64'")
+    return regex, parsed_format(name, f"--pin {text!r}")
+
+
+def matching_names(all_names: Sequence[str], option: str, regex: str) -> list[str]:
+    """Those of the matrices' names that a user's regex matches, at least one. Raises PlanError when there is none."""
     try:
         compiled = re.compile(regex)
     except re.error as error:
         raise PlanError(f"{option} {regex!r} is not a regular expression: {error}") from None
-    names = [matrix.name for matrix in table.matrices if compiled.search(matrix.name)]
+    names = [name for name in all_names if compiled.search(name)]
     if not names:
-        example = table.matrices[0].name if table.matrices else "none"
-        raise PlanError(f"{option} {regex!r} matches none of the {len(table.matrices)} matrices, such as {example}")
+        example = all_names[0] if all_names else "none"
+        raise PlanError(f"{option} {regex!r} matches none of the {len(all_names)} matrices, such as {example}")
     return names
 
 
@@ -154,14 +167,15 @@ def _pinned_formats(table: MeasuredTable, pins: Sequence[str], options: FormatOp
     """Matrix name -> the format that it is pinned to."""
     pinned: dict[str, tuple[str, str]] = {}
     for pin in pins:
-        regex, equals, name = pin.rpartition("=")
-        if not equals or not regex or not name:
-            raise PlanError(f"--pin {pin!r}: expected 'regex=format', such as 'lm_head=int8-g64'")
-        fmt = parsed_format(name, f"--pin {pin!r}").name
-        for matrix in _matching_names(table, "--pin", regex):
+        regex, pinned_format = parse_pin(pin)
+        fmt = pinned_format.name
+        for matrix in matching_names([m.name for m in table.matrices], "--pin", regex):
             if fmt not in options[matrix]:
                 measured = ", ".join(sorted(options[matrix]))
-                raise PlanError(f"--pin {pin!r}: {matrix} was not measured in {fmt}; expected one of {measured}")
+                raise PlanError(
+                    f"--pin {pin!r}: {matrix} was not measured in {fmt}; expected one of {measured}, or measure it so: "
+                    f"reallm measure --pin {pin!r}"
+                )
             if pinned.setdefault(matrix, (fmt, pin))[0] != fmt:
                 raise PlanError(
                     f"--pin {pinned[matrix][1]!r} and --pin {pin!r} contradict each other over {matrix}; drop one"

@@ -127,6 +127,10 @@ def _notes_on_the_rest(selection: Selection) -> list[str]:
         notes.append(
             f"{len(names)} matrices ({share:.1%} of the weights) keep their dtype, such as {names[0]}: {reason}"
         )
+    unmeasured = {name for names in table.kept.values() for name in names}
+    if pinned := [name for name in sizes if name in unmeasured and name in selection.format_options]:
+        what = f"{len(pinned)} pinned matrices, such as {pinned[0]}, were not run by the calibration"
+        notes.append(f"{what}: the loss that their formats cause is unknown and not in the predicted loss")
     if sum(large.values()) >= UNPACKED_SHARE * total:
         largest = max(large, key=lambda name: large[name])
         share, shape = sum(large.values()) / total, list(table.other_tensors[largest])

@@ -68,13 +68,15 @@ def differences(before: Plan, after: Plan) -> list[Change]:
 def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternative]:
     """All measured formats of the matrices that the regex `matrix` matches, by matrix and size.
 
-    Raises PlanError for a regex that is invalid or matches nothing, and if the plan was not made from `table`.
+    Raises PlanError for a regex that is invalid or matches no matrix with a format, and if the plan was not made from
+    `table`.
     """
     require_table(table, plan)
-    try:
-        matching = [choice for choice in plan.choices if re.search(matrix, choice.matrix)]
-    except re.error as error:
-        raise PlanError(f"{matrix!r} is not a regular expression: {error}") from None
+    without = without_format(plan, matrix)
+    matching = [choice for choice in plan.choices if re.search(matrix, choice.matrix)]
+    if not matching and without:
+        reason, names = next(iter(without.items()))
+        raise PlanError(f"{matrix!r} matches no matrix with a format in this plan; {names[0]} has none: {reason}")
     if not matching:
         raise PlanError(f"{matrix!r} matches no matrix of the plan, such as {plan.choices[0].matrix}")
     options = measured_options(table, plan.cost, plan.corrections)
@@ -87,6 +89,23 @@ def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternat
             regret = 0.0 if chosen else option.cost - choice.cost + price * (nbytes - choice.nbytes)
             result.append(Alternative(choice.matrix, name, nbytes, option.cost, regret, chosen))
     return sorted(result, key=lambda a: (natural_key(a.matrix), a.nbytes, a.format))
+
+
+def without_format(plan: Plan, matrix: str) -> dict[str, list[str]]:
+    """Reason -> the matrices that the regex `matrix` matches and that the plan leaves as they are.
+
+    Raises PlanError for an invalid regex.
+    """
+    reasons = {name: reason for reason, names in plan.kept.items() for name in names}
+    try:
+        names = list(filter(re.compile(matrix).search, plan.dense))
+    except re.error as error:
+        raise PlanError(f"{matrix!r} is not a regular expression: {error}") from None
+    matching: dict[str, list[str]] = {}
+    for name in names:
+        reason = reasons.get(name, "the budget does not count it, or --exclude names it")
+        matching.setdefault(reason, []).append(name)
+    return matching
 
 
 def larger_plan(table: MeasuredTable, plan: Plan, extra_bytes: int = MIB) -> Plan:

@@ -100,9 +100,10 @@ def find_table(plan: Plan, plan_path: str | Path | None = None, work: str | Path
             return place / TABLE_FILE
     if work:
         raise RecordError(f"{places[0] / TABLE_FILE} does not exist; `reallm measure` makes it")
-    lacking = f"{places[0]} has no {TABLE_FILE}" if places[0].exists() else f"{places[0]} does not exist"
+    lacking = f"holds no {TABLE_FILE}" if places[0].exists() else "does not exist here or beside the plan"
     raise RecordError(
-        f"{lacking}, which the plan was made from; name its work folder with --work, or measure and plan again"
+        f"the plan was made from the work folder {places[0]}, which {lacking}; if it has moved, name it with --work, "
+        "otherwise measure and plan again"
     )
 
 

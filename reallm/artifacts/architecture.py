@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from reallm.errors import UserError
+from reallm.models.settings_errors import check_config, settings_errors
 
 from .directory import read_config
 from .quantization_config import QuantizationRecord
@@ -35,13 +36,9 @@ def matrix_shapes(folder: Path, record: QuantizationRecord) -> dict[str, tuple[i
     Raises UserError if no model can be built from config.json, or if it lacks one of these matrices.
     """
     kind = model_class_of(folder)
-    try:
-        config = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]  # every class has one
-        with torch.device("meta"):
-            model = kind(config)
-    except Exception as error:  # whatever transformers raises on values that it cannot use
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}/config.json does not describe a {kind.__name__}: {reason}") from error
+    check_config(folder)
+    with settings_errors(folder, f"config.json does not describe a {kind.__name__}"), torch.device("meta"):
+        model = kind(kind.config_class.from_pretrained(folder))  # type: ignore[union-attr]  # every class has one
     transposed = frozenset(record.transposed)
     return {name: _shape(model, name, transposed, folder) for name, _ in record.matrices()}
 

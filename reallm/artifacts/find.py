@@ -54,7 +54,7 @@ def require_artifact(name: Path | str) -> Path:
         raise UserError(f"{name} is a work folder of `reallm measure`; {way_out} from a plan.json")
     if not (path / CONFIG_FILE).exists():
         raise UserError(f"{name} has no {CONFIG_FILE}; {way_out}")
-    raise UserError(f"{name} is a model that reallm has not compressed; {way_out}")
+    raise UserError(f"{name} is an ordinary model, not a reallm artifact; {way_out}")
 
 
 def plan_of(name: Path | str) -> Plan:

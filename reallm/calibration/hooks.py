@@ -2,7 +2,7 @@
 
 Linear layers are watched by forward hooks. Embedding look-ups and products with slices of 3-D expert stacks are watched
 as function calls, so that other operations of the same module (Gemma scales its look-ups) do not affect the statistics;
-so are products with the weight of a linear layer that is not called itself (Mamba's dt_proj).
+so are products of linear layers that are not called themselves (Mamba's dt_proj) or do more than multiply.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 from reallm.models.loaded import LoadedModel, Matrix
 
@@ -23,6 +24,9 @@ PANELS = 4
 """Number of panels into which a symmetric sum is cut; each is computed only up to the diagonal, which saves 3/8 of the
 work."""
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
+
+_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+"""Classes with another forward method may do more than multiply; of them the product itself is watched."""
 
 
 def _on_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
@@ -98,7 +102,8 @@ class StatisticsHooks:
             elif not m.transposed:
                 self._weights[parameter.data_ptr()] = (m, parameter)
             users = m.tied if m.kind == "embedding" else (m.parameter, *m.tied)
-            self._modules += [(m, loaded.model.get_submodule(name.rpartition(".")[0])) for name in users]
+            modules = [loaded.model.get_submodule(name.rpartition(".")[0]) for name in users]
+            self._modules += [(m, module) for module in modules if type(module).forward in _PLAIN_FORWARDS]
 
     @contextmanager
     def recording(self, *, every_lookup: bool = False) -> Iterator[None]:
@@ -111,9 +116,8 @@ class StatisticsHooks:
             stack.callback(self._inputs.clear)
             stack.callback(self._running.clear)
             for matrix, module in self._modules:
-                if not isinstance(module, nn.Embedding):
-                    stack.callback(module.register_forward_pre_hook(self._starts).remove)
-                    stack.callback(module.register_forward_hook(self._module_hook(matrix), with_kwargs=True).remove)
+                stack.callback(module.register_forward_pre_hook(self._starts).remove)
+                stack.callback(module.register_forward_hook(self._module_hook(matrix), with_kwargs=True).remove)
             if every_lookup or self._embeddings or self._slices or self._weights:
                 stack.enter_context(_WatchedCalls(self, every_lookup))
             yield
@@ -146,7 +150,7 @@ class StatisticsHooks:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self._running.discard(module.weight.data_ptr())  # type: ignore[operator,union-attr]
             value = args[0] if args else next(iter(kwargs.values()))
-            self._record(matrix, value, output[0] if isinstance(output, tuple) else output)
+            self._record(matrix, value, output)
 
         return hook
 

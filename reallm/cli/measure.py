@@ -50,6 +50,13 @@ def measure(
             help="An artifact of the same model: calibrate each block on the inputs that its weights produce."
         ),
     ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="REGEX=FORMAT: measure the matrices that match in this format too, so that a plan can pin it. The "
+            "only way to compress what the text does not run, such as a vision tower. Repeatable."
+        ),
+    ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Render .jsonl messages with the model's chat template.")
     ] = False,
@@ -74,6 +81,7 @@ def measure(
         chat_template=chat_template,
         bpw=bpw,
         prefix=prefix,
+        pins=pin or (),
         backend=backend,
         ray_address=ray_address,
     )

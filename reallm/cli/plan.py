@@ -177,18 +177,23 @@ def explain(
     work: MovedWork = None,
 ) -> None:
     """Explain why a matrix got its format: bytes, loss and regret of every candidate at the plan's price per byte."""
+    from reallm.artifacts.find import plan_of
+    from reallm.planner.results.explain import without_format
     from reallm.planning.plan import explain as run
     from reallm.planning.plan import next_mib
 
-    from .plan_tables import print_alternatives, print_changes, print_matrices
+    from .plan_tables import print_alternatives, print_changes, print_matrices, print_notes
 
     if matrix is not None:
         print_alternatives(run(plan, matrix, work=work), CONSOLE)
+        for reason, names in without_format(plan_of(plan), matrix).items():
+            CONSOLE.print(f"no format: {len(names)} matrices, such as {names[0]}: {reason}", markup=False)
         return
     current, richer = next_mib(plan, work=work)
     costliest = sorted(current.choices, key=lambda choice: -choice.cost)[:15]
     print_matrices(costliest, CONSOLE, "the costliest matrices")
     print_changes("what one more MiB would buy", current, richer, CONSOLE)
+    print_notes(current, CONSOLE)
 
 
 @app.command(epilog="Example: reallm report plan.json -o report.html --png figures/")

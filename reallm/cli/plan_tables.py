@@ -43,6 +43,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     facts += _limit_facts(plan) + _measured_facts(plan)
     console.print(facts_table("plan", facts))
     console.print(histogram(plan.choices))
+    print_notes(plan, console)
+
+
+def print_notes(plan: Plan, console: Console) -> None:
+    """Print the plan's notes, among them which matrices it leaves as they are and why."""
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
 

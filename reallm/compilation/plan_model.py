@@ -27,7 +27,7 @@ def load_plan_model(
     except UserError as error:
         if given:
             raise
-        line = f"the model that the plan was made for: {error}; if the model has moved, name it with {option}"
+        line = f"the plan was made for the model {plan.model}: if it has moved, name it with {option}. Found: {error}"
         raise UserError(line) from None
     if loaded.digest != plan.model_sha256:
         raise UserError(

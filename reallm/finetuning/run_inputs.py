@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from reallm.artifacts.directory import check_output
+from reallm.artifacts.directory import check_output, read_config
 from reallm.artifacts.find import plan_of, require_artifact
 from reallm.artifacts.manifest import MANIFEST_FILE, sha256_file
 from reallm.artifacts.peft_files import CONFIG_FILE
@@ -13,6 +13,7 @@ from reallm.artifacts.verify import verify
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
+from reallm.models.sentence_encoder import is_backbone
 from reallm.planner.tables.plan import Choice, Plan
 from reallm.planner.tables.work_folder import find_table
 from reallm.text.corpus import Text, load_text
@@ -65,6 +66,7 @@ def open_inputs(
     _check_output(output, settings)
     plan, artifact = plan_of(require_artifact(artifact)), require_artifact(artifact)
     verify(artifact, adapters=False)
+    _check_predicts_tokens(artifact)
     linears = [(Format.parse(c.format), c.rows, c.cols) for c in plan.choices if _is_compressed_linear(c)]
     if not linears:
         raise UserError(f"{artifact} has no compressed linear, so there is nothing to train")
@@ -82,6 +84,16 @@ def open_inputs(
 
 def _check_output(output: Path, settings: FinetuneSettings) -> None:
     check_output(output, settings.force, CONFIG_FILE if settings.adapter else MANIFEST_FILE)
+
+
+def _check_predicts_tokens(artifact: Path) -> None:
+    """Raise UserError for an encoder without an output layer for tokens, which has no predictions to learn from."""
+    name = str((read_config(artifact).get("architectures") or [""])[0])
+    if is_backbone(name):
+        raise UserError(
+            f"{artifact} is a {name}, which predicts no tokens; expected a language model: train adapters and a head "
+            "on labelled text with PEFT"
+        )
 
 
 def _is_compressed_linear(choice: Choice) -> bool:

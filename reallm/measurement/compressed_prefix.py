@@ -12,13 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
-
 from reallm.artifacts.find import require_artifact
 from reallm.artifacts.manifest import MANIFEST_FILE, read_manifest, sha256_file
 from reallm.errors import UserError
 from reallm.models.loaded import LoadedModel
-from reallm.runtime.experts import ExpertStack
 from reallm.runtime.load import load
 
 
@@ -41,17 +38,12 @@ def prefix_weights(artifact: Path, loaded: LoadedModel) -> Iterator[None]:
     parameters = {name: loaded.model.get_parameter(name) for name in {m.parameter for m in loaded.matrices}}
     original = {name: parameter.data for name, parameter in parameters.items()}
     compressed, _ = load(artifact)
+    compressed.dequantize()
     try:
         for name, parameter in parameters.items():
-            path, _, attribute = name.rpartition(".")
-            parameter.data = _decoded(getattr(compressed.get_submodule(path), attribute)).to(parameter.dtype)
+            parameter.data = compressed.get_parameter(name).data.to(parameter.dtype)
         del compressed
         yield
     finally:
         for name, parameter in parameters.items():
             parameter.data = original[name]
-
-
-def _decoded(weight: Tensor | ExpertStack) -> Tensor:
-    """The decoded values of a compressed weight, as a plain tensor with its own memory."""
-    return weight.dense() if isinstance(weight, ExpertStack) else weight.detach().as_subclass(Tensor).clone()

@@ -20,6 +20,7 @@ from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format
 from reallm.models.loaded import LoadedModel, check_storable, load_model
 from reallm.models.matrix import Matrix
+from reallm.planner.problem.candidates import matching_names, parse_pin
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.system.memory import peak_rss_bytes
 from reallm.text.corpus import Text, load_text
@@ -55,6 +56,7 @@ def measure(
     keep_codes: bool = True,
     bpw: tuple[float, float] | None = None,
     prefix: str | Path | None = None,
+    pins: Sequence[str] = (),
     backend: Backend = "processes",
     ray_address: str | None = None,
 ) -> MeasuredTable:
@@ -91,6 +93,10 @@ def measure(
         measures every candidate.
     prefix
         An artifact of the same model: calibrate on the inputs that each block receives in this compressed model.
+    pins
+        "REGEX=FORMAT": also measure every matrix whose name the regex matches in this format, so that a plan can pin
+        it. A matrix that the calibration does not run, such as one of a vision tower, is measured only so: it is
+        encoded by its weights alone, and what its error costs is unknown.
     backend
         Where matrices are encoded: in "processes" on this machine, or on a "ray" cluster.
     ray_address
@@ -121,6 +127,8 @@ def measure(
         candidates, output, calibration_text = load_space(space), Path(output), load_text(text)
         loaded = load_model(model)
         check_storable(loaded)
+        names = [matrix.name for matrix in loaded.matrices]
+        pinned = [(name, fmt) for regex, fmt in map(parse_pin, pins) for name in matching_names(names, "--pin", regex)]
         ids = sample_windows(loaded, calibration_text, nsamples, seqlen, seed, chat_template)
         job = Job.at(output.absolute(), _identity(loaded, ids, seed, prefix_path), seed, keep_codes)
         weights = None if prefix_path is None else prefix_weights(prefix_path, loaded)
@@ -131,12 +139,13 @@ def measure(
         formats: Mapping[str, Sequence[Format]] = {
             m.name: () if m.name in report.kept else candidates.formats[m.kind] for m in loaded.matrices
         }
+        formats = _with_pinned(formats, pinned)
         codebooks, shared = load_or_fit_codebooks(loaded, formats, job)
         anchors = Measured([], 0)
         if bpw is not None:
             measurable = [m for m in loaded.matrices if m.name not in report.kept]
             useful, anchors = _screen(loaded, measurable, candidates, job, codebooks, workers, bpw)
-            formats = {**formats, **useful}
+            formats = _with_pinned({**formats, **useful}, pinned)
         measured = measure_formats(loaded, formats, job, codebooks, workers)
     doubt = warning(check_second_order(loaded, ids, measured.records, job, codebooks))
     if doubt is not None:
@@ -174,8 +183,9 @@ def sample_windows(
     """
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer; add its tokenizer files to the folder")
-    limits = {"max_positions": loaded.max_positions, "vocabulary": loaded.vocabulary}
-    ids = cut_windows(text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, **limits)
+    ids = cut_windows(
+        text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, loaded.max_positions, loaded.vocabulary
+    )
     if text.is_fallback:
         LOG.warning(
             "no --text: calibrating on %s; a text like those the model was made for gives a better plan",
@@ -194,6 +204,17 @@ def _identity(loaded: LoadedModel, ids: Tensor, seed: int, prefix: Path | None) 
         parts["prefix"] = prefix_digest(prefix, loaded)
     parts["computed_in"] = str(compute_dtype(loaded))
     return content_key({**parts, "version": STATISTICS_VERSION})
+
+
+def _with_pinned(
+    formats: Mapping[str, Sequence[Format]], pinned: Sequence[tuple[str, Format]]
+) -> dict[str, Sequence[Format]]:
+    """`formats` by matrix name, with the `pinned` (matrix name, format) added where they are missing."""
+    result = dict(formats)
+    for name, fmt in pinned:
+        if fmt not in result[name]:
+            result[name] = (*result[name], fmt)
+    return result
 
 
 def _screen(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from reallm.errors import UserError
@@ -15,6 +17,8 @@ _RECOMPUTED = re.compile(
     r"|num_batches_tracked|relative_position_index)$"
 )
 """Buffers that older releases of transformers stored and newer ones compute."""
+_FURTHER_TOKENS = re.compile(r"(^|\.)(eh_proj|enorm|hnorm|shared_head|mtp\w*|nextn\w*)(\.|$)")
+"""Names inside the blocks that predict tokens after the next one, which transformers leaves out (DeepSeek-V3)."""
 _SHOWN = 4
 
 
@@ -27,10 +31,9 @@ def leftover_notes(model: PreTrainedModel, names: Iterable[str], label: str) -> 
     """
     left_out = sorted(names)
     modules = dict(model.named_modules())
+    _refuse_more_blocks(modules, left_out, label)
     for name in left_out:
-        owner = name.rpartition(".")[0]
-        while owner not in modules:
-            owner = owner.rpartition(".")[0]
+        owner = _owner(modules, name)
         of_block = any(part.isdecimal() for part in owner.split("."))
         of_layer = owner and next(modules[owner].parameters(recurse=False), None) is not None
         if (of_block or of_layer) and not _RECOMPUTED.search(name):
@@ -41,6 +44,31 @@ def leftover_notes(model: PreTrainedModel, names: Iterable[str], label: str) -> 
     if not left_out:
         return ()
     return (f"{len(left_out)} stored tensors do not belong to the model and are left out: {_summary(left_out)}",)
+
+
+def _owner(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The innermost part of the model that the name of a stored tensor lies in."""
+    owner = name.rpartition(".")[0]
+    while owner not in modules:
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def _refuse_more_blocks(modules: Mapping[str, nn.Module], names: Iterable[str], label: str) -> None:
+    """Raise UserError if `names` contain a block beyond those of the model that does not predict further tokens."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        owner = _owner(modules, name)
+        number, _, rest = name.removeprefix(f"{owner}.").partition(".")
+        if isinstance(modules[owner], nn.ModuleList) and number.isdecimal():
+            blocks[f"{owner}.{number}"].append(rest)
+    for block, rest in blocks.items():
+        if not any(_FURTHER_TOKENS.search(name) for name in rest):
+            count = len(cast(nn.ModuleList, modules[block.rpartition(".")[0]]))
+            raise UserError(
+                f"{label}: the weights files hold {block}, but by config.json there are only {count} such parts; get "
+                "config.json and weights from the same model"
+            )
 
 
 def _summary(names: list[str]) -> str:

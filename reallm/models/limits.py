@@ -38,7 +38,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
     positions has no limit, unless its positions are rows of a table.
     """
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT's table of biases
     if not isinstance(limit, int) or limit < 1:
         return None
     for name, module in model.named_modules():

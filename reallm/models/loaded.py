@@ -27,8 +27,9 @@ from .matrices import discover
 from .matrix import Matrix
 from .processor import processor_files
 from .sentence_encoder import SentenceEncoder, gives_embeddings, read_sentence_encoder
-from .source import load_dense, load_tokenizer, locate
+from .source import load_dense, locate
 from .stored_dtypes import restore_stored_dtypes
+from .tokenizer import load_tokenizer
 
 __all__ = [
     "LoadedModel",
@@ -118,6 +119,7 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedMo
     with without_bars_in_files():
         located = locate(source)
         model, notes = load_dense(located, dtype)
+    _stop_rescaling(model)
     if dtype is None and located.gguf_file is None:
         notes = (*notes, *restore_stored_dtypes(model, read_checkpoint(located.folder)))
     check_finite(model, located.label)
@@ -134,6 +136,12 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedMo
         sentence_encoder=read_sentence_encoder(located.folder) if gives_embeddings(model) else None,
         processor_files=() if located.gguf_file else processor_files(located.folder),
     )
+
+
+def _stop_rescaling(model: PreTrainedModel) -> None:
+    """Switch off RWKV's rescaling, which changes weights in place whenever the model runs; the output is the same."""
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0
 
 
 def weights_dtype(model: PreTrainedModel) -> torch.dtype:

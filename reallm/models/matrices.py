@@ -2,8 +2,8 @@
 
 A matrix is W[rows, cols] = [out_features, in_features]. These count as matrices: every nn.Linear, every Conv1D
 (GPT-2's, stored transposed), every embedding of the token ids, the output head, and every slice of a 3-D stack of
-experts. A fused projection (qkv, gate_up) is one matrix, and so is a tensor with several tied names. Norms, biases,
-position embeddings, routers and convolutions do not count.
+experts. A fused projection (qkv, gate_up) is one matrix, and so is an embedding with the heads tied to it. Norms,
+biases, position embeddings, routers, convolutions and weights tied in any other way do not count.
 """
 
 from __future__ import annotations
@@ -67,8 +67,14 @@ def discover(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[Matrix, ...
     watched = {path: module for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     uses = probe(model, watched, stacks)
     routers = _routers(model)
-    weights = [w for w in candidates if w.path not in routers and _is_used_as_matrices(w, uses)]
     names = _names_of_tensors(model)
+    weights = [
+        weight
+        for weight in candidates
+        if weight.path not in routers
+        and _is_used_as_matrices(weight, uses)
+        and _can_share(model, weight, names[id(weight.tensor)])
+    ]
     inputs = _input_names(weights, uses, blocks)
     head_path = next((path for path, module in model.named_modules() if module is head), "")
     for weight in weights:
@@ -114,6 +120,13 @@ def _is_used_as_matrices(weight: _WeightTensor, uses: Uses) -> bool:
     if weight.kind == "expert":
         return weight.path in uses.transposed or hasattr(weight.module, "is_transposed")
     return weight.kind != "embedding" or weight.is_input or weight.tensor.data_ptr() in uses.token_lookups
+
+
+def _can_share(model: nn.Module, weight: _WeightTensor, names: list[str]) -> bool:
+    """Whether a packed weight can be used under all its `names`: only an embedding, and only by linear layers."""
+    others = [name for name in names if name != weight.parameter]
+    users = [model.get_submodule(name.rpartition(".")[0]) for name in others]
+    return not users or (weight.kind == "embedding" and all(isinstance(user, nn.Linear) for user in users))
 
 
 def _routers(model: nn.Module) -> frozenset[str]:

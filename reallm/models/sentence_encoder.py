@@ -150,7 +150,12 @@ def _pool(hidden: Tensor, weights: Tensor, mode: str) -> Tensor:
 
 def gives_embeddings(model: PreTrainedModel) -> bool:
     """Whether `model` is an encoder without an output layer for tokens, such as BertModel."""
-    return type(model).__name__ in _BACKBONES
+    return is_backbone(type(model).__name__)
+
+
+def is_backbone(name: str) -> bool:
+    """Whether the class called `name` has no output layer for tokens."""
+    return name in _BACKBONES
 
 
 def encoder_class(config: PretrainedConfig, folder: Path) -> str | None:

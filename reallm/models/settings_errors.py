@@ -42,10 +42,11 @@ def settings_errors(folder: Path | None, what: str) -> Iterator[None]:
         raise UserError(_bad_value(folder, found.file, found.key, _reason(found.error))) from error
 
 
-def check_numbers(folder: Path) -> None:
-    """Raise UserError for a NaN in config.json, and for more layers or experts than the weights files can hold.
+def check_config(folder: Path) -> None:
+    """Raise UserError for values of config.json that `bad_settings` cannot find.
 
-    Building a model takes time in proportion to these numbers before its first tensor is read.
+    These are NaN, a dtype that is not a name, and more layers or experts than the weights files can hold: building a
+    model takes time in proportion to them before its first tensor is read.
     """
     values = read_values(folder / CONFIG_FILE)
     tensors = read_checkpoint(folder).values()
@@ -54,6 +55,8 @@ def check_numbers(folder: Path) -> None:
         value = value_at(values, key)
         if isinstance(value, float) and math.isnan(value):
             raise UserError(_bad_value(folder, CONFIG_FILE, key, "it is not a number"))
+        if key[-1] in ("dtype", "torch_dtype") and not isinstance(value, str | None):
+            raise UserError(_bad_value(folder, CONFIG_FILE, key, "expected the name of a type"))
         counts = re.search(r"(layers?|depth|blocks|experts)$", key[-1])
         if counts and isinstance(value, int) and not isinstance(value, bool) and value > most:
             reason = f"the weights files have {len(tensors)} tensors and no dimension above {most}"
@@ -63,9 +66,11 @@ def check_numbers(folder: Path) -> None:
 def _reason(error: Exception) -> str:
     """The message of an exception in one line: its first one, or the next where the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
+    if len(lines) > 1 and "alidation error" in lines[0]:
         lines = lines[1:]
     text = re.sub(r"^\w*(Error|Exception): ", "", lines[0]) if lines else ""
+    if "ignore_mismatched_sizes" in text:
+        text = "stored tensors have other shapes than config.json gives them"
     if not re.search(r"[a-z]{2,} ", text):  # a KeyError's message is only the key
         text = f"{type(error).__name__} {text}".strip()
     return _short(text.rstrip(".:;"), _MAX_REASON)

@@ -16,26 +16,23 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from reallm.errors import UserError
 from reallm.kernels.storage.layout import CONFIG_FILE
 
-from .bad_settings import GENERATION_FILE, check_generation, check_tokenizer
+from .bad_settings import GENERATION_FILE, check_generation
 from .checkpoint import main_dtype, read_checkpoint, read_json
 from .leftovers import leftover_notes
 from .model_class import model_class
 from .quantised.find import KEYS, find_schemes
 from .quantised.unpack import UnpackedWeights, unpacked_dtype
 from .sentence_encoder import encoder_class, fill_pooler
-from .settings_errors import check_numbers, settings_errors
+from .settings_errors import check_config, settings_errors
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 ADAPTER_CONFIG = "adapter_config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 DAMAGE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error, SafetensorError)
@@ -88,7 +85,7 @@ def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedMod
     config = _read_config(source)
     kind, config = model_class(config, source.label, encoder_class(config, source.folder))
     tensors = read_checkpoint(source.folder)
-    check_numbers(source.folder)
+    check_config(source.folder)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
     weights = UnpackedWeights(tensors, schemes, source.label)
     if schemes and not weights.packed:
@@ -117,7 +114,7 @@ def _load(
             check_generation(model.generation_config)
     missing, notes = fill_pooler(model, sorted(info["missing_keys"]))
     if missing:
-        what = f"{len(missing)} tensors of {type(model).__name__} are not in the file, such as {missing[0]}"
+        what = f"{len(missing)} tensors that config.json asks for are not in the weights files, such as {missing[0]}"
         raise UserError(f"{source.label}: {what}; their values would be random: get the complete model")
     return model.eval(), (*notes, *leftover_notes(model, info["unexpected_keys"], source.label))
 
@@ -194,17 +191,3 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, tup
     model.is_quantized = False
     model.config.architectures = [type(model).__name__]
     return model, (*notes, _unpacked_note(source, "GGUF", dtype))
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer stored with the model; None if there is none. Raises UserError if it is damaged."""
-    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    if not source.gguf_file and not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    folder = None if source.gguf_file else source.folder
-    with settings_errors(folder, f"the tokenizer of {source.label} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=False, local_files_only=True, **options
-        )
-        check_tokenizer(tokenizer)
-    return tokenizer

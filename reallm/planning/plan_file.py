@@ -17,7 +17,7 @@ def replaced_plan(output: str | Path) -> Plan | None:
     """
     path = Path(output)
     if path.is_dir():
-        raise UserError(f"--output {path} is a folder; expected the name of a file, such as {path / 'plan.json'}")
+        raise UserError(f"--output {path} is a folder; expected the name of a file, such as plan.json")
     if not path.exists():
         return None
     if (path.parent / CONFIG_FILE).exists():

@@ -146,8 +146,8 @@ def _windows_of(source: Text, loaded: LoadedModel, count: int, seqlen: int) -> T
     """The first `count` windows of the text, int64 [count, seqlen]; fewer (and a warning) where it is too short."""
     if loaded.is_encoder or loaded.tokenizer is None:
         raise UserError(f"{loaded.source}: refit measures causal language models with a tokenizer")
-    limits = {"max_positions": loaded.max_positions, "vocabulary": loaded.vocabulary}
-    tokens = cut_windows(source, loaded.tokenizer, None, seqlen, **limits)[:count]
+    positions, vocabulary = loaded.max_positions, loaded.vocabulary
+    tokens = cut_windows(source, loaded.tokenizer, None, seqlen, max_positions=positions, vocabulary=vocabulary)[:count]
     if note := shortage(tokens, count):
         LOG.warning("%s", note)
     return tokens

@@ -34,10 +34,11 @@ def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
     return stored
 
 
-def check_headers(model: PreTrainedModel, stored: Mapping[str, StoredTensor], folder: Path) -> None:
+def check_headers(model: PreTrainedModel, stored: Mapping[str, StoredTensor], folder: Path, part: bool) -> None:
     """Compare the tensors in the files of `folder` with those of the model, which has its packed modules.
 
-    Raises UserError unless every field is stored as U8 with its exact size, and every other tensor with its shape.
+    Raises UserError unless every field is stored as U8 with its exact size, and every other tensor with its shape. A
+    `part` of the artifact's model (see `parts`) may have tensors of its own, but not in its blocks.
     """
     expected = packed_tensors(model)
     for name, raw in expected.items():
@@ -48,25 +49,39 @@ def check_headers(model: PreTrainedModel, stored: Mapping[str, StoredTensor], fo
             raise UserError(
                 f"{tensor.path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected U8 {list(raw.shape)}"
             )
-    complete = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
-    _check_others(model, stored, set(expected), complete)
+    _check_others(model, stored, set(expected), folder, part)
 
 
-def _check_others(model: PreTrainedModel, stored: Mapping[str, StoredTensor], packed: set[str], complete: bool) -> None:
-    """Check the tensors that are not packed; unless the model is `complete`, tensors of the artifact may be missing."""
+def _check_others(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], packed: set[str], folder: Path, part: bool
+) -> None:
+    """Check the tensors that are not packed."""
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     for name, tensor in model.state_dict().items():
         if name in packed:
             continue
         file_tensor = _find(stored, name, model.base_model_prefix)
-        if file_tensor is None and complete and name not in tied:
-            raise UserError(f"tensor {name!r} is missing from the weights; copy or compile the artifact again")
+        if file_tensor is None and name not in tied:
+            if not part:
+                raise UserError(f"tensor {name!r} is missing from the weights; copy or compile the artifact again")
+            if _in_a_block(name, model):
+                kind = type(model).__name__
+                raise UserError(
+                    f"{folder} cannot be loaded as {kind}, whose tensor {name!r} it does not have; load the class that "
+                    "`architectures` in its config.json names"
+                )
         if file_tensor is None:
             continue
         if file_tensor.shape != tuple(tensor.shape) or not _fits(file_tensor, tensor):
             kind = "floats" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
             found = f"{file_tensor.dtype} {list(file_tensor.shape)}"
             raise UserError(f"{file_tensor.path}: tensor {name!r} is {found}, expected {kind} {list(tensor.shape)}")
+
+
+def _in_a_block(name: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor is in a numbered part of the base model, which no other class initialises anew."""
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    return name.startswith(prefix) and any(part.isdecimal() for part in name.split("."))
 
 
 def _fits(file_tensor: StoredTensor, tensor: Tensor) -> bool:

@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from reallm.errors import UserError
 from reallm.models.limits import embedding_rows, max_positions
-from reallm.text.tokenizer_calls import encode, render_user_message
+from reallm.text.tokenizer_calls import decode_tokens, encode, render_user_message
 from reallm.text.windows import check_vocabulary
 
 from .open_model import RunnableModel, open_model
@@ -69,7 +69,8 @@ def generate(
     ------
     UserError
         For a model that cannot generate text, a prompt without tokens, with tokens that the model does not have or
-        with more than it has positions, and `chat` without a chat template or with one that refuses the prompt.
+        with more than it has positions, `chat` without a chat template or with one that refuses the prompt, and logits
+        that are not finite.
 
     Examples
     --------
@@ -100,13 +101,26 @@ def generate(
             do_sample=temperature > 0,
             temperature=temperature or None,
             pad_token_id=opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id,
+            logits_processor=LogitsProcessorList([_FiniteLogits()]),
         )
     reached = limit is not None and output.shape[1] == limit < inputs.shape[1] + max_new_tokens
     if reached and int(output[0, -1]) not in _end_tokens(opened.model):
         LOG.warning("the text ends here because %s has only %d positions", path, limit)
     added = output[0, inputs.shape[1] :]
-    answer: str = opened.tokenizer.decode(added if chat else output[0], skip_special_tokens=True)
-    return answer
+    return decode_tokens(opened.tokenizer, (added if chat else output[0]).tolist(), skip_special_tokens=True)
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Refuses logits from which no token can be chosen."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` [1, vocabulary] as they are. Raises UserError for NaN, +infinity, or -infinity everywhere."""
+        if not math.isfinite(float(scores.max())):  # the maximum is NaN if any score is
+            raise UserError(
+                f"the logits of token {input_ids.shape[1] + 1} hold NaN or infinity; check the weights, or generate in "
+                "float32"
+            )
+        return scores
 
 
 def _end_tokens(model: PreTrainedModel) -> set[int]:
@@ -117,7 +131,7 @@ def _end_tokens(model: PreTrainedModel) -> set[int]:
 
 
 def _limit(model: PreTrainedModel, tokens: int, path: str | Path) -> int | None:
-    """The most tokens that a text may have; None for any number.
+    """Maximum number of tokens of a text; None where nothing limits it.
 
     Raises UserError if a prompt of `tokens` tokens leaves no room for another.
     """

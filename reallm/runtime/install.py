@@ -19,6 +19,7 @@ from .experts import ExpertStack, PackedExpert
 from .input_groups import link_input_groups
 from .modules import CompressedEmbedding, CompressedLinear
 from .packed import Decoding, Packed, Shared, SharedCodebooks
+from .parts import candidates
 
 
 class _Installer:
@@ -27,8 +28,6 @@ class _Installer:
     def __init__(self, model: PreTrainedModel, record: QuantizationRecord, dtype: torch.dtype) -> None:
         self.model, self.record, self.dtype = model, record, dtype
         self.mode: DecodeMode = record.decode
-        self.partial = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
-        """Whether the model's class differs from the compiled one (a model without its head); parts may be missing."""
         self.codebook_keys = {matrix: key for key, matrices in record.shared.items() for matrix in matrices}
         fields = {key: fmt.shared_field for key, fmt in record.shared_formats().items()}
         self.linears: dict[str, CompressedLinear] = {}
@@ -52,26 +51,22 @@ class _Installer:
 
     def find(self, name: str) -> tuple[str, nn.Module] | None:
         """(path, module) for `name`, with or without the base model's prefix; None if there is no such module."""
-        prefix = f"{self.model.base_model_prefix}."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
+        for candidate in candidates(name, self.model):
             module = _submodule(self.model, candidate)
             if module is not None:
                 return candidate, module
         return None
 
-    def require(self, name: str) -> tuple[str, nn.Module] | None:
-        """Like `find`, but raise UserError for a missing module, unless the model is partial."""
+    def require(self, name: str) -> tuple[str, nn.Module]:
+        """Like `find`, but raise UserError for a missing module."""
         located = self.find(name)
-        if located is None and not self.partial:
+        if located is None:
             raise UserError(f"config.json names {name!r}, which {type(self.model).__name__} does not have")
         return located
 
     def pack(self, matrix: str, fmt: Format) -> None:
         """Replace the linear or embedding module `matrix` by a packed one in format `fmt`."""
-        located = self.require(matrix)
-        if located is None:
-            return
-        name, module = located
+        name, module = self.require(matrix)
         plain = _as_linear(module) if isinstance(module, Conv1D) else module
         shared = self.shared(matrix)
         if isinstance(plain, nn.Linear) and not isinstance(plain, Packed):
@@ -118,12 +113,10 @@ class _Installer:
 
     def tie(self, head: str, source: str) -> None:
         """Make the module `head` use the weight of the packed embedding `source`."""
-        embedding, target = self.require(source), self.require(head)
-        if embedding is None or target is None:
-            return
-        if not isinstance(embedding[1], CompressedEmbedding) or not isinstance(target[1], nn.Linear):
+        embedding, target = self.require(source)[1], self.require(head)[1]
+        if not isinstance(embedding, CompressedEmbedding) or not isinstance(target, nn.Linear):
             raise UserError(f"config.json ties {head!r} to {source!r}; expected a head and a packed embedding")
-        self.replace(target[1], tie_head(target[1], embedding[1]))
+        self.replace(target, tie_head(target, embedding))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

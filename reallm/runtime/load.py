@@ -14,8 +14,9 @@ from reallm.artifacts.peft_files import read_adapter
 from reallm.artifacts.quantization_config import DecodeMode
 from reallm.artifacts.verify import verify as verify_artifact
 from reallm.models.bad_settings import check_generation
-from reallm.models.settings_errors import check_numbers, settings_errors
-from reallm.models.source import load_tokenizer, locate
+from reallm.models.settings_errors import check_config, settings_errors
+from reallm.models.source import locate
+from reallm.models.tokenizer import load_tokenizer
 from reallm.system.progress import without_bars_in_files
 
 from .attach_adapter import attach_adapter
@@ -86,7 +87,7 @@ def load(
 def _from_pretrained(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """Load the model with transformers. Raises UserError, in one line, for a configuration that it cannot use."""
     kind = model_class_of(folder)
-    check_numbers(folder)
+    check_config(folder)
     with settings_errors(folder, f"{folder} cannot be loaded as {kind.__name__}"), without_bars_in_files():
         model: PreTrainedModel = kind.from_pretrained(
             folder, dtype="auto" if dtype is None else dtype, local_files_only=True, use_safetensors=True

@@ -52,6 +52,8 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
 
     requires_calibration = True
     quantization_config: ReallmConfig
+    part = False
+    """Whether the model's class is another one than that of the artifact."""
 
     def is_serializable(self) -> bool:
         return True
@@ -80,8 +82,10 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
     update_tp_plan = update_attn_implementation  # what transformers calls there in its first 5.x releases
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """No conversions: an artifact's tensors have the names of the modules that hold them."""
-        return []
+        """No conversions, as an artifact's tensors have the names of the modules; only prefixes for a part of it."""
+        from .parts import prefix_changes
+
+        return prefix_changes(weight_conversions) if self.part else []
 
     def _process_model_before_weight_loading(
         self,
@@ -93,17 +97,23 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         from .file_headers import check_headers, keep_stored_dtypes, read_headers, stored_dtype
         from .install import install
         from .model_attributes import answer_from_packed_modules
+        from .parts import changes_of, is_part, record_of_part, renamed
 
-        record = self.quantization_config.record
+        config = self.quantization_config
         dtype = dtype or torch.get_default_dtype()
+        files = [Path(file) for file in checkpoint_files or ()]
+        self.part = bool(files) and is_part(model, files[0].parent)
+        changes = changes_of(model) if self.part else []
+        if self.part:
+            config.record = record_of_part(config.record, model, changes)
         with torch.device("meta"):
-            install(model, record, dtype)
+            install(model, config.record, dtype)
         answer_from_packed_modules(model)
-        _retie(model, record)
-        if checkpoint_files is not None:
-            files = [Path(file) for file in checkpoint_files]
-            folder, stored = files[0].parent, read_headers(files)
-            check_headers(model, stored, folder)
+        _retie(model, config.record)
+        if files:
+            folder = files[0].parent
+            stored = {renamed(name, changes): tensor for name, tensor in read_headers(files).items()}
+            check_headers(model, stored, folder, self.part)
             if dtype == stored_dtype(folder):
                 keep_stored_dtypes(model, stored)
 
@@ -125,6 +135,7 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
                     f"tensor {name!r} was not loaded: its file is incomplete, or `offload_buffers` moved it out of "
                     "memory; copy the artifact again, or load it without `offload_buffers`"
                 )
+        model._weight_conversions = []  # it is saved under the names of its modules
         if model.can_generate():
             use_step(model)
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,14 @@ def _check_message(message: object, where: str) -> None:
 
 
 def _tools(tools: object, where: str) -> tuple[Mapping[str, Any], ...] | None:
-    """The tools of a row. Raises UserError if they are not a list of objects."""
+    """The tools of a row, a list or (as many data sets store them) its JSON. Raises UserError for anything else."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{where}: {TOOLS_COLUMN} is a string that is not JSON ({error}); expected a list"
+            ) from None
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

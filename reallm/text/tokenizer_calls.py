@@ -36,6 +36,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, where: str, *, special
     return ids
 
 
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of token ids. Raises UserError if the tokenizer cannot decode them."""
+    try:
+        text: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    except Exception as error:  # a slow tokenizer raises what its Python code raises
+        raise UserError(
+            f"the tokenizer cannot decode the model's tokens ({_reason(error)}); give the model's own tokenizer files"
+        ) from error
+    return text
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],

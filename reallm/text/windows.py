@@ -7,6 +7,8 @@ calibration, `nsamples` windows are drawn at random; these do not overlap either
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +17,7 @@ from reallm.errors import UserError
 
 from .corpus import Text
 from .documents import Conversation, Document
-from .tokenizer_calls import encode, render_chat, render_user_message
+from .tokenizer_calls import decode_tokens, encode, render_chat, render_user_message
 
 NO_LIMIT = 10**9
 """Longest window if neither the model nor the tokenizer sets a limit; tokenizers without a limit report about 10^30."""
@@ -99,9 +101,11 @@ def check_vocabulary(
     """
     if vocabulary is None or not tokens.numel() or int(tokens.max()) < vocabulary:
         return
-    found = int(tokens.max())
+    found, shown = int(tokens.max()), ""
+    with suppress(UserError):
+        shown = f" ({decode_tokens(tokenizer, [found])!r})"
     raise UserError(
-        f"{description}: the tokenizer gives the token id {found} ({tokenizer.decode([found])!r}), but the model's "
+        f"{description}: the tokenizer gives the token id {found}{shown}, but the model's "
         f"embedding has {vocabulary} rows; the tokenizer belongs to another model: give the model's own tokenizer files"
     )
 

@@ -36,7 +36,7 @@ def test_every_stage_agrees_with_its_reference(name: str, tmp_path: Path) -> Non
 
 
 def test_a_model_that_needs_more_than_tokens_is_refused_before_any_work(tmp_path: Path) -> None:
-    (case,) = select(["t5"])
+    (case,) = [case for case in select(["t5"]) if case.name == "t5"]
     outcome = run_case(case, tmp_path, tiny_tokenizer())
     assert outcome.status == "refused" and "encoder-decoder" in outcome.error
     assert not (tmp_path / "work").exists()

@@ -86,6 +86,11 @@ def test_a_classifier_starts_from_the_packed_encoder_and_trains_its_head(made: M
     assert all(torch.equal(value, before[name]) for name, value in _fields(model).items()), "codes do not change"
 
 
+def test_finetune_needs_predictions_of_tokens(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(reallm.ReallmError, match="BertModel, which predicts no tokens; expected a language model"):
+        reallm.finetune(made.folder, output=tmp_path / "tuned", text=str(made.folder / "README.md"))
+
+
 def test_gradients_flow_through_packed_layers(made: Made) -> None:
     """They equal those of the dense model with the decoded weights."""
     packed, dense = reallm.load(made.folder)[0], made.replaced()

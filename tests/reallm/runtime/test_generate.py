@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import POSITIONS, VOCAB, save_tiny, tiny_model, tiny_tokenizer
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, MptConfig, MptForCausalLM, PreTrainedModel
 
 from reallm.errors import UserError
 from reallm.runtime.generate import generate
@@ -116,6 +117,26 @@ def test_settings_out_of_range_and_encoders_are_refused(llama: Path, tmp_path: P
     folder = save_tiny("roberta", tmp_path)
     with pytest.raises(UserError, match="is RobertaForMaskedLM, which does not generate"):
         generate(folder, "a")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])  # through the step, and through transformers' loop
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path, architecture: str) -> None:
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    folder = saved(model, tmp_path)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="the logits of token 4 hold NaN or infinity"):
+            generate(folder, "abc", temperature=temperature)
+
+
+def test_linear_biases_end_with_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = MptConfig(vocab_size=VOCAB, d_model=48, n_heads=3, n_layers=1, max_seq_len=64)
+    folder = saved(MptForCausalLM(config), tmp_path)
+    counts = added(monkeypatch)
+    generate(folder, "abc", max_new_tokens=100)
+    assert counts == [61]
 
 
 def test_a_vocabulary_padded_beyond_the_tokenizer(tmp_path: Path) -> None:

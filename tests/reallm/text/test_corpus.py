@@ -113,7 +113,9 @@ def test_unknown_kind_empty_file_and_wrong_encoding(tmp_path):
         ('{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "a part without a type"),
         ('{"messages": [{"role": "user", "content": [7]}]}', "a part without a type"),
         ('{"messages": "a"}', "holds messages"),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "tools is not a list"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "tools is a string that is not JSON"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "3"}', "tools is not a list"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": [3]}', "tools is not a list"),
         ("[" * 100_000, "is not JSON"),
         ("1" * 10_000, "is not JSON"),
     ],
@@ -144,6 +146,8 @@ def test_conversations_keep_calls_of_tools_parts_and_null_content(tmp_path):
     plain = load_text(write_jsonl(tmp_path / "b.jsonl", {"messages": [parts, call]}))
     assert plain.documents == (Conversation((parts, call)),)
     assert plain.sha256 != text.sha256
+    stored = load_text(write_jsonl(tmp_path / "c.jsonl", {"messages": [parts, call], "tools": json.dumps(tools)}))
+    assert stored.documents == text.documents and stored.sha256 == text.sha256
 
 
 def test_parquet_reads_conversations_without_the_nulls_that_a_table_adds(tmp_path):

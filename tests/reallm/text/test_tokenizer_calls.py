@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from reallm.errors import UserError
 from reallm.text.corpus import load_text
-from reallm.text.tokenizer_calls import encode, render_user_message
-from reallm.text.windows import cut_windows, tokenize
+from reallm.text.tokenizer_calls import decode_tokens, encode, render_user_message
+from reallm.text.windows import check_vocabulary, cut_windows, tokenize
 
 TALK: list[dict[str, Any]] = [
     {"role": "system", "content": "be brief"},
@@ -168,6 +168,17 @@ def test_a_slow_tokenizer_that_knows_no_token_for_a_word() -> None:
         return {"input_ids": [1, None]}
 
     assert "no token for a part" in error_message(encode, slow, "ab", "here", special_tokens=False)
+
+
+def test_tokens_that_cannot_be_decoded() -> None:
+    class Silent:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            raise TypeError("expected str instance, NoneType found")
+
+    message = error_message(decode_tokens, Silent(), [3])
+    assert "cannot decode the model's tokens (TypeError: expected str instance" in message
+    message = error_message(check_vocabulary, torch.tensor([7]), Silent(), 5, "here")
+    assert message.startswith("here: the tokenizer gives the token id 7, but the model's embedding has 5 rows")
 
 
 @pytest.mark.parametrize("nsamples", [None, 2])
