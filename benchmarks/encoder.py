@@ -60,7 +60,8 @@ from reallm.evaluation.evaluate import evaluate
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.measurement.measure import measure
 from reallm.models.loaded import load_model
-from reallm.models.source import load_tokenizer, locate
+from reallm.models.source import locate
+from reallm.models.tokenizer import load_tokenizer
 from reallm.planner.tables.plan import Cost
 from reallm.planning.plan import plan
 from reallm.runtime.load import load
@@ -104,7 +105,7 @@ SETTINGS = (
     Setting("QLoRA NF4", NF[2:], 5.0),
     Setting("QLoRA NF3", NF[1:2], 4.0),
     Setting("LoftQ NF3", NF[1:2], 4.0, start="svd"),
-    Setting("LQ-LoRA 2.75", NF, 2.75, "diagonal", "weighted svd"),
+    Setting("LQ-LoRA 2.75", NF, 2.75, "fisher", "weighted svd"),
     Setting("reallm 4.13", TRELLIS, NF4, start="weighted svd"),
     Setting("reallm 3.13", TRELLIS, NF3, start="weighted svd"),
     Setting("reallm 2.75", TRELLIS, 2.75, start="weighted svd"),

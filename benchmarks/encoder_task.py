@@ -21,14 +21,10 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "email": ("email", "mailbox", "smtplib", "imaplib", "poplib"),
     "unittest": ("unittest", "doctest"),
     "logging": ("logging",),
-    "processes": ("multiprocessing", "subprocess", "concurrent"),
     "xml": ("xml",),
     "web": ("http", "urllib", "wsgiref", "socketserver", "ssl", "ftplib", "xmlrpc"),
     "numbers": ("decimal", "_pydecimal", "fractions", "statistics", "random", "numbers"),
     "windows on screen": ("tkinter", "turtle", "idlelib"),
-    "files": ("shutil", "pathlib", "tempfile", "zipfile", "tarfile", "os", "glob", "fileinput"),
-    "command line": ("argparse", "optparse", "getopt", "cmd", "configparser", "pdb", "getpass"),
-    "code": ("ast", "inspect", "dis", "pickle", "typing", "dataclasses", "importlib", "tokenize"),
 }
 PER_CLASS, HELD_OUT = 40, 50
 """Training and held-out sentences of each class."""

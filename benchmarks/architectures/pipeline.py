@@ -102,8 +102,16 @@ class _Run:
     def _measure(self) -> None:
         self.outcome.stage = "measure"
         space = self.folder / "space.yaml"
+        pins = [".=int8-g16"] if self.case.kind == "image" else []
         self.table = reallm.measure(
-            self.model, text=self.text, output=self.work, space=space, nsamples=WINDOWS, seqlen=SEQLEN, jobs=1
+            self.model,
+            text=self.text,
+            output=self.work,
+            space=space,
+            nsamples=WINDOWS,
+            seqlen=SEQLEN,
+            jobs=1,
+            pins=pins,
         )
 
     def _plans(self) -> dict[str, Plan]:

@@ -22,12 +22,18 @@ from .pipeline import run_case
 TIMEOUT = 240.0
 """Seconds after which a case is ended."""
 OUTCOME_FILE = "outcome.json"
+PRELOADED = (
+    *("reallm.measurement.measure", "reallm.planning.plan", "reallm.compilation.compile", "reallm.runtime.load"),
+    *("reallm.runtime.generate", "reallm.evaluation.evaluate", "reallm.artifacts.verify"),
+    *("transformers.generation.utils", "transformers.models.auto.modeling_auto"),
+)
+"""What reallm and transformers import when it is first used: seconds in each process otherwise."""
 
 
 def run_cases(cases: list[Case], root: Path, jobs: int) -> Iterator[Outcome]:
     """Run `cases`, `jobs` at a time, each in its own folder of `root`; yield their outcomes in the order of ending."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *PRELOADED])
     waiting, running = list(reversed(cases)), list[tuple[Case, BaseProcess, float]]()
     while waiting or running:
         while waiting and len(running) < jobs:

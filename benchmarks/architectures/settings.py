@@ -14,6 +14,10 @@ Settings = Mapping[str, object]
 _SECTION = [2, 3, 3]
 _VISION_SECTION: Settings = {"text_config.rope_parameters.mrope_section": _SECTION}
 
+_OMNI_TOKENS: Settings = {
+    name: 5 + index
+    for index, name in enumerate(("vision_start_token_id", "vision_end_token_id", "audio_start_token_id"))
+}
 _PINPOINTS: Settings = {"image_grid_pinpoints": [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]}
 _GEMMA4_VISION: Settings = {
     "vision_config": {
@@ -152,17 +156,18 @@ SETTINGS: Mapping[str, Settings] = {
         "text_config.indexer_n_heads": 4,
         "text_config.indexer_kv_heads": 1,
         "text_config.indexer_head_dim": 16,
-        "text_config.indexer_budget": 16,
+        "text_config.indexer_budget": 64,
         "text_config.indexer_compress_ratio": 4,
     },
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
-        "indexer_budget": 16,
+        "indexer_budget": 64,
         "indexer_compress_ratio": 4,
     },
-    "qwen2_5_omni_thinker": _VISION_SECTION,
+    "qwen2_5_omni_thinker": {**_VISION_SECTION, **_OMNI_TOKENS},
+    "qwen3_omni_moe_thinker": _OMNI_TOKENS,
     "qwen2_5_vl": _VISION_SECTION,
     "qwen2_vl": _VISION_SECTION,
     "paddleocr_vl": _VISION_SECTION,

@@ -61,8 +61,8 @@ VARIANTS: Mapping[str, Mapping[str, Settings]] = {
     "mistral": {"no-window": {"sliding_window": None}, "tied": {"tie_word_embeddings": True}},
     "mixtral": {"tied": {"tie_word_embeddings": True}},
     "mpt": {"no-alibi": {"attn_config.alibi": False}},
-    "olmo": {"clipped": {"clip_qkv": 8.0}, "tied": {"tie_word_embeddings": True}},
-    "olmoe": {"clipped": {"clip_qkv": 8.0}},
+    "olmo": {"clipped": {"clip_qkv": 0.2}, "tied": {"tie_word_embeddings": True}},
+    "olmoe": {"clipped": {"clip_qkv": 0.2}},
     "opt": {"projected": {"word_embed_proj_dim": 32, "do_layer_norm_before": False}},
     "phi": {"qknorm": {"qk_layernorm": True, "num_key_value_heads": 2}},
     "phi3": {

@@ -45,7 +45,7 @@ class CopiedMatrix:
 def copied_matrices(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[CopiedMatrix, ...]:
     """The packed matrices of a saved copy whose stored tensors are `tensors`.
 
-    Raises UserError if config.json cannot be used.
+    Raises UserError if config.json cannot be used, or if a field is missing or has another size than its format.
     """
     record = read_record_of(folder)
     shapes = matrix_shapes(folder, record)
@@ -55,6 +55,7 @@ def copied_matrices(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[
         first = fmt.fields(rows, cols)[0].name
         inner = name.partition(".")[2]
         stored_as = name if f"{name}.{first}" in tensors or f"{inner}.{first}" not in tensors else inner
+        check_fields(folder, stored_as, fmt.fields(rows, cols), tensors)
         matrices.append(CopiedMatrix(name, rows, cols, fmt, stored_as))
     return tuple(matrices)
 
@@ -68,9 +69,8 @@ def check_copy(folder: Path, deep: bool) -> tuple[int, int]:
     record, tensors = read_record_of(folder), read_tensors(folder)
     matrices = copied_matrices(folder, tensors)
     for matrix in matrices:
-        fields = matrix.format.fields(matrix.rows, matrix.cols)
-        check_fields(folder, matrix.stored_as, fields, tensors)
         if deep:
+            fields = matrix.format.fields(matrix.rows, matrix.cols)
             stored = [tensors[f"{matrix.stored_as}.{field.name}"] for field in fields]
             values = [(field, read_bytes(tensor)) for field, tensor in zip(fields, stored, strict=True)]
             check_values(matrix.name, values, stored[0].path)

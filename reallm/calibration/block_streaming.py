@@ -34,7 +34,7 @@ from .block_calls import (
 )
 from .dependencies import Dependencies, Tracer
 from .hooks import StatisticsHooks
-from .objective import MAX_NATS, make_objective
+from .objective import MAX_NATS, Objective
 from .stored_tensors import TAIL, CallResults, Gradients, StoredGradients
 
 WAY_OUT = "check the weights, or convert a float16 model to bfloat16 or float32"
@@ -58,15 +58,10 @@ _FAILURES = (
 
 
 class BlockStreamer:
-    """Runs the parts of `loaded` on token `windows` [n, seqlen].
+    """Runs the parts of `loaded` on the windows of `objective`; what passes between blocks is stored in `folder`."""
 
-    What passes between the blocks is stored in `folder`.
-    """
-
-    def __init__(self, loaded: LoadedModel, folder: Path, windows: Tensor, seed: int, *, masked: bool = False) -> None:
-        """Prepare the parts; `masked` says that the windows are already masked (for an encoder)."""
-        self.loaded = loaded
-        self.objective = make_objective(loaded, windows, seed, masked=masked)
+    def __init__(self, loaded: LoadedModel, folder: Path, objective: Objective) -> None:
+        self.loaded, self.objective = loaded, objective
         self.device = loaded.model.device
         self.blocks = {path: loaded.model.get_submodule(path) for path in loaded.blocks}
         self.results = CallResults(folder)
@@ -80,22 +75,25 @@ class BlockStreamer:
         self.tail = Dependencies(())
 
     @property
-    def inputs(self) -> Tensor:
-        """The token ids that the model reads: the windows, masked for an encoder, int64 [n, seqlen]."""
-        return self.objective.inputs
-
-    @property
     def windows(self) -> int:
         """Number of windows."""
-        return len(self.objective.inputs)
+        return len(self.objective)
 
     def hooks(self, matrices: Sequence[Matrix], sums: Mapping[str, Tensor] | None = None) -> StatisticsHooks:
         """Hooks that gather the statistics of `matrices`, starting from the `sums` of earlier passes."""
         return self.objective.hooks(matrices, sums)
 
-    def _forward(self, window: int) -> Any:
-        keywords = {} if self.loaded.is_encoder else {"use_cache": False}
-        return self.loaded.model(input_ids=self.inputs[window : window + 1].to(self.device), **keywords)
+    def _forward(self, window: int, inputs: Mapping[str, Tensor] | None = None) -> Any:
+        """The model's output for a window; `inputs` replace the tensors of the same names that it is called with."""
+        keywords: dict[str, Any] = {**self.objective.keywords(window), **(inputs or {})}
+        if not self.loaded.is_encoder:
+            keywords["use_cache"] = False
+        return self.loaded.model(**keywords)
+
+    def _followed_inputs(self, window: int) -> dict[str, Tensor]:
+        """The floating-point inputs of a window (pixels, sound), made to require gradients."""
+        inputs = self.objective.keywords(window)
+        return {n: t.detach().requires_grad_() for n, t in inputs.items() if t.is_floating_point()}
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +167,9 @@ class BlockStreamer:
 
         try:
             with torch.enable_grad(), tracer.following_embeddings(), intercepted(self.blocks, handle):
-                self.tail = tracer.tail(self._forward(0))
+                inputs = self._followed_inputs(0)
+                tracer.outside += inputs.values()
+                self.tail = tracer.tail(self._forward(0, inputs))
         except _FAILURES as error:
             reason = str(error).partition("\n")[0]
             raise NotReproducedError(f"its blocks cannot be replaced by their results ({reason})") from None
@@ -333,9 +333,9 @@ class BlockStreamer:
                 raise StopForwardError
             return self._filled(number, window, given, arguments)
 
-        output = None
+        output, inputs = None, None if ends is None else self._followed_inputs(window)
         with intercepted(self.blocks if self.calls else {}, handle), suppress(StopForwardError):
-            output = self._forward(window)
+            output = self._forward(window, inputs)
         return output
 
     def run_call(self, number: int, hooks: StatisticsHooks) -> tuple[dict[int, Gradients], Gradients]:
@@ -382,10 +382,10 @@ class BlockStreamer:
         fed = [number for number, found in enumerate(self.dependencies) if found.outside]
         if not fed:
             return
-        needed = {call for number in fed[1:] for call in self.dependencies[number].results}
+        needed = {call for number in fed for call in self.dependencies[number].results}
         for window in range(self.windows):
             ends: list[tuple[Tensor, Tensor]] = []
-            given = {call: self._values(call, window) for call in sorted(needed)}
+            given = _copies({call: _leaves(self._values(call, window)) for call in sorted(needed)})
             with hooks.recording(every_lookup=True), torch.enable_grad():
                 self._run_collecting(window, given, ends, last=fed[-1])
                 if ends:

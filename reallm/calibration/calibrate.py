@@ -31,12 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
+from reallm.models.image_texts import ImageTexts
 from reallm.models.loaded import LoadedModel
 from reallm.models.probe import eager_experts
 from reallm.system.lock import exclusive_lock
 
 from .block_streaming import BlockStreamer
 from .gathering import gather_at_once, gather_by_calls
+from .objective import ImageObjective, Objective, make_objective
+from .statistics import merge_statistics
 from .unmeasured import complete_statistics
 
 DONE_FILE = "calibration.json"
@@ -68,14 +71,16 @@ def calibrate(
     *,
     seed: int = 0,
     weights: AbstractContextManager[object] | None = None,
+    images: ImageTexts | None = None,
 ) -> CalibrationReport:
     """Gather the statistics of every matrix of `loaded` on `windows` (int64 [n, seqlen]) and write them to `folder`.
 
     An interrupted calibration is resumed. `weights` is a context in which the model has other weights, so that the
     statistics are gathered on the inputs that these weights produce; None uses the model's own weights. The context is
     not entered if `folder` already has the statistics. The caller chooses one folder per combination of model, text and
-    settings; a second process that uses the folder waits for the first. Raises UserError for activations or gradients
-    that are not finite.
+    settings; a second process that uses the folder waits for the first. `images` are texts with images that the model
+    is run on too; the statistics are those of all tokens together. Raises UserError for activations or gradients that
+    are not finite.
     """
     with exclusive_lock(folder):
         done = folder / DONE_FILE
@@ -86,7 +91,7 @@ def calibrate(
                 stack.enter_context(eager_experts(loaded.model))
                 stack.enter_context(frozen(loaded.model))
                 stack.enter_context(computing_in(loaded.model, compute_dtype(loaded)))
-                report = _gather(loaded, windows, folder, seed)
+                report = _gather_all(loaded, windows, folder, seed, images)
             write_text_atomic(done, canonical_json(vars(report)))
         shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
         return CalibrationReport(**json.loads(done.read_text(encoding="utf-8")))
@@ -129,14 +134,33 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _gather(loaded: LoadedModel, windows: Tensor, folder: Path, seed: int) -> CalibrationReport:
-    """Run the whole pass; each step writes its file when it is done, and is skipped if that file exists."""
+def _gather_all(
+    loaded: LoadedModel, windows: Tensor, folder: Path, seed: int, images: ImageTexts | None
+) -> CalibrationReport:
+    """Run the calibration on text and, if there are any, on texts with images; each resumes by itself."""
     began = time.monotonic()
-    streamer = BlockStreamer(loaded, folder / PARTIAL_FOLDER, windows, seed)
-    streamer.store_results()
-    tokens = int(windows.numel())
-    perplexity = gather_by_calls(streamer, folder) if streamer.calls else gather_at_once(streamer, folder)
+    objective = make_objective(loaded, windows, seed)
+    if images is None:
+        perplexity, notes = _gather(loaded, objective, folder, folder / PARTIAL_FOLDER)
+    else:
+        with_images = ImageObjective(loaded, images.inputs, images.placeholders, seed)
+        text_folder, image_folder = folder / PARTIAL_FOLDER / "text", folder / PARTIAL_FOLDER / "images"
+        perplexity, notes = _gather(loaded, objective, text_folder, text_folder / PARTIAL_FOLDER)
+        _, more = _gather(loaded, with_images, image_folder, image_folder / PARTIAL_FOLDER)
+        notes += [note for note in more if note not in notes]
+        parts = {text_folder: objective.token_count, image_folder: with_images.token_count}
+        merge_statistics(folder, parts, {m.block for m in loaded.matrices})
     unmeasured = complete_statistics(loaded, folder)
-    return CalibrationReport(
-        tokens, perplexity, time.monotonic() - began, streamer.notes + unmeasured.notes, unmeasured.kept
-    )
+    seconds = time.monotonic() - began
+    return CalibrationReport(objective.token_count, perplexity, seconds, notes + unmeasured.notes, unmeasured.kept)
+
+
+def _gather(loaded: LoadedModel, objective: Objective, folder: Path, partial: Path) -> tuple[float, list[str]]:
+    """Run one pass; each step writes its file when it is done, and is skipped if that file exists.
+
+    Returns the model's perplexity and notes for the user.
+    """
+    streamer = BlockStreamer(loaded, partial, objective)
+    streamer.store_results()
+    perplexity = gather_by_calls(streamer, folder) if streamer.calls else gather_at_once(streamer, folder)
+    return perplexity, streamer.notes

@@ -27,29 +27,45 @@ MAX_NATS = 700.0
 class Objective:
     """The inputs and losses of a model on token `windows` [n, seqlen], and the statistics that belong to them."""
 
-    def __init__(self, loaded: LoadedModel, windows: Tensor, seed: int, *, masked: bool = False) -> None:
+    def __init__(
+        self, loaded: LoadedModel, windows: Tensor | Sequence[Tensor], seed: int, *, masked: bool = False
+    ) -> None:
         """Prepare the inputs; `masked` says that the windows are already masked (for an encoder)."""
         self.loaded, self.tokens, self.seed, self.device = loaded, windows, seed, loaded.model.device
         self.notes: list[str] = []
-        self.inputs: Tensor = windows
-        """The token ids that the model reads: the windows, masked for an encoder, int64 [n, seqlen]."""
+        self.inputs: Tensor | Sequence[Tensor] = windows
+        """The token ids that the model reads: the windows, masked for an encoder, int64 [seqlen] each."""
         self.scored: Tensor | None = None
         """The tokens on which a masked language model's loss is computed, bool [n, seqlen]; None for all tokens."""
         if loaded.is_encoder and not masked:
-            self._mask()
+            assert isinstance(windows, Tensor)
+            self._mask(windows)
 
-    def _mask(self) -> None:
+    def _mask(self, windows: Tensor) -> None:
         token = getattr(self.loaded.tokenizer, "mask_token_id", None)
         if token is None:
             self.notes.append("the tokenizer has no mask token: all tokens are scored unmasked")
-            self.scored = torch.ones_like(self.tokens, dtype=torch.bool)
+            self.scored = torch.ones_like(windows, dtype=torch.bool)
         else:
             check_vocabulary(torch.tensor(token), self.loaded.tokenizer, self.loaded.vocabulary, "the mask token")
-            self.inputs, self.scored = mask_windows(self.tokens, int(token), self.seed)
+            self.inputs, self.scored = mask_windows(windows, int(token), self.seed)
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.inputs)
+
+    @property
+    def token_count(self) -> int:
+        """Number of tokens in all windows."""
+        return sum(window.numel() for window in self.tokens)
+
+    def keywords(self, window: int) -> dict[str, Tensor]:
+        """The tensors that the model is called with, by keyword."""
+        return {"input_ids": self.inputs[window][None].to(self.device)}
 
     def hooks(self, matrices: Sequence[Matrix], sums: Mapping[str, Tensor] | None = None) -> StatisticsHooks:
         """Hooks that gather the statistics of `matrices`, starting from the `sums` of earlier passes."""
-        return StatisticsHooks(self.loaded, matrices, self.tokens.numel(), sums)
+        return StatisticsHooks(self.loaded, matrices, self.token_count, sums)
 
     def scores(self, output: Any) -> Tensor:
         """The model's scores for every token, [1, seqlen, vocabulary]."""
@@ -79,6 +95,19 @@ class TextObjective(Objective):
         self.embeddings = EmbeddingObjective(encoder, windows, loaded.tokenizer)
         self.inputs, self.notes = self.embeddings.inputs, self.embeddings.notes()
 
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.inputs)
+
+    @property
+    def token_count(self) -> int:
+        """Number of tokens in all windows."""
+        return sum(window.numel() for window in self.tokens)
+
+    def keywords(self, window: int) -> dict[str, Tensor]:
+        """The tensors that the model is called with, by keyword."""
+        return {"input_ids": self.inputs[window][None].to(self.device)}
+
     def hooks(self, matrices: Sequence[Matrix], sums: Mapping[str, Tensor] | None = None) -> StatisticsHooks:
         return TextStatisticsHooks(self.loaded, matrices, len(self.tokens), sums)
 
@@ -90,6 +119,34 @@ class TextObjective(Objective):
     def losses(self, output: Any, window: int, generator: torch.Generator) -> tuple[Tensor, float, int]:
         """(loss on a sampled label, 0, 0): there is no loss on the text."""
         return self.embeddings.losses(output, generator), 0.0, 0
+
+
+class ImageObjective(Objective):
+    """The same for texts with images: every window is what the model's processor made of one of them.
+
+    Tokens that stand for parts of an image are not predicted, so no loss is taken there.
+    """
+
+    def __init__(self, loaded: LoadedModel, inputs: Sequence[Mapping[str, Tensor]], placeholders: Tensor, seed: int):
+        """Take the processor's `inputs`, one mapping per text, and the ids of the tokens that stand for images."""
+        tokens = [each["input_ids"][0] for each in inputs]
+        super().__init__(loaded, tokens, seed, masked=True)
+        self.processed = inputs
+        self.predicting = [~torch.isin(ids, placeholders) for ids in tokens]
+        """The tokens whose successor the model predicts, bool [seqlen] for each window."""
+
+    def keywords(self, window: int) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in self.processed[window].items()}
+
+    def losses(self, output: Any, window: int, generator: torch.Generator) -> tuple[Tensor, float, int]:
+        scores, text = self.scores(output)[0].float(), self.tokens[window].to(self.device)
+        mask = self.predicting[window].to(self.device)
+        with torch.no_grad():
+            sampled = torch.multinomial(scores[mask].softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+        sampled_loss = nn.functional.cross_entropy(scores[mask], sampled.to(self.device), reduction="sum")
+        pairs = mask[:-1] & mask[1:]
+        text_loss = nn.functional.cross_entropy(scores[:-1][pairs].detach(), text[1:][pairs], reduction="sum")
+        return sampled_loss, float(text_loss), int(pairs.sum())
 
 
 def make_objective(loaded: LoadedModel, windows: Tensor, seed: int, *, masked: bool = False) -> Objective:

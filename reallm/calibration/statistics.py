@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reallm.errors import UserError
 from reallm.models.matrix import Matrix
+from reallm.system.tensor_file import save_tensors
 
 OUTSIDE_BLOCKS = "outer"
 KINDS = ("guided", "fisher", "row_weight", "lookup", "gram")
@@ -64,3 +66,21 @@ def statistics_keys(folder: Path, blocks: set[int | None]) -> set[str]:
         with safe_open(statistics_path(folder, block), framework="pt") as file:
             keys.update(file.keys())
     return keys
+
+
+def merge_statistics(folder: Path, parts: Mapping[Path, int], blocks: set[int | None]) -> None:
+    """Write the statistics of several texts together to `folder`; `parts` maps their folders to numbers of tokens.
+
+    Every statistic is a mean over tokens, so they are averaged with the numbers of tokens as weights; one that a text
+    does not have counts as zero there. Counts of tokens are added up.
+    """
+    total = sum(parts.values())
+    for block in blocks:
+        merged: dict[str, Tensor] = {}
+        for part, tokens in parts.items():
+            path = statistics_path(part, block)
+            for key, value in (load_file(path) if path.exists() else {}).items():
+                share = 1.0 if key.startswith("count/") else tokens / total
+                scaled = value.float() * share
+                merged[key] = merged[key] + scaled.to(value.dtype) if key in merged else scaled.to(value.dtype)
+        save_tensors(statistics_path(folder, block), merged)

@@ -20,7 +20,10 @@ from reallm.errors import ReallmError
 
 NO_SPACE = "No space left on device"
 PATH_ERRORS = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT}
+    {
+        *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT),
+        *(errno.ENAMETOOLONG, errno.ELOOP),
+    }
 )
 """Error numbers of paths that cannot be read or written, which the user can correct."""
 CONSOLE = Console()

@@ -50,6 +50,13 @@ def measure(
             help="An artifact of the same model: calibrate each block on the inputs that its weights produce."
         ),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help='Texts with images, for a vision-language model: one {"image": "cat.png", "text": "A cat."} per line. '
+            "Without them what only images run keeps its dtype."
+        ),
+    ] = None,
     pin: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,6 +88,7 @@ def measure(
         chat_template=chat_template,
         bpw=bpw,
         prefix=prefix,
+        images=images,
         pins=pin or (),
         backend=backend,
         ray_address=ray_address,

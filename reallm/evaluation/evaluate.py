@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json
-from reallm.models.limits import embedding_rows, max_positions
+from reallm.models.limits import max_positions, vocabulary_size
 from reallm.models.sentence_encoder import SentenceEncoder, gives_embeddings, read_sentence_encoder
 from reallm.models.sizes import Sizes
 from reallm.models.source import locate
@@ -149,7 +149,7 @@ def evaluate(
         None,
         seqlen,
         max_positions=min((limit for each in models if (limit := max_positions(each))), default=None),
-        vocabulary=min((rows for each in models if (rows := embedding_rows(each))), default=None),
+        vocabulary=min((rows for each in models if (rows := vocabulary_size(each))), default=None),
     )
     tokens = tokens[:windows]
     comparison = _compare(opened, base, path, tokens, seed, progress)

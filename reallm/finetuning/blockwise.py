@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from reallm.calibration.block_streaming import BlockStreamer
 from reallm.calibration.calibrate import frozen
+from reallm.calibration.objective import Objective
 from reallm.errors import UserError
 from reallm.system.progress import progress_bar
 from reallm.system.tensor_file import save_tensors
@@ -77,12 +78,13 @@ def train_blocks(pair: StudentTeacher, parts: TrainableParts, settings: Resolved
     train = pair.train[:count]
     windows = torch.cat([train.tokens, pair.held_out.tokens])
     weights = [*mean_weights(train), *mean_weights(pair.held_out)]
-    streamer = BlockStreamer(pair.dense, folder / "blocks", windows, settings.seed, masked=True)
+    objective = Objective(pair.dense, windows, settings.seed, masked=True)
+    streamer = BlockStreamer(pair.dense, folder / "blocks", objective)
     with frozen(pair.dense.model):
         streamer.store_results()
         if not streamer.is_chain:
             raise UserError(
-                f"{pair.dense.source}: its blocks do not form a chain, so they cannot be trained one at a time; leave the "
+                f"{pair.dense.source}: its blocks do not form a chain, so they cannot be trained one by one; leave the "
                 "stage `blocks` out"
             )
         blocks = [pair.student.get_submodule(call.path) for call in streamer.calls]
@@ -131,8 +133,8 @@ def _load_state(path: Path, parts: TrainableParts) -> int:
 
 def output_moments(streamer: BlockStreamer, seed: int) -> list[Tensor]:
     """G [hidden, hidden] at every block's output, damped, from the first GRADIENT_WINDOWS windows."""
-    folder, windows = streamer.results.folder / "few", streamer.inputs[:GRADIENT_WINDOWS]
-    few = BlockStreamer(streamer.loaded, folder, windows, seed, masked=True)
+    loaded, windows = streamer.loaded, streamer.objective.inputs[:GRADIENT_WINDOWS]
+    few = BlockStreamer(loaded, streamer.results.folder / "few", Objective(loaded, windows, seed, masked=True))
     few.store_results()
     few.run_tail(few.hooks([]))
     moments: list[Tensor] = []

@@ -49,7 +49,7 @@ def sample_windows(
     answer.
 
     Raises UserError if the text is too short, `seqlen` exceeds `max_positions`, the chat template is missing or refuses
-    a conversation, a token id is not below `vocabulary` (the rows of the model's embedding), or there is no answer.
+    a conversation, a token id is not below `vocabulary` (the model's number of tokens), or there is no answer.
     """
     conversations = [document for document in text.documents if isinstance(document, Conversation)]
     if not conversations:

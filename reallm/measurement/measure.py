@@ -18,6 +18,8 @@ from reallm.calibration.calibrate import calibrate, compute_dtype
 from reallm.errors import UserError
 from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format
+from reallm.kernels.storage.layout import CONFIG_FILE
+from reallm.models.image_texts import ImageTexts, read_image_texts
 from reallm.models.loaded import LoadedModel, check_storable, load_model
 from reallm.models.matrix import Matrix
 from reallm.planner.problem.candidates import matching_names, parse_pin
@@ -56,6 +58,7 @@ def measure(
     keep_codes: bool = True,
     bpw: tuple[float, float] | None = None,
     prefix: str | Path | None = None,
+    images: str | Path | None = None,
     pins: Sequence[str] = (),
     backend: Backend = "processes",
     ray_address: str | None = None,
@@ -93,6 +96,9 @@ def measure(
         measures every candidate.
     prefix
         An artifact of the same model: calibrate on the inputs that each block receives in this compressed model.
+    images
+        Texts with images on which a vision-language model is calibrated too, so that its vision tower can be
+        compressed too: a file with a line {"image": "cat.png", "text": "A cat."} for each.
     pins
         "REGEX=FORMAT": also measure every matrix whose name the regex matches in this format, so that a plan can pin
         it. A matrix that the calibration does not run, such as one of a vision tower, is measured only so: it is
@@ -122,6 +128,8 @@ def measure(
     started = time.monotonic()
     if bpw is not None and not 0 < bpw[0] <= bpw[1]:
         raise UserError(f"--bpw {bpw[0]} {bpw[1]}: expected the least and the most bits per weight, such as 2 4")
+    if (Path(output) / CONFIG_FILE).exists():
+        raise UserError(f"--output {output} is the folder of a model; expected a work folder, which may be a new one")
     with open_workers(backend, jobs, ray_address) as workers:
         prefix_path = None if prefix is None else Path(prefix)
         candidates, output, calibration_text = load_space(space), Path(output), load_text(text)
@@ -130,9 +138,10 @@ def measure(
         names = [matrix.name for matrix in loaded.matrices]
         pinned = [(name, fmt) for regex, fmt in map(parse_pin, pins) for name in matching_names(names, "--pin", regex)]
         ids = sample_windows(loaded, calibration_text, nsamples, seqlen, seed, chat_template)
-        job = Job.at(output.absolute(), _identity(loaded, ids, seed, prefix_path), seed, keep_codes)
+        image_texts = None if images is None else read_image_texts(Path(images), loaded)
+        job = Job.at(output.absolute(), _identity(loaded, ids, seed, prefix_path, image_texts), seed, keep_codes)
         weights = None if prefix_path is None else prefix_weights(prefix_path, loaded)
-        report = calibrate(loaded, ids, job.statistics, seed=seed, weights=weights)
+        report = calibrate(loaded, ids, job.statistics, seed=seed, weights=weights, images=image_texts)
         for note in (*loaded.notes, *report.notes):
             LOG.warning("%s", note)
         calibrated = time.monotonic()
@@ -166,6 +175,8 @@ def measure(
     }
     if chat_template:
         settings = {**settings, "chat_template": True}
+    if images is not None:
+        settings = {**settings, "images": str(images)}
     if prefix is not None:
         settings = {**settings, "prefix": str(prefix)}
     table = assemble_table(loaded, calibration_text, measured.records, shared, settings, report, base)
@@ -196,12 +207,14 @@ def sample_windows(
     return ids
 
 
-def _identity(loaded: LoadedModel, ids: Tensor, seed: int, prefix: Path | None) -> str:
+def _identity(loaded: LoadedModel, ids: Tensor, seed: int, prefix: Path | None, images: ImageTexts | None) -> str:
     """Hash of everything that the statistics depend on."""
     tokens = fields_sha256({"ids": ids.numpy().astype("<i8").reshape(-1).view(np.uint8)})
     parts = {"model": loaded.digest, "tokens": tokens, "shape": list(ids.shape), "seed": seed}
     if prefix is not None:
         parts["prefix"] = prefix_digest(prefix, loaded)
+    if images is not None:
+        parts["images"] = images.digest()
     parts["computed_in"] = str(compute_dtype(loaded))
     return content_key({**parts, "version": STATISTICS_VERSION})
 

@@ -59,9 +59,9 @@ def _refuse_more_blocks(modules: Mapping[str, nn.Module], names: Iterable[str], 
     blocks: dict[str, list[str]] = defaultdict(list)
     for name in names:
         owner = _owner(modules, name)
-        number, _, rest = name.removeprefix(f"{owner}.").partition(".")
+        number, _, inner = name.removeprefix(f"{owner}.").partition(".")
         if isinstance(modules[owner], nn.ModuleList) and number.isdecimal():
-            blocks[f"{owner}.{number}"].append(rest)
+            blocks[f"{owner}.{number}"].append(inner)
     for block, rest in blocks.items():
         if not any(_FURTHER_TOKENS.search(name) for name in rest):
             count = len(cast(nn.ModuleList, modules[block.rpartition(".")[0]]))

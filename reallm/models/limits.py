@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -19,16 +20,27 @@ MAX_OFFSET = 8
 """A table of positions has at most this many rows more than the model has positions (OPT has 2)."""
 
 
-def embedding_rows(model: PreTrainedModel) -> int | None:
-    """Number of rows of the embedding of token ids, which every id must be below; None if `model` has none."""
+def vocabulary_size(model: PreTrainedModel) -> int | None:
+    """Number of token ids that `model` can both read and predict, which every id must be below; None if unknown.
+
+    This is the number of rows of the embedding, or of the output layer where that has fewer (Llama 3.2 Vision).
+    """
+    rows = [_rows(layer) for layer in (model.get_input_embeddings, model.get_output_embeddings)]
+    return min((count for count in rows if count is not None), default=None)
+
+
+def _rows(layer: Callable[[], nn.Module | None]) -> int | None:
+    """Number of tokens of an embedding or output layer; None if the model has none or it is of another kind."""
     try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
+        module = layer()
+    except (NotImplementedError, AttributeError):
         return None
-    if isinstance(embedding, nn.Embedding):
-        return embedding.num_embeddings
-    weight = getattr(embedding, "weight", None)
-    return None if weight is None or weight.ndim != 2 else int(weight.shape[0])
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    weight = getattr(module, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

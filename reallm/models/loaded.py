@@ -22,7 +22,7 @@ from reallm.system.progress import without_bars_in_files
 from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_NAMES
 
 from .checkpoint import read_checkpoint
-from .limits import embedding_rows, max_positions
+from .limits import max_positions, vocabulary_size
 from .matrices import discover
 from .matrix import Matrix
 from .processor import processor_files
@@ -80,8 +80,8 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int | None:
-        """Number of rows of the embedding, which every token id must be below; None if there is no embedding."""
-        return embedding_rows(self.model)
+        """Number of token ids that the model can read and predict; None if it is unknown."""
+        return vocabulary_size(self.model)
 
     def weight(self, matrix: Matrix) -> Tensor:
         """A float32 copy of the weights of `matrix`, [rows, cols]."""

@@ -37,8 +37,8 @@ def model_class(
     model, or that cannot run on token ids alone.
     """
     name = encoder or _class_name(config, label)
-    kind = getattr(transformers, name, None)
-    if name not in (encoder, *_LANGUAGE_MODELS) or not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+    kind = _transformers_class(name)
+    if name not in (encoder, *_LANGUAGE_MODELS) or kind is None:
         raise UserError(f"{label} has the unsupported architecture {name}: {_why_unsupported(name)}")
     if problem := _why_not_token_ids(kind):
         raise UserError(f"{label} has the unsupported architecture {name}: {problem}")
@@ -63,15 +63,20 @@ def _class_name(config: PretrainedConfig, label: str) -> str:
 
 def _why_unsupported(name: str) -> str:
     """The reason why the class `name` is not a language model of transformers, with what was expected."""
-    kind = getattr(transformers, name, None)
-    known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-    if known and "decoder_input_ids" in inspect.signature(kind.forward).parameters:
+    kind = _transformers_class(name)
+    if kind is None:
+        return f"transformers {transformers.__version__} has no such class, and custom code is never run; {_EXPECTED}"
+    if "decoder_input_ids" in inspect.signature(kind.forward).parameters:
         return f"{_ENCODER_DECODER}; {_EXPECTED}"
-    if known and name.endswith("Model"):
+    if name.endswith("Model"):
         return f"it has no output layer for tokens; {_EXPECTED}"
-    if known:
-        return f"it does not predict tokens of text; {_EXPECTED}"
-    return f"transformers {transformers.__version__} has no such class, and custom code is never run; {_EXPECTED}"
+    return f"it does not predict tokens of text; {_EXPECTED}"
+
+
+def _transformers_class(name: str) -> type[PreTrainedModel] | None:
+    """The model class of transformers of that name; None if there is none."""
+    kind: object = getattr(transformers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
 
 
 def _why_not_token_ids(kind: type[PreTrainedModel]) -> str:

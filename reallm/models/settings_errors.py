@@ -71,7 +71,7 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"^\w*(Error|Exception): ", "", lines[0]) if lines else ""
     if "ignore_mismatched_sizes" in text:
         text = "stored tensors have other shapes than config.json gives them"
-    if not re.search(r"[a-z]{2,} ", text):  # a KeyError's message is only the key
+    if " " not in text:  # a KeyError's message is only the key
         text = f"{type(error).__name__} {text}".strip()
     return _short(text.rstrip(".:;"), _MAX_REASON)
 

@@ -30,18 +30,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
         )
         check_tokenizer(tokenizer)
         if folder is not None:
-            _check_files(tokenizer, folder)
+            _check_vocabulary(tokenizer, folder)
     return tokenizer
 
 
-def _check_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise ValueError if a file is missing without which transformers makes a tokenizer that gives other tokens."""
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise ValueError if the vocabulary is missing: transformers then makes a tokenizer with none."""
     if any((folder / name).is_file() for name in _WHOLE_FILES):
         return
     names = tokenizer.vocab_files_names
-    merges = names.get("merges_file", "")
-    if merges and (folder / names.get("vocab_file", "")).is_file() and not (folder / merges).is_file():
-        raise ValueError(f"{merges} is missing beside {names['vocab_file']}; get the complete tokenizer")
     added = set(tokenizer.get_added_vocab())
     if names and len(set(tokenizer.get_vocab()) - added) < 2:
         raise ValueError(f"its vocabulary is empty, {' or '.join(names.values())} is missing; get it too")

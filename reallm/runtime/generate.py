@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from reallm.errors import UserError
-from reallm.models.limits import embedding_rows, max_positions
+from reallm.models.limits import max_positions, vocabulary_size
 from reallm.text.tokenizer_calls import decode_tokens, encode, render_user_message
 from reallm.text.windows import check_vocabulary
 
@@ -163,5 +163,5 @@ def _tokens(prompt: str, opened: RunnableModel, chat: bool, path: str | Path) ->
     ids = torch.tensor(encode(tokenizer, text, where, special_tokens=not chat), dtype=torch.int64)[None]
     if ids.shape[1] == 0:
         raise UserError(f"the prompt {prompt!r} has no tokens; give some text to continue")
-    check_vocabulary(ids, tokenizer, embedding_rows(opened.model), where)
+    check_vocabulary(ids, tokenizer, vocabulary_size(opened.model), where)
     return ids

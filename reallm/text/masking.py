@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reallm.errors import UserError
-from reallm.models.limits import embedding_rows
+from reallm.models.limits import vocabulary_size
 
 MASK_SHARE = 0.15
 """Share of the tokens that are masked (BERT, arXiv 1810.04805)."""
@@ -35,17 +35,17 @@ def mask_token_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, la
     """Id of the mask token of an encoder; None for a model that generates.
 
     Raises UserError, naming the model as `label`, for an encoder whose tokenizer has no mask token, or one that the
-    model's embedding does not have.
+    model does not have.
     """
     if model.can_generate():
         return None
     mask: int | None = tokenizer.mask_token_id
     if mask is None:
         raise UserError(f"{label} neither generates nor has a mask token; expected a causal or a masked language model")
-    vocabulary = embedding_rows(model)
+    vocabulary = vocabulary_size(model)
     if vocabulary is not None and mask >= vocabulary:
         raise UserError(
-            f"{label}: the mask token has the id {mask}, but the model's embedding has {vocabulary} rows; the "
+            f"{label}: the mask token has the id {mask}, but the model has only {vocabulary} tokens; the "
             "tokenizer belongs to another model: give the model's own tokenizer files"
         )
     return mask

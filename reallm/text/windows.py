@@ -39,7 +39,7 @@ def cut_windows(
     drawn at random with `seed` and returned in the order of the text; they are fewer if the text is too short (see
     `shortage`). `chat_template` wraps each plain document as a user's message; conversations always go through the
     template. `max_positions` is the model's longest context in tokens; if None, the tokenizer's limit is used.
-    `vocabulary` is the number of rows of the model's embedding; if None, token ids are not checked. Raises UserError
+    `vocabulary` is the number of tokens that the model has; if None, token ids are not checked. Raises UserError
     for a text shorter than one window, a `seqlen` out of range, a token that the model does not have, and a document
     that the tokenizer or its chat template refuses.
     """
@@ -95,7 +95,7 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, chat_template: bool
 def check_vocabulary(
     tokens: Tensor, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, description: str
 ) -> None:
-    """Raise UserError if a token id, int64 of any shape, is not below `vocabulary`, the rows of the model's embedding.
+    """Raise UserError if a token id, int64 of any shape, is not below `vocabulary`, the model's number of tokens.
 
     With `vocabulary` None nothing is checked. `description` names the text in the message.
     """
@@ -105,8 +105,8 @@ def check_vocabulary(
     with suppress(UserError):
         shown = f" ({decode_tokens(tokenizer, [found])!r})"
     raise UserError(
-        f"{description}: the tokenizer gives the token id {found}{shown}, but the model's "
-        f"embedding has {vocabulary} rows; the tokenizer belongs to another model: give the model's own tokenizer files"
+        f"{description}: the tokenizer gives the token id {found}{shown}, but the model has only {vocabulary} tokens; "
+        "the tokenizer belongs to another model: give the model's own tokenizer files"
     )
 
 

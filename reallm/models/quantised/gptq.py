@@ -71,4 +71,4 @@ def _decode_awq(parts: Mapping[str, Tensor]) -> Tensor:
 
 def _awq_order(codes: Tensor) -> Tensor:
     """The codes of each word, [n, out], in the order of the outputs."""
-    return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_PLACES)].flatten(-2)
+    return codes.reshape(codes.shape[0], -1, 8)[..., list(_AWQ_PLACES)].flatten(-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -97,24 +98,19 @@ class UnpackedWeights:
         return result
 
 
-class _Files:
+class _Files(ExitStack):
     """The weights files, open for reading one tensor after another."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        super().__init__()
         self._tensors = tensors
         self._open: dict[Path, Any] = {}
 
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self._open.values():
-            file.__exit__(*error)
-
     def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
         path = self._tensors[name].path
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt").__enter__()
+            self._open[path] = self.enter_context(safe_open(path, framework="pt"))
         result: Tensor = self._open[path].get_tensor(name)
         return result
 

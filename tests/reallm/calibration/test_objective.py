@@ -18,5 +18,5 @@ def test_a_mask_token_that_the_model_does_not_have_is_refused(tmp_path: Path) ->
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<added>"})
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match=f"the mask token: .* token id {VOCAB} .*embedding has {VOCAB} rows"):
+    with pytest.raises(UserError, match=f"the mask token: .* token id {VOCAB} .*the model has only {VOCAB} tokens"):
         Objective(load_model(folder), torch.full((2, 8), 9), seed=0)

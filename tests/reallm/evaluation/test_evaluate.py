@@ -193,7 +193,7 @@ def test_tokens_that_the_model_or_the_base_does_not_have_are_refused(tmp_path: P
     (tmp_path / "new.txt").write_text("abcdefgh<new>" * 20)
     source = str(tmp_path / "new.txt")
     for path, against in ((folder, None), (tmp_path / "larger", folder)):
-        with pytest.raises(UserError, match=rf"new.txt: .* the token id {VOCAB} .*embedding has {VOCAB} rows"):
+        with pytest.raises(UserError, match=rf"new.txt: .* the token id {VOCAB} .*the model has only {VOCAB} tokens"):
             evaluate(path, against=against, text=source, seqlen=SEQLEN, progress=False)
     assert evaluate(tmp_path / "larger", text=source, seqlen=SEQLEN, progress=False).comparison.windows == 5
 

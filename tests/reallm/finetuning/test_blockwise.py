@@ -13,6 +13,7 @@ from tuning import SEQLEN, StopError, files, kl, linears, pack
 
 from reallm.artifacts.verify import read_tensors, verify
 from reallm.calibration.block_streaming import BlockStreamer
+from reallm.calibration.objective import Objective
 from reallm.errors import UserError
 from reallm.finetuning import blockwise
 from reallm.finetuning.blockwise import BlockTrainer, BlockWindow, mean_weights
@@ -65,7 +66,7 @@ def test_the_loss_is_the_second_order_divergence(tmp_path: Path) -> None:
     """Against the formula in float64, with G from gradients that autograd takes through the whole model."""
     loaded = load_model(save_tiny("llama", tmp_path / "model"), dtype=torch.float32)
     windows = torch.randint(0, 64, (3, SEQLEN), generator=torch.Generator().manual_seed(0))
-    streamer = BlockStreamer(loaded, tmp_path / "states", windows, 7, masked=True)
+    streamer = BlockStreamer(loaded, tmp_path / "states", Objective(loaded, windows, 7, masked=True))
     streamer.store_results()
     loaded.model.requires_grad_(False)
     moments = blockwise.output_moments(streamer, 7)

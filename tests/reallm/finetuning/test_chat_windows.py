@@ -99,7 +99,7 @@ def test_a_refused_conversation_names_its_line(tmp_path: Path) -> None:
 def test_tokens_that_the_model_does_not_have_are_refused_and_never_pad(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     talk = load_text(rows(tmp_path / "a.jsonl", {"messages": TALK}))
-    with pytest.raises(UserError, match=r"the token id \d+ .*embedding has 80 rows"):
+    with pytest.raises(UserError, match=r"the token id \d+ .*the model has only 80 tokens"):
         sample_windows(talk, tokenizer, 16, None, vocabulary=80)
     tokenizer.add_special_tokens({"pad_token": "<added>"})
     sample = sample_windows(talk, tokenizer, 64, None, vocabulary=VOCAB)

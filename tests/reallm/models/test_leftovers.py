@@ -30,7 +30,6 @@ def add(folder, *names, shape=(3,)):
         ("mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight"),
         ("model.layers.2.eh_proj.weight", "model.layers.2.mlp.up_proj.weight"),
         ("score.weight",),
-        (f"{LAYER}.self_attn.rotary_emb.inv_freq",),
         ("model.embed_tokens.position_ids",),
     ],
 )

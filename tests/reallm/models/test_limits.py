@@ -9,7 +9,7 @@ from tiny import POSITIONS, VOCAB, tiny_model
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedModel
 
-from reallm.models.limits import embedding_rows, max_positions
+from reallm.models.limits import max_positions, vocabulary_size
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "roberta"])
@@ -74,8 +74,11 @@ def test_a_word_embedding_with_as_many_rows_as_positions_is_not_a_table_of_posit
 
 def test_token_ids_are_below_the_rows_of_the_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    assert embedding_rows(model) == VOCAB
+    assert vocabulary_size(model) == VOCAB
     model.resize_token_embeddings(VOCAB + 3)
-    assert embedding_rows(model) == VOCAB + 3
-    monkeypatch.setattr(model, "get_input_embeddings", nn.Identity)
-    assert embedding_rows(model) is None
+    assert vocabulary_size(model) == VOCAB + 3
+    model.lm_head = nn.Linear(48, VOCAB)  # a token that cannot be predicted cannot be scored
+    assert vocabulary_size(model) == VOCAB
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        monkeypatch.setattr(model, name, nn.Identity)
+    assert vocabulary_size(model) is None

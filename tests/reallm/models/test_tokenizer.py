@@ -39,7 +39,7 @@ def test_a_vocabulary_without_its_merges(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
     (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
-    assert "merges.txt is missing beside vocab.json" in message(folder)
+    assert "the tokenizer of" in message(folder)
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     tokenizer = load_tokenizer(locate(folder))
     assert tokenizer is not None

@@ -95,7 +95,7 @@ def test_prompts_that_the_model_cannot_read(llama: Path, tmp_path: Path) -> None
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match=f"the prompt: .* the token id {VOCAB} .*embedding has {VOCAB} rows"):
+    with pytest.raises(UserError, match=f"the prompt: .* the token id {VOCAB} .*the model has only {VOCAB} tokens"):
         generate(folder, "a<new>")
     assert generate(folder, "a", max_new_tokens=2).startswith("a")
 

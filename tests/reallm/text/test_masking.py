@@ -53,5 +53,5 @@ def test_only_an_encoder_needs_a_mask_token() -> None:
 def test_a_mask_token_that_the_model_does_not_have_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<added>"})
-    with pytest.raises(UserError, match="it: the mask token has the id 261, but the model's embedding has 261 rows"):
+    with pytest.raises(UserError, match="it: the mask token has the id 261, but the model has only 261 tokens"):
         mask_token_of(tiny_model("roberta"), tokenizer, "it")

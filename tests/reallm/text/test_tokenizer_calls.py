@@ -178,7 +178,7 @@ def test_tokens_that_cannot_be_decoded() -> None:
     message = error_message(decode_tokens, Silent(), [3])
     assert "cannot decode the model's tokens (TypeError: expected str instance" in message
     message = error_message(check_vocabulary, torch.tensor([7]), Silent(), 5, "here")
-    assert message.startswith("here: the tokenizer gives the token id 7, but the model's embedding has 5 rows")
+    assert message.startswith("here: the tokenizer gives the token id 7, but the model has only 5 tokens")
 
 
 @pytest.mark.parametrize("nsamples", [None, 2])
@@ -187,7 +187,7 @@ def test_token_ids_beyond_the_embedding_are_refused(tmp_path: Path, nsamples: in
     tokenizer.add_tokens(["<new>"])
     text = load_text(jsonl(tmp_path / "a.jsonl", {"text": "abcdefgh" * 8 + "<new>"}))
     message = error_message(cut_windows, text, tokenizer, nsamples, 5, vocabulary=VOCAB)
-    assert f"the token id {VOCAB} ('<new>'), but the model's embedding has {VOCAB} rows" in message
+    assert f"the token id {VOCAB} ('<new>'), but the model has only {VOCAB} tokens" in message
     assert int(cut_windows(text, tokenizer, None, 5, vocabulary=VOCAB + 1).max()) == VOCAB
     harmless = load_text(jsonl(tmp_path / "b.jsonl", {"text": "abcdefgh" * 8}))
     assert torch.equal(
