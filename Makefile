@@ -10,6 +10,7 @@
 #   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order of
 #                          work and cost is worth; NAME=planner: the planner beside CBC and HiGHS; NAME=refit (HELD=FILE)
 #   NAME=finetune          fine-tuning, before and after, beside its presets; PARTS=2.0,3.0,qlora runs only these
+#   NAME=encoder           a sentence encoder, and classifiers trained over it beside QLoRA, LoftQ and LQ-LoRA (installs PEFT)
 #   NAME=cluster           a local Ray cluster that loses workers, beside local processes (installs Ray); BLOCKS=4
 #   NAME=triton_kernels    our kernels' machine code beside gemlite's and AQLM's
 #   NAME=kernels           products on the CPU beside torch, aten and AQLM
@@ -81,6 +82,7 @@ sweep: $(READY)
 
 bench: $(READY) $(BENCH_READY)
 	$(if $(filter cluster,$(NAME)),$(BIN)/pip install --quiet $(INDEX) -c constraints.txt -e ".[ray]")
+	$(if $(filter encoder,$(NAME)),$(BIN)/pip install --quiet $(INDEX) -c constraints.txt -e ".[peft]")
 	$(BIN)/python -m benchmarks.$(NAME)
 
 $(READY): pyproject.toml constraints.txt

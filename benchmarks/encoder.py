@@ -197,6 +197,7 @@ def fisher(work: Path) -> dict[str, Tensor]:
     return result
 
 
+@cache
 def starts(setting: Setting, work: Path) -> Starts | None:
     """How the adapters of `setting` begin; None for zero."""
     if "svd" not in setting.start:

@@ -196,6 +196,12 @@ SETTINGS: Mapping[str, Settings] = {
     },
     "unlimited_ocr": {"vision_config.sam_config.downsample_channels": [32, HIDDEN]},
     "vipllava": {"vision_feature_layer": [-2, -1, 0, 1, 2]},
+    "vibevoice_asr": {
+        f"{part}_tokenizer_encoder_config.{name}": value
+        for part in ("acoustic", "semantic")
+        for name, value in (("num_filters", 2), ("depths", [1] * 7))
+    },
+    "xlstm": {"hidden_size": 2 * HIDDEN, "embedding_dim": 2 * HIDDEN},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 5,

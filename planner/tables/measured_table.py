@@ -123,6 +123,7 @@ class MeasuredTable(Record):
 
     def digest(self) -> str:
         """sha256 of everything except `base`, `doubts` and the seconds, which differ from run to run."""
-        excluded = {"base": True, "doubts": True, "measurements": {"__all__": {"seconds"}}}
-        content = self.model_dump(mode="json", exclude=excluded)
+        content = self.model_dump(
+            mode="json", exclude={"base": True, "doubts": True, "measurements": {"__all__": {"seconds"}}}
+        )
         return sha256_text(canonical_json(content))

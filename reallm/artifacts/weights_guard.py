@@ -26,9 +26,12 @@ def add_guard(config: Any) -> None:
 
 
 def remove_guard(config: Any) -> None:
-    """Remove the entry from a transformers configuration and from the configurations inside it, if it is there."""
+    """Remove the entry, whatever it holds, from a transformers configuration and from those inside it.
+
+    Without it, transformers loads the files with the usual names, which are the only ones that an artifact has.
+    """
     for part in (config, *inner_configs(config)):
-        if getattr(part, KEY, None) in (MODEL_TEXT, PART_TEXT):
+        if hasattr(part, KEY):
             delattr(part, KEY)
 
 

@@ -40,7 +40,7 @@ def complete_statistics(loaded: LoadedModel, folder: Path) -> Unmeasured:
     """Give statistics in `folder` to every expert without any, and list the other matrices without statistics."""
     for block in {m.block for m in loaded.matrices}:
         if not statistics_path(folder, block).exists():
-            save_tensors(statistics_path(folder, block), {"empty": torch.zeros(1)})
+            save_tensors(statistics_path(folder, block), {"empty/": torch.zeros(1)})
     keys = statistics_keys(folder, {m.block for m in loaded.matrices})
     result = Unmeasured()
     siblings: dict[tuple[int | None, str, int, int], list[Matrix]] = defaultdict(list)

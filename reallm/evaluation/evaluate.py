@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json
 from reallm.models.limits import max_positions, vocabulary_size
-from reallm.models.sentence_encoder import SentenceEncoder, gives_embeddings, read_sentence_encoder
+from reallm.models.sentence_encoder import gives_embeddings
 from reallm.models.sizes import Sizes
-from reallm.models.source import locate
 from reallm.runtime.open_model import RunnableModel, open_model
 from reallm.system.memory import peak_rss_bytes
 from reallm.text.corpus import Text, load_text
-from reallm.text.masking import MASK_SHARE, mask_token_of
-from reallm.text.special_tokens import with_special_tokens
+from reallm.text.masking import MASK_SHARE
 from reallm.text.windows import cut_windows, shortage
 
-from .compare import Comparison, compare_models
-from .embeddings import mean_cosine
+from .compare import Comparison
+from .opened import check_same_kind, compare_opened
 
 MIN_SEQLEN = 8
 
@@ -141,7 +136,7 @@ def evaluate(
     source = load_text(text, split="test")
     opened = open_model(path, dtype, device, adapter)
     base = open_model(against, dtype, device) if against is not None else None
-    _check_same_kind(opened, base, path, against)
+    check_same_kind(opened, base, path, against)
     models = [each.model for each in (opened, base) if each is not None]
     tokens = cut_windows(
         source,
@@ -152,7 +147,7 @@ def evaluate(
         vocabulary=min((rows for each in models if (rows := vocabulary_size(each))), default=None),
     )
     tokens = tokens[:windows]
-    comparison = _compare(opened, base, path, tokens, seed, progress)
+    comparison = compare_opened(opened, base, path, tokens, seed, progress)
     return Evaluation(
         model=str(path),
         against=None if against is None else str(against),
@@ -168,48 +163,6 @@ def evaluate(
         versions={name: version(name) for name in ("reallm", "torch", "transformers")},
         adapter=None if adapter is None else str(adapter),
     )
-
-
-def _check_same_kind(
-    opened: RunnableModel, base: RunnableModel | None, path: str | Path, against: str | Path | None
-) -> None:
-    """Raise UserError if the base's tokens or predictions are of another kind than the model's."""
-    if base is None:
-        return
-    if base.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
-        raise UserError(
-            f"{path} and {against} have different vocabularies; --against must name the model it was made from"
-        )
-    if _kind(base.model) != _kind(opened.model):
-        raise UserError(
-            f"{path} {_kind(opened.model)}, but {against} {_kind(base.model)}; --against must name the model it was "
-            "made from"
-        )
-
-
-def _kind(model: PreTrainedModel) -> str:
-    """What `model` gives for a text."""
-    if gives_embeddings(model):
-        return "gives embeddings"
-    return "predicts the next token" if model.can_generate() else "predicts masked tokens"
-
-
-def _compare(
-    opened: RunnableModel, base: RunnableModel | None, path: str | Path, tokens: Tensor, seed: int, progress: bool
-) -> Comparison:
-    """The figures on `tokens`, int64 [n, seqlen]: those of the predictions, and for an encoder the cosine as well."""
-    model, reference = opened.model, None if base is None else base.model
-    count, seqlen = tokens.shape
-    if gives_embeddings(model):
-        encoder = read_sentence_encoder(locate(path).folder)
-        comparison = Comparison(count, seqlen, tokens=0, perplexity=None, base_perplexity=None, divergence=None)
-    else:
-        encoder, mask = SentenceEncoder(), mask_token_of(model, opened.tokenizer, str(path))
-        comparison = compare_models(reference, model, tokens, mask_token=mask, seed=seed, progress=progress)
-    if reference is None or model.can_generate():
-        return comparison
-    texts = with_special_tokens(tokens, opened.tokenizer)
-    return replace(comparison, cosine=mean_cosine(reference, model, texts, encoder, progress=progress))
 
 
 def _notes(text: Text, opened: RunnableModel, adapter: str | Path | None, too_few_windows: str | None) -> Iterator[str]:

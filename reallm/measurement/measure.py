@@ -20,6 +20,7 @@ from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.layout import CONFIG_FILE
 from reallm.models.image_texts import ImageTexts, read_image_texts
+from reallm.models.kv_cache import kv_cache
 from reallm.models.loaded import LoadedModel, check_storable, load_model
 from reallm.models.matrix import Matrix
 from reallm.planner.problem.candidates import matching_names, parse_pin
@@ -135,6 +136,7 @@ def measure(
         candidates, output, calibration_text = load_space(space), Path(output), load_text(text)
         loaded = load_model(model)
         check_storable(loaded)
+        cache = kv_cache(loaded.model)
         names = [matrix.name for matrix in loaded.matrices]
         pinned = [(name, fmt) for regex, fmt in map(parse_pin, pins) for name in matching_names(names, "--pin", regex)]
         ids = sample_windows(loaded, calibration_text, nsamples, seqlen, seed, chat_template)
@@ -160,7 +162,7 @@ def measure(
     if doubt is not None:
         LOG.warning("%s", doubt)
     base = {
-        "calibration_perplexity": report.perplexity,
+        **({"calibration_perplexity": report.perplexity} if loaded.sentence_encoder is None else {}),
         "calibration_seconds": round(calibrated - started, 1),
         "measurement_seconds": round(time.monotonic() - calibrated, 1),
         "peak_rss_bytes": float(peak_rss_bytes()),
@@ -179,7 +181,7 @@ def measure(
         settings = {**settings, "images": str(images)}
     if prefix is not None:
         settings = {**settings, "prefix": str(prefix)}
-    table = assemble_table(loaded, calibration_text, measured.records, shared, settings, report, base)
+    table = assemble_table(loaded, calibration_text, measured.records, shared, settings, report, cache, base)
     table = table.model_copy(update={"doubts": () if doubt is None else (doubt,)})
     return write_table(table, candidates, output)
 

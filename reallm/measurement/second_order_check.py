@@ -112,7 +112,7 @@ def warning(checks: Sequence[CheckedLoss]) -> str | None:
         f"predicted losses cannot be relied on: {worst.matrix} in {worst.format} is predicted to lose "
         f"{worst.predicted:.2g} and loses {max(worst.measured, 0.0):.2g} ({len(wrong)} of {len(checks)} doubtful "
         f"matrices are off by more than {LARGEST_ERROR:.0f} times), because weights or activations have extreme "
-        "outliers; measure plans with --refit-text or `reallm eval`"
+        "outliers; measure plans with `reallm plan --refit-text` or `reallm eval`"
     )
 
 
@@ -137,7 +137,7 @@ def _losses(
     totals, units = [0.0] * len(matrices), 0
     for index in progress_bar(range(len(objective.inputs)), desc="check predictions", unit="window"):
         base = _outputs(loaded, objective, index)
-        units += 1 if loaded.sentence_encoder is not None else objective.inputs.shape[1]
+        units += 1 if loaded.sentence_encoder is not None else len(objective.inputs[index])
         for number, (matrix, weight) in enumerate(zip(matrices, weights, strict=True)):
             target = _parameter(loaded, matrix)
             original = target.clone()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from reallm.calibration.calibrate import CalibrationReport
 from reallm.codecs.encode import CODEC_VERSION
-from reallm.models.kv_cache import experts_per_token, kv_cache
+from reallm.models.kv_cache import experts_per_token
 from reallm.models.loaded import LoadedModel
-from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable, MeasurementRecord, SharedRecord
+from reallm.planner.tables.measured_table import TABLE_FILE, CacheLayer, MeasuredTable, MeasurementRecord, SharedRecord
 from reallm.planner.tables.records import write_record
 from reallm.planner.tables.work_folder import described, keep_earlier, tables_in
 from reallm.system.lock import exclusive_lock
@@ -34,9 +34,10 @@ def assemble_table(
     shared: Sequence[SharedRecord],
     settings: Settings,
     report: CalibrationReport,
+    cache: Sequence[CacheLayer],
     base: Mapping[str, float],
 ) -> MeasuredTable:
-    """Make the table of one run; `base` holds the model's perplexity, timings and memory use."""
+    """Make the table of one run; `cache` is its KV cache, `base` its perplexity, timings and memory use."""
     order = {m.name: i for i, m in enumerate(loaded.matrices)}
     kept: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
@@ -54,7 +55,7 @@ def assemble_table(
             "matrices": tuple(m.record() for m in loaded.matrices),
             "measurements": tuple(sorted(records, key=lambda r: (order[r.matrix], r.format))),
             "shared": tuple(shared),
-            "kv_cache": kv_cache(loaded.model),
+            "kv_cache": cache,
             "experts_per_token": experts_per_token(loaded.model),
             "kept": kept,
             "base": dict(base),

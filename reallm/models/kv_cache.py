@@ -10,16 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reallm.errors import UserError
 from reallm.planner.tables.measured_table import CacheLayer
 
 from .probe import eager_experts, probe_ids
 
 
 def kv_cache(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
-    """Each layer's number of KV cache values per token and its attention window; empty for a model without KV cache."""
+    """Each layer's number of KV cache values per token and its attention window; empty for a model without KV cache.
+
+    Raises UserError for a model that cannot run with its cache.
+    """
     if not model.can_generate():
         return ()
     training, ids = model.training, probe_ids(model)
@@ -27,6 +32,11 @@ def kv_cache(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
     try:
         with torch.no_grad(), eager_experts(model):
             cache = model(input_ids=ids, use_cache=True).get("past_key_values")
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        name, version = type(model).__name__, transformers.__version__
+        what = f"{name} of transformers {version} cannot run with its cache, which it generates with"
+        raise UserError(f"{what}: {reason}") from error
     finally:
         model.train(training)
     layers = getattr(cache, "layers", ())

@@ -113,8 +113,8 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedMo
     """Load `source` on the CPU and find its matrices.
 
     With `dtype` None the weights keep the dtype of the file (bfloat16 for GGUF). Raises UserError with a message of one
-    line for a source that is unknown, damaged, incomplete, quantised or of an unsupported architecture, and for NaN or
-    infinity in a tensor.
+    line for a source that is unknown, damaged, incomplete, of an unsupported architecture or quantisation, and for NaN
+    or infinity in a tensor.
     """
     with without_bars_in_files():
         located = locate(source)

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from reallm.errors import UserError
@@ -22,6 +23,7 @@ _TABLES: tuple[dict[str, str], ...] = (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,  # has decoders that listen (Audio Flamingo); others are refused below
 )
 _LANGUAGE_MODELS = frozenset(name for table in _TABLES for name in table.values())
 
@@ -45,6 +47,8 @@ def model_class(
     for candidate in (config, config.get_text_config()):
         if kind.config_class is None or isinstance(candidate, kind.config_class):
             return kind, candidate
+    if any(table.get(config.model_type) == name for table in _TABLES):  # such as Llama's class for InternLM 3
+        return kind, config
     raise UserError(
         f"{label}: config.json names the architecture {name} beside model_type {config.model_type!r}, which belongs to "
         "another architecture; get the original config.json"

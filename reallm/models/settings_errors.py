@@ -18,6 +18,10 @@ from .bad_settings import Key, find_bad_setting, keys_of, read_values, value_at,
 from .checkpoint import read_checkpoint
 
 _MAX_REASON, _MAX_VALUE = 240, 60
+_NAMES = ("dtype", "torch_dtype", "model_type", "transformers_weights")
+"""Keys that are read before the model is built."""
+_FEW_PARTS = 1000
+"""Building a model with as many layers or experts takes seconds."""
 
 
 @contextmanager
@@ -45,18 +49,18 @@ def settings_errors(folder: Path | None, what: str) -> Iterator[None]:
 def check_config(folder: Path) -> None:
     """Raise UserError for values of config.json that `bad_settings` cannot find.
 
-    These are NaN, a dtype that is not a name, and more layers or experts than the weights files can hold: building a
+    These are NaN, names that are not text, and more layers or experts than the weights files can hold: building a
     model takes time in proportion to them before its first tensor is read.
     """
     values = read_values(folder / CONFIG_FILE)
     tensors = read_checkpoint(folder).values()
-    most = max((len(tensors), *(size for tensor in tensors for size in tensor.shape)))
+    most = max((_FEW_PARTS, len(tensors), *(size for tensor in tensors for size in tensor.shape)))
     for key in keys_of(values):
         value = value_at(values, key)
         if isinstance(value, float) and math.isnan(value):
             raise UserError(_bad_value(folder, CONFIG_FILE, key, "it is not a number"))
-        if key[-1] in ("dtype", "torch_dtype") and not isinstance(value, str | None):
-            raise UserError(_bad_value(folder, CONFIG_FILE, key, "expected the name of a type"))
+        if key[-1] in _NAMES and not isinstance(value, str | None):
+            raise UserError(_bad_value(folder, CONFIG_FILE, key, "expected a name"))
         counts = re.search(r"(layers?|depth|blocks|experts)$", key[-1])
         if counts and isinstance(value, int) and not isinstance(value, bool) and value > most:
             reason = f"the weights files have {len(tensors)} tensors and no dimension above {most}"

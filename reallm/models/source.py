@@ -126,6 +126,9 @@ def _load_quantised(
     model, notes = _load(kind, source, config, dtype, {"state_dict": weights.read(dtype)})
     model.name_or_path = model.config.name_or_path = str(source.folder)
     methods = ", ".join(sorted({scheme.method for scheme, _ in weights.packed.values()}))
+    if weights.dropped:
+        what = f"{len(weights.dropped)} scales of quantised activations, such as {weights.dropped[0]}, are left out"
+        notes = (*notes, f"{what}: activations are computed in {dtype}")
     return model, (*notes, _unpacked_note(source, methods, dtype))
 
 

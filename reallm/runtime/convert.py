@@ -48,9 +48,10 @@ def _state(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
 def to_dense(module: Packed | TiedHead, weight: nn.Parameter) -> nn.Module:
     """A module of the class that `module` replaced, with its state and `weight`, which has the shape of that class."""
     kind, attributes, buffers = module.original
+    result: nn.Module
     if kind is Conv1D:
         with torch.device("meta"):
-            result: Any = Conv1D(*reversed(weight.shape))
+            result = Conv1D(*reversed(weight.shape))
         result.train(module.training)
         result.weight, result.bias = weight, module.bias
         return result

@@ -79,7 +79,7 @@ def _check_others(
 
 
 def _in_a_block(name: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor is in a numbered part of the base model, which no other class initialises anew."""
+    """Whether a tensor is in a numbered part of the base model, where no class has tensors of its own."""
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     return name.startswith(prefix) and any(part.isdecimal() for part in name.split("."))
 

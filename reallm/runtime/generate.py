@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from reallm.errors import UserError
 from reallm.models.limits import max_positions, vocabulary_size
@@ -101,7 +101,7 @@ def generate(
             do_sample=temperature > 0,
             temperature=temperature or None,
             pad_token_id=opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id,
-            logits_processor=LogitsProcessorList([_FiniteLogits()]),
+            logits_processor=LogitsProcessorList([_check_finite]),
         )
     reached = limit is not None and output.shape[1] == limit < inputs.shape[1] + max_new_tokens
     if reached and int(output[0, -1]) not in _end_tokens(opened.model):
@@ -110,17 +110,14 @@ def generate(
     return decode_tokens(opened.tokenizer, (added if chat else output[0]).tolist(), skip_special_tokens=True)
 
 
-class _FiniteLogits(LogitsProcessor):
-    """Refuses logits from which no token can be chosen."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` [1, vocabulary] as they are. Raises UserError for NaN, +infinity, or -infinity everywhere."""
-        if not math.isfinite(float(scores.max())):  # the maximum is NaN if any score is
-            raise UserError(
-                f"the logits of token {input_ids.shape[1] + 1} hold NaN or infinity; check the weights, or generate in "
-                "float32"
-            )
-        return scores
+def _check_finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """`scores` [1, vocabulary] as they are. Raises UserError for NaN, +infinity, or -infinity everywhere."""
+    if not math.isfinite(float(scores.max())):  # the maximum is NaN if any score is
+        raise UserError(
+            f"the logits of token {input_ids.shape[1] + 1} hold NaN or infinity; check the weights, or generate in "
+            "float32"
+        )
+    return scores
 
 
 def _end_tokens(model: PreTrainedModel) -> set[int]:

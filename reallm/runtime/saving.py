@@ -1,4 +1,4 @@
-"""Checks before transformers saves a packed model: what it writes must be the model that is in memory."""
+"""What transformers saves of a packed model: the whole model that is in memory, in files that name their format."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ from transformers import PreTrainedModel
 
 from reallm.artifacts.quantization_config import QuantizationRecord
 from reallm.errors import UserError
+from reallm.kernels.storage.layout import METADATA
 
 from .install import packed_modules
 
 WAY_OUT = "save adapters with PEFT, train with `reallm finetune`, or call model.dequantize() first"
+
+
+class FileMetadata(dict[str, str]):
+    """The metadata of an artifact's weights files, in which transformers cannot set the format to its own "pt"."""
+
+    def __init__(self) -> None:
+        super().__init__(METADATA)
+
+    def __setitem__(self, key: str, value: str) -> None:
+        if key not in METADATA:
+            super().__setitem__(key, value)
 
 
 def check_savable(model: PreTrainedModel, record: QuantizationRecord) -> None:

@@ -68,11 +68,14 @@ class ReallmQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """The default state dict. Raises UserError if it would lose something; transformers calls this to save."""
-        from .saving import check_savable
+        """The default state dict, and the metadata of the weights files; transformers calls this to save.
+
+        Raises UserError if the files would not hold the whole model.
+        """
+        from .saving import FileMetadata, check_savable
 
         check_savable(model, self.quantization_config.record)
-        return None, {}
+        return None, FileMetadata()
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Remove the guard from the configuration: transformers calls this before it looks for the weights."""

@@ -57,6 +57,8 @@ class StepGenerate:
         """Generate as `GenerationMixin.generate` does, with the same arguments and result."""
         generate = type(self.model).generate
         streamer = kwargs.get("streamer")
+        if not _has_stop_strings(self.model, kwargs):
+            kwargs.pop("tokenizer", None)  # which has no other use; `transformers serve` always gives it
         argument = next((name for name in _OWN_LOOPS if kwargs.get(name) is not None), None)
         if argument is not None:
             self.log_once(f"the step does not support generate({argument}=...)")
@@ -115,6 +117,12 @@ def use_step(model: PreTrainedModel) -> StepGenerate:
     if not isinstance(generate, StepGenerate):
         model.generate = generate = StepGenerate(model)
     return generate
+
+
+def _has_stop_strings(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of `generate` ends at strings, which the tokenizer has to find."""
+    configs = (model.generation_config, kwargs.get("generation_config"))
+    return bool(kwargs.get("stop_strings")) or any(getattr(config, "stop_strings", None) for config in configs)
 
 
 def _unsupported(

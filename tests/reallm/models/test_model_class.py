@@ -169,6 +169,25 @@ def test_encoder_decoder_models_are_refused_whichever_table_they_are_in(name):
         model_class(config, "x")
 
 
+@pytest.mark.parametrize(
+    "name", ["InternLM3Config", "AudioFlamingo3Config", "Qwen2AudioConfig", "VoxtralConfig", "Llama4TextConfig"]
+)
+def test_every_model_type_of_a_language_model_has_a_class(name):
+    config = getattr(transformers, name)()
+    kind, used = model_class(config, "x")
+    assert used is config
+    config.architectures = [kind.__name__]
+    assert model_class(config, "x") == (kind, config)
+
+
+def test_a_text_class_beside_the_configuration_of_the_whole_model_takes_its_text_part():
+    config = VISION_MODELS[Qwen3_5ForConditionalGeneration]()
+    config.architectures = ["Qwen3_5ForCausalLM"]
+    kind, used = model_class(config, "x")
+    assert kind is Qwen3_5ForCausalLM
+    assert used is config.text_config
+
+
 def test_a_class_beside_another_model_type_is_refused(tmp_path):
     folder = save_tiny("llama", tmp_path)
     path = folder / "config.json"

@@ -4,13 +4,14 @@ The references work on numpy arrays, element by element or bit by bit, and share
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from reallm.errors import UserError
 from reallm.models.loaded import load_model
@@ -118,6 +119,7 @@ def test_fp8_by_tensor_or_row_with_a_scale_of_the_activations(folder, random, sh
     }
     replace_weight(folder, {"quant_method": "fp8", "weight_block_size": None}, stored)
     check(folder, values * np.asarray(scale, np.float64))
+    assert f"1 scales of quantised activations, such as {NAME}.activation_scale" in load_model(folder).notes[0]
 
 
 def test_fp8_with_scales_that_are_powers_of_two(folder, random):
@@ -409,3 +411,50 @@ def test_a_scale_that_belongs_to_no_quantised_weight(folder):
     stored = {".weight": codes, ".weight_scale_inv": torch.ones(2, 3), ".weight_scale_2": torch.ones(())}
     replace_weight(folder, {"quant_method": "fp8", "weight_block_size": [32, 32]}, stored)
     assert f"{NAME}.weight_scale_2 is part of a quantised weight" in message(folder)
+
+
+def test_fp8_of_deepseek_with_an_expert_each_and_a_layer_for_further_tokens(tmp_path, random):
+    config = DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=96,
+        intermediate_size=80,
+        moe_intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=40,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    DeepseekV3ForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    stored = {}
+    for name, weight in plain.items():
+        stored[name] = weight
+        if weight.ndim == 2 and "proj" in name:
+            values, stored[name] = float8(random, *weight.shape)
+            grid = tuple(-(-size // 64) for size in weight.shape)
+            scale = random.uniform(1e-4, 1e-3, grid).astype(np.float32)
+            stored[f"{name}_scale_inv"] = torch.from_numpy(scale)
+            each = np.repeat(np.repeat(scale, 64, 0)[: weight.shape[0]], 64, 1)[:, : weight.shape[1]]
+            plain[name] = torch.from_numpy(values * each.astype(np.float64)).float().bfloat16()
+    assert any(".experts.3.down_proj" in name for name in stored)
+    further = {f"model.layers.2.{name}.weight": torch.ones(2, 2) for name in ("eh_proj", "enorm", "mlp.up_proj")}
+    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(tmp_path / "plain", tmp_path / "quantised")
+    save_file(stored | further, tmp_path / "quantised" / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((tmp_path / "plain" / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(raw))
+    loaded = load_model(tmp_path / "quantised")
+    assert loaded.digest == load_model(tmp_path / "plain").digest
+    assert "model.layers.2 (3)" in loaded.notes[0]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from artifacts import make
 from import_graph import ROOT
 from transformers import AutoModelForCausalLM
 
 import reallm  # noqa: F401 - registers with transformers
-from reallm.artifacts.weights_guard import KEY, MODEL_TEXT, PART_TEXT, add_guard, remove_guard
+from reallm.artifacts.weights_guard import KEY, MODEL_TEXT, PART_TEXT
 
 PYPROJECT = ROOT / "pyproject.toml"
 
@@ -83,15 +85,15 @@ def test_every_configuration_inside_a_configuration_is_guarded(tmp_path: Path) -
     assert not hasattr(config, KEY) and not hasattr(config.text_config, KEY)
 
 
-def test_only_our_own_entry_is_removed() -> None:
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(**{KEY: "other.safetensors"})
-    remove_guard(config)
-    assert getattr(config, KEY) == "other.safetensors"
-    add_guard(config)
-    remove_guard(config)
-    assert not hasattr(config, KEY)
+@pytest.mark.parametrize("value", [MODEL_TEXT, "other.safetensors", 7])
+def test_with_reallm_the_entry_has_no_effect(compiled: Path, tmp_path: Path, value: object) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(compiled, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {KEY: value}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = AutoModelForCausalLM.from_pretrained(compiled)
+    assert all(torch.equal(first, second) for first, second in zip(model.buffers(), expected.buffers(), strict=True))
 
 
 def test_other_models_are_saved_without_a_guard(tmp_path: Path) -> None:
@@ -149,8 +151,10 @@ def test_an_old_transformers_is_reported_and_does_no_harm(monkeypatch: pytest.Mo
         registration.register_with_transformers()
 
 
-def test_weights_files_name_their_format(compiled: Path) -> None:
+def test_weights_files_name_their_format(compiled: Path, tmp_path: Path) -> None:
     """transformers up to 4.57 refuses a file whose format it does not know, and names the format."""
-    with (compiled / "model.safetensors").open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    assert header["__metadata__"] == {"format": "reallm"}
+    AutoModelForCausalLM.from_pretrained(compiled).save_pretrained(tmp_path)
+    for folder in (compiled, tmp_path):
+        with (folder / "model.safetensors").open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        assert header["__metadata__"] == {"format": "reallm"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from artifacts import MIX, Made, make
-from tiny import VOCAB, tiny_model
+from tiny import VOCAB, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -101,6 +101,17 @@ def test_what_the_step_cannot_do_goes_the_old_way_and_says_so_once(
     said = [record.message for record in caplog.records if record.name.startswith("reallm")]
     assert len(said) == 1 and reason in said[0]
     assert not steps
+
+
+def test_a_tokenizer_is_only_needed_for_stop_strings(
+    model: PreTrainedModel, steps: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = drawn(tiny_model("llama"))
+    assert torch.equal(drawn(model, tokenizer=tiny_tokenizer()), expected) and steps
+    steps.clear()
+    stop = tiny_tokenizer().decode(expected[2])
+    stopped = drawn(model, tokenizer=tiny_tokenizer(), stop_strings=[stop])
+    assert not steps and len(stopped) <= 3 and "generate(tokenizer=...)" in caplog.text
 
 
 def test_several_texts_at_once_go_the_old_way(model: PreTrainedModel, steps: list[int]) -> None:
