@@ -9,6 +9,7 @@ labelled sentences (`encoder_task`) with plain PEFT. The runs differ in the form
 adapters begin:
 
 - dense, full       the uncompressed model, all weights trained
+- dense, adapters   the uncompressed model, adapters from zero
 - QLoRA             NF4 or NF3 everywhere, adapters from zero (arXiv 2305.14314)
 - LoftQ             NF3 everywhere, adapters from the SVD of the error (arXiv 2310.08659)
 - LQ-LoRA           a mix of NF2, NF3 and NF4 planned by the diagonal Fisher information, adapters from the weighted SVD
@@ -38,6 +39,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.bench import ROUNDING, machine
 from benchmarks.encoder_task import CLASSES, HELD_OUT, PER_CLASS, Sentences, load_task
@@ -49,6 +51,7 @@ from benchmarks.encoder_training import (
     accuracy,
     adapter_starts,
     classifier,
+    probe_accuracy,
     train,
     with_adapters,
 )
@@ -60,6 +63,7 @@ from reallm.evaluation.evaluate import evaluate
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.measurement.measure import measure
 from reallm.models.loaded import load_model
+from reallm.models.sentence_encoder import read_sentence_encoder
 from reallm.models.source import locate
 from reallm.models.tokenizer import load_tokenizer
 from reallm.planner.tables.plan import Cost
@@ -102,6 +106,7 @@ NF3, NF4 = 3 + 8 / 64 + 1e-3, 4 + 8 / 64 + 1e-3
 """Bits per weight of the formats with their 8-bit scales, and a little for the scales of the scales."""
 SETTINGS = (
     Setting("dense, full", start="full"),
+    Setting("dense, adapters"),
     Setting("QLoRA NF4", NF[2:], 5.0),
     Setting("QLoRA NF3", NF[1:2], 4.0),
     Setting("LoftQ NF3", NF[1:2], 4.0, start="svd"),
@@ -123,6 +128,8 @@ class Row:
     """Mean cosine of the sentence embeddings to the original's, before any training."""
     predicted: float | None
     """What the plan predicts for 1 - cosine."""
+    probe: float
+    """Accuracy of a logistic regression on the embeddings, without training the encoder."""
     accuracies: tuple[float, ...]
     """Share of held-out sentences whose class was found, one value per seed."""
     mean: float
@@ -185,6 +192,19 @@ def artifact(setting: Setting, work: Path) -> dict[str, float | None]:
     }
 
 
+def probe(setting: Setting, data: tuple[Sentences, Sentences]) -> float:
+    """The accuracy of a logistic regression on the embeddings of the setting's artifact."""
+    folder = setting.folder
+    model = load(folder, dtype=torch.float32)[0] if setting.formats else load_model(folder, torch.float32).model
+    return probe_accuracy(model, read_sentence_encoder(folder), _tokenizer(), *data)
+
+
+def _tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(locate(model_folder()))
+    assert tokenizer is not None
+    return tokenizer
+
+
 @cache
 def fisher(work: Path) -> dict[str, Tensor]:
     """Linear layer -> its diagonal Fisher information [N, K]."""
@@ -209,8 +229,7 @@ def starts(setting: Setting, work: Path) -> Starts | None:
 
 def run(setting: Setting, work: Path, data: tuple[Sentences, Sentences], seed: int) -> float:
     """The accuracy of one run."""
-    tokenizer = load_tokenizer(locate(model_folder()))
-    assert tokenizer is not None
+    tokenizer = _tokenizer()
     model: torch.nn.Module = classifier(setting.folder, seed)
     if setting.start != "full":
         model = with_adapters(model, starts(setting, work))
@@ -234,6 +253,7 @@ def rows(work: Path) -> Iterator[Row]:
             facts["bits"],
             facts["cosine"],
             facts["predicted"],
+            cached(f"probe {setting.name}", partial(probe, setting, data)),
             tuple(found),
             statistics.mean(found),
             statistics.stdev(found) if len(found) > 1 else 0.0,
@@ -250,10 +270,19 @@ def main() -> None:
         done.append(row)
         write_text_atomic(RESULTS, canonical_json({"setup": setup, "rows": [asdict(r) for r in done]}))
     lines = [
-        [r.name, f"{r.bits_per_weight:.3f}", f"{r.cosine:.4f}", f"{r.mean:.1%}", f"{100 * r.deviation:.1f}"]
+        [
+            r.name,
+            f"{r.bits_per_weight:.3f}",
+            f"{r.cosine:.4f}",
+            f"{r.probe:.1%}",
+            f"{r.mean:.1%}",
+            f"{100 * r.deviation:.1f}",
+        ]
         for r in done
     ]
-    console.print(columns_table("encoder", ("setting", "bits", "cosine", "accuracy", "deviation, points"), lines))
+    console.print(
+        columns_table("encoder", ("setting", "bits", "cosine", "probe", "accuracy", "deviation, points"), lines)
+    )
 
 
 if __name__ == "__main__":

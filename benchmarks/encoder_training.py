@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.encoder_task import CLASSES, Sentences
+from reallm.models.sentence_encoder import SentenceEncoder
 from reallm.runtime.packed import Packed
 
 RANK, EPOCHS, BATCH, MAX_TOKENS = 8, 3, 16, 48
 LEARNING_RATES = {"full": 2e-4, "lora": 2e-3}
-"""Peak learning rates of AdamW, chosen for the dense model."""
+"""Peak learning rates of AdamW."""
+PROBE_PENALTY = 1e-3
+"""Weight of the squared norm in the logistic regression."""
 TARGETS = ["query", "key", "value", "dense"]
 """The linear layers of BERT, by the ends of their names."""
 Starts = Mapping[str, tuple[Tensor, Tensor]]
@@ -99,6 +102,44 @@ def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sentenc
         found = model(**_tokens(tokenizer, [data.texts[i] for i in batch])).logits.argmax(1)
         right += int((found == torch.tensor([data.labels[i] for i in batch])).sum())
     return right / len(order)
+
+
+def probe_accuracy(
+    model: PreTrainedModel,
+    encoder: SentenceEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: Sentences,
+    test_data: Sentences,
+) -> float:
+    """The accuracy of a logistic regression on the embeddings of the frozen `model`; nothing in it is random."""
+    features = [_embeddings(model, encoder, tokenizer, data) for data in (train_data, test_data)]
+    labels = [torch.tensor(data.labels) for data in (train_data, test_data)]
+    layer = nn.Linear(features[0].shape[1], len(CLASSES))
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(layer(features[0]), labels[0])
+        loss = loss + PROBE_PENALTY * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float((layer(features[1]).argmax(1) == labels[1]).float().mean())
+
+
+@torch.no_grad()
+def _embeddings(
+    model: PreTrainedModel, encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, data: Sentences
+) -> Tensor:
+    """The embeddings [sentences, width] of unit length."""
+    parts = []
+    for start in range(0, len(data.texts), 32):
+        tokens = _tokens(tokenizer, list(data.texts[start : start + 32]))
+        parts.append(encoder.embed(model(**tokens).last_hidden_state, tokens["attention_mask"]))
+    return torch.cat(parts)
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

@@ -37,7 +37,6 @@ _LETTERS = {f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z": 262 + i for i in ra
 
 SETTINGS: Mapping[str, Settings] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}, "max_value_projector_patch_to_query_dict": 4},
-    "axk2": {"index_n_heads": 2, "index_head_dim": 32},
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 261} | _LETTERS, "vocab_size": 326},
     "cohere_compass": {
@@ -67,7 +66,13 @@ SETTINGS: Mapping[str, Settings] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "deepseek_v3": {"num_hidden_layers": 3, "first_k_dense_replace": 1},
-    "deepseek_v32": {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 16},
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "rope_parameters.main.partial_rotary_factor": 0.5,
+        "rope_parameters.compress.partial_rotary_factor": 0.5,
+        "partial_rotary_factor": 0.5,
+        "qk_rope_head_dim": 8,
+    },
     "diffusion_gemma": {
         "text_config.num_experts": 4,
         "text_config.top_k_experts": 2,

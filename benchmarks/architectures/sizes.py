@@ -9,7 +9,10 @@ LAYERS, MAX_LAYERS, EXPERTS, POSITIONS, VOCAB = 2, 6, 4, 256, 261
 IMAGE, PATCH = 32, 8
 
 _SIZES: tuple[tuple[int | None, str], ...] = (
-    (None, "type_vocab_size|num_labels|index_n_heads|index_head_dim|index_topk"),
+    (None, "type_vocab_size|num_labels"),
+    (2, "index_n_heads|o_groups"),
+    (32, "index_head_dim"),
+    (16, "index_topk"),
     (64, "encoder_hash_byte_group_vocab|num_embeddings|codebook_size"),
     (LAYERS, "num_blocks"),
     (32, "(.*_)?out_channels?|nemo_conv_channels|base_channels|latent_channels|output_channels|num_filters"),

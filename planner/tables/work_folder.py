@@ -60,16 +60,25 @@ def tables_in(work: Path) -> Iterator[tuple[Path, MeasuredTable]]:
             yield path, table
 
 
-def keep_earlier(work: Path, newer: MeasuredTable) -> tuple[Path, MeasuredTable] | None:
-    """Keep the table that `newer` is about to replace: (its new file, the table), or None if nothing is lost."""
-    try:
-        replaced = read_record(work / TABLE_FILE, MeasuredTable, "measure")
-    except RecordError:
+def keep_earlier(work: Path, newer: MeasuredTable) -> tuple[Path, MeasuredTable | None] | None:
+    """Keep the table that `newer` is about to replace: (its new file, the table), or None where nothing would be lost.
+
+    A file that cannot be read as a table (damaged, or of another version) is kept too; its table is then None.
+    """
+    newest, folder = work / TABLE_FILE, work / EARLIER_FOLDER
+    if not newest.exists():
         return None
+    try:
+        replaced = read_record(newest, MeasuredTable, "measure")
+    except RecordError:
+        folder.mkdir(exist_ok=True)
+        path = folder / f"unreadable-{newest.stat().st_mtime_ns}.json"
+        newest.rename(path)
+        return path, None
     digest = replaced.digest()
     if digest == newer.digest():
         return None
-    path = work / EARLIER_FOLDER / f"{digest[:DIGEST_DIGITS]}.json"
+    path = folder / f"{digest[:DIGEST_DIGITS]}.json"
     write_record(path, replaced)
     return path, replaced
 

@@ -25,7 +25,7 @@ def model_class_of(folder: Path) -> type[PreTrainedModel]:
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise UserError(
             f"{folder}/config.json names the architecture {name!r}, which transformers {transformers.__version__} does "
-            "not have; install the version that its manifest.json names"
+            "not have; install a version that has it (manifest.json names the one that it was made with)"
         )
     return kind
 
@@ -37,8 +37,8 @@ def matrix_shapes(folder: Path, record: QuantizationRecord) -> dict[str, tuple[i
     """
     kind = model_class_of(folder)
     check_config(folder)
-    with settings_errors(folder, f"config.json does not describe a {kind.__name__}"), torch.device("meta"):
-        model = kind(kind.config_class.from_pretrained(folder))  # type: ignore[union-attr]  # every class has one
+    with settings_errors(folder, f"{folder}/config.json does not describe a {kind.__name__}"), torch.device("meta"):
+        model = kind(kind.config_class.from_pretrained(folder))
     transposed = frozenset(record.transposed)
     return {name: _shape(model, name, transposed, folder) for name, _ in record.matrices()}
 

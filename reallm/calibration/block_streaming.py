@@ -299,7 +299,13 @@ class BlockStreamer:
             leaves = {call: _leaves(self._values(call, window)) for call in self.tail.results}
             ends: list[tuple[Tensor, Tensor]] = []
             with hooks.recording(every_lookup=follow_inputs), torch.enable_grad():
-                output = self._run_collecting(window, _copies(leaves), ends if follow_inputs else None)
+                try:
+                    output = self._run_collecting(window, _copies(leaves), ends if follow_inputs else None)
+                except _FAILURES as error:
+                    reason = str(error).partition("\n")[0]
+                    name = type(self.loaded.model).__name__
+                    what = f"{name} cannot be run with gradients, which calibration needs"
+                    raise UserError(f"{self.loaded.source}: {what}: {reason}") from error
                 loss, text_loss, count = self.objective.losses(output, window, generator)
                 tensors = [loss, *(tensor for tensor, _ in ends)]
                 torch.autograd.backward(tensors, [None, *(gradient for _, gradient in ends)])

@@ -25,6 +25,8 @@ PANELS = 4
 work."""
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
 
+_STACKED_PRODUCTS = frozenset({torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul__})
+_WATCHED = _PRODUCTS | _STACKED_PRODUCTS
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 """Classes with another forward method may do more than multiply; of them the product itself is watched."""
 
@@ -60,10 +62,12 @@ class _WatchedCalls(TorchFunctionMode):
             if self.every_lookup and not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
             return output
-        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
+        if func in _WATCHED and len(args) > 1 and isinstance(args[1], Tensor):
             if args[1].dim() == 2:
                 self.hooks.on_product(args[0], args[1], output, func is nn.functional.linear)
-            if func is not nn.functional.linear and args[0].dim() == 2:
+            if func in _STACKED_PRODUCTS and args[1].dim() == 3:
+                self.hooks.on_stack_product(args[0], args[1], output)
+            if func in _PRODUCTS and func is not nn.functional.linear and args[0].dim() == 2:
                 self.hooks.on_left_product(args[0], args[1], output)
         return output
 
@@ -171,6 +175,23 @@ class StatisticsHooks:
         if weight.shape == expected.shape and weight.stride() == expected.stride():
             self._record(matrix, value, output)
 
+    def on_stack_product(self, value: Tensor, stack: Tensor, output: Tensor) -> None:
+        """Record products of `value` [experts, tokens, K] with all slices of a watched stack at once (Llama 4)."""
+        matrices = [self._slices.get(weight.data_ptr()) for weight in stack]
+        if value.dim() != 3 or len(value) != len(matrices) or not output.requires_grad:
+            return
+        receivers = [
+            None if matrix is None else self._receiver(matrix, part)
+            for matrix, part in zip(matrices, value, strict=True)
+        ]
+
+        def receive(gradient: Tensor) -> None:
+            for receiver, part in zip(receivers, gradient, strict=True):
+                if receiver is not None:
+                    receiver(part)
+
+        _on_gradient(output, receive)
+
     def on_left_product(self, weight: Tensor, value: Tensor, output: Tensor) -> None:
         """Record a product W x of the watched weight of a module that is not being called with columns `value`."""
         matrix, parameter = self._weights.get(weight.data_ptr(), (None, None))
@@ -220,11 +241,15 @@ class StatisticsHooks:
         """
         if not output.requires_grad or not value.numel():
             return
+        receive = self._receiver(matrix, value)
+        _on_gradient(output, (lambda gradient: receive(gradient.transpose(-1, -2))) if columns else receive)
+
+    def _receiver(self, matrix: Matrix, value: Tensor) -> Callable[[Tensor], None]:
+        """A function that takes the gradient of an output and updates the sums of `matrix` with it and `value`."""
         x, input_dtype = self._input(matrix, value), value.dtype
 
         def receive(gradient: Tensor) -> None:
-            rows = gradient.transpose(-1, -2) if columns else gradient
-            g = rows.detach().float().reshape(-1, matrix.rows)
+            g = gradient.detach().float().reshape(-1, matrix.rows)
             g2 = g.square()
             importance = g2.mean(1, keepdim=True)
             guided = self._sum(f"guided/{matrix.name}", matrix.cols, matrix.cols)
@@ -236,7 +261,7 @@ class StatisticsHooks:
             if matrix.kind in ("head", "embedding"):
                 self._sum(f"row_weight/{matrix.name}", matrix.rows).add_(g2.sum(0))
 
-        _on_gradient(output, receive)
+        return receive
 
     def _add_gram(self, matrix: Matrix, g: Tensor, x: Tensor) -> None:
         weighted = g * x.square().mean(1, keepdim=True)

@@ -20,6 +20,7 @@ single tokens, as for language models, would underrate errors in the direction o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,15 +75,12 @@ class TextStatisticsHooks(StatisticsHooks):
     Every recorded pass must be that of one text.
     """
 
-    def _record(self, matrix: Matrix, value: Tensor, output: Tensor, *, columns: bool = False) -> None:
-        """Remember the input `value`; when the gradient of `output` arrives, update the sums of `matrix` with both."""
-        if not output.requires_grad or not value.numel():
-            return
+    def _receiver(self, matrix: Matrix, value: Tensor) -> Callable[[Tensor], None]:
+        """A function that takes the gradient of an output and updates the sums of `matrix` with it and `value`."""
         x = self._input(matrix, value)
 
         def receive(gradient: Tensor) -> None:
-            rows = gradient.transpose(-1, -2) if columns else gradient
-            g = rows.detach().float().reshape(-1, matrix.rows)
+            g = gradient.detach().float().reshape(-1, matrix.rows)
             guided = self._sum(f"guided/{matrix.name}", matrix.cols, matrix.cols)
             add_moment(guided, (g @ g.T / matrix.rows) @ x, x, 1 / self.tokens)
             fisher = self._sum(f"fisher/{matrix.name}", matrix.rows, matrix.cols)
@@ -92,14 +90,14 @@ class TextStatisticsHooks(StatisticsHooks):
                 add_moment(gram, (x @ x.T / matrix.cols) @ g, g, 1 / self.tokens)
                 self._sum(f"count/{matrix.name}", 1).add_(len(x))
 
-        output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return receive
 
     def on_lookup(self, ids: Tensor, weight: Tensor, output: Tensor) -> Tensor:
         """As in StatisticsHooks, but a row that a text looks up several times has one gradient, the sum."""
         matrix = next((m for m, parameter in self._embeddings if parameter.data_ptr() == weight.data_ptr()), None)
         if matrix is None:
             return output
-        rows, places = ids.reshape(-1).unique(return_inverse=True)
+        rows, places = torch.unique(ids.reshape(-1), return_inverse=True)
         leaf = output.detach().requires_grad_()
 
         def receive(gradient: Tensor) -> None:

@@ -290,6 +290,14 @@ def write_artifact(
     return output
 
 
+def _measured_codes(table: Path, plan: Plan, loaded: LoadedModel) -> CodeSource:
+    """The measured codes of `plan`, checked against its table; logs how many must be encoded again."""
+    codes = MeasuredCodes(table, loaded)
+    codes.check_measured(plan)
+    codes.log_missing(plan.choices)
+    return codes
+
+
 def compile_plan(
     plan_path: Path | str,
     output: Path | str,
@@ -349,13 +357,9 @@ def compile_plan(
         raise UserError("--objects compiles the generated kernels; leave out --no-kernels")
     check_targets(objects)
     plan = plan_of(plan_path)
-    table = find_table(plan, plan_path, work) if codes is None else None
+    table = find_table(plan, plan_path, work) if codes is None else Path()
     loaded = model if isinstance(model, LoadedModel) else load_plan_model(plan, plan_path, model)
     if loaded.digest != plan.model_sha256:
         raise UserError(f"{plan_path} is a plan for another model than {loaded.source}; plan again, or give that model")
-    if table is not None:
-        codes = MeasuredCodes(table, loaded)
-        codes.check_measured(plan)
-        codes.log_missing(plan.choices)
-    compilation = Compilation(plan, loaded, codes)
+    compilation = Compilation(plan, loaded, codes or _measured_codes(table, plan, loaded))
     return write_artifact(compilation, output, force=force, kernels=kernels, objects=objects)

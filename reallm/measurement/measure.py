@@ -129,8 +129,7 @@ def measure(
     started = time.monotonic()
     if bpw is not None and not 0 < bpw[0] <= bpw[1]:
         raise UserError(f"--bpw {bpw[0]} {bpw[1]}: expected the least and the most bits per weight, such as 2 4")
-    if (Path(output) / CONFIG_FILE).exists():
-        raise UserError(f"--output {output} is the folder of a model; expected a work folder, which may be a new one")
+    _check_work_folder(Path(output))
     with open_workers(backend, jobs, ray_address) as workers:
         prefix_path = None if prefix is None else Path(prefix)
         candidates, output, calibration_text = load_space(space), Path(output), load_text(text)
@@ -184,6 +183,14 @@ def measure(
     table = assemble_table(loaded, calibration_text, measured.records, shared, settings, report, cache, base)
     table = table.model_copy(update={"doubts": () if doubt is None else (doubt,)})
     return write_table(table, candidates, output)
+
+
+def _check_work_folder(output: Path) -> None:
+    """Raise UserError if `output` cannot be a work folder: a file, or the folder of a model, which must not change."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; expected a work folder, which may be a new one")
+    if (output / CONFIG_FILE).exists():
+        raise UserError(f"--output {output} is the folder of a model; expected a work folder, which may be a new one")
 
 
 def sample_windows(

@@ -73,7 +73,8 @@ def check_second_order(
 ) -> tuple[CheckedLoss, ...]:
     """Measure the true loss of the doubtful predictions among `records`; empty where none is doubtful.
 
-    `windows`, int64 [n, seqlen], are the calibration windows, and `codebooks` the shared codebooks by key.
+    `windows`, int64 [n, seqlen], are the calibration windows, and `codebooks` the shared codebooks by key. Matrices that
+    these windows do not run (an expert, a vision tower) are left out.
     """
     doubtful = doubtful_records(loaded, records)
     if not doubtful:
@@ -87,6 +88,7 @@ def check_second_order(
     return tuple(
         CheckedLoss(record.matrix, record.format, record.two_sided, loss)
         for record, loss in zip(doubtful, losses, strict=True)
+        if loss is not None
     )
 
 
@@ -132,9 +134,13 @@ def _decoded(
 
 def _losses(
     loaded: LoadedModel, objective: Objective, matrices: Sequence[Matrix], weights: Sequence[Tensor]
-) -> list[float]:
-    """The mean loss per token (or per text) of replacing each of `matrices` alone by its weight."""
+) -> list[float | None]:
+    """The mean loss per token (or per text) of replacing each of `matrices` alone by its weight.
+
+    None for a matrix that no window runs: replacing it changes nothing.
+    """
     totals, units = [0.0] * len(matrices), 0
+    runs = [False] * len(matrices)
     for index in progress_bar(range(len(objective.inputs)), desc="check predictions", unit="window"):
         base = _outputs(loaded, objective, index)
         units += 1 if loaded.sentence_encoder is not None else len(objective.inputs[index])
@@ -143,10 +149,12 @@ def _losses(
             original = target.clone()
             try:
                 target.copy_(weight.T if matrix.transposed else weight)
-                totals[number] += _divergence(base, _outputs(loaded, objective, index), loaded)
+                changed = _outputs(loaded, objective, index)
+                runs[number] |= not torch.equal(base, changed)
+                totals[number] += _divergence(base, changed, loaded)
             finally:
                 target.copy_(original)
-    return [total / units for total in totals]
+    return [total / units if run else None for total, run in zip(totals, runs, strict=True)]
 
 
 def _parameter(loaded: LoadedModel, matrix: Matrix) -> Tensor:

@@ -74,15 +74,23 @@ def write_table(table: MeasuredTable, space: Space, output: Path) -> MeasuredTab
         table = table.model_copy(update={"bounded": _count_unmeasured(table, space)})
         kept = keep_earlier(output, table)
         write_record(output / TABLE_FILE, table)
-    if kept is not None and not _same_settings(kept[1], table):
+    if kept is not None:
+        _log_kept(output, table, *kept)
+    return table
+
+
+def _log_kept(output: Path, table: MeasuredTable, path: Path, earlier: MeasuredTable | None) -> None:
+    """Log where the table that `table` replaces is kept, unless `table` holds everything that it holds."""
+    if earlier is None:
+        LOG.warning("%s cannot be read (damaged, or of another version): it is kept as %s", output / TABLE_FILE, path)
+    elif not _same_settings(earlier, table):
         LOG.info(
             "%s held measurements of other settings (%s): they are kept in %s, and plans made from them can still be "
             "compiled",
             output,
-            described(kept[1]),
-            kept[0],
+            described(earlier),
+            path,
         )
-    return table
 
 
 def _same_settings(one: MeasuredTable, other: MeasuredTable) -> bool:

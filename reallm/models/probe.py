@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 from reallm.errors import UserError
 
+from .limits import vocabulary_size
+
 PROBE_TOKENS = 8
 _PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__})
 
@@ -52,7 +54,7 @@ def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapp
         ids = probe_ids(model)
         with torch.no_grad(), eager_experts(model), _StackWatch(stacks, uses, ids):
             model(input_ids=ids)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{type(model).__name__} cannot be run on token ids alone: {reason}") from error
     finally:
@@ -64,7 +66,9 @@ def probe(model: PreTrainedModel, modules: Mapping[str, nn.Module], stacks: Mapp
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
     """Distinct token ids spread over the vocabulary, without the padding token, int64 [1, PROBE_TOKENS]."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary_size(model)
+    if rows is None:
+        raise UserError(f"{type(model).__name__} has no embedding of token ids, so text cannot be run through it")
     special = {getattr(model.config.get_text_config(), "pad_token_id", None)}
     ids = [token for token in range(rows) if token not in special]
     step = max(1, len(ids) // PROBE_TOKENS)

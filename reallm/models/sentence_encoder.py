@@ -40,7 +40,7 @@ _FLAGS = {
 }
 """Settings of a Pooling saved by sentence-transformers before 6, in the order in which the parts are concatenated."""
 _MODES = frozenset(_FLAGS.values())
-_BACKBONES = frozenset(name for name in MODEL_MAPPING_NAMES.values() if isinstance(name, str))
+_BACKBONES = frozenset(n for n in MODEL_MAPPING_NAMES.values() if isinstance(n, str) and n.endswith("Model"))
 _TEXT_ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES})
 """Model types whose models without an output layer encode text."""
 

@@ -27,7 +27,8 @@ def dequantize(model: PreTrainedModel, record: QuantizationRecord, dtype: torch.
 
     By default a weight gets the dtype in which its module computes, and other tensors keep theirs; with `dtype` all get
     that one. Memory grows module by module, up to that of the uncompressed model. Attached adapters are merged into the
-    weights. Raises UserError while matrices are being trained, and for a model that is spread over several devices.
+    weights. Raises UserError while matrices are being trained, for a model that is spread
+    over several devices, and for PEFT's adapters of GPT-2's kind of model.
     """
     _check(model)
     weights: dict[nn.Module, nn.Parameter] = {}
@@ -53,6 +54,11 @@ def dequantize(model: PreTrainedModel, record: QuantizationRecord, dtype: torch.
 def _check(model: PreTrainedModel) -> None:
     if any(isinstance(module, GroupedLinear) and module.in_training for module in model.modules()):
         raise UserError("a model whose packed matrices are being trained cannot be dequantized; finish the training")
+    for name, module in model.named_modules():
+        if isinstance(module, GroupedLinear) and module.original.kind is Conv1D and name.endswith(".base_layer"):
+            raise UserError(
+                f"PEFT's adapter of {name} takes it for a Linear, not a Conv1D; unload it before dequantize()"
+            )
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise UserError("a model that `device_map` spread over devices cannot be dequantized; load it on one device")
 

@@ -70,9 +70,12 @@ def test_tables_that_cannot_be_read_are_left_out(work: Path) -> None:
     next((work / EARLIER_FOLDER).iterdir()).write_text("{}")
     assert len(list(tables_in(work))) == 2
     (work / TABLE_FILE).write_text("{}")
-    assert len(list(tables_in(work))) == 1 and keep_earlier(work, table_with(9)) is None
+    assert len(list(tables_in(work))) == 1
     with pytest.raises(RecordError, match="not what `reallm measure` writes"):
         read_table(work)
+    kept = keep_earlier(work, table_with(9))
+    assert kept is not None and kept[1] is None and kept[0].read_text() == "{}" and not (work / TABLE_FILE).exists()
+    assert keep_earlier(work, table_with(9)) is None
 
 
 def test_a_table_is_described_by_its_settings() -> None:
@@ -98,7 +101,7 @@ def test_a_relative_work_folder_is_found_from_anywhere(
 def test_what_is_missing_is_said_with_the_option_that_names_it(work: Path, tmp_path: Path) -> None:
     plan = plan_from(table_with(1, cost=0.1), str(tmp_path / "gone"))
     with pytest.raises(
-        RecordError, match="gone, which does not exist here or .*; if it has moved, name it with --work"
+        RecordError, match=r"gone, which does not exist here or .*; if it has moved, name it with --work"
     ):
         table_of(plan)
     (tmp_path / "gone").mkdir()

@@ -93,22 +93,3 @@ def test_the_sampled_loss_predicts_one_minus_cosine(loaded: LoadedModel) -> None
     # The prediction is 1/2 sigma^2 times a chi-squared variable of one degree, whose deviation over 400 samples is
     # sqrt(2 / 400) = 7% of its mean; the seed is fixed, and three deviations are allowed.
     assert sum(predicted) / len(predicted) == pytest.approx(actual, rel=0.21)
-
-
-def test_tokens_of_a_text_are_not_independent(loaded: LoadedModel, tmp_path: Path) -> None:
-    """The sum over tokens of squares, right for language models, would underrate errors along the mean input."""
-    calibrate(loaded, WINDOWS, tmp_path, seed=SEED)
-    name = "encoder.layer.1.output.dense"
-    H = load_file(statistics_path(tmp_path, 1))[f"guided/{name}"].double()
-    inputs: list[Tensor] = []
-    handle = loaded.model.get_submodule(name).register_forward_hook(lambda _m, args, _o: inputs.append(args[0][0]))
-    with torch.no_grad():
-        for ids in with_ends(WINDOWS):
-            loaded.model(input_ids=ids[None])
-    handle.remove()
-    mean = torch.cat(inputs).double().mean(0)
-    mean /= mean.norm()
-    deviation = (torch.cat(inputs).double() - torch.cat(inputs).double().mean(0)).var(0).mean()
-    along, typical = float(mean @ H @ mean), float(H.diagonal().mean())
-    share = float(torch.cat(inputs).double().mean(0).square().sum() / deviation)
-    assert along / typical > 3 * share / WINDOWS.shape[1] and along > 5 * typical

@@ -190,6 +190,7 @@ def test_measuring_into_the_folder_of_a_model_is_refused(job: Path) -> None:
     for folder in ("model", "out"):
         assert "is the folder of a model" in refusal("measure", job / "model", "-o", job / folder)
         assert not (job / folder / TABLE_FILE).exists()
+    assert "is a file" in refusal("measure", job / "model", "-o", job / "text.txt")
 
 
 @pytest.mark.parametrize("option", ["--json", "--figure", "-o"])

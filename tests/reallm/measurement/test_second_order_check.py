@@ -112,6 +112,17 @@ def test_the_measured_loss_is_near_the_predicted_one_where_second_order_holds(
     assert 1 / 5 < sum(check.predicted for check in checks) / total < 5
 
 
+def test_a_matrix_that_the_windows_do_not_run_is_left_out(
+    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, loaded, windows, job = measured(outliers, tmp_path)
+    checks = check_second_order(loaded, windows, table.measurements, job, {})
+    unused = checks[0].matrix
+    loaded.model.get_submodule(unused).register_forward_hook(lambda _module, inputs, output: torch.zeros_like(output))
+    left = {check.matrix for check in check_second_order(loaded, windows, table.measurements, job, {})}
+    assert left and unused not in left
+
+
 def test_only_large_errors_of_relevant_losses_are_wrong() -> None:
     def wrong(predicted: float, loss: float) -> bool:
         return CheckedLoss("m", "int4-g16", predicted, loss).is_wrong

@@ -98,3 +98,13 @@ def test_a_matrix_in_training_is_refused(llama: Path) -> None:
     train_low_rank(dict(packed_modules(model))["model.layers.1.mlp.up_proj"], rank=9)
     with pytest.raises(UserError, match="packed matrices are being trained"):
         model.dequantize()
+
+
+def test_an_adapter_of_a_transposed_weight_is_refused(tmp_path: Path) -> None:
+    """PEFT would add its product to the transposed weight without a word where the matrix is square."""
+    model = from_pretrained(make("gpt2", tmp_path).folder)
+    attention = model.transformer.h[0].attn
+    wrapper = torch.nn.Module()
+    wrapper.base_layer, attention.c_proj = attention.c_proj, wrapper
+    with pytest.raises(UserError, match=r"h\.0\.attn\.c_proj\.base_layer .*unload it"):
+        model.dequantize()
