@@ -10,8 +10,8 @@ adapters begin:
 
 - dense, full       the uncompressed model, all weights trained
 - dense, adapters   the uncompressed model, adapters from zero
-- QLoRA             NF4 or NF3 everywhere, adapters from zero (arXiv 2305.14314)
-- LoftQ             NF3 everywhere, adapters from the SVD of the error (arXiv 2310.08659)
+- QLoRA             NF4, NF3 or NF2 everywhere, adapters from zero (arXiv 2305.14314)
+- LoftQ             NF2 everywhere, adapters from the SVD of the error (arXiv 2310.08659)
 - LQ-LoRA           a mix of NF2, NF3 and NF4 planned by the diagonal Fisher information, adapters from the weighted SVD
                     (arXiv 2311.12023)
 - reallm            the planner's mix at the bits of each of these, adapters from the weighted SVD
@@ -102,18 +102,20 @@ class Setting:
         return FOLDER / f"artifact-{key}" if self.formats else model_folder()
 
 
-NF3, NF4 = 3 + 8 / 64 + 1e-3, 4 + 8 / 64 + 1e-3
+NF2, NF3, NF4 = (bits + 8 / 64 + 1e-3 for bits in (2, 3, 4))
 """Bits per weight of the formats with their 8-bit scales, and a little for the scales of the scales."""
 SETTINGS = (
     Setting("dense, full", start="full"),
     Setting("dense, adapters"),
     Setting("QLoRA NF4", NF[2:], 5.0),
     Setting("QLoRA NF3", NF[1:2], 4.0),
-    Setting("LoftQ NF3", NF[1:2], 4.0, start="svd"),
+    Setting("QLoRA NF2", NF[:1], 3.0),
+    Setting("LoftQ NF2", NF[:1], 3.0, start="svd"),
     Setting("LQ-LoRA 2.75", NF, 2.75, "fisher", "weighted svd"),
     Setting("reallm 4.13", TRELLIS, NF4, start="weighted svd"),
     Setting("reallm 3.13", TRELLIS, NF3, start="weighted svd"),
     Setting("reallm 2.75", TRELLIS, 2.75, start="weighted svd"),
+    Setting("reallm 2.13", TRELLIS, NF2, start="weighted svd"),
 )
 
 

@@ -145,7 +145,8 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
 
 def _containers(arguments: Arguments) -> Iterator[tuple[int | str, Any]]:
     """The arguments that a block can write into: (position or keyword, container)."""
-    for name, value in (*enumerate(arguments[0]), *arguments[1].items()):
+    named: list[tuple[int | str, Any]] = [*enumerate(arguments[0]), *arguments[1].items()]
+    for name, value in named:
         if isinstance(value, MutableMapping | MutableSequence):
             yield name, value
 

@@ -148,11 +148,11 @@ class StatisticsHooks:
     # -- what the hooks see -----------------------------------------------------------------------------------------
 
     def _starts(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
-        self._running.add(module.weight.data_ptr())  # type: ignore[operator,union-attr]  # a module with a matrix
+        self._running.add(module.weight.data_ptr())  # type: ignore[operator]  # a matrix
 
     def _module_hook(self, matrix: Matrix) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._running.discard(module.weight.data_ptr())  # type: ignore[operator,union-attr]
+            self._running.discard(module.weight.data_ptr())  # type: ignore[operator]
             value = args[0] if args else next(iter(kwargs.values()))
             self._record(matrix, value, output)
 

@@ -2,8 +2,8 @@
 
 An expert that no token of the text was routed to borrows the average statistics per token of the other experts in its
 place, as if one token of the text had reached it. Every other matrix keeps its dtype, because nothing is known about
-what an error in it would cost: it was never run (a vision tower, on text), or its products cannot be watched, or no
-gradient flows through it.
+what an error in it would cost: it was never run (a vision tower, on text), is used in a way that is not watched, or has
+no gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reallm.system.tensor_file import save_tensors
 from .statistics import statistics_keys, statistics_path
 
 BORROWED = ("guided", "fisher", "gram")
-NOT_REACHED = "no calibration token reached it"
+NOT_REACHED = "calibration saw no token multiplied by it"
 
 
 @dataclass

@@ -73,8 +73,8 @@ def check_second_order(
 ) -> tuple[CheckedLoss, ...]:
     """Measure the true loss of the doubtful predictions among `records`; empty where none is doubtful.
 
-    `windows`, int64 [n, seqlen], are the calibration windows, and `codebooks` the shared codebooks by key. Matrices that
-    these windows do not run (an expert, a vision tower) are left out.
+    `windows`, int64 [n, seqlen], are the calibration windows, and `codebooks` the shared codebooks by key. Matrices
+    that these windows do not run (an expert, a vision tower) are left out.
     """
     doubtful = doubtful_records(loaded, records)
     if not doubtful:

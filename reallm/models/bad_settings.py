@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from reallm.kernels.storage.layout import CONFIG_FILE
 
 from .checkpoint import read_checkpoint
+from .json_keys import Key, keys_of, read_values, value_at, with_changed
 from .model_class import model_class
 from .sentence_encoder import encoder_class
+from .setting_types import GENERATION_FILE, TOKENIZER_FILE, check_generation, check_tokenizer
 
-Key = tuple[str, ...]
-"""A key of a JSON object, after those of the objects around it."""
-GENERATION_FILE = "generation_config.json"
-TOKENIZER_FILE = "tokenizer_config.json"
-_GENERATION_TYPES: Mapping[type, tuple[str, ...]] = {
-    bool: (
-        *("do_sample", "use_cache", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
-        *("return_dict_in_generate", "renormalize_logits", "remove_invalid_values"),
-    ),
-    int: (
-        *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences"),
-        *("top_k", "no_repeat_ngram_size"),
-    ),
-    float: ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "max_time"),
-}
-"""Type -> settings of generation_config.json that have it, unless they are null."""
 _MAX_TRIALS = 100
 _MAX_FILE_BYTES = 1 << 26
 """Larger files are not settings."""
@@ -84,62 +70,6 @@ def wrong_shape(folder: Path) -> str:
             by = f" ({', '.join(keys)})" if keys else ""
             return f"the stored tensor {name} is {list(shape)}, by config.json{by} it is {list(expected[name])}"
     return ""
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raise an exception if a setting of `tokenizer` is of a wrong type, which otherwise shows at its first use."""
-    limit = tokenizer.model_max_length
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
-        raise ValueError(f"model_max_length is {limit!r}, expected a number above 0")
-    ids = tokenizer("a b")["input_ids"]
-    tokenizer.decode(ids)
-    tokenizer.decode(ids, skip_special_tokens=True)
-    if tokenizer.chat_template is not None and not isinstance(tokenizer.chat_template, str | dict):
-        raise ValueError(f"chat_template is a {type(tokenizer.chat_template).__name__}, expected text")
-
-
-def check_generation(config: GenerationConfig) -> None:
-    """Raise an exception if a setting of `config` is of a wrong type, which otherwise shows while generating."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        value = getattr(config, name, None)
-        ids = value if isinstance(value, list) else [value]
-        if value is not None and not all(type(token) is int for token in ids):
-            raise ValueError(f"field '{name}' is {value!r}, expected a token id or a list of them")
-    for kind, names in _GENERATION_TYPES.items():
-        for name in names:
-            value = getattr(config, name, None)
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            if value is not None and not fits:
-                raise ValueError(f"field '{name}' is {value!r}, expected a value of type {kind.__name__}")
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def keys_of(values: Mapping[str, Any], outer: Key = ()) -> Iterator[Key]:
-    """All keys of `values` and of the objects in it.
-
-    >>> list(keys_of({"a": 1, "b": {"c": 2}}))
-    [('a',), ('b',), ('b', 'c')]
-    """
-    for key, value in values.items():
-        yield (*outer, key)
-        if isinstance(value, Mapping):
-            yield from keys_of(value, (*outer, key))
-
-
-def value_at(values: Mapping[str, Any], key: Key) -> object:
-    """What `values` holds at `key`; None if it has no such key."""
-    value: object = values
-    for name in key:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def _in(values: Mapping[str, Any], key: Key, numbers: set[int]) -> bool:
@@ -206,23 +136,11 @@ def _narrow_down(values: Mapping[str, Any], message: str, works: Callable[[Mappi
     inner: object = values
     while isinstance(inner, Mapping):
         keys = sorted(inner, key=lambda key: not re.search(rf"\b{re.escape(key)}\b", message))[:_MAX_TRIALS]
-        step = next((key for key in keys if works(_changed(values, (*found, key)))), None)
+        step = next((key for key in keys if works(with_changed(values, (*found, key)))), None)
         if step is None:
             numbers = [key for key in keys if isinstance(inner[key], int) and inner[key] != 1]
-            step = next((key for key in numbers if works(_changed(values, (*found, key), 1))), None)
+            step = next((key for key in numbers if works(with_changed(values, (*found, key), 1))), None)
         if step is None:
             break
         found, inner = (*found, step), inner[step]
     return found
-
-
-def _changed(values: Mapping[str, Any], key: Key, value: object = None) -> dict[str, Any]:
-    """A copy of `values` with `value` at `key`, or without that key if it is None."""
-    result, first = dict(values), key[0]
-    if len(key) > 1:
-        result[first] = _changed(values[first], key[1:], value)
-    elif value is None:
-        del result[first]
-    else:
-        result[first] = value
-    return result

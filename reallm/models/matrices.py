@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -103,6 +104,8 @@ def _weight_tensors(model: PreTrainedModel, head: nn.Module | None) -> Iterator[
             yield _WeightTensor(path, f"{path}.weight", module.weight, "embedding", module)
         elif isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in owned:
             owned.add(id(module.weight))
+            if module.weight.dtype == torch.float32 != model.dtype:
+                continue  # the model's class protects it from rounding, so it is stored as it is
             yield _WeightTensor(path, f"{path}.weight", module.weight, "head" if module is head else "linear", module)
         elif not isinstance(module, _ConvNd):
             for name, tensor in module.named_parameters(recurse=False):
@@ -151,9 +154,10 @@ def _routers(model: nn.Module) -> frozenset[str]:
 
 def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
     try:
-        return model.get_input_embeddings()
+        embedding: nn.Module | None = model.get_input_embeddings()
     except NotImplementedError:
         return None
+    return embedding
 
 
 def _names_of_tensors(model: nn.Module) -> dict[int, list[str]]:

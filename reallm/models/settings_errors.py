@@ -14,8 +14,9 @@ from pathlib import Path
 from reallm.errors import ReallmError, UserError
 from reallm.kernels.storage.layout import CONFIG_FILE
 
-from .bad_settings import Key, find_bad_setting, keys_of, read_values, value_at, wrong_shape
+from .bad_settings import find_bad_setting, wrong_shape
 from .checkpoint import read_checkpoint
+from .json_keys import Key, keys_of, read_values, value_at
 
 _MAX_REASON, _MAX_VALUE = 240, 60
 _NAMES = ("dtype", "torch_dtype", "model_type", "transformers_weights")

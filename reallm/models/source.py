@@ -22,15 +22,15 @@ from transformers import (
 )
 
 from reallm.errors import UserError
-from reallm.kernels.storage.layout import CONFIG_FILE
+from reallm.kernels.storage.layout import CONFIG_FILE, WEIGHTS_FILE
 
-from .bad_settings import GENERATION_FILE, check_generation
 from .checkpoint import main_dtype, read_checkpoint, read_json
 from .leftovers import leftover_notes
 from .model_class import model_class
 from .quantised.find import KEYS, find_schemes
 from .quantised.unpack import UnpackedWeights, unpacked_dtype
 from .sentence_encoder import encoder_class, fill_pooler
+from .setting_types import GENERATION_FILE, check_generation
 from .settings_errors import check_config, settings_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -151,6 +151,11 @@ def _read_settings(source: Source) -> dict[str, Any]:
     settings = read_json(path)
     if not isinstance(kind := settings.get("model_type", ""), str):
         raise UserError(f"{path}: model_type = {kind!r} cannot be used; expected a name, such as 'llama'")
+    if (weights := settings.get("transformers_weights")) not in (None, WEIGHTS_FILE):
+        raise UserError(
+            f"{path}: transformers_weights = {weights!r} names another weights file; expected {WEIGHTS_FILE} or its "
+            "shards: rename the file and remove the key"
+        )
     return settings
 
 

@@ -8,6 +8,7 @@ next layer, cannot be float32 in a 16-bit model; these stay rounded, and a note 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,12 +42,11 @@ def restore_stored_dtypes(model: PreTrainedModel, stored: Mapping[str, StoredTen
     Tensors of the same role (the last two parts of the name) are restored together, if the model still runs then.
     """
     roles: dict[str, list[_Narrowed]] = defaultdict(list)
-    for name, tensor in narrowed(model):
-        stored_name = _find(stored, name, model.base_model_prefix)
-        file_tensor = stored.get(stored_name)
-        if file_tensor is not None and file_tensor.dtype == "F32" and file_tensor.shape == tuple(tensor.shape):
-            with safe_open(file_tensor.path, framework="pt") as file:
-                value = file.get_tensor(stored_name)
+    tensors = {name: (tensor, _find(stored, name, model.base_model_prefix)) for name, tensor in narrowed(model)}
+    unnamed = {name for name, entry in stored.items() if entry.dtype == "F32"} - {name for _, name in tensors.values()}
+    for name, (tensor, stored_name) in tensors.items():
+        value = _read(stored, stored_name, tensor) if stored_name else _find_by_value(stored, unnamed, tensor)
+        if value is not None:
             roles[".".join(name.split(".")[-2:])].append(_Narrowed(name, tensor, tensor.data, value))
     rounded: list[str] = []
     for role in roles.values():
@@ -77,6 +77,29 @@ def _find(stored: Mapping[str, StoredTensor], name: str, prefix: str) -> str:
     """The name under which a file stores the model's tensor `name`; empty if it does not."""
     names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
     return next((candidate for candidate in names if candidate in stored), "")
+
+
+def _read(stored: Mapping[str, StoredTensor], name: str, tensor: Tensor) -> Tensor | None:
+    """The float32 values stored under `name`, in the shape of `tensor`; None for another dtype or size."""
+    entry = stored[name]
+    if entry.dtype != "F32" or math.prod(entry.shape) != tensor.numel():
+        return None
+    with safe_open(entry.path, framework="pt") as file:
+        values: Tensor = file.get_tensor(name)
+    return values.reshape(tensor.shape)
+
+
+def _find_by_value(stored: Mapping[str, StoredTensor], names: set[str], tensor: Tensor) -> Tensor | None:
+    """The values of the first tensor among `names` that rounds to `tensor`, removed from `names`; None without one.
+
+    transformers renames tensors of some models while loading, so that the file's name for them is not known here.
+    """
+    for name in sorted(names):
+        values = _read(stored, name, tensor)
+        if values is not None and torch.equal(values.to(tensor.dtype), tensor.detach().cpu()):
+            names.remove(name)
+            return values
+    return None
 
 
 def _runs(model: PreTrainedModel) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .bad_settings import TOKENIZER_FILE, check_tokenizer
+from .setting_types import TOKENIZER_FILE, check_tokenizer
 from .settings_errors import settings_errors
 from .source import Source
 

@@ -13,7 +13,7 @@ from reallm.artifacts.find import require_artifact
 from reallm.artifacts.peft_files import read_adapter
 from reallm.artifacts.quantization_config import DecodeMode
 from reallm.artifacts.verify import verify as verify_artifact
-from reallm.models.bad_settings import check_generation
+from reallm.models.setting_types import check_generation
 from reallm.models.settings_errors import check_config, settings_errors
 from reallm.models.source import locate
 from reallm.models.tokenizer import load_tokenizer

@@ -63,8 +63,12 @@ def direct(loaded: LoadedModel) -> dict[str, Tensor]:
         def hook(name: str, uses: list[tuple[str, Tensor, Tensor]] = uses):
             def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 x = args[0].detach()
-                if output.requires_grad:  # a model may scale the output in place later: then this is still its own
-                    output.register_hook(lambda gradient: uses.append((name, x, gradient)))
+
+                def receive(gradient: Tensor) -> None:  # of the output itself, even if the model scales it in place
+                    uses.append((name, x, gradient))
+
+                if output.requires_grad:
+                    output.register_hook(receive)
 
             return keep
 
@@ -77,8 +81,8 @@ def direct(loaded: LoadedModel) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
         nn.functional.cross_entropy(scores, labels, reduction="sum").backward()
-        for name, x, gradient in uses:
-            g2 = gradient.reshape(-1, gradient.shape[-1]).square().mean(1, keepdim=True)
+        for name, x, output_gradient in uses:
+            g2 = output_gradient.reshape(-1, output_gradient.shape[-1]).square().mean(1, keepdim=True)
             rows = x.reshape(-1, x.shape[-1])
             sums[name] = sums.get(name, 0) + (rows * g2).T @ rows / WINDOWS.numel()
     return sums

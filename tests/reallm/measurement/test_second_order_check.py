@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,30 @@ SPACE = "linear: [int3-g16, int4-g16, int8-g16]\nembedding: []\nhead: []\n"
 OUTLIER = 1e4
 
 
+Measurement = tuple[MeasuredTable, LoadedModel, Tensor, Job]
+
+
+def measured(model: Path, work: Path) -> Measurement:
+    """A small measurement, and what the check needs beside it."""
+    (work / "space.yaml").write_text(SPACE)
+    (work / "text.txt").write_text("".join(random.Random(0).choices("abcdefgh ", k=1000)))
+    table = measure(
+        model, text=work / "text.txt", output=work, space=work / "space.yaml", nsamples=8, seqlen=64, jobs=1
+    )
+    loaded = load_model(model)
+    windows = sample_windows(loaded, load_text(work / "text.txt"), 8, 64, 0, chat_template=False)
+    return table, loaded, windows, Job.at(work, str(table.settings["identity"]), 0)
+
+
 @pytest.fixture(scope="module")
-def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with one weight of 10,000 in every matrix of its blocks."""
-    folder = tmp_path_factory.mktemp("outliers")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def outliers(work: Path) -> Measurement:
+    """A model with one weight of 10,000 in every matrix of its blocks, measured in the folder `work`."""
+    folder = work / "model"
     model = tiny_model("llama")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -38,19 +59,7 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter[3, 5] = OUTLIER
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-Measurement = tuple[MeasuredTable, LoadedModel, Tensor, Job]
-
-
-def measured(model: Path, work: Path) -> Measurement:
-    """A small measurement, and what the check needs beside it."""
-    (work / "space.yaml").write_text(SPACE)
-    table = measure(model, output=work, space=work / "space.yaml", nsamples=8, seqlen=64, jobs=1)
-    loaded = load_model(model)
-    windows = sample_windows(loaded, load_text(None), 8, 64, 0, chat_template=False)
-    return table, loaded, windows, Job.at(work, str(table.settings["identity"]), 0)
+    return measured(folder, work)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral", "roberta"])
@@ -68,8 +77,21 @@ def test_ordinary_models_are_not_doubted(ordinary: Measurement, monkeypatch: pyt
     assert check_second_order(loaded, windows, table.measurements, job, {}) == ()
 
 
-def test_outliers_are_found_and_their_loss_is_measured(outliers: Path, tmp_path: Path) -> None:
-    table, loaded, windows, job = measured(outliers, tmp_path)
+def test_a_matrix_that_the_windows_do_not_run_is_left_out(outliers: Measurement) -> None:
+    table, loaded, windows, job = outliers
+    unused = check_second_order(loaded, windows, table.measurements, job, {})[0].matrix
+
+    def silence(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return torch.zeros_like(output)
+
+    hook = loaded.model.get_submodule(unused).register_forward_hook(silence)
+    left = {check.matrix for check in check_second_order(loaded, windows, table.measurements, job, {})}
+    hook.remove()
+    assert left and unused not in left
+
+
+def test_outliers_are_found_and_their_loss_is_measured(outliers: Measurement, work: Path) -> None:
+    table, loaded, windows, job = outliers
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     checks = check_second_order(loaded, windows, table.measurements, job, {})
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
@@ -82,10 +104,18 @@ def test_outliers_are_found_and_their_loss_is_measured(outliers: Path, tmp_path:
     assert note is not None and worst.matrix in note and "\n" not in note
     # the table keeps the warning, and plans repeat it
     assert table.doubts == (note,)
-    assert note in plan(tmp_path, budget="4.5bpw").notes
+    assert note in plan(work, budget="4.5bpw").notes
     assert table.digest() == table.model_copy(update={"doubts": ()}).digest()
-    (tmp_path / "space.yaml").write_text("linear: [int6-g16]\nembedding: []\nhead: []\n")
-    later = measure(outliers, output=tmp_path, space=tmp_path / "space.yaml", nsamples=8, seqlen=64, jobs=1)
+    (work / "space.yaml").write_text("linear: [int6-g16]\nembedding: []\nhead: []\n")
+    later = measure(
+        work / "model",
+        text=work / "text.txt",
+        output=work,
+        space=work / "space.yaml",
+        nsamples=8,
+        seqlen=64,
+        jobs=1,
+    )
     assert len(later.doubts) == 1 and len(later.measurements) > len(table.measurements)
     # codes that were not kept are encoded again
     for file in job.cache.folder.rglob("*.safetensors"):
@@ -110,17 +140,6 @@ def test_the_measured_loss_is_near_the_predicted_one_where_second_order_holds(
     assert {check.format for check in checks} == {"int4-g16"}
     total = sum(check.measured for check in checks)
     assert 1 / 5 < sum(check.predicted for check in checks) / total < 5
-
-
-def test_a_matrix_that_the_windows_do_not_run_is_left_out(
-    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table, loaded, windows, job = measured(outliers, tmp_path)
-    checks = check_second_order(loaded, windows, table.measurements, job, {})
-    unused = checks[0].matrix
-    loaded.model.get_submodule(unused).register_forward_hook(lambda _module, inputs, output: torch.zeros_like(output))
-    left = {check.matrix for check in check_second_order(loaded, windows, table.measurements, job, {})}
-    assert left and unused not in left
 
 
 def test_only_large_errors_of_relevant_losses_are_wrong() -> None:

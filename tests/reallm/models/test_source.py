@@ -209,6 +209,19 @@ def test_compressed_and_quantised_models_are_refused(folder):
     assert "already quantised (aqlm)" in error_message(folder)
 
 
+def test_a_configuration_that_names_another_weights_file_is_refused(folder):
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    rewrite_config(folder, transformers_weights="other.safetensors")
+    assert "transformers_weights = 'other.safetensors'" in error_message(folder)
+
+
+def test_an_adapter_beside_or_in_place_of_a_model_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    assert "merge the adapter" in error_message(folder)
+    (folder / "config.json").unlink()
+    assert "holds an adapter" in error_message(folder)
+
+
 def test_integer_weights_are_refused(folder):
     save_file({"w": torch.zeros(9, dtype=torch.int8)}, folder / "model.safetensors")
     assert "stores its weights as I8" in error_message(folder)
