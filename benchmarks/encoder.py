@@ -125,7 +125,7 @@ class Row:
 
     name: str
     bits_per_weight: float
-    """Of the linear layers, without the adapters."""
+    """Bits per weight of the linear layers, without the adapters."""
     cosine: float
     """Mean cosine of the sentence embeddings to the original's, before any training."""
     predicted: float | None

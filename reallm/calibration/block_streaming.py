@@ -54,7 +54,7 @@ _FAILURES = (
     AttributeError,
     AssertionError,
 )
-"""Exceptions of a model that gets zeros where it wants the results of its blocks."""
+"""Exceptions of a model that gets zeros in place of the results of its blocks."""
 
 
 class BlockStreamer:

@@ -135,11 +135,17 @@ def _parts_in_memory(loaded: LoadedModel) -> Iterator[list[Matrix]]:
 
 
 def _store(loaded: LoadedModel, folder: Path, statistics: dict[str, Tensor]) -> None:
-    """Add `statistics` to the files of the blocks that their matrices belong to; every block gets a file."""
+    """Add `statistics` to the files of the blocks that their matrices belong to.
+
+    Those of a matrix whose inputs or gradients were all zero are left out: it counts as not measured.
+    """
+    empty = {k.split("/", 1)[1] for k, v in statistics.items() if k.startswith("guided/") and not bool(v.any())}
     blocks = {matrix.name: matrix.block for matrix in loaded.matrices}
     by_block: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
     for key, value in statistics.items():
-        by_block[blocks[key.split("/", 1)[1]]][key] = value
+        name = key.split("/", 1)[1]
+        if name not in empty:
+            by_block[blocks[name]][key] = value
     for block, tensors in by_block.items():
         path = statistics_path(folder, block)
         earlier = load_file(path) if path.exists() else {}

@@ -32,7 +32,7 @@ _MAX_FILE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class BadSetting:
-    """What makes a file unusable."""
+    """The reason why a file cannot be used."""
 
     file: str
     key: Key

@@ -42,7 +42,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Module paths of the repeated blocks, in module order: the children of every outermost ModuleList of blocks.
 
     A vision-language model has several such lists, hybrid models (attention and state space) have blocks of several
-    classes. A child counts as a block if it contains a linear layer; a bare linear layer is no block.
+    classes. A child counts as a block if it contains a linear layer; a bare linear layer is not a block.
     """
     blocks: list[str] = []
     for path, module in model.named_modules():

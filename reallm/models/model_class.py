@@ -47,6 +47,8 @@ def model_class(
     for candidate in (config, config.get_text_config()):
         if kind.config_class is None or isinstance(candidate, kind.config_class):
             return kind, candidate
+    if any(table.get(config.model_type) == name for table in _TABLES):
+        return kind, config  # transformers builds this class from the configuration of a model with another name
     if any(table.get(config.model_type) == name for table in _TABLES):  # such as Llama's class for InternLM 3
         return kind, config
     raise UserError(

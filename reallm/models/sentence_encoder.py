@@ -175,7 +175,7 @@ def encoder_class(config: PretrainedConfig, folder: Path) -> str | None:
 def fill_pooler(model: PreTrainedModel, missing: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """Set the tensors of an encoder's pooler to zero if they are `missing` from its file: (other missing ones, notes).
 
-    Sentence encoders use the hidden states, so many are saved without the pooler, which transformers would fill with
+    Sentence encoders use the hidden states and are often saved without the pooler, which transformers would fill with
     random values.
     """
     pooler = [name for name in missing if gives_embeddings(model) and name.startswith("pooler.")]

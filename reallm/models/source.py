@@ -151,7 +151,9 @@ def _read_settings(source: Source) -> dict[str, Any]:
     settings = read_json(path)
     if not isinstance(kind := settings.get("model_type", ""), str):
         raise UserError(f"{path}: model_type = {kind!r} cannot be used; expected a name, such as 'llama'")
-    if (weights := settings.get("transformers_weights")) not in (None, WEIGHTS_FILE):
+    weights, method = settings.get("transformers_weights"), settings.get("quantization_config")
+    is_artifact = isinstance(method, dict) and method.get("quant_method") == "reallm"  # refused by `find_schemes`
+    if weights not in (None, WEIGHTS_FILE) and not is_artifact:
         raise UserError(
             f"{path}: transformers_weights = {weights!r} names another weights file; expected {WEIGHTS_FILE} or its "
             "shards: rename the file and remove the key"

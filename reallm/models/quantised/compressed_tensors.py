@@ -83,7 +83,9 @@ def _decode_words(parts: Mapping[str, Tensor], layout: _Layout) -> Tensor:
     packed, scale = parts[PACKED], parts["scale"]
     fitting = [b for b in sorted(layout.bits) if b in (2, 4, 8) and tuple(packed.shape) == (rows, -(-cols * b // 32))]
     if len(fitting) != 1:
-        raise ValueError(f"{list(packed.shape)} words for a weight [{rows}, {cols}] are not 2, 4 or 8 bits a weight")
+        raise ValueError(
+            f"{list(packed.shape)} words for a weight [{rows}, {cols}] do not have 2, 4 or 8 bits per weight"
+        )
     bits = fitting[0]
     offset = 1 << (bits - 1)
     codes = unpack_words(packed, bits)[:, :cols] - offset

@@ -35,7 +35,7 @@ def fp8_schemes(settings: Mapping[str, Any]) -> tuple[Scheme, ...]:
 
 
 def _scaled_by(block: tuple[int, int] | None) -> Decode:
-    """Codes times scales of blocks of `block` elements; with None, one scale a row, or one for the whole matrix."""
+    """Codes times scales of blocks of `block` elements; with None, one scale per row, or one for the whole matrix."""
 
     def decode(parts: Mapping[str, Tensor]) -> Tensor:
         codes, scale = parts[PACKED], scale_values(parts["scale"])

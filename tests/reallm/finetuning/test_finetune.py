@@ -358,7 +358,7 @@ def test_mistakes_are_refused_before_anything_is_written(llama: Path, text: str,
     output = tmp_path / "tuned"
     cases: list[tuple[Mapping[str, Any], str]] = [
         ({"teacher": tmp_path / "gone"}, "gone does not exist"),
-        ({"teacher": other}, "other is not the model .* was made from; give that one as --teacher"),
+        ({"teacher": other}, "was made for another model than .*other; name the right one with --teacher"),
         ({"text": str(short)}, "short.txt has only one window of 32 tokens"),
         ({"text": str(tmp_path / "no.txt")}, "no.txt does not exist"),
         ({"seqlen": 4096}, "--seqlen 4096: this model takes 1 to 256"),
