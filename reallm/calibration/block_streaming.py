@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -299,16 +299,12 @@ class BlockStreamer:
             leaves = {call: _leaves(self._values(call, window)) for call in self.tail.results}
             ends: list[tuple[Tensor, Tensor]] = []
             with hooks.recording(every_lookup=follow_inputs), torch.enable_grad():
-                try:
+                with self._explained():
                     output = self._run_collecting(window, _copies(leaves), ends if follow_inputs else None)
-                except _FAILURES as error:
-                    reason = str(error).partition("\n")[0]
-                    name = type(self.loaded.model).__name__
-                    what = f"{name} cannot be run with gradients, which calibration needs"
-                    raise UserError(f"{self.loaded.source}: {what}: {reason}") from error
                 loss, text_loss, count = self.objective.losses(output, window, generator)
                 tensors = [loss, *(tensor for tensor, _ in ends)]
-                torch.autograd.backward(tensors, [None, *(gradient for _, gradient in ends)])
+                with self._explained():
+                    torch.autograd.backward(tensors, [None, *(gradient for _, gradient in ends)])
             if not math.isfinite(text_loss):
                 raise UserError(f"{self.loaded.source}: its logits are NaN or infinite; {WAY_OUT}")
             for call, tensors in leaves.items():
@@ -317,6 +313,16 @@ class BlockStreamer:
         if not follow_inputs:
             self.gradients.store(TAIL, found, {})
         return math.exp(min(total / max(scored, 1), MAX_NATS))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise UserError in place of an error of the model's own code in a pass with gradients."""
+        try:
+            yield
+        except _FAILURES as error:
+            what = f"{type(self.loaded.model).__name__} cannot be run with gradients, which calibration needs"
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{self.loaded.source}: {what}: {reason}") from error
 
     def _run_collecting(
         self,

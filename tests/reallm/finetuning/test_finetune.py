@@ -378,7 +378,7 @@ def test_mistakes_are_refused_before_anything_is_written(llama: Path, text: str,
     for change, message in cases:
         with pytest.raises(UserError, match=message):
             finetune(llama, **{"text": text, "output": output} | RUN | change)
-    with pytest.raises(UserError, match="is not a reallm artifact"):
+    with pytest.raises(UserError, match="not a reallm artifact"):
         finetune(other, text=text, output=output, **RUN)
     assert not output.exists() and not (tmp_path / "tuned.partial").exists()
 
