@@ -1,9 +1,9 @@
 """Tensors that a file stores in float32 although most of the model is in 16 bits: kept so where the model can run so.
 
 transformers converts every tensor to one dtype while loading, except those that a model's class protects. Released
-16-bit models often store decay rates (A_log), biases of routers or attention sinks in float32, because rounding them
-changes the model. They are read again here. Weights of linear layers and embeddings, and norms that hand float32 to the
-next layer, cannot be float32 in a 16-bit model; these stay rounded, and a note says so.
+16-bit models often store decay rates (A_log), routers, indexers or attention sinks in float32, because rounding them
+changes the model. They are read again here. Norms and layers that hand float32 to the next layer cannot be float32 in a
+16-bit model; these stay rounded, and a note says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from reallm.kernels.storage.safetensors_reader import StoredTensor
 
@@ -65,9 +64,9 @@ def restore_stored_dtypes(model: PreTrainedModel, stored: Mapping[str, StoredTen
 
 
 def narrowed(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The 16-bit tensors of `model` that are not weights of linear layers, embeddings or stacks of experts."""
-    layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)))
-    weights = {id(layer._parameters.get("weight")) for layer in layers}  # a packed layer has none, and would decode it
+    """The 16-bit tensors of `model` that are not weights of embeddings or stacks of experts."""
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    weights = {id(layer._parameters.get("weight")) for layer in embeddings}  # a packed one has none
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.dtype in (torch.bfloat16, torch.float16) and id(tensor) not in weights and tensor.ndim != 3:
             yield name, tensor
