@@ -15,3 +15,11 @@ __all__ = ["CodegenError", "FormatError", "LayoutError", "PlanError", "ReallmErr
 
 class UserError(ReallmError):
     """A command, option or file cannot be used. The message says which, what was found and expected, and what to do."""
+
+
+def raised_by_library(error: BaseException) -> bool:
+    """Whether a library's code raised `error`: any Exception, or a Rust library's PanicException, which is none.
+
+    KeyboardInterrupt and SystemExit are the user's and are passed on.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

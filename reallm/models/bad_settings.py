@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from reallm.errors import raised_by_library
 from reallm.kernels.storage.layout import CONFIG_FILE
 
 from .checkpoint import read_checkpoint
@@ -36,7 +37,7 @@ class BadSetting:
 
     file: str
     key: Key
-    error: Exception
+    error: BaseException
     """What using the file raises."""
 
 
@@ -100,15 +101,17 @@ _ATTEMPTS: Mapping[str, Callable[[Path], object]] = {
 """File -> what fails if it cannot be used."""
 
 
-def _failure(attempt: Callable[[Path], object], folder: Path) -> Exception | None:
+def _failure(attempt: Callable[[Path], object], folder: Path) -> BaseException | None:
     try:
         attempt(folder)
-    except Exception as error:  # noqa: BLE001 - transformers and its parts raise exceptions of any class
+    except BaseException as error:  # transformers and its parts raise exceptions of any class
+        if not raised_by_library(error):
+            raise
         return error
     return None
 
 
-def _find_key(folder: Path, file: str, attempt: Callable[[Path], object], error: Exception) -> Key:
+def _find_key(folder: Path, file: str, attempt: Callable[[Path], object], error: BaseException) -> Key:
     """The key of `file` that causes `error`: one that the message names as a field, or one without which it is gone."""
     values = read_values(folder / file)
     named = re.search(r"field '(\w+)'", str(error), re.IGNORECASE)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from reallm.errors import ReallmError, UserError
+from reallm.errors import ReallmError, UserError, raised_by_library
 from reallm.kernels.storage.layout import CONFIG_FILE
 
 from .bad_settings import find_bad_setting, wrong_shape
@@ -39,7 +39,9 @@ def settings_errors(folder: Path | None, what: str) -> Iterator[None]:
         yield
     except ReallmError:
         raise
-    except Exception as error:  # transformers and its parts raise exceptions of any class, and bare ones
+    except BaseException as error:  # transformers and its parts raise exceptions of any class, and bare ones
+        if not raised_by_library(error):
+            raise
         found = None if folder is None else find_bad_setting(folder)
         if folder is None or found is None:
             reason = (folder and wrong_shape(folder)) or _reason(error)
@@ -68,7 +70,7 @@ def check_config(folder: Path) -> None:
             raise UserError(_bad_value(folder, CONFIG_FILE, key, reason))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The message of an exception in one line: its first one, or the next where the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and "alidation error" in lines[0]:

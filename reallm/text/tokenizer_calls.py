@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from reallm.errors import UserError
+from reallm.errors import UserError, raised_by_library
 
 from .documents import Message
 
@@ -25,10 +25,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, where: str, *, special
     try:
         encoded = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
         ids: list[int] = encoded["input_ids"]
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise _encoding_error(text, where, error) from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a crash inside the tokenizers library
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics
+        if not raised_by_library(error):
             raise
         raise _encoding_error(text, where, error) from error
     if None in ids:  # a slow tokenizer without an unknown token

@@ -51,3 +51,10 @@ def test_a_vocabulary_without_its_merges(folder):
 def test_damaged_files(folder, name, text):
     (folder / name).write_text(text)
     assert str(folder) in message(folder)
+
+
+def test_a_crash_inside_the_tokenizers_library(folder):
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
+    assert "precompiled_charsmap" in message(folder)
