@@ -91,24 +91,32 @@ def allowed_options(
 ) -> FormatOptions:
     """The options of every matrix that takes part, as pins, exclusions and formats allow. Raises PlanError."""
     pinned = _pinned_formats(table, plan_options.pins, options)
-    names = [matrix.name for matrix in table.matrices]
-    excluded = {name for regex in plan_options.exclude for name in matching_names(names, "--exclude", regex)}
-    if both := sorted(set(pinned) & excluded):
-        raise PlanError(f"{both[0]} is both pinned and excluded; drop one of the two")
-    excluded |= {name for names in table.kept.values() for name in names} - set(pinned)
+    participants = taking_part(table, scope, plan_options)
     patterns = _format_patterns(plan_options.formats, options)
     allowed: FormatOptions = {}
     for matrix in table.matrices:
         name, all_options = matrix.name, options[matrix.name]
         if name in pinned:
             allowed[name] = {pinned[name]: all_options[pinned[name]]}
-        elif name not in excluded and (scope == "file" or matrix.kind in ("linear", "expert")):
+        elif name in participants:
             matching = {f: o for f, o in all_options.items() if any(fnmatchcase(f, pattern) for pattern in patterns)}
             dense = dense_format(matrix, table.dtype).name
             allowed[name] = matching or {dense: all_options[dense]}
     if not allowed:
         raise PlanError("no matrix takes part: the model has none, or --exclude matches them all")
     return allowed
+
+
+def taking_part(table: MeasuredTable, scope: Scope, plan_options: PlanOptions) -> set[str]:
+    """Names of the matrices that take part in a plan, in whatever formats. Raises PlanError for bad pins."""
+    names = [matrix.name for matrix in table.matrices]
+    pinned = {n for pin in plan_options.pins for n in matching_names(names, "--pin", parse_pin(pin)[0])}
+    excluded = {name for regex in plan_options.exclude for name in matching_names(names, "--exclude", regex)}
+    if both := sorted(pinned & excluded):
+        raise PlanError(f"{both[0]} is both pinned and excluded; drop one of the two")
+    excluded |= {name for kept in table.kept.values() for name in kept}
+    counted = {m.name for m in table.matrices if scope == "file" or m.kind in ("linear", "expert")}
+    return pinned | (counted - excluded)
 
 
 def tied_groups(matrices: Sequence[MatrixRecord], ties: Ties) -> list[list[MatrixRecord]]:

@@ -19,6 +19,7 @@ from reallm.planner.tables.units import MIB, PlanError
 
 from .assembly import assemble
 from .uniform import best_uniform
+from .unmeasured import DEVIATIONS, described, unmeasured, with_predictions
 
 STATE_UNITS = {"bytes": MIB, "ns": 10**6}
 """Unit of a limit -> number of units that the shadow price in a `LimitState` refers to (one MiB, one millisecond)."""
@@ -38,7 +39,13 @@ def solve(
     plan records. Raises PlanError for a budget that is too small, naming the smallest one, and for options that cannot
     be met.
     """
-    return best_plans(table, budget, merged_options(options, keywords), 1, work)[0]
+    merged = merged_options(options, keywords)
+    plan = best_plans(table, budget, merged, 1, work)[0]
+    if not table.predictions:
+        return plan
+    hopeful = best_plans(with_predictions(table, DEVIATIONS), budget, merged, 1)[0]
+    what = unmeasured(plan, hopeful, len(table.predictions))
+    return plan.model_copy(update={"unmeasured": what, "notes": (*plan.notes, described(what))})
 
 
 def best_plans(

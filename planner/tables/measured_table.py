@@ -67,6 +67,21 @@ class MeasurementRecord(Record):
     """Digest of the packed fields, in order, which `compile` must reproduce."""
 
 
+class PredictionRecord(Record):
+    """The costs of one matrix in a format in which it was not encoded, predicted from other formats."""
+
+    matrix: str
+    format: str
+    nbytes: int = Field(gt=0)
+    guided: float = Field(ge=0, allow_inf_nan=False)
+    two_sided: float = Field(ge=0, allow_inf_nan=False)
+    fisher: float = Field(ge=0, allow_inf_nan=False)
+    relative: float = Field(ge=0, allow_inf_nan=False)
+    """`guided` to `relative`: what `MeasurementRecord` defines, without having been measured."""
+    deviation: float = Field(ge=0, allow_inf_nan=False)
+    """Standard deviation of the logarithm of the predicted costs: 0.05 means that they are right to about 5%."""
+
+
 class SharedRecord(Record):
     """A codebook that several matrices share; its key is `<format name without modifiers>@<family>`."""
 
@@ -108,6 +123,8 @@ class MeasuredTable(Record):
     matrices: tuple[MatrixRecord, ...]
     measurements: tuple[MeasurementRecord, ...]
     shared: tuple[SharedRecord, ...] = ()
+    predictions: tuple[PredictionRecord, ...] = Field((), exclude_if=_is_empty)
+    """Candidates that were not encoded because their predicted costs are no better than what the plan chose."""
     bounded: Mapping[str, int] = {}
     """Format -> number of matrices not measured in it because screening proved it useless at the requested budgets."""
     kv_cache: tuple[CacheLayer, ...] = ()

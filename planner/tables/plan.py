@@ -31,6 +31,10 @@ def _is_empty(value: Mapping[str, object]) -> bool:
     return not value
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Choice(Record):
     """The format chosen for one matrix."""
 
@@ -114,6 +118,17 @@ class Measured(Record):
     """(name, predicted loss without corrections, measured KL) of every plan, in the order of measuring."""
 
 
+class Unmeasured(Record):
+    """The candidates whose costs were predicted and not measured, and what they could gain. No plan chooses them."""
+
+    candidates: int = Field(gt=0)
+    least_loss: float
+    """Predicted loss of the best plan, if each of them were `deviations` standard deviations better than predicted."""
+    deviations: float
+    gap: float
+    """How far `least_loss` lies below the loss of this plan, as a share of it."""
+
+
 class Plan(Record):
     """The solution of the allocation problem for one budget.
 
@@ -153,6 +168,8 @@ class Plan(Record):
     """Matrices that took no part and stay as they are."""
     kept: Mapping[str, tuple[str, ...]] = Field({}, exclude_if=_is_empty)
     """Reason -> those of `dense` that calibration could not measure."""
+    unmeasured: Unmeasured | None = Field(default=None, exclude_if=_is_none)
+    """What candidates that were not measured could gain; None if all were. Every cost in the plan was measured."""
     uniform: Uniform | None = None
     """The best single format within the budget; None where none fits."""
     pins: tuple[str, ...] = ()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from reallm.calibration.calibrate import calibrate, compute_dtype
+from reallm.calibration.calibrate import CalibrationReport, calibrate, compute_dtype
 from reallm.errors import UserError
 from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format
@@ -24,7 +26,9 @@ from reallm.models.kv_cache import kv_cache
 from reallm.models.loaded import LoadedModel, check_storable, load_model
 from reallm.models.matrix import Matrix
 from reallm.planner.problem.candidates import matching_names, parse_pin
-from reallm.planner.tables.measured_table import MeasuredTable
+from reallm.planner.problem.plan_options import PlanOptions
+from reallm.planner.tables.budget import parse_budget
+from reallm.planner.tables.measured_table import MeasuredTable, PredictionRecord
 from reallm.system.memory import peak_rss_bytes
 from reallm.text.corpus import Text, load_text
 from reallm.text.windows import cut_windows, shortage
@@ -32,7 +36,8 @@ from reallm.text.windows import cut_windows, shortage
 from .cache import content_key
 from .compressed_prefix import prefix_digest, prefix_weights
 from .encoding import Job
-from .schedule import Measured, measure_formats
+from .needed import DEFAULT_GAP, NeededMeasurement, check_budget
+from .schedule import Measured, measure_formats, split_by_cache
 from .screening import AnchorCost, choose_anchor, worth_measuring
 from .search_space import Space, load_space
 from .second_order_check import check_second_order, warning
@@ -58,6 +63,9 @@ def measure(
     chat_template: bool = False,
     keep_codes: bool = True,
     bpw: tuple[float, float] | None = None,
+    budget: str | None = None,
+    options: PlanOptions | None = None,
+    gap: float = DEFAULT_GAP,
     prefix: str | Path | None = None,
     images: str | Path | None = None,
     pins: Sequence[str] = (),
@@ -95,6 +103,15 @@ def measure(
         The lowest and the highest number of bits per weight that you will plan for. Candidates that no plan in this
         range would choose are not measured (see `screening`); the table and plans made from it list how many. None
         measures every candidate.
+    budget
+        Measure only the candidates that the best plan within this budget ("3.0bpw", "48MiB") needs, and predict the
+        others (see `needed`): two to three times faster than encoding the model in every format. The table holds the
+        predictions, and a plan made from it says how much better they might make it.
+    options
+        What will be asked of the plan besides the budget; its formats, preset and target must be left to `space`.
+    gap
+        With `budget`: go on measuring until the unmeasured candidates can lower the predicted loss by no more than
+        this share of it.
     prefix
         An artifact of the same model: calibrate on the inputs that each block receives in this compressed model.
     images
@@ -129,6 +146,9 @@ def measure(
     started = time.monotonic()
     if bpw is not None and not 0 < bpw[0] <= bpw[1]:
         raise UserError(f"--bpw {bpw[0]} {bpw[1]}: expected the least and the most bits per weight, such as 2 4")
+    if bpw is not None and budget is not None:
+        raise UserError("--bpw and --budget exclude each other: --budget measures for one budget, --bpw for a range")
+    wanted, options = None if budget is None else parse_budget(budget), options or PlanOptions()
     _check_work_folder(Path(output))
     with open_workers(backend, jobs, ray_address) as workers:
         prefix_path = None if prefix is None else Path(prefix)
@@ -141,6 +161,9 @@ def measure(
         ids = sample_windows(loaded, calibration_text, nsamples, seqlen, seed, chat_template)
         image_texts = None if images is None else read_image_texts(Path(images), loaded)
         job = Job.at(output.absolute(), _identity(loaded, ids, seed, prefix_path, image_texts), seed, keep_codes)
+        if wanted is not None:
+            trial = assemble_table(loaded, calibration_text, (), {}, CalibrationReport(0, 0.0, 0.0), cache)
+            check_budget(trial, {m.name: candidates.formats[m.kind] for m in loaded.matrices}, wanted, options)
         weights = None if prefix_path is None else prefix_weights(prefix_path, loaded)
         report = calibrate(loaded, ids, job.statistics, seed=seed, weights=weights, images=image_texts)
         for note in (*loaded.notes, *report.notes):
@@ -151,12 +174,22 @@ def measure(
         }
         formats = _with_pinned(formats, pinned)
         codebooks, shared = load_or_fit_codebooks(loaded, formats, job)
-        anchors = Measured([], 0)
-        if bpw is not None:
-            measurable = [m for m in loaded.matrices if m.name not in report.kept]
-            useful, anchors = _screen(loaded, measurable, candidates, job, codebooks, workers, bpw)
-            formats = _with_pinned({**formats, **useful}, pinned)
-        measured = measure_formats(loaded, formats, job, codebooks, workers)
+        settings = _settings(candidates, job, ids, chat_template=chat_template, images=images, prefix=prefix)
+        table = assemble_table(loaded, calibration_text, shared, settings, report, cache)
+        predictions: list[PredictionRecord] = []
+        if wanted is not None:
+            encode = partial(measure_formats, loaded, job=job, codebooks=codebooks, workers=workers)
+            known, _ = split_by_cache(loaded, formats, job)
+            needed = NeededMeasurement(table, loaded.matrices, formats, encode, wanted, options, gap)
+            measured, predictions = needed.run(known)
+        else:
+            screened = Measured([], 0)
+            if bpw is not None:
+                measurable = [m for m in loaded.matrices if m.name not in report.kept]
+                useful, screened = _screen(loaded, measurable, candidates, job, codebooks, workers, bpw)
+                formats = _with_pinned({**formats, **useful}, pinned)
+            measured = measure_formats(loaded, formats, job, codebooks, workers)
+            measured = replace(measured, worker_peak_bytes=max(measured.worker_peak_bytes, screened.worker_peak_bytes))
     doubt = warning(check_second_order(loaded, ids, measured.records, job, codebooks))
     if doubt is not None:
         LOG.warning("%s", doubt)
@@ -165,24 +198,37 @@ def measure(
         "calibration_seconds": round(calibrated - started, 1),
         "measurement_seconds": round(time.monotonic() - calibrated, 1),
         "peak_rss_bytes": float(peak_rss_bytes()),
-        "worker_peak_rss_bytes": float(max(anchors.worker_peak_bytes, measured.worker_peak_bytes)),
+        "worker_peak_rss_bytes": float(measured.worker_peak_bytes),
     }
-    settings: Settings = {
-        "nsamples": len(ids),
-        "seqlen": seqlen,
-        "seed": seed,
-        "space": candidates.name,
-        "identity": job.identity,
+    found = {
+        "measurements": tuple(measured.records),
+        "predictions": tuple(predictions),
+        "doubts": () if doubt is None else (doubt,),
+        "base": base,
     }
+    return write_table(table.model_copy(update=found), candidates, output)
+
+
+def _settings(
+    space: Space,
+    job: Job,
+    ids: Tensor,
+    *,
+    chat_template: bool,
+    images: str | Path | None,
+    prefix: str | Path | None,
+) -> Settings:
+    """The settings of a run, as its table lists them; those that few runs use are left out unless they are used."""
+    count, seqlen = ids.shape
+    settings: dict[str, int | float | str | bool | None] = {"nsamples": count, "seqlen": seqlen, "seed": job.seed}
+    settings |= {"space": space.name, "identity": job.identity}
     if chat_template:
-        settings = {**settings, "chat_template": True}
+        settings["chat_template"] = True
     if images is not None:
-        settings = {**settings, "images": str(images)}
+        settings["images"] = str(images)
     if prefix is not None:
-        settings = {**settings, "prefix": str(prefix)}
-    table = assemble_table(loaded, calibration_text, measured.records, shared, settings, report, cache, base)
-    table = table.model_copy(update={"doubts": () if doubt is None else (doubt,)})
-    return write_table(table, candidates, output)
+        settings["prefix"] = str(prefix)
+    return settings
 
 
 def _check_work_folder(output: Path) -> None:

@@ -49,7 +49,7 @@ def measure_formats(
 
     `codebooks` maps the keys of shared codebooks to their values. Notes of the workers are logged as warnings.
     """
-    records, missing = _split_by_cache(loaded, formats, job)
+    records, missing = split_by_cache(loaded, formats, job)
     numel = {matrix.name: matrix.numel for matrix, _ in missing}
     total = sum(numel[matrix.name] * len(absent) for matrix, absent in missing)
     worker_peak = 0
@@ -77,10 +77,10 @@ def measure_formats(
     return Measured(records, worker_peak)
 
 
-def _split_by_cache(
+def split_by_cache(
     loaded: LoadedModel, formats: Mapping[str, Sequence[Format]], job: Job
 ) -> tuple[list[MeasurementRecord], list[tuple[Matrix, list[Format]]]]:
-    """(records in the cache, (matrix, formats to be measured) of the other matrices, the largest matrix first)."""
+    """(records in the cache, (matrix, formats that it lacks) of the other matrices), the largest matrix first."""
     known, missing = [], []
     for matrix in sorted(loaded.matrices, key=lambda m: -m.numel):
         absent = []

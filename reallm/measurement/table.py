@@ -14,7 +14,7 @@ from reallm.calibration.calibrate import CalibrationReport
 from reallm.codecs.encode import CODEC_VERSION
 from reallm.models.kv_cache import experts_per_token
 from reallm.models.loaded import LoadedModel
-from reallm.planner.tables.measured_table import TABLE_FILE, CacheLayer, MeasuredTable, MeasurementRecord, SharedRecord
+from reallm.planner.tables.measured_table import TABLE_FILE, CacheLayer, MeasuredTable, SharedRecord
 from reallm.planner.tables.records import write_record
 from reallm.planner.tables.work_folder import described, keep_earlier, tables_in
 from reallm.system.lock import exclusive_lock
@@ -30,15 +30,12 @@ Settings = Mapping[str, int | float | str | bool | None]
 def assemble_table(
     loaded: LoadedModel,
     text: Text,
-    records: Sequence[MeasurementRecord],
     shared: Sequence[SharedRecord],
     settings: Settings,
     report: CalibrationReport,
     cache: Sequence[CacheLayer],
-    base: Mapping[str, float],
 ) -> MeasuredTable:
-    """Make the table of one run; `cache` is its KV cache, `base` its perplexity, timings and memory use."""
-    order = {m.name: i for i, m in enumerate(loaded.matrices)}
+    """Make the table of one run, still without measurements and facts about the run; `cache` is its KV cache."""
     kept: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
         kept.setdefault(reason, []).append(name)
@@ -53,12 +50,11 @@ def assemble_table(
             "other_tensors": loaded.other_tensors(),
             "other_dtypes": loaded.other_dtypes(),
             "matrices": tuple(m.record() for m in loaded.matrices),
-            "measurements": tuple(sorted(records, key=lambda r: (order[r.matrix], r.format))),
+            "measurements": (),
             "shared": tuple(shared),
             "kv_cache": cache,
             "experts_per_token": experts_per_token(loaded.model),
             "kept": kept,
-            "base": dict(base),
         }
     )
 
@@ -110,13 +106,15 @@ def _with_earlier(table: MeasuredTable, output: Path) -> MeasuredTable:
             shared |= {record.key: record for record in earlier.shared if record.key not in shared}
     order = {m.name: i for i, m in enumerate(table.matrices)}
     ordered = sorted(measurements.values(), key=lambda r: (order[r.matrix], r.format))
-    added = {"measurements": tuple(ordered), "shared": tuple(shared.values()), "doubts": doubts}
+    added: dict[str, object] = {"measurements": tuple(ordered), "shared": tuple(shared.values()), "doubts": doubts}
+    added["predictions"] = tuple(p for p in table.predictions if (p.matrix, p.format) not in measurements)
     return table.model_copy(update=added)
 
 
 def _count_unmeasured(table: MeasuredTable, space: Space) -> dict[str, int]:
-    """Format name -> number of matrices that were not measured in it, for formats of the space where it is not zero."""
+    """Format name -> number of matrices neither measured nor predicted in it, where that is not zero."""
     known = {(record.matrix, record.format) for record in table.measurements}
+    known |= {(prediction.matrix, prediction.format) for prediction in table.predictions}
     kept = {name for names in table.kept.values() for name in names}
     counts: dict[str, int] = {}
     for matrix in table.matrices:
