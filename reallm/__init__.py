@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reallm.artifacts.inspect import Inspection, inspect
     from reallm.artifacts.verify import Report, verify
     from reallm.compilation.compile import compile_plan as compile  # noqa: A004 - the stage's name; never imported with *
+    from reallm.compressing.compress import Compressed, compress
     from reallm.errors import ReallmError, UserError
     from reallm.evaluation.compare import Comparison
     from reallm.evaluation.evaluate import Evaluation, evaluate
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from reallm.runtime.load import load
 
 _EXPORTS = {
+    "compress": "compressing.compress",
     "measure": "measurement.measure",
     "plan": "planning.plan",
     "sweep": "reporting.sweep",
@@ -50,6 +52,7 @@ _EXPORTS = {
     "inspect": "artifacts.inspect",
     "verify": "artifacts.verify",
     "Comparison": "evaluation.compare",
+    "Compressed": "compressing.compress",
     "Evaluation": "evaluation.evaluate",
     "FinetuneSettings": "finetuning.settings",
     "Format": "kernels.formats.formats",
@@ -66,6 +69,7 @@ _EXPORTS = {
 
 __all__ = [
     "Comparison",
+    "Compressed",
     "Evaluation",
     "FinetuneSettings",
     "Format",
@@ -78,6 +82,7 @@ __all__ = [
     "Requirements",
     "UserError",
     "compile",
+    "compress",
     "evaluate",
     "explain",
     "finetune",

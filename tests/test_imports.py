@@ -14,7 +14,17 @@ PACKAGES = {
 """Package -> packages that it may import: kernels <- planner <- codegen <- reallm."""
 ROOMS = (
     *("errors", "system", "models", "text", "decoding", "codecs", "artifacts", "runtime"),
-    *("calibration", "measurement", "compilation", "evaluation", "planning", "finetuning", "reporting", "cli"),
+    *(
+        "calibration",
+        "measurement",
+        "compilation",
+        "evaluation",
+        "planning",
+        "compressing",
+        "finetuning",
+        "reporting",
+        "cli",
+    ),
 )
 """The rooms of `reallm` in order: a room imports only itself and rooms that stand before it."""
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the repository, not the wheel")

@@ -28,7 +28,7 @@ PATH_ERRORS = frozenset(
 """Error numbers of paths that cannot be read or written, which the user can correct."""
 CONSOLE = Console()
 COMMAND_ORDER = (
-    *("measure", "plan", "diff", "explain", "report", "sweep"),
+    *("compress", "measure", "plan", "diff", "explain", "report", "sweep"),
     *("compile", "eval", "generate", "finetune", "inspect", "verify", "demo"),
 )
 """The order in which --help lists the commands: that in which they are used."""
@@ -97,6 +97,10 @@ def start(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
 ) -> None:
     """Fit a language model into a memory budget with the least possible loss.
+
+    [bold]reallm compress[/bold] MODEL --budget 3.0bpw --text wiki.txt -o out/
+
+    The same in stages:
 
     [bold]reallm measure[/bold] MODEL --text wiki.txt -o work/
     [bold]reallm plan[/bold] work/ --budget 3.0bpw -o plan.json

@@ -11,7 +11,7 @@ import typer
 from reallm.measurement.workers.pool import Backend
 
 from .app import app, quiet_transformers
-from .options import Model, Seed, Text
+from .options import Images, Jobs, Model, Nsamples, Seed, Seqlen, SpaceOption, Text, UseChatTemplate
 
 
 @app.command(epilog="Example: reallm measure HuggingFaceTB/SmolLM2-135M --text wiki.txt -o work/")
@@ -21,13 +21,11 @@ def measure(
         Path, typer.Option("--output", "-o", help="The work folder for the measured table, statistics and cache.")
     ],
     text: Text = None,
-    space: Annotated[str, typer.Option(help="Candidate formats: the name of a preset, or a YAML file.")] = "default",
-    nsamples: Annotated[
-        int, typer.Option(min=1, help="Calibration windows. 16 take a quarter of the time but give a higher loss.")
-    ] = 64,
-    seqlen: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 1024,
+    space: SpaceOption = "default",
+    nsamples: Nsamples = 64,
+    seqlen: Seqlen = 1024,
     seed: Seed = 0,
-    jobs: Annotated[int, typer.Option(help="Matrices to encode at once; -1 for one per core.")] = -1,
+    jobs: Jobs = -1,
     backend: Annotated[
         Backend, typer.Option(help="Encode in processes of this machine, or on a Ray cluster.")
     ] = "processes",
@@ -44,19 +42,22 @@ def measure(
             help="MIN MAX bits per weight that you will plan for; skips candidates that cannot matter in between."
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Measure only what the best plan for this budget (3.0bpw, 48MiB) needs, and predict the rest: several "
+            "times faster.",
+        ),
+    ] = None,
     prefix: Annotated[
         Path | None,
         typer.Option(
             help="An artifact of the same model: calibrate each block on the inputs that its weights produce."
         ),
     ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            help='Texts with images, for a vision-language model: one {"image": "cat.png", "text": "A cat."} per line. '
-            "Without them what only images run keeps its dtype."
-        ),
-    ] = None,
+    images: Images = None,
     pin: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,9 +65,7 @@ def measure(
             "only way to compress what the text does not run, such as a vision tower. Repeatable."
         ),
     ] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Render .jsonl messages with the model's chat template.")
-    ] = False,
+    chat_template: UseChatTemplate = False,
 ) -> None:
     """Measure what storing each matrix in each candidate format would cost.
 
@@ -87,6 +86,7 @@ def measure(
         jobs=jobs,
         chat_template=chat_template,
         bpw=bpw,
+        budget=budget,
         prefix=prefix,
         images=images,
         pins=pin or (),
@@ -99,4 +99,6 @@ def measure(
         f"{bytes_text(base['peak_rss_bytes'])}, largest encoder process {bytes_text(base['worker_peak_rss_bytes'])}",
         err=True,
     )
-    typer.echo(f"measured; next: reallm plan {shlex.quote(str(output))} --budget 3.0bpw -o plan.json", err=True)
+    typer.echo(
+        f"measured; next: reallm plan {shlex.quote(str(output))} --budget {budget or '3.0bpw'} -o plan.json", err=True
+    )

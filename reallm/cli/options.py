@@ -52,6 +52,31 @@ Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ..."
 Seed = Annotated[int, typer.Option(help="Seed of all random choices; the same seed gives the same result.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing artifact at the output path.")]
 
+Budget = Annotated[
+    str,
+    typer.Option("--budget", "-b", help="3.0bpw for the compressed matrices, or 48MiB, 4GiB for the whole file."),
+]
+SpaceOption = Annotated[str, typer.Option("--space", help="Candidate formats: the name of a preset, or a YAML file.")]
+Nsamples = Annotated[
+    int,
+    typer.Option(
+        "--nsamples", min=1, help="Calibration windows. 16 take a quarter of the time but give a higher loss."
+    ),
+]
+Seqlen = Annotated[int, typer.Option("--seqlen", min=8, help="Tokens per window.")]
+Jobs = Annotated[int, typer.Option("--jobs", help="Matrices to encode at once; -1 for one per core.")]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        "--images",
+        help='Texts with images, for a vision-language model: one {"image": "cat.png", "text": "A cat."} per line. '
+        "Without them what only images run keeps its dtype.",
+    ),
+]
+UseChatTemplate = Annotated[
+    bool, typer.Option("--chat-template", help="Render .jsonl messages with the model's chat template.")
+]
+
 
 def comma_separated(words: str) -> list[str]:
     """The entries of a comma-separated option value, without blanks.

@@ -14,7 +14,7 @@ from reallm.planner.tables.plan import Cost, Ties
 from reallm.planner.tables.requirements import KvDtype, Requirements
 
 from .app import CONSOLE, app, quiet_transformers
-from .options import MovedWork, PlanOrArtifact, WorkFolder, file_to_write
+from .options import Budget, MovedWork, PlanOrArtifact, WorkFolder, file_to_write
 
 Pins = Annotated[
     list[str] | None,
@@ -44,10 +44,7 @@ CostOption = Annotated[Cost, typer.Option("--cost", help="Which of the measured 
 @app.command(epilog="Example: reallm plan work/ --budget 48MiB --pin 'lm_head=int8-g64' -o plan.json")
 def plan(
     work: WorkFolder,
-    budget: Annotated[
-        str,
-        typer.Option("--budget", "-b", help="3.0bpw for the compressed matrices, or 48MiB, 4GiB for the whole file."),
-    ],
+    budget: Budget,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
     pin: Pins = None,
     exclude: Excluded = None,

@@ -55,7 +55,7 @@ def measure(
     *,
     text: str | Path | None = None,
     output: str | Path,
-    space: str | Path | None = None,
+    space: str | Path | Space | None = None,
     nsamples: int = 64,
     seqlen: int = 1024,
     seed: int = 0,
@@ -85,7 +85,8 @@ def measure(
     output
         The folder for the table, the statistics and the cache of codes; created if necessary.
     space
-        The candidate formats: the name of a preset or a YAML file (see `search_space`); None for the default preset.
+        The candidate formats: the name of a preset, a YAML file (see `search_space`) or a Space; None for the default
+        preset.
     nsamples
         Number of calibration windows.
     seqlen

@@ -45,7 +45,7 @@ def measure_formats(
     codebooks: Mapping[str, Tensor],
     workers: Workers,
 ) -> Measured:
-    """Measure every matrix in its `formats` (by matrix name), on `workers` unless the cache holds the measurement.
+    """Measure the matrices in their `formats` (by matrix name), on `workers` unless the cache holds the measurement.
 
     `codebooks` maps the keys of shared codebooks to their values. Notes of the workers are logged as warnings.
     """
@@ -84,7 +84,7 @@ def split_by_cache(
     known, missing = [], []
     for matrix in sorted(loaded.matrices, key=lambda m: -m.numel):
         absent = []
-        for fmt in formats[matrix.name]:
+        for fmt in formats.get(matrix.name, ()):
             record = job.cache.measurement(job.key(matrix.name, fmt))
             if record is None:
                 absent.append(fmt)

@@ -119,11 +119,15 @@ def _build(name: str, lists: Mapping[str, object]) -> Space:
     return Space(name, {"linear": linear, "expert": expert, "embedding": embedding, "head": head})
 
 
-def load_space(space: str | Path | None = None) -> Space:
+def load_space(space: str | Path | Space | None = None) -> Space:
     """Load the preset called `space`, or the YAML file of that name; None for the default preset.
+
+    A Space is returned as it is.
 
     Raises UserError for an unknown name and for a file that does not describe a space.
     """
+    if isinstance(space, Space):
+        return space
     name = str(space or DEFAULT_SPACE)
     if name in PRESETS:
         linear, vocabulary = PRESETS[name]

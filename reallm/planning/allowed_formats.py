@@ -25,6 +25,13 @@ TARGETS: Mapping[str, Callable[[Format], bool]] = {
 """Target -> function that says whether the target has a kernel for a format."""
 
 
+def supported_formats(formats: Sequence[Format], target: str) -> tuple[Format, ...]:
+    """Those of `formats` that `target` has kernels for. Raises UserError for an unknown target."""
+    if target not in TARGETS:
+        raise UserError(f"--target {target}: unknown target; expected one of {', '.join(TARGETS)}")
+    return tuple(fmt for fmt in formats if TARGETS[target](fmt))
+
+
 def with_allowed_formats(options: PlanOptions, table: MeasuredTable, work: str | Path) -> PlanOptions:
     """`options` with its preset and target turned into a list of formats. Raises UserError."""
     formats: Sequence[str] | None = options.formats
@@ -52,11 +59,9 @@ def target_formats(table: MeasuredTable, target: str, formats: Sequence[str] | N
 
     `formats` are names or patterns. Raises UserError when none is left.
     """
-    if target not in TARGETS:
-        raise UserError(f"--target {target}: unknown target; expected one of {', '.join(TARGETS)}")
     measured = sorted({record.format for record in table.measurements})
     allowed = [name for name in measured if formats is None or any(fnmatchcase(name, f.lower()) for f in formats)]
-    supported = [name for name in allowed if TARGETS[target](Format.parse(name))]
+    supported = [fmt.name for fmt in supported_formats([Format.parse(name) for name in allowed], target)]
     if not supported:
         raise UserError(
             f"--target {target} has no kernel for any of {', '.join(allowed) or 'these formats'}: measure others"
