@@ -41,7 +41,14 @@ STAGES = ("measure", "plan", "compile", "evaluate")
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress` made, and what it took."""
+    """What `compress` made, and what it took.
+
+    >>> made = reallm.compress(
+    ...     "model", "5bpw", "small", text="train.txt", space="space.yaml", windows=0, nsamples=8, seqlen=32
+    ... )
+    >>> made.work
+    PosixPath('small-work')
+    """
 
     output: Path
     """The artifact."""
@@ -118,7 +125,7 @@ def compress(
     windows
         How many windows of `test` to evaluate; 0 for no evaluation.
     gap
-        Go on measuring until the candidates that were not measured can lower the predicted loss by no more than this
+        Continue measuring until the candidates that were not measured can lower the predicted loss by no more than this
         share of it; see `reallm.measurement.needed`.
     full
         Measure every candidate instead: slower, and then the gap is 0 at every budget.
@@ -138,8 +145,10 @@ def compress(
 
     Examples
     --------
-    >>> made = reallm.compress("model", "5bpw", "out", text="train.txt", test="test.txt", nsamples=8, seqlen=32)
-    >>> made.plan.bits_per_weight <= 5, round(made.evaluation.comparison.divergence.mean, 4) > 0
+    >>> made = reallm.compress(
+    ...     "model", "5bpw", "small", text="train.txt", test="test.txt", space="space.yaml", nsamples=8, seqlen=32
+    ... )
+    >>> made.plan.bits_per_weight <= 5, made.evaluation.comparison.divergence.mean > 0
     (True, True)
     """
     output = Path(output)

@@ -16,7 +16,7 @@ from reallm.models.matrix import Matrix
 SAMPLED_SHARE = 0.015
 """Fifteen formats of this share take a quarter of the time of encoding the model once."""
 FEW = 4
-"""Of a kind with fewer matrices, such as embeddings, every matrix is encoded in all formats."""
+"""A kind with fewer matrices than this, such as embeddings, is encoded in all its formats."""
 
 Formats = Mapping[str, Sequence[Format]]
 

@@ -111,7 +111,7 @@ def measure(
     options
         What will be asked of the plan besides the budget; its formats, preset and target must be left to `space`.
     gap
-        With `budget`: go on measuring until the unmeasured candidates can lower the predicted loss by no more than
+        With `budget`: continue measuring until the unmeasured candidates can lower the predicted loss by no more than
         this share of it.
     prefix
         An artifact of the same model: calibrate on the inputs that each block receives in this compressed model.
