@@ -5,6 +5,9 @@ first, the model runs again with stored results in place of the blocks, up to th
 gradients. What a model does between its blocks therefore needs no description: it is executed. Which stored results a
 call needs is found once, on the first window (`dependencies`), and checked by comparing what every call then returns
 with what it returned in the whole model. Where that fails, no call is replaced and the model is run as a whole.
+
+A model that does not fit into memory is run as a whole on the first window only. After that every call is run on all
+windows before the next one, so that each block is read from its file once.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from reallm.errors import UserError
+from reallm.models.conversion import computing_in, tensors_of
 from reallm.models.loaded import LoadedModel, Matrix
+from reallm.system.memory import available_memory
 from reallm.system.progress import progress_bar
+from reallm.system.scratch import Scratch
 
 from .block_calls import (
     Arguments,
@@ -32,11 +38,14 @@ from .block_calls import (
     run_and_take_apart,
     with_replaced_tensors,
 )
+from .compute_dtype import compute_dtype
 from .dependencies import Dependencies, Tracer
-from .hooks import StatisticsHooks
+from .hooks import StatisticsHooks, sums_nbytes
 from .objective import MAX_NATS, Objective
-from .stored_tensors import TAIL, CallResults, Gradients, StoredGradients
+from .stored_tensors import TAIL, CallResults, Gradients, Stored, StoredGradients
 
+SUMS_SHARE = 0.3
+"""Largest share of the available memory that the sums of one pass may take; larger ones are in files."""
 WAY_OUT = "check the weights, or convert a float16 model to bfloat16 or float32"
 
 
@@ -64,6 +73,7 @@ class BlockStreamer:
         self.loaded, self.objective = loaded, objective
         self.device = loaded.model.device
         self.blocks = {path: loaded.model.get_submodule(path) for path in loaded.blocks}
+        self.dtype = compute_dtype(loaded)
         self.results = CallResults(folder)
         self.gradients = StoredGradients(folder)
         self.notes: list[str] = self.objective.notes
@@ -80,8 +90,14 @@ class BlockStreamer:
         return len(self.objective)
 
     def hooks(self, matrices: Sequence[Matrix], sums: Mapping[str, Tensor] | None = None) -> StatisticsHooks:
-        """Hooks that gather the statistics of `matrices`, starting from the `sums` of earlier passes."""
-        return self.objective.hooks(matrices, sums)
+        """Hooks that gather the statistics of `matrices`, starting from the `sums` of earlier passes.
+
+        Sums that would take too much memory are in files.
+        """
+        hooks = self.objective.hooks(matrices, sums)
+        if sum(map(sums_nbytes, matrices)) > SUMS_SHARE * available_memory():
+            hooks.scratch = Scratch(self.results.folder)
+        return hooks
 
     def _forward(self, window: int, inputs: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for a window; `inputs` replace the tensors of the same names that it is called with."""
@@ -97,42 +113,75 @@ class BlockStreamer:
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
+    def ready(self, number: int) -> AbstractContextManager[None]:
+        """A context in which the block of call `number` is in the dtype to compute in."""
+        return computing_in(tensors_of(self.blocks[self.calls[number].path]), self.dtype)
+
     def store_results(self) -> None:
         """Run all windows and store what each call returns, unless an earlier pass did; then find the dependencies.
 
         Raises UserError for activations that are not finite.
         """
-        stored = self.results.is_complete()
-        if not stored:
-            self.results.clear()
+        stored = self.results.resume(self.windows)
+        window_by_window = self.loaded.scratch is None
+        if window_by_window and not stored.complete:
+            stored = self.results.clear()
         with torch.no_grad():
             try:
-                logits = self._record(0, store=not stored)
-                rest = range(self.windows if stored else 1, self.windows)
-                for window in progress_bar(rest, desc="calibrate: forward", unit="window"):
-                    self._record(window, store=True)
+                logits = self._record(0, stored)
+                if window_by_window and not stored.complete:
+                    for window in progress_bar(range(1, self.windows), desc="calibrate: forward", unit="window"):
+                        self._record(window, stored)
                 self._find_dependencies()
                 self._check_reproduction(logits)
+                if not window_by_window and not stored.complete:
+                    self._store_by_calls(stored.calls)
             except NotReproducedError as error:
                 self.calls, self.dependencies, self.tail = [], [], Dependencies(())
                 if self.blocks:
                     self.notes.append(f"calibrated with the whole model at once, because {error}")
-        if not stored:
-            self.results.mark_complete()
+        if not stored.complete:
+            self.results.mark(len(self.calls), complete=True)
 
-    def _record(self, window: int, store: bool) -> Tensor:
-        """Run one window; its first run also makes the list of calls. Returns the first tensor of the output."""
+    def _store_by_calls(self, done: int) -> None:
+        """Run each call on all windows but the first; the first `done` calls are stored already."""
+        calls = range(done, len(self.calls))
+        for number in progress_bar(calls, desc="calibrate: forward", unit="block", initial=done, total=len(self.calls)):
+            with self.ready(number):
+                for window in range(1, self.windows):
+                    self._store_call(number, window)
+            self.results.mark(number + 1)
+
+    def _store_call(self, number: int, window: int) -> None:
+        """Run one call on a window, with stored results in place of the calls before it, and store what it returns."""
+        path = self.calls[number].path
+
+        def compute(forward: Callable[..., Any], arguments: Arguments) -> None:
+            _, template, tensors = run_and_take_apart(path, forward, arguments)
+            if len(template.leaves) != len(self.calls[number].leaves) or template.writes != self.calls[number].writes:
+                raise NotReproducedError("its blocks return different things for different texts")
+            self._check_finite(tensors[0] if tensors else None, path, output=True)
+            self.results.append(number, tensors)
+
+        self._run_to(number, window, compute, {k: self._values(k, window) for k in self.dependencies[number].results})
+
+    def _record(self, window: int, stored: Stored) -> Tensor:
+        """Run one window and store the results of the calls that are not `stored`; returns the output's first tensor.
+
+        The first window also makes the list of calls.
+        """
         templates: list[CallTemplate] = []
 
         def handle(number: int, path: str, forward: Callable[..., Any], arguments: Arguments) -> Any:
             if number == 0:
                 self._check_finite(next((t for t in argument_leaves(arguments) if isinstance(t, Tensor)), None), path)
-            result, template, tensors = run_and_take_apart(path, forward, arguments)
+            with computing_in(tensors_of(self.blocks[path]), self.dtype):
+                result, template, tensors = run_and_take_apart(path, forward, arguments)
             if window and number >= len(self.calls):
                 raise NotReproducedError("its blocks are called differently for different texts")
             self._check_finite(tensors[0] if tensors else None, path, output=True)
             templates.append(template)
-            if store:
+            if number >= stored.calls:
                 self.results.append(number, tensors)
             return result
 
@@ -197,7 +246,8 @@ class BlockStreamer:
         actual: list[Tensor] = []
 
         def compute(forward: Callable[..., Any], arguments: Arguments) -> None:
-            actual.extend(run_and_take_apart(self.calls[number].path, forward, arguments)[2])
+            with self.ready(number):
+                actual.extend(run_and_take_apart(self.calls[number].path, forward, arguments)[2])
 
         try:
             self._run_to(number, 0, compute, {k: self._values(k, 0) for k in self.dependencies[number].results})

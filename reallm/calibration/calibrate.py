@@ -26,17 +26,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-import torch
 from torch import Tensor, nn
 
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
+from reallm.models.conversion import computing_in, tensors_of, tensors_outside
 from reallm.models.image_texts import ImageTexts
 from reallm.models.loaded import LoadedModel
 from reallm.models.probe import eager_experts
 from reallm.system.lock import exclusive_lock
 
 from .block_streaming import BlockStreamer
+from .compute_dtype import compute_dtype
 from .gathering import gather_at_once, gather_by_calls
 from .objective import ImageObjective, Objective, make_objective
 from .statistics import merge_statistics
@@ -44,8 +44,6 @@ from .unmeasured import complete_statistics
 
 DONE_FILE = "calibration.json"
 PARTIAL_FOLDER = "partial"
-MEMORY_SHARE = 0.3
-"""Largest share of the free memory that a float32 copy of the model may take."""
 
 
 @dataclass
@@ -90,35 +88,19 @@ def calibrate(
                     stack.enter_context(weights)
                 stack.enter_context(eager_experts(loaded.model))
                 stack.enter_context(frozen(loaded.model))
-                stack.enter_context(computing_in(loaded.model, compute_dtype(loaded)))
+                stack.enter_context(_converted(loaded))
                 report = _gather_all(loaded, windows, folder, seed, images)
             write_text_atomic(done, canonical_json(vars(report)))
         shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
         return CalibrationReport(**json.loads(done.read_text(encoding="utf-8")))
 
 
-def compute_dtype(loaded: LoadedModel) -> torch.dtype:
-    """The dtype to calibrate in: float32, or the model's dtype if float32 would take over MEMORY_SHARE of free memory.
-
-    Float32 is more exact and, on processors without bfloat16 arithmetic, six times as fast.
-    """
-    nbytes = 4 * sum(tensor.numel() for tensor in loaded.model.parameters())
-    fits = nbytes <= MEMORY_SHARE * psutil.virtual_memory().available
-    return torch.float32 if fits else loaded.dtype
-
-
-@contextmanager
-def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Convert the model's floating-point tensors to `dtype` within the context; float32 ones stay as they are."""
-    tensors = [*model.parameters(), *model.buffers()]
-    before = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype not in (dtype, torch.float32)]
-    try:
-        for tensor, _ in before:
-            tensor.data = tensor.data.to(dtype)
-        yield
-    finally:
-        for tensor, data in before:
-            tensor.data = data
+def _converted(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """The model in the dtype to calibrate in; of one that does not fit into memory, what is outside the blocks."""
+    dtype = compute_dtype(loaded)
+    if loaded.scratch is None:
+        return computing_in(tensors_of(loaded.model), dtype)
+    return computing_in(tensors_outside(loaded.model, loaded.blocks), dtype, loaded.scratch)
 
 
 @contextmanager

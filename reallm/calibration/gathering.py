@@ -11,16 +11,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
 from safetensors.torch import load_file
 from torch import Tensor
 
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.models.loaded import LoadedModel, Matrix
+from reallm.system.memory import available_memory
 from reallm.system.progress import progress_bar
 from reallm.system.tensor_file import save_tensors
 
 from .block_streaming import BlockStreamer
+from .hooks import sums_nbytes
 from .statistics import statistics_path
 from .stored_tensors import TAIL
 
@@ -47,8 +48,9 @@ def gather_by_calls(streamer: BlockStreamer, folder: Path) -> float:
         carried = load_file(carried_path) if carried_path.exists() else {}
         names = {m.name for m in taking_part[number]}
         own_sums = {key: value for key, value in carried.items() if key.split("/", 1)[1] in names}
-        hooks = streamer.hooks(taking_part[number], own_sums)
-        results, inputs = streamer.run_call(number, hooks)
+        with streamer.ready(number):
+            hooks = streamer.hooks(taking_part[number], own_sums)
+            results, inputs = streamer.run_call(number, hooks)
         done = {name for name in names if first_call[name] == number}
         _store(loaded, folder, hooks.statistics(done))
         left = {key: value for key, value in (carried | hooks.sums).items() if key.split("/", 1)[1] not in done}
@@ -122,10 +124,10 @@ def _matrices_of_calls(streamer: BlockStreamer) -> list[list[Matrix]]:
 
 def _parts_in_memory(loaded: LoadedModel) -> Iterator[list[Matrix]]:
     """All matrices, in parts whose statistics fit into MEMORY_SHARE of the free memory."""
-    limit = MEMORY_SHARE * psutil.virtual_memory().available
+    limit = MEMORY_SHARE * available_memory()
     part, total = list[Matrix](), 0.0
     for matrix in loaded.matrices:
-        nbytes = 4 * (matrix.cols**2 + matrix.numel + (matrix.rows**2 if matrix.kind in ("linear", "expert") else 0))
+        nbytes = sums_nbytes(matrix)
         if part and total + nbytes > limit:
             yield part
             part, total = [], 0.0

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from reallm.models.loaded import LoadedModel, Matrix
+from reallm.system.scratch import Scratch
 
 ROW_BLOCK = 8192
 """Number of rows of an output head's Fisher information that are updated at a time, to save memory."""
@@ -44,6 +45,11 @@ def add_moment(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None
     for start in range(0, len(total), width):
         stop = start + width
         total[start:stop, :stop].addmm_(left[:, start:stop].T, right[:, :stop], alpha=scale)
+
+
+def sums_nbytes(matrix: Matrix) -> int:
+    """Bytes of the sums of one matrix."""
+    return 4 * (matrix.cols**2 + matrix.numel + (matrix.rows**2 if matrix.kind in ("linear", "expert") else 0))
 
 
 class _WatchedCalls(TorchFunctionMode):
@@ -89,6 +95,8 @@ class StatisticsHooks:
         self.tokens = tokens
         self.sums: dict[str, Tensor] = dict(sums or {})
         """Key "<kind>/<matrix name>" -> sum over the tokens seen so far."""
+        self.scratch: Scratch | None = None
+        """Where the sums are; None for memory."""
         self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
         self._modules: list[tuple[Matrix, nn.Module]] = []
         self._embeddings: list[tuple[Matrix, Tensor]] = []
@@ -142,8 +150,11 @@ class StatisticsHooks:
                 continue
             if kind in ("guided", "gram"):
                 value.tril_().add_(value.tril(-1).T)
-            result[key] = value.to(torch.bfloat16) if kind in ("fisher", "lookup", "gram") else value
+            result[key] = self._in_bfloat16(value) if kind in ("fisher", "lookup", "gram") else value
         return result
+
+    def _in_bfloat16(self, value: Tensor) -> Tensor:
+        return value.to(torch.bfloat16) if self.scratch is None else self.scratch.copy(value, torch.bfloat16)
 
     # -- what the hooks see -----------------------------------------------------------------------------------------
 
@@ -222,7 +233,7 @@ class StatisticsHooks:
 
     def _sum(self, key: str, *shape: int) -> Tensor:
         if key not in self.sums:
-            self.sums[key] = torch.zeros(*shape)
+            self.sums[key] = torch.zeros(*shape) if self.scratch is None else self.scratch.zeros(shape)
         return self.sums[key]
 
     def _input(self, matrix: Matrix, value: Tensor) -> Tensor:

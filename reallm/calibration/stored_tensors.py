@@ -1,14 +1,16 @@
 """What passes between a model's blocks, stored in files to save memory: the blocks' results and their gradients.
 
 `<call>-<slot>.values` holds the raw values of one tensor that a call returned, all windows one after another;
-`results.json` lists shapes and dtypes and is written when all are stored. A slot's shape may differ from window to
-window. Gradients are in one safetensors file per pair of calls, because several later calls may use one result.
+`results.json` lists the shapes and dtypes of the calls that are stored for all windows. A slot's shape may differ from
+window to window. Gradients are in one safetensors file per pair of calls, because several later calls may use one
+result.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -26,6 +28,16 @@ TAIL = "tail"
 """Takes the place of a call's number for gradients that come from the tail."""
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How much of the results is stored."""
+
+    calls: int
+    """The first calls, of which the results of all windows are stored."""
+    complete: bool
+    """Whether these are all calls."""
+
+
 class CallResults:
     """The tensors that every call returned for every window, in `folder`."""
 
@@ -37,10 +49,11 @@ class CallResults:
         """[call][slot] -> dtype."""
         folder.mkdir(parents=True, exist_ok=True)
 
-    def clear(self) -> None:
+    def clear(self) -> Stored:
         """Forget and overwrite what an earlier pass stored."""
         (self.folder / COMPLETE_FILE).unlink(missing_ok=True)
         self.shapes, self.dtypes = [], []
+        return Stored(0, complete=False)
 
     def append(self, call: int, tensors: Sequence[Tensor]) -> None:
         """Add the tensors that a call returned for the next window; calls are numbered from 0 without gaps."""
@@ -54,24 +67,34 @@ class CallResults:
             with self._path(call, slot).open("wb" if first else "ab") as stream:
                 stream.write(raw.reshape(-1).view(torch.uint8).numpy().data)
 
-    def mark_complete(self) -> None:
-        """Write `results.json`, which records that the results of all windows are stored."""
-        dtypes = [[torch_name(dtype) for dtype in slots] for slots in self.dtypes]
-        write_text_atomic(self.folder / COMPLETE_FILE, canonical_json({"shapes": self.shapes, "dtypes": dtypes}))
+    def mark(self, calls: int, *, complete: bool = False) -> None:
+        """Record in `results.json` that the results of the first `calls` calls are stored for all windows.
 
-    def is_complete(self) -> bool:
-        """Whether an earlier pass stored all results; reads their shapes."""
+        `complete` says that these are all calls.
+        """
+        dtypes = [[torch_name(dtype) for dtype in slots] for slots in self.dtypes[:calls]]
+        state = {"shapes": self.shapes[:calls], "dtypes": dtypes, "complete": complete}
+        write_text_atomic(self.folder / COMPLETE_FILE, canonical_json(state))
+
+    def resume(self, windows: int) -> Stored:
+        """What an earlier pass stored of `windows` windows; reads the shapes of that and forgets the rest."""
         path = self.folder / COMPLETE_FILE
         if not path.exists():
-            return False
+            return self.clear()
         state = json.loads(path.read_text(encoding="utf-8"))
         self.shapes = [[[tuple(shape) for shape in slot] for slot in call] for call in state["shapes"]]
         self.dtypes = [[getattr(torch, name) for name in call] for call in state["dtypes"]]
-        return all(
-            self._path(call, slot).exists() and self._path(call, slot).stat().st_size == self._offset(call, slot, None)
+        whole = all(
+            len(shapes) == windows and self._is_whole(call, slot)
             for call, slots in enumerate(self.shapes)
-            for slot in range(len(slots))
+            for slot, shapes in enumerate(slots)
         )
+        return Stored(len(self.shapes), bool(state.get("complete", True))) if whole else self.clear()
+
+    def _is_whole(self, call: int, slot: int) -> bool:
+        """Whether the file of a slot has the size that the shapes give."""
+        path = self._path(call, slot)
+        return path.exists() and path.stat().st_size == self._offset(call, slot, None)
 
     def read(self, call: int, window: int) -> list[Tensor]:
         """The tensors that `call` returned for `window`, in the order of their slots."""

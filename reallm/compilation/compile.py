@@ -33,7 +33,7 @@ from reallm.kernels.storage.dtypes import SAFETENSORS_DTYPES
 from reallm.kernels.storage.layout import TensorSpec
 from reallm.kernels.storage.safetensors_writer import write_weights
 from reallm.measurement.measured_codes import MeasuredCodes
-from reallm.models.loaded import LoadedModel, Matrix
+from reallm.models.loaded import LoadedModel, Matrix, stored_tensors
 from reallm.planner.problem.candidates import dense_format
 from reallm.planner.tables.plan import PLAN_FILE, Choice, Plan
 from reallm.planner.tables.records import write_record
@@ -88,6 +88,8 @@ class Compilation:
             for name, m in self.matrices.items()
         }
         self._last_fields: tuple[str, Mapping[str, Bytes]] = ("", {})
+        self._tensors = dict(stored_tensors(self.loaded.model))
+        self._others = self.loaded.other_tensors()
         _check_choices(self.plan, self.matrices)
 
     def packed(self) -> dict[str, Matrix]:
@@ -112,7 +114,7 @@ class Compilation:
         """
         records = [matrix.record() for matrix in self.loaded.matrices]
         dtype = FLOAT_NAMES[self.loaded.dtype]
-        others = other_specs(self.loaded.other_tensors(), self.loaded.other_dtypes(), dtype)
+        others = other_specs(self._others, self.loaded.other_dtypes(), dtype)
         specs = weights_tensors(records, self.formats, self.plan.shared, others)
         tensors = {m.parameter: self.loaded.model.get_parameter(m.parameter) for m in self.loaded.matrices}
         return [replace(s, shape=tuple(tensors[s.name].shape)) if s.name in tensors else s for s in specs]
@@ -148,8 +150,23 @@ class Compilation:
             matrix, field_name = owner[spec.name]
             data = self.fields(matrix)[field_name] if field_name else self.codes.shared(matrix)
         else:
-            data = _float_bytes(self.loaded, spec, self.tuned)
-        self.digests[spec.name] = hashlib.sha256(data.tobytes()).hexdigest()
+            data = self._float_bytes(spec)
+        self.digests[spec.name] = hashlib.sha256(data.data).hexdigest()
+        return data
+
+    def _float_bytes(self, spec: TensorSpec) -> Bytes:
+        """The bytes of a tensor of the model, or of its tuned replacement, in the planned dtype.
+
+        Raises UserError if the conversion would lose bits.
+        """
+        tensor = self.tuned[spec.name] if spec.name in self.tuned else self._tensors[spec.name].detach()
+        dtype = {name: dtype for dtype, name in TORCH_NAMES.items()}[SAFETENSORS_DTYPES[spec.dtype].name]
+        result = tensor.to(dtype)
+        if result is not tensor and spec.name in self._others and not torch.equal(result.to(tensor.dtype), tensor):
+            raise UserError(
+                f"tensor {spec.name} is {tensor.dtype} and loses bits as {spec.dtype}; load the model in that dtype"
+            )
+        data: Bytes = result.contiguous().reshape(-1).view(torch.uint8).numpy()
         return data
 
     def owners(self) -> dict[str, tuple[str, str]]:
@@ -217,22 +234,6 @@ def _check_choices(plan: Plan, matrices: Mapping[str, Matrix]) -> None:
                 f"the plan has a format for {choice.matrix} [{choice.rows}, {choice.cols}], the model has {found}; "
                 "plan again"
             )
-
-
-def _float_bytes(loaded: LoadedModel, spec: TensorSpec, tuned: Mapping[str, Tensor]) -> Bytes:
-    """The bytes of a tensor of the model, or of its tuned replacement, in the planned dtype.
-
-    Raises UserError if the conversion would lose bits.
-    """
-    tensor = tuned[spec.name] if spec.name in tuned else loaded.model.state_dict()[spec.name].detach()
-    dtype = {name: dtype for dtype, name in TORCH_NAMES.items()}[SAFETENSORS_DTYPES[spec.dtype].name]
-    result = tensor.to(dtype)
-    if spec.name in loaded.other_tensors() and not torch.equal(result.to(tensor.dtype), tensor):
-        raise UserError(
-            f"tensor {spec.name} is {tensor.dtype} and loses bits as {spec.dtype}; load the model in that dtype"
-        )
-    data: Bytes = result.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return data
 
 
 def write_config(folder: Path, loaded: LoadedModel, record: QuantizationRecord) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from reallm.calibration.calibrate import CalibrationReport, calibrate, compute_dtype
+from reallm.calibration.calibrate import CalibrationReport, calibrate
+from reallm.calibration.compute_dtype import compute_dtype
 from reallm.errors import UserError
 from reallm.kernels.codes.stored_fields import fields_sha256
 from reallm.kernels.formats.formats import Format

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reallm.calibration.calibrate import compute_dtype, computing_in
+from reallm.calibration.compute_dtype import whole_model_dtype
 from reallm.calibration.objective import Objective, make_objective
 from reallm.codecs.encode import encode
 from reallm.codecs.metric import Workspace
 from reallm.decoding.decode import decode
 from reallm.kernels.formats.formats import Format
+from reallm.models.conversion import computing_in, tensors_of
 from reallm.models.loaded import LoadedModel, Matrix
 from reallm.models.probe import eager_experts
 from reallm.planner.tables.measured_table import MeasurementRecord
@@ -83,7 +84,8 @@ def check_second_order(
     stride = -(-len(windows) // CHECKED_WINDOWS)
     objective = make_objective(loaded, windows[::stride], job.seed)
     weights = [_decoded(loaded, matrices[record.matrix], record, job, codebooks) for record in doubtful]
-    with torch.no_grad(), eager_experts(loaded.model), computing_in(loaded.model, compute_dtype(loaded)):
+    converted = computing_in(tensors_of(loaded.model), whole_model_dtype(loaded))
+    with torch.no_grad(), eager_experts(loaded.model), converted:
         losses = _losses(loaded, objective, [matrices[record.matrix] for record in doubtful], weights)
     return tuple(
         CheckedLoss(record.matrix, record.format, record.two_sided, loss)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reallm.errors import UserError
 from reallm.system.progress import without_bars_in_files
+from reallm.system.scratch import Scratch
 from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_NAMES
 
 from .checkpoint import read_checkpoint
@@ -67,6 +68,8 @@ class LoadedModel:
     """What the model computes from its hidden states, if it is an encoder without an output layer for tokens."""
     processor_files: tuple[Path, ...] = ()
     """The files of the model's processor for images or sound, to be copied as they are."""
+    scratch: Scratch | None = None
+    """Where large tensors go if the model does not fit into memory; None if it does."""
 
     @property
     def is_encoder(self) -> bool:
@@ -109,16 +112,18 @@ class LoadedModel:
         return {n: TORCH_NAMES[tensors[n].dtype] for n in self.other_tensors() if tensors[n].dtype != self.dtype}
 
 
-def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(source: str | Path, dtype: torch.dtype | None = None, scratch: Scratch | None = None) -> LoadedModel:
     """Load `source` on the CPU and find its matrices.
 
-    With `dtype` None the weights keep the dtype of the file (bfloat16 for GGUF). Raises UserError with a message of one
+    With `dtype` None the weights keep the dtype of the file (bfloat16 for GGUF). The weights of a model that does not
+    fit into memory stay in its files (see `large`); `scratch` is where large tensors then go, by default the system's
+    folder for temporary files. Raises UserError with a message of one
     line for a source that is unknown, damaged, incomplete, of an unsupported architecture or quantisation, and for NaN
     or infinity in a tensor.
     """
     with without_bars_in_files():
         located = locate(source)
-        model, notes = load_dense(located, dtype)
+        model, notes, place = load_dense(located, dtype, scratch or Scratch.default())
     _stop_rescaling(model)
     if dtype is None and located.gguf_file is None:
         notes = (*notes, *restore_stored_dtypes(model, read_checkpoint(located.folder)))
@@ -135,6 +140,7 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> LoadedMo
         notes=notes,
         sentence_encoder=read_sentence_encoder(located.folder) if gives_embeddings(model) else None,
         processor_files=() if located.gguf_file else processor_files(located.folder),
+        scratch=place,
     )
 
 

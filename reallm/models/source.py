@@ -23,8 +23,10 @@ from transformers import (
 
 from reallm.errors import UserError
 from reallm.kernels.storage.layout import CONFIG_FILE, WEIGHTS_FILE
+from reallm.system.scratch import Scratch
 
 from .checkpoint import main_dtype, read_checkpoint, read_json
+from .large import fits_in_memory, kept_in_files, stored_weights
 from .leftovers import leftover_notes
 from .model_class import model_class
 from .quantised.find import KEYS, find_schemes
@@ -34,6 +36,8 @@ from .setting_types import GENERATION_FILE, check_generation
 from .settings_errors import check_config, settings_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
+PACKED_VALUES = 2
+"""Weights in one stored value of a quantised checkpoint, or in a byte of a GGUF file, roughly (4 bits)."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 DAMAGE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, struct.error, SafetensorError)
 """Exceptions that transformers raises on a file it cannot use."""
@@ -73,13 +77,19 @@ def _locate_file(label: str, path: Path) -> Source:
     raise UserError(f"{label} is a file of an unknown kind; expected a .gguf file or the folder of a model")
 
 
-def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load the uncompressed model on the CPU: (model in evaluation mode, notes for the user).
+def load_dense(
+    source: Source, dtype: torch.dtype | None, scratch: Scratch
+) -> tuple[PreTrainedModel, tuple[str, ...], Scratch | None]:
+    """Load the uncompressed model on the CPU: (model in evaluation mode, notes for the user, `scratch` or None).
 
-    For the errors see `load_model`.
+    The last is `scratch` for a model that does not fit into memory: its weights stay in its files, or in `scratch`
+    where they are converted. For the errors see `load_model`.
     """
     if source.gguf_file is not None:
-        return _load_gguf(source, dtype or torch.bfloat16)
+        nbytes = (source.folder / source.gguf_file).stat().st_size
+        place = None if fits_in_memory(PACKED_VALUES * nbytes) else scratch
+        with kept_in_files(place):
+            return *_load_gguf(source, dtype or torch.bfloat16), place
     settings = _read_settings(source)
     schemes = find_schemes(settings, source.folder, source.label)
     config = _read_config(source)
@@ -93,9 +103,12 @@ def load_dense(source: Source, dtype: torch.dtype | None) -> tuple[PreTrainedMod
             f"{source.label}: config.json says that the weights are quantised ({schemes[0].method}), but none is; if "
             "these are the original weights, remove quantization_config from config.json"
         )
-    if schemes:
-        return _load_quantised(kind, source, config, weights, dtype or unpacked_dtype(settings))
-    return _load(kind, source, config, dtype or main_dtype(tensors.values(), source.label), options)
+    values = stored_weights(tensors.values()) * (PACKED_VALUES if schemes else 1)
+    place = None if fits_in_memory(values) else scratch
+    with kept_in_files(place):
+        if schemes:
+            return *_load_quantised(kind, source, config, weights, dtype or unpacked_dtype(settings), place), place
+        return *_load(kind, source, config, dtype or main_dtype(tensors.values(), source.label), options), place
 
 
 def _load(
@@ -120,10 +133,15 @@ def _load(
 
 
 def _load_quantised(
-    kind: Any, source: Source, config: PretrainedConfig, weights: UnpackedWeights, dtype: torch.dtype
+    kind: Any,
+    source: Source,
+    config: PretrainedConfig,
+    weights: UnpackedWeights,
+    dtype: torch.dtype,
+    scratch: Scratch | None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Unpack quantised weights to `dtype` and load the model with them, as an ordinary one."""
-    model, notes = _load(kind, source, config, dtype, {"state_dict": weights.read(dtype)})
+    """Unpack quantised weights to `dtype`, in files if there is a `scratch`, and load the model as an ordinary one."""
+    model, notes = _load(kind, source, config, dtype, {"state_dict": weights.read(dtype, scratch)})
     model.name_or_path = model.config.name_or_path = str(source.folder)
     methods = ", ".join(sorted({scheme.method for scheme, _ in weights.packed.values()}))
     if weights.dropped:

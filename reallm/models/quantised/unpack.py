@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reallm.errors import UserError
 from reallm.kernels.storage.safetensors_reader import StoredTensor
+from reallm.system.scratch import Scratch
 
 from .fp8 import FLOAT8
 from .scheme import ACTIVATION_SCALES, PACKED, Scheme
@@ -80,9 +81,10 @@ class UnpackedWeights:
         self.packed[name if scheme.weight is None else stem + scheme.weight] = (scheme, parts)
         return True
 
-    def read(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def read(self, dtype: torch.dtype, scratch: Scratch | None = None) -> dict[str, Tensor]:
         """Every weight; unpacked ones are rounded once, from float32 to `dtype`, and others keep their own type.
 
+        With `scratch`, the unpacked weights are in files there.
         Raises UserError for stored tensors whose shapes do not fit each other.
         """
         with _Files(self._tensors) as files:
@@ -94,7 +96,7 @@ class UnpackedWeights:
                     reason = str(error).partition("\n")[0]
                     what = f"{weight} cannot be unpacked by {scheme.method}: {reason}"
                     raise UserError(f"{self._label}: {what}; give the original, unquantised model") from error
-                result[weight] = value.to(dtype)
+                result[weight] = value.to(dtype) if scratch is None else scratch.copy(value, dtype)
         return result
 
 

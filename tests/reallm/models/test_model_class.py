@@ -29,6 +29,7 @@ from transformers import (
 from reallm.errors import UserError
 from reallm.models.model_class import model_class
 from reallm.models.source import load_dense, locate
+from reallm.system.scratch import Scratch
 
 TEXT = {
     "vocab_size": 300,
@@ -105,7 +106,7 @@ def save(folder, kind, config, **changes):
 def test_a_model_with_images_loads_as_the_class_it_came_from(kind, named, tmp_path):
     changes = {} if named else {"architectures": None}
     expected = save(tmp_path, kind, VISION_MODELS[kind](), **changes)
-    model, notes = load_dense(locate(tmp_path), None)
+    model, notes, _ = load_dense(locate(tmp_path), None, Scratch(tmp_path))
     assert type(model) is kind
     assert notes == ()
     stored, loaded = expected.state_dict(), model.state_dict()
@@ -116,13 +117,13 @@ def test_a_model_with_images_loads_as_the_class_it_came_from(kind, named, tmp_pa
 def test_the_text_model_alone_loads_as_itself(tmp_path):
     config = VISION_MODELS[Qwen3_5ForConditionalGeneration]().text_config
     save(tmp_path, Qwen3_5ForCausalLM, config)
-    assert type(load_dense(locate(tmp_path), None)[0]) is Qwen3_5ForCausalLM
+    assert type(load_dense(locate(tmp_path), None, Scratch(tmp_path))[0]) is Qwen3_5ForCausalLM
 
 
 def test_the_decoder_of_a_model_with_an_encoder_may_stand_alone(tmp_path):
     sizes = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 64}
     save(tmp_path, BartForCausalLM, BartConfig(**sizes, encoder_attention_heads=2, decoder_ffn_dim=32))
-    assert type(load_dense(locate(tmp_path), None)[0]) is BartForCausalLM
+    assert type(load_dense(locate(tmp_path), None, Scratch(tmp_path))[0]) is BartForCausalLM
 
 
 def refusal(folder) -> str:
@@ -130,7 +131,7 @@ def refusal(folder) -> str:
     for path in folder.glob("*.safetensors"):
         path.write_bytes(b"damaged")
     with pytest.raises(UserError) as caught:
-        load_dense(locate(folder), None)
+        load_dense(locate(folder), None, Scratch(folder))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -18,6 +18,7 @@ from reallm.models.loaded import load_model
 from reallm.models.quantised.blocks import powers_of_two
 from reallm.models.quantised.find import METHODS
 from reallm.models.source import load_dense, locate
+from reallm.system.scratch import Scratch
 
 NAME = "model.layers.1.mlp.down_proj"
 ROWS, COLS = 48, 80
@@ -308,7 +309,7 @@ def test_mxfp4_of_gpt_oss(tmp_path, random):
     raw = json.loads((folder / "config.json").read_text())
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": settings}))
-    loaded, _ = load_dense(locate(folder), None)
+    loaded, *_ = load_dense(locate(folder), None, Scratch(tmp_path))
     expected = (values * 2.0 ** (exponents.astype(np.float64) - 127)[..., None]).reshape(3, 64, 64).transpose(0, 2, 1)
     assert torch.equal(loaded.state_dict()[name].double(), torch.from_numpy(np.ascontiguousarray(expected)))
 
