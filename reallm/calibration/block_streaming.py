@@ -44,7 +44,7 @@ from .hooks import StatisticsHooks, sums_nbytes
 from .objective import MAX_NATS, Objective
 from .stored_tensors import TAIL, CallResults, Gradients, Stored, StoredGradients
 
-SUMS_SHARE = 0.3
+SUMS_SHARE = 0.55
 """Largest share of the available memory that the sums of one pass may take; larger ones are in files."""
 WAY_OUT = "check the weights, or convert a float16 model to bfloat16 or float32"
 
@@ -76,6 +76,8 @@ class BlockStreamer:
         self.dtype = compute_dtype(loaded)
         self.results = CallResults(folder)
         self.gradients = StoredGradients(folder)
+        self.scratch = Scratch(folder)
+        """Where sums go that do not fit into memory."""
         self.notes: list[str] = self.objective.notes
         """Notes for the user, one line each."""
         self.calls: list[CallTemplate] = []
@@ -96,7 +98,7 @@ class BlockStreamer:
         """
         hooks = self.objective.hooks(matrices, sums)
         if sum(map(sums_nbytes, matrices)) > SUMS_SHARE * available_memory():
-            hooks.scratch = Scratch(self.results.folder)
+            hooks.scratch = self.scratch
         return hooks
 
     def _forward(self, window: int, inputs: Mapping[str, Tensor] | None = None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -23,10 +23,10 @@ from reallm.system.tensor_file import save_tensors
 from .block_streaming import BlockStreamer
 from .hooks import sums_nbytes
 from .statistics import statistics_path
-from .stored_tensors import TAIL
+from .stored_tensors import TAIL, Gradients
 
 MEMORY_SHARE = 0.5
-"""Largest share of the free memory that statistics may take where the whole model is run at once."""
+"""Largest share of the available memory that the sums of one pass may take."""
 
 
 def gather_by_calls(streamer: BlockStreamer, folder: Path) -> float:
@@ -48,12 +48,11 @@ def gather_by_calls(streamer: BlockStreamer, folder: Path) -> float:
         carried = load_file(carried_path) if carried_path.exists() else {}
         names = {m.name for m in taking_part[number]}
         own_sums = {key: value for key, value in carried.items() if key.split("/", 1)[1] in names}
-        with streamer.ready(number):
-            hooks = streamer.hooks(taking_part[number], own_sums)
-            results, inputs = streamer.run_call(number, hooks)
         done = {name for name in names if first_call[name] == number}
-        _store(loaded, folder, hooks.statistics(done))
-        left = {key: value for key, value in (carried | hooks.sums).items() if key.split("/", 1)[1] not in done}
+        with streamer.ready(number):
+            results, inputs, sums, statistics = _run_call(streamer, number, taking_part[number], own_sums, done)
+        _store(loaded, folder, statistics)
+        left = {key: value for key, value in (carried | sums).items() if key.split("/", 1)[1] not in done}
         if left or carried:
             # Saved before the progress is: a pass interrupted between the two would add this call's part twice.
             save_tensors(carried_path.with_suffix(".next"), left)
@@ -63,6 +62,29 @@ def gather_by_calls(streamer: BlockStreamer, folder: Path) -> float:
             carried_path.with_suffix(".next").replace(carried_path)
     _gather_front(streamer, folder, outside)
     return perplexity
+
+
+def _run_call(
+    streamer: BlockStreamer, number: int, matrices: Sequence[Matrix], carried: Mapping[str, Tensor], done: set[str]
+) -> tuple[dict[int, Gradients], Gradients, dict[str, Tensor], dict[str, Tensor]]:
+    """Run one call: its gradients as in `run_call`, the sums of all its matrices, the statistics of those in `done`.
+
+    Where the sums of all matrices do not fit into memory together, the call is run once for every part of them, and
+    what the parts give is put into files.
+    """
+    parts = list(_parts_in_memory(matrices))
+    sums: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
+    for part in parts:
+        names = {matrix.name for matrix in part}
+        hooks = streamer.hooks(part, {key: value for key, value in carried.items() if key.split("/", 1)[1] in names})
+        results, inputs = streamer.run_call(number, hooks)
+        found, left = hooks.statistics(done), {k: v for k, v in hooks.sums.items() if k.split("/", 1)[1] not in done}
+        if len(parts) > 1:
+            found, left = ({k: streamer.scratch.copy(v) for k, v in tensors.items()} for tensors in (found, left))
+        statistics |= found
+        sums |= left
+    return results, inputs, sums, statistics
 
 
 def _gather_tail(streamer: BlockStreamer, outside: Sequence[Matrix]) -> float:
@@ -103,7 +125,7 @@ def gather_at_once(streamer: BlockStreamer, folder: Path) -> float:
     Where the statistics of all matrices do not fit into memory together, the model is run once for every part of them.
     """
     perplexity = 0.0
-    for part in _parts_in_memory(streamer.loaded):
+    for part in _parts_in_memory(streamer.loaded.matrices):
         hooks = streamer.hooks(part)
         perplexity = streamer.run_tail(hooks, follow_inputs=True)
         _store(streamer.loaded, folder, hooks.statistics())
@@ -122,11 +144,11 @@ def _matrices_of_calls(streamer: BlockStreamer) -> list[list[Matrix]]:
     ]
 
 
-def _parts_in_memory(loaded: LoadedModel) -> Iterator[list[Matrix]]:
-    """All matrices, in parts whose statistics fit into MEMORY_SHARE of the free memory."""
+def _parts_in_memory(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
+    """The `matrices`, in parts whose sums fit into MEMORY_SHARE of the available memory."""
     limit = MEMORY_SHARE * available_memory()
     part, total = list[Matrix](), 0.0
-    for matrix in loaded.matrices:
+    for matrix in matrices:
         nbytes = sums_nbytes(matrix)
         if part and total + nbytes > limit:
             yield part

@@ -26,25 +26,36 @@ DAMPING = 0.01
 OUTPUT_DAMPING = 2.0
 """Damping of the output Hessian G, likewise; with less, encoders would rely too much on an inexact G (docs/log.md)."""
 MAX_DAMPING = 1e4
+PANEL = 1024
+"""Rows of a matrix that are made symmetric at a time, to save memory."""
+LARGE = 8192
+"""Factorisations of more columns are not kept where they can be computed again: one takes 1.6 GB at 14336 columns."""
 DIRECT_SIZE = 128
 """Triangular matrices up to this size are inverted directly."""
 
 
-def symmetric(H: Tensor) -> Tensor:
-    """(H + H^T) / 2, which removes the asymmetry that comes from rounding errors."""
-    return (H + H.T) / 2
+def make_symmetric(H: Tensor) -> Tensor:
+    """Replace H [n, n] by (H + H^T) / 2, which removes the asymmetry that comes from rounding errors; returns H."""
+    for start in range(0, len(H), PANEL):
+        rows = slice(start, start + PANEL)
+        mean = (H[rows, start:] + H[start:, rows].T) / 2
+        H[rows, start:] = mean
+        H[start:, rows] = mean.T
+    return H
 
 
-def _upper_inverse(R: Tensor) -> Tensor:
-    """The inverse of an upper triangular R [n, n], by recursion on halves: n^3 / 3 flops, mostly matrix products."""
+def _invert_upper(R: Tensor) -> Tensor:
+    """Replace an upper triangular R [n, n] by its inverse, by recursion on halves; returns R.
+
+    This takes n^3 / 3 flops, mostly in matrix products.
+    """
     n, half = len(R), len(R) // 2
     if n <= DIRECT_SIZE:
-        corner: Tensor = torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype), upper=True)
-        return corner
-    result = torch.zeros_like(R)
-    result[:half, :half], result[half:, half:] = _upper_inverse(R[:half, :half]), _upper_inverse(R[half:, half:])
-    result[:half, half:] = -(result[:half, :half] @ R[:half, half:] @ result[half:, half:])
-    return result
+        R[:] = torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype), upper=True)
+        return R
+    first, last = _invert_upper(R[:half, :half]), _invert_upper(R[half:, half:])
+    R[:half, half:] = -(first @ R[:half, half:] @ last)
+    return R
 
 
 def _root(H: Tensor) -> Tensor:
@@ -128,10 +139,9 @@ class Workspace:
         """
         if self._hessian is not None:
             return self._hessian
-        H = self.metric.hessian.double()
-        H = (H + H.T) / 2
+        H = make_symmetric(self.metric.hessian.to(torch.float64, copy=True))
         if self.metric.extra_fisher is not None:
-            H = H + torch.diag(self.metric.extra_fisher.double().mean(0))
+            H.diagonal().add_(self.metric.extra_fisher.double().mean(0))
         diagonal = H.diagonal().clone()
         if not bool(torch.isfinite(H).all()) or not bool((diagonal > 0).any()):
             self.notes.append("Hessian is zero or not finite: plain squared error is used")
@@ -139,11 +149,10 @@ class Workspace:
         dead = diagonal <= 0
         if bool(dead.any()):
             self.notes.append(f"{int(dead.sum())} dead columns")
-            H = H.clone()
             H.diagonal()[dead] = diagonal[~dead].min()
         mean = diagonal.clamp_min(0).mean()
-        H = H + DAMPING * mean * torch.eye(H.shape[0], dtype=torch.float64)
-        return self._positive(torch.ldexp(H, -torch.frexp(mean).exponent))
+        H.diagonal().add_(DAMPING * mean)
+        return self._positive(H.mul_(2.0 ** -int(torch.frexp(mean).exponent)))
 
     def _positive(self, H: Tensor) -> Tensor:
         """Damp H [K, K] further until it is positive definite; otherwise some errors would have a negative cost."""
@@ -175,12 +184,14 @@ class Workspace:
         """
         if self._output_hessian is not None or self.metric.gram is None:
             return self._output_hessian
-        G = self.metric.gram.double()
+        G = self.metric.gram.to(torch.float64, copy=True)
         mean = G.diagonal().mean()
         if not bool(torch.isfinite(G).all()) or float(mean) <= 0:
             self.notes.append("output gradients are zero or not finite: feedback is one-sided")
             return None
-        return (G + G.T) / (2 * mean) + OUTPUT_DAMPING * torch.eye(len(G), dtype=torch.float64)
+        G = make_symmetric(G).div_(mean)
+        G.diagonal().add_(OUTPUT_DAMPING)
+        return G
 
     def cost(self, error: Tensor, two_sided: bool) -> float:
         """The two-sided or the guided cost of `error` [N, K], in nats per token."""
@@ -190,8 +201,13 @@ class Workspace:
     def rotated(self) -> Workspace:
         """The workspace of the rotated matrix R_N W R_K^T, used by all formats with a rotation."""
         output = self.output_hessian
-        rotated_output = None if output is None else symmetric(rotate_both(output))
-        child = Workspace(self.metric, symmetric(rotate_both(self.hessian)), rotated_output)
+        rotated_output = None if output is None else make_symmetric(rotate_both(output).contiguous())
+        if output is not None and len(output) > LARGE:
+            self.__dict__.pop("output_hessian", None)
+        hessian = make_symmetric(rotate_both(self.hessian).contiguous())
+        if len(hessian) > LARGE:
+            self.__dict__.pop("hessian", None)
+        child = Workspace(self.metric, hessian, rotated_output)
         child.notes = self.notes
         return child
 
@@ -219,14 +235,18 @@ class Workspace:
         return None if self.output_hessian is None else self._factor(self.output_hessian)
 
     def _factor(self, H: Tensor) -> Tensor:
-        eye, mean = torch.eye(H.shape[0], dtype=torch.float64), float(H.diagonal().mean())
-        extra = 0.0
+        mean, extra = float(H.diagonal().mean()), 0.0
         while extra <= MAX_DAMPING:
-            lower, failed = torch.linalg.cholesky_ex((H + extra * mean * eye).flip(0, 1))
+            damped = H.flip(0, 1)
+            damped.diagonal().add_(extra * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped
             if not int(failed):  # H = R R^T with R upper triangular, so H^-1 = (R^-1)^T R^-1
                 if extra:
                     self.notes.append(f"Hessian needed {extra:g} of its mean diagonal as damping")
-                return _upper_inverse(lower.flip(0, 1)).float()
+                upper = lower.flip(0, 1)
+                del lower
+                return _invert_upper(upper).float()
             extra = max(10 * extra, DAMPING)
         self.notes.append("Hessian has no Cholesky factor: its diagonal is used")
         return torch.diag(H.diagonal().rsqrt()).float()
