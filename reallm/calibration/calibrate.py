@@ -34,6 +34,7 @@ from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.models.image_texts import ImageTexts
 from reallm.models.loaded import LoadedModel
 from reallm.models.probe import eager_experts
+from reallm.system.device import CPU, is_gpu, placed
 from reallm.system.lock import exclusive_lock
 
 from .block_streaming import BlockStreamer
@@ -72,6 +73,7 @@ def calibrate(
     seed: int = 0,
     weights: AbstractContextManager[object] | None = None,
     images: ImageTexts | None = None,
+    device: torch.device = CPU,
 ) -> CalibrationReport:
     """Gather the statistics of every matrix of `loaded` on `windows` (int64 [n, seqlen]) and write them to `folder`.
 
@@ -79,8 +81,8 @@ def calibrate(
     statistics are gathered on the inputs that these weights produce; None uses the model's own weights. The context is
     not entered if `folder` already has the statistics. The caller chooses one folder per combination of model, text and
     settings; a second process that uses the folder waits for the first. `images` are texts with images that the model
-    is run on too; the statistics are those of all tokens together. Raises UserError for activations or gradients that
-    are not finite.
+    is run on too; the statistics are those of all tokens together. The model is moved to `device` as a whole. Raises
+    UserError for activations or gradients that are not finite.
     """
     with exclusive_lock(folder):
         done = folder / DONE_FILE
@@ -90,18 +92,22 @@ def calibrate(
                     stack.enter_context(weights)
                 stack.enter_context(eager_experts(loaded.model))
                 stack.enter_context(frozen(loaded.model))
-                stack.enter_context(computing_in(loaded.model, compute_dtype(loaded)))
+                stack.enter_context(placed([*loaded.model.parameters(), *loaded.model.buffers()], device))
+                stack.enter_context(computing_in(loaded.model, compute_dtype(loaded, device)))
                 report = _gather_all(loaded, windows, folder, seed, images)
             write_text_atomic(done, canonical_json(vars(report)))
         shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
         return CalibrationReport(**json.loads(done.read_text(encoding="utf-8")))
 
 
-def compute_dtype(loaded: LoadedModel) -> torch.dtype:
+def compute_dtype(loaded: LoadedModel, device: torch.device = CPU) -> torch.dtype:
     """The dtype to calibrate in: float32, or the model's dtype if float32 would take over MEMORY_SHARE of free memory.
 
-    Float32 is more exact and, on processors without bfloat16 arithmetic, six times as fast.
+    Float32 is more exact and, on processors without bfloat16 arithmetic, six times as fast. On a GPU it is bfloat16;
+    weights that are float32 stay so, and statistics are summed in float32.
     """
+    if is_gpu(device):
+        return torch.bfloat16
     nbytes = 4 * sum(tensor.numel() for tensor in loaded.model.parameters())
     fits = nbytes <= MEMORY_SHARE * psutil.virtual_memory().available
     return torch.float32 if fits else loaded.dtype

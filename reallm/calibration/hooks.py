@@ -87,7 +87,8 @@ class StatisticsHooks:
         `tokens` is the number of tokens of the whole text, by which every sum is divided.
         """
         self.tokens = tokens
-        self.sums: dict[str, Tensor] = dict(sums or {})
+        self.device = loaded.model.device
+        self.sums: dict[str, Tensor] = {key: value.to(self.device) for key, value in (sums or {}).items()}
         """Key "<kind>/<matrix name>" -> sum over the tokens seen so far."""
         self._inputs: dict[str, tuple[Tensor, Tensor]] = {}
         self._modules: list[tuple[Matrix, nn.Module]] = []
@@ -222,7 +223,7 @@ class StatisticsHooks:
 
     def _sum(self, key: str, *shape: int) -> Tensor:
         if key not in self.sums:
-            self.sums[key] = torch.zeros(*shape)
+            self.sums[key] = torch.zeros(*shape, device=self.device)
         return self.sums[key]
 
     def _input(self, matrix: Matrix, value: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def device_walks(
     code, decoded = _tables(state_bits, values_per_step, clip, device)
     instances = 1 if below is not None else min(tiles, _instances(device))
     groups, words = 1 << (state_bits - bits), words_per_group(width)
-    pointers = torch.empty(instances, words, groups, dtype=torch.int32, device=device)
+    pointers = _pointers(instances, words, groups, device)
     states = torch.empty(tiles, steps, dtype=torch.int32, device=device)
     goal = torch.empty(tiles, TILE_WEIGHTS, dtype=torch.int32, device=device)
     values, error = torch.empty_like(target), torch.empty_like(target) if below is not None else target
@@ -79,13 +79,24 @@ def device_walks(
     coefficients = target if below is None else below.to(device).contiguous()
     constants = {"STATE_BITS": state_bits, "BITS": bits, "VALUES": values_per_step, "FEEDBACK": below is not None}
     with torch.cuda.device(device if target.is_cuda else -1):
-        search[(instances,)](
+        search[(len(pointers),)](
             *(target, code, decoded, coefficients, error, goal, pointers, states, values, tiles, limit, factor),
             **constants,
             num_warps=warps(state_bits),
             enable_fp_fusion=False,  # so that feedback is rounded as in the native search
         )
     return values, states.cpu().numpy().astype(np.uint16)
+
+
+def _pointers(instances: int, words: int, groups: int, device: torch.device) -> Tensor:
+    """Memory for back pointers, int32 [instances, words, groups]; for fewer instances if the GPU has no more memory."""
+    while True:
+        try:
+            return torch.empty(instances, words, groups, dtype=torch.int32, device=device)
+        except torch.OutOfMemoryError:
+            if instances == 1:
+                raise
+            instances = -(-instances // 2)
 
 
 def _instances(device: torch.device) -> int:
