@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is an extra")
 NATIVE = library("trellis") is not None
 CASES = [
     *(SearchCase(8, 2), SearchCase(10, 4), SearchCase(12, 6), SearchCase(8, 12)),
-    *(SearchCase(11, 3), SearchCase(9, 7), SearchCase(8, 1)),
+    *(SearchCase(11, 3), SearchCase(9, 7)),
     *(SearchCase(8, 5, tiles=2, feedback=True), SearchCase(8, 8, tiles=2, feedback=True)),
 ]
 """Each number of bits per step from 1 to 7, one and two values per step, with and without feedback."""
