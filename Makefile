@@ -12,7 +12,8 @@
 #   NAME=finetune          fine-tuning, before and after, beside its presets; PARTS=2.0,3.0,qlora runs only these
 #   NAME=encoder           a sentence encoder, and classifiers trained over it beside QLoRA, LoftQ and LQ-LoRA (installs PEFT)
 #   NAME=cluster           a local Ray cluster that loses workers, beside local processes (installs Ray); BLOCKS=4
-#   NAME=triton_kernels    our kernels' machine code beside gemlite's and AQLM's
+#   NAME=gpu_check         on a GPU, in under 8 minutes: device tests, trellis search, kernels, decoding; one JSON file
+#   NAME=triton_kernels    our kernels' machine code beside gemlite's and AQLM's; NAME=trellis_search: that of the search
 #   NAME=kernels           products on the CPU beside torch, aten and AQLM
 #   NAME=decode            after make demo: tokens per second beside llama.cpp
 #   NAME=smallest_file     after make demo: the demo's file beside llama.cpp's smallest one, on the demo's text

@@ -1,6 +1,6 @@
 """Tokens per second on this machine's GPU: packed matrices beside bf16, with the recorded step and transformers' loop.
 
-    make bench NAME=gpu_decode [MODELS=SmolLM2-135M,LLaMA-3-8B]
+    make bench NAME=gpu_decode [MODELS=SmolLM2-135M,LLaMA-3-8B] [FORMATS=uint4-g64] [ROUNDS=3]
 
 The models have the shapes of MODELS and random weights, which take as long as trained ones; nothing is downloaded. All
 decoder linears are in one format, embedding and head in bf16. A contender reads PROMPT tokens and decodes DECODED
@@ -35,7 +35,8 @@ from reallm.runtime.packed import Packed
 from reallm.runtime.step.generate import use_step
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_decode.json"
-PROMPT, DECODED, SHORT, PREFILL, ROUNDS = 64, 128, 8, 512, 3
+PROMPT, DECODED, SHORT, PREFILL = 64, 128, 8, 512
+ROUNDS = int(os.environ.get("ROUNDS") or 3)
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
@@ -45,7 +46,8 @@ LLAMA3 = LlamaConfig(
     num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
 )  # fmt: skip
 MODELS = {"SmolLM2-135M": SMOLLM2, "LLaMA-3-8B": LLAMA3}
-FORMATS = ("", "tq4-l12+ldl2+rot", "tq3-l12+ldl2+rot", "tq2-l12+ldl2+rot", "uint4-g64", "uint3-g64")
+ALL_FORMATS = "tq4-l12+ldl2+rot,tq3-l12+ldl2+rot,tq2-l12+ldl2+rot,uint4-g64,uint3-g64"
+FORMATS = ("", *(os.environ.get("FORMATS") or ALL_FORMATS).split(","))
 """Formats of the decoder linears; "" is bf16."""
 FAMILIES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
 FAMILIES += ("mlp.up_proj", "mlp.down_proj")

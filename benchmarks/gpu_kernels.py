@@ -98,7 +98,9 @@ def bandwidth() -> float:
 
 
 def peers() -> dict[tuple[str, tuple[int, int]], tuple[float, dict[str, str]]]:
-    """(peer, shape) -> microseconds and versions, from a process in the peers' environment."""
+    """(peer, shape) -> microseconds and versions, from a process in the peers' environment; none with PEERS=none."""
+    if os.environ.get("PEERS") == "none":
+        return {}
     python = os.environ.get("PEER_PYTHON") or str(PYTHON)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "peers.json")

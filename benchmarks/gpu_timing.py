@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ import torch
 
 BYTES = 160e6
 """Bytes of all inputs of one recording: three times the cache of an H100."""
-MAX_SETS, ROUNDS, TURNS = 64, 15, 2
+MAX_SETS, ROUNDS, TURNS = 64, int(os.environ.get("ROUNDS") or 15), 2
 
 
 def sets_for(nbytes: int) -> int:

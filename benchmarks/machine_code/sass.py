@@ -42,11 +42,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Code:
-    """The opcodes of one kernel in order, and its innermost loops as (first, end)."""
+    """The opcodes of one kernel in order, its innermost loops as (first, end), and the loops around these."""
 
     opcodes: tuple[str, ...]
     loops: tuple[tuple[int, int], ...]
     usage: Usage
+    outer: tuple[tuple[int, int], ...] = ()
 
     def count(self, turns: Sequence[float]) -> float:
         """Number of instructions that a thread runs if loop i, in the order of the code, runs `turns[i]` times.
@@ -116,7 +117,8 @@ def parse_code(text: str, usage: Usage) -> Code:
         end -= 1
     spans = [span for span in spans if span[1] <= end]
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return Code(tuple(opcodes[:end]), tuple(sorted(inner)), usage)
+    outer = sorted({*spans} - {*inner})
+    return Code(tuple(opcodes[:end]), tuple(sorted(inner)), usage, tuple(outer))
 
 
 def load_bits(opcode: str) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from reallm.errors import UserError
 from reallm.models.conversion import computing_in, tensors_of
 from reallm.models.loaded import LoadedModel, Matrix
+from reallm.system.device import is_gpu, placed
 from reallm.system.memory import available_memory
 from reallm.system.progress import progress_bar
 from reallm.system.scratch import Scratch
@@ -73,7 +74,7 @@ class BlockStreamer:
         self.loaded, self.objective = loaded, objective
         self.device = loaded.model.device
         self.blocks = {path: loaded.model.get_submodule(path) for path in loaded.blocks}
-        self.dtype = compute_dtype(loaded)
+        self.dtype = compute_dtype(loaded, self.device)
         self.results = CallResults(folder)
         self.gradients = StoredGradients(folder)
         self.scratch = Scratch(folder)
@@ -97,7 +98,7 @@ class BlockStreamer:
         Sums that would take too much memory are in files.
         """
         hooks = self.objective.hooks(matrices, sums)
-        if sum(map(sums_nbytes, matrices)) > SUMS_SHARE * available_memory():
+        if not is_gpu(self.device) and sum(map(sums_nbytes, matrices)) > SUMS_SHARE * available_memory():
             hooks.scratch = self.scratch
         return hooks
 
@@ -116,8 +117,14 @@ class BlockStreamer:
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def ready(self, number: int) -> AbstractContextManager[None]:
-        """A context in which the block of call `number` is in the dtype to compute in."""
-        return computing_in(tensors_of(self.blocks[self.calls[number].path]), self.dtype)
+        """A context in which the block of call `number` is on the device and in the dtype to compute in."""
+        return self._ready(self.calls[number].path)
+
+    @contextmanager
+    def _ready(self, path: str) -> Iterator[None]:
+        tensors = tensors_of(self.blocks[path])
+        with placed(tensors, self.device), computing_in(tensors, self.dtype):
+            yield
 
     def store_results(self) -> None:
         """Run all windows and store what each call returns, unless an earlier pass did; then find the dependencies.
@@ -177,7 +184,7 @@ class BlockStreamer:
         def handle(number: int, path: str, forward: Callable[..., Any], arguments: Arguments) -> Any:
             if number == 0:
                 self._check_finite(next((t for t in argument_leaves(arguments) if isinstance(t, Tensor)), None), path)
-            with computing_in(tensors_of(self.blocks[path]), self.dtype):
+            with self._ready(path):
                 result, template, tensors = run_and_take_apart(path, forward, arguments)
             if window and number >= len(self.calls):
                 raise NotReproducedError("its blocks are called differently for different texts")

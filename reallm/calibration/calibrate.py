@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
@@ -33,6 +34,7 @@ from reallm.models.conversion import computing_in, tensors_of, tensors_outside
 from reallm.models.image_texts import ImageTexts
 from reallm.models.loaded import LoadedModel
 from reallm.models.probe import eager_experts
+from reallm.system.device import CPU, is_gpu, placed
 from reallm.system.lock import exclusive_lock
 
 from .block_streaming import BlockStreamer
@@ -70,6 +72,7 @@ def calibrate(
     seed: int = 0,
     weights: AbstractContextManager[object] | None = None,
     images: ImageTexts | None = None,
+    device: torch.device = CPU,
 ) -> CalibrationReport:
     """Gather the statistics of every matrix of `loaded` on `windows` (int64 [n, seqlen]) and write them to `folder`.
 
@@ -77,8 +80,8 @@ def calibrate(
     statistics are gathered on the inputs that these weights produce; None uses the model's own weights. The context is
     not entered if `folder` already has the statistics. The caller chooses one folder per combination of model, text and
     settings; a second process that uses the folder waits for the first. `images` are texts with images that the model
-    is run on too; the statistics are those of all tokens together. Raises UserError for activations or gradients that
-    are not finite.
+    is run on too; the statistics are those of all tokens together. The model is moved to `device`: as a whole, or
+    block by block if it does not fit into memory. Raises UserError for activations or gradients that are not finite.
     """
     with exclusive_lock(folder):
         done = folder / DONE_FILE
@@ -88,19 +91,21 @@ def calibrate(
                     stack.enter_context(weights)
                 stack.enter_context(eager_experts(loaded.model))
                 stack.enter_context(frozen(loaded.model))
-                stack.enter_context(_converted(loaded))
+                stack.enter_context(_converted(loaded, device))
                 report = _gather_all(loaded, windows, folder, seed, images)
             write_text_atomic(done, canonical_json(vars(report)))
         shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
         return CalibrationReport(**json.loads(done.read_text(encoding="utf-8")))
 
 
-def _converted(loaded: LoadedModel) -> AbstractContextManager[None]:
-    """The model in the dtype to calibrate in; of one that does not fit into memory, what is outside the blocks."""
-    dtype = compute_dtype(loaded)
-    if loaded.scratch is None:
-        return computing_in(tensors_of(loaded.model), dtype)
-    return computing_in(tensors_outside(loaded.model, loaded.blocks), dtype, loaded.scratch)
+@contextmanager
+def _converted(loaded: LoadedModel, device: torch.device = CPU) -> Iterator[None]:
+    """Put the model on `device` in the dtype to calibrate in; of a large one only what is outside its blocks."""
+    large = loaded.scratch is not None
+    tensors = tensors_outside(loaded.model, loaded.blocks) if large else tensors_of(loaded.model)
+    scratch = None if is_gpu(device) else loaded.scratch
+    with placed(tensors, device), computing_in(tensors, compute_dtype(loaded, device), scratch):
+        yield
 
 
 @contextmanager

@@ -9,13 +9,17 @@ from __future__ import annotations
 import torch
 
 from reallm.models.loaded import LoadedModel
+from reallm.system.device import CPU, is_gpu
 
 
-def compute_dtype(loaded: LoadedModel) -> torch.dtype:
+def compute_dtype(loaded: LoadedModel, device: torch.device = CPU) -> torch.dtype:
     """The dtype to calibrate in: float32, or bfloat16 for a large bfloat16 model where the processor multiplies it.
 
-    Float32 is more exact and, on processors without bfloat16 arithmetic, six times as fast.
+    Float32 is more exact and, on processors without bfloat16 arithmetic, six times as fast. On a GPU it is bfloat16;
+    weights that are float32 stay so, and statistics are summed in float32.
     """
+    if is_gpu(device):
+        return torch.bfloat16
     if loaded.scratch is None:
         return torch.float32
     return torch.bfloat16 if loaded.dtype == torch.bfloat16 and _multiplies_bfloat16() else torch.float32

@@ -93,7 +93,8 @@ class StatisticsHooks:
         `tokens` is the number of tokens of the whole text, by which every sum is divided.
         """
         self.tokens = tokens
-        self.sums: dict[str, Tensor] = dict(sums or {})
+        self.device = loaded.model.device
+        self.sums: dict[str, Tensor] = {key: value.to(self.device) for key, value in (sums or {}).items()}
         """Key "<kind>/<matrix name>" -> sum over the tokens seen so far."""
         self.scratch: Scratch | None = None
         """Where the sums are; None for memory."""
@@ -233,7 +234,9 @@ class StatisticsHooks:
 
     def _sum(self, key: str, *shape: int) -> Tensor:
         if key not in self.sums:
-            self.sums[key] = torch.zeros(*shape) if self.scratch is None else self.scratch.zeros(shape)
+            self.sums[key] = (
+                torch.zeros(*shape, device=self.device) if self.scratch is None else self.scratch.zeros(shape)
+            )
         return self.sums[key]
 
     def _input(self, matrix: Matrix, value: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from reallm.errors import ReallmError
 
+GPU_MEMORY_ERROR = "OutOfMemoryError"
 NO_SPACE = "No space left on device"
 PATH_ERRORS = frozenset(
     {
@@ -49,11 +50,21 @@ class Commands(typer.core.TyperGroup):
             raise _exit("interrupted; the same command continues where it stopped", 130) from None
         except ReallmError as error:
             raise _exit(" ".join(str(error).split()), 2) from None
+        except RuntimeError as error:
+            if type(error).__name__ != GPU_MEMORY_ERROR:  # by its name: importing torch takes seconds
+                raise
+            raise _exit(_gpu_memory_text(str(error)), 2) from None
         except (OSError, SafetensorError) as error:
             line = _path_error_text(error)
             if line is None:
                 raise
             raise _exit(line, 2) from None
+
+
+def _gpu_memory_text(reason: str) -> str:
+    """One line about a GPU without enough memory; torch's `reason` has several sentences."""
+    what = ". ".join(" ".join(reason.split()).split(". ")[:2]).rstrip(".")
+    return f"the GPU is out of memory ({what}); use a smaller --seqlen, fewer --jobs or --device cpu"
 
 
 def _path_error_text(error: OSError | SafetensorError) -> str | None:

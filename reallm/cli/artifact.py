@@ -40,6 +40,7 @@ def compile_(
             "Running the artifact does not need them."
         ),
     ] = "",
+    device: Device = "cpu",
     force: Force = False,
 ) -> None:
     """Pack the planned model into a directory that transformers loads (after `import reallm`)."""
@@ -47,7 +48,7 @@ def compile_(
 
     quiet_transformers()
     targets = tuple(comma_separated(objects))
-    compile_plan(plan, output, model=model, work=work, kernels=kernels, objects=targets, force=force)
+    compile_plan(plan, output, model=model, work=work, kernels=kernels, objects=targets, force=force, device=device)
     place = shlex.quote(str(output))
     typer.echo(f"wrote {output}; next: reallm eval {place} --against MODEL --text test.txt", err=True)
 

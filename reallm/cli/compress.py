@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from .app import CONSOLE, app, quiet_transformers
-from .options import Budget, Force, Images, Jobs, Model, Nsamples, Seed, Seqlen, SpaceOption, Text, UseChatTemplate
+from .options import (
+    Budget,
+    Device,
+    Force,
+    Images,
+    Jobs,
+    Model,
+    Nsamples,
+    Seed,
+    Seqlen,
+    SpaceOption,
+    Text,
+    UseChatTemplate,
+)
 from .plan import CostOption, Excluded, Pins, Preset, TiesOption
 
 
@@ -52,6 +65,7 @@ def compress(
     ] = None,
     images: Images = None,
     chat_template: UseChatTemplate = False,
+    device: Device = "cpu",
     force: Force = False,
 ) -> None:
     """Compress a model into a budget: measure, plan, compile and a short evaluation in one command.
@@ -82,6 +96,7 @@ def compress(
         gap=gap,
         full=full,
         force=force,
+        device=device,
         pins=pin or (),
         exclude=exclude or (),
         preset=preset,

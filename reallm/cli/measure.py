@@ -11,7 +11,7 @@ import typer
 from reallm.measurement.workers.pool import Backend
 
 from .app import app, quiet_transformers
-from .options import Images, Jobs, Model, Nsamples, Seed, Seqlen, SpaceOption, Text, UseChatTemplate
+from .options import Device, Images, Jobs, Model, Nsamples, Seed, Seqlen, SpaceOption, Text, UseChatTemplate
 
 
 @app.command(epilog="Example: reallm measure HuggingFaceTB/SmolLM2-135M --text wiki.txt -o work/")
@@ -66,6 +66,7 @@ def measure(
         ),
     ] = None,
     chat_template: UseChatTemplate = False,
+    device: Device = "cpu",
 ) -> None:
     """Measure what storing each matrix in each candidate format would cost.
 
@@ -92,6 +93,7 @@ def measure(
         pins=pin or (),
         backend=backend,
         ray_address=ray_address,
+        device=device,
     )
     base = table.base
     typer.echo(

@@ -48,7 +48,7 @@ AdapterName = Annotated[
     str | None,
     typer.Option(help="Run with this LoRA or DoRA adapter: its name in the artifact's adapters/ folder, or a folder."),
 ]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, or auto for a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices; the same seed gives the same result.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing artifact at the output path.")]
 

@@ -69,6 +69,9 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="The model for --refit, if it has moved since it was measured.")
     ] = None,
+    refit_device: Annotated[
+        str, typer.Option(help="Where --refit runs the model: cpu, cuda, cuda:1, or auto for a GPU if there is one.")
+    ] = "cpu",
     target: Annotated[
         str | None, typer.Option(help="Allow only formats that this runtime has kernels for: triton or cpu.")
     ] = None,
@@ -139,7 +142,14 @@ def plan(
 
         quiet_transformers()
         result = run_refit(
-            result, text=refit_text, rounds=refit, windows=windows, model=model, output=output, time_limit_s=time_limit
+            result,
+            text=refit_text,
+            rounds=refit,
+            windows=windows,
+            model=model,
+            output=output,
+            time_limit_s=time_limit,
+            device=refit_device,
         )
     print_plan(result, CONSOLE)
     if best > 1:

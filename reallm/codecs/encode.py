@@ -24,6 +24,7 @@ from reallm.kernels.formats.codecs import (
     TrellisCodec,
 )
 from reallm.kernels.formats.formats import Format
+from reallm.system.device import CPU
 
 from .additive.encode import encode_additive
 from .encoder import CodedMatrix, Encoder, EncodingContext
@@ -59,15 +60,24 @@ ENCODERS: Mapping[type[AnyCodec], Encoder] = {
 }
 
 
-def encode(W: Tensor, fmt: Format, work: Workspace, *, shared: Tensor | None = None, seed: int = 0) -> PackedFields:
+def encode(
+    W: Tensor,
+    fmt: Format,
+    work: Workspace,
+    *,
+    shared: Tensor | None = None,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> PackedFields:
     """Encode W[N, K] float32 in `fmt` and return its packed fields.
 
     The bytes are the same for the same inputs, seed and thread count. `work` holds the metric of the matrix. `shared`
     holds what the matrices of a family share in this format: codebooks [M, 2^B, d] or the bytes of a neural decoder.
+    On a GPU as `device`, a trellis is searched there; sums are rounded in another order there, so the bytes can differ.
     Raises ValueError for weights that are not finite, for shared codebooks of a wrong shape, and for values that do not
     fit their field.
     """
-    return store_all(fmt.fields(*W.shape), choose_codes(W, EncodingContext(fmt, work, shared, seed)).values)
+    return store_all(fmt.fields(*W.shape), choose_codes(W, EncodingContext(fmt, work, shared, seed, device)).values)
 
 
 def choose_codes(W: Tensor, context: EncodingContext) -> CodedMatrix:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from reallm.kernels.formats.formats import Format
+from reallm.system.device import CPU
 
 from .metric import Workspace
 
@@ -23,6 +25,8 @@ class EncodingContext:
     shared: Tensor | None = None
     """Shared codebooks [M, 2^B, d] or the bytes of a shared decoder; None if the format shares nothing."""
     seed: int = 0
+    device: torch.device = CPU
+    """Where an encoder that has kernels for it does its work; the matrix and the result are on the CPU."""
 
 
 class CodedMatrix(NamedTuple):

@@ -47,6 +47,7 @@ from reallm.planner.tables.tensor_layout import (
     whole_stacks,
 )
 from reallm.planner.tables.work_folder import find_table
+from reallm.system.device import parse_device
 from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_NAMES
 
 from .model_card import hub_name, model_card
@@ -291,9 +292,9 @@ def write_artifact(
     return output
 
 
-def _measured_codes(table: Path, plan: Plan, loaded: LoadedModel) -> CodeSource:
+def _measured_codes(table: Path, plan: Plan, loaded: LoadedModel, device: torch.device) -> CodeSource:
     """The measured codes of `plan`, checked against its table; logs how many must be encoded again."""
-    codes = MeasuredCodes(table, loaded)
+    codes = MeasuredCodes(table, loaded, device)
     codes.check_measured(plan)
     codes.log_missing(plan.choices)
     return codes
@@ -309,6 +310,7 @@ def compile_plan(
     kernels: bool = True,
     objects: Sequence[str] = (),
     force: bool = False,
+    device: str = "cpu",
 ) -> Path:
     """Compile a plan into an artifact: a folder that transformers loads after `import reallm`.
 
@@ -331,6 +333,9 @@ def compile_plan(
         running an artifact compiles the kernels it needs. Needs Triton and takes minutes per target.
     force
         Replace an artifact at `output`.
+    device
+        Where codes that the work folder does not hold are encoded again: "cpu", "cuda", "cuda:1" or "auto"; use the
+        device that they were measured on, otherwise they may differ from the plan's.
 
     Returns
     -------
@@ -354,6 +359,7 @@ def compile_plan(
     """
     output = Path(output)
     check_output(output, force)
+    place = parse_device(device)
     if objects and not kernels:
         raise UserError("--objects compiles the generated kernels; leave out --no-kernels")
     check_targets(objects)
@@ -362,5 +368,5 @@ def compile_plan(
     loaded = model if isinstance(model, LoadedModel) else load_plan_model(plan, plan_path, model)
     if loaded.digest != plan.model_sha256:
         raise UserError(f"{plan_path} is a plan for another model than {loaded.source}; plan again, or give that model")
-    compilation = Compilation(plan, loaded, codes or _measured_codes(table, plan, loaded))
+    compilation = Compilation(plan, loaded, codes or _measured_codes(table, plan, loaded, place))
     return write_artifact(compilation, output, force=force, kernels=kernels, objects=objects)

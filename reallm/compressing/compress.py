@@ -100,6 +100,7 @@ def compress(
     gap: float = DEFAULT_GAP,
     full: bool = False,
     force: bool = False,
+    device: str = "cpu",
     options: PlanOptions | None = None,
     **keywords: Unpack[PlanKeywords],
 ) -> Compressed:
@@ -131,6 +132,8 @@ def compress(
         Measure every candidate instead: slower, and then the gap is 0 at every budget.
     force
         Replace an artifact at `output`. The artifact of the same plan is left as it is, also without `force`.
+    device
+        Where to calibrate, encode trellises and evaluate: "cpu", "cuda", "cuda:1" or "auto".
     options, keywords
         What else to ask of the plan, as in `plan`. `preset` takes the place of `space`, `target` limits its formats.
 
@@ -175,17 +178,18 @@ def compress(
             budget=None if full else budget,
             options=merged,
             gap=gap,
+            device=device,
         ),
     )
     path = work / PLAN_NAME
     plan = stages.run("plan", f"{path}", lambda: make_plan(work, budget=budget, output=path, options=merged))
-    stages.run("compile", f"{output}", lambda: _compile(path, plan, output, model, work, force))
+    stages.run("compile", f"{output}", lambda: _compile(path, plan, output, model, work, force, device))
     evaluation = None
     if windows:
         evaluation = stages.run(
             "evaluate",
             f"{windows} windows of {seqlen} tokens against {model}",
-            lambda: evaluate(output, against=model, text=test, seqlen=seqlen, windows=windows),
+            lambda: evaluate(output, against=model, text=test, seqlen=seqlen, windows=windows, device=device),
         )
     return Compressed(
         output=output,
@@ -233,13 +237,13 @@ def _artifact_plan(output: Path) -> Plan | None:
         return None
 
 
-def _compile(path: Path, plan: Plan, output: Path, model: str | Path, work: Path, force: bool) -> None:
+def _compile(path: Path, plan: Plan, output: Path, model: str | Path, work: Path, force: bool, device: str) -> None:
     """Compile `plan` into `output`, unless its artifact is already there."""
     earlier = _artifact_plan(output)
     if earlier is not None and earlier.choices == plan.choices and earlier.model_sha256 == plan.model_sha256:
         LOG.info("%s already holds this plan", output)
         return
-    compile_plan(path, output, model=model, work=work, force=force)
+    compile_plan(path, output, model=model, work=work, force=force, device=device)
 
 
 def facts(made: Compressed) -> list[tuple[str, str]]:

@@ -95,7 +95,7 @@ class FinetuneSettings:
     work: Path | str | None = None
     """The work folder, which the stage codes reads, if it has moved since planning."""
     device: str = "cpu"
-    """Where to train: cpu or cuda."""
+    """Where to train: cpu, cuda, or auto for a GPU if there is one."""
     gradient_checkpointing: bool = False
     """Use less memory but more time: recompute activations and decode the weights again in the backward pass."""
     resume: bool = True

@@ -16,6 +16,7 @@ from reallm.kernels.codes.stored_fields import read_field
 from reallm.kernels.formats.codecs import AdditiveCodec, NeuralCodec
 from reallm.kernels.formats.formats import Format
 from reallm.models.matrix import Matrix
+from reallm.system.device import CPU
 
 from .cache import Cache, content_key
 
@@ -32,11 +33,13 @@ class Job:
     seed: int
     keep_codes: bool = True
     """Whether packed fields are stored in the cache beside the measurements."""
+    device: torch.device = CPU
+    """Where encoders do their work."""
 
     @staticmethod
-    def at(output: Path, identity: str, seed: int, keep_codes: bool = True) -> Job:
+    def at(output: Path, identity: str, seed: int, keep_codes: bool = True, device: torch.device = CPU) -> Job:
         """The job whose files are in the work folder `output`."""
-        return Job(Cache(output / "cache"), output / "statistics" / identity[:16], identity, seed, keep_codes)
+        return Job(Cache(output / "cache"), output / "statistics" / identity[:16], identity, seed, keep_codes, device)
 
     def key(self, matrix: str, fmt: Format) -> str:
         """The cache key of the matrix called `matrix` in one format."""

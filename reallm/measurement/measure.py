@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from reallm.calibration.calibrate import CalibrationReport, calibrate
@@ -30,6 +31,7 @@ from reallm.planner.problem.candidates import matching_names, parse_pin
 from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.tables.budget import parse_budget
 from reallm.planner.tables.measured_table import MeasuredTable, PredictionRecord
+from reallm.system.device import is_gpu, parse_device
 from reallm.system.memory import peak_rss_bytes
 from reallm.text.corpus import Text, load_text
 from reallm.text.windows import cut_windows, shortage
@@ -72,6 +74,7 @@ def measure(
     pins: Sequence[str] = (),
     backend: Backend = "processes",
     ray_address: str | None = None,
+    device: str = "cpu",
 ) -> MeasuredTable:
     """Measure the bytes and the cost of each matrix of a model in each candidate format, and write the measured table.
 
@@ -128,6 +131,9 @@ def measure(
     ray_address
         Address of the Ray cluster. None uses the environment variable RAY_ADDRESS or, without it, the cluster that this
         machine belongs to. All machines of the cluster must have access to `output` under the same path.
+    device
+        Where to run the model and to search trellises: "cpu", "cuda", "cuda:1" or "auto". On a GPU the model is run in
+        bfloat16 and `jobs` threads of this process encode. Other formats than trellises are encoded on the CPU.
 
     Returns
     -------
@@ -152,7 +158,8 @@ def measure(
         raise UserError("--bpw and --budget exclude each other: --budget measures for one budget, --bpw for a range")
     wanted, options = None if budget is None else parse_budget(budget), options or PlanOptions()
     _check_work_folder(Path(output))
-    with open_workers(backend, jobs, ray_address) as workers:
+    place = parse_device(device)
+    with open_workers(backend, jobs, ray_address, place if is_gpu(place) else None) as workers:
         prefix_path = None if prefix is None else Path(prefix)
         candidates, output, calibration_text = load_space(space), Path(output), load_text(text)
         loaded = load_model(model)
@@ -162,12 +169,13 @@ def measure(
         pinned = [(name, fmt) for regex, fmt in map(parse_pin, pins) for name in matching_names(names, "--pin", regex)]
         ids = sample_windows(loaded, calibration_text, nsamples, seqlen, seed, chat_template)
         image_texts = None if images is None else read_image_texts(Path(images), loaded)
-        job = Job.at(output.absolute(), _identity(loaded, ids, seed, prefix_path, image_texts), seed, keep_codes)
+        identity = _identity(loaded, ids, seed, prefix_path, image_texts, place)
+        job = Job.at(output.absolute(), identity, seed, keep_codes, place)
         if wanted is not None:
             trial = assemble_table(loaded, calibration_text, (), {}, CalibrationReport(0, 0.0, 0.0), cache)
             check_budget(trial, {m.name: candidates.formats[m.kind] for m in loaded.matrices}, wanted, options)
         weights = None if prefix_path is None else prefix_weights(prefix_path, loaded)
-        report = calibrate(loaded, ids, job.statistics, seed=seed, weights=weights, images=image_texts)
+        report = calibrate(loaded, ids, job.statistics, seed=seed, weights=weights, images=image_texts, device=place)
         for note in (*loaded.notes, *report.notes):
             LOG.warning("%s", note)
         calibrated = time.monotonic()
@@ -230,6 +238,8 @@ def _settings(
         settings["images"] = str(images)
     if prefix is not None:
         settings["prefix"] = str(prefix)
+    if is_gpu(job.device):
+        settings["device"] = job.device.type
     return settings
 
 
@@ -264,7 +274,14 @@ def sample_windows(
     return ids
 
 
-def _identity(loaded: LoadedModel, ids: Tensor, seed: int, prefix: Path | None, images: ImageTexts | None) -> str:
+def _identity(
+    loaded: LoadedModel,
+    ids: Tensor,
+    seed: int,
+    prefix: Path | None,
+    images: ImageTexts | None,
+    device: torch.device,
+) -> str:
     """Hash of everything that the statistics depend on."""
     tokens = fields_sha256({"ids": ids.numpy().astype("<i8").reshape(-1).view(np.uint8)})
     parts = {"model": loaded.digest, "tokens": tokens, "shape": list(ids.shape), "seed": seed}
@@ -272,7 +289,9 @@ def _identity(loaded: LoadedModel, ids: Tensor, seed: int, prefix: Path | None, 
         parts["prefix"] = prefix_digest(prefix, loaded)
     if images is not None:
         parts["images"] = images.digest()
-    parts["computed_in"] = str(compute_dtype(loaded))
+    parts["computed_in"] = str(compute_dtype(loaded, device))
+    if is_gpu(device):
+        parts["device"] = device.type
     return content_key({**parts, "version": STATISTICS_VERSION})
 
 

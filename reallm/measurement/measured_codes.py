@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from reallm.codecs.encode import encode
@@ -23,6 +24,7 @@ from reallm.models.loaded import LoadedModel
 from reallm.planner.tables.plan import Choice, Plan
 from reallm.planner.tables.tensor_layout import shared_key
 from reallm.planner.tables.work_folder import described, folder_of, read_table
+from reallm.system.device import CPU
 from reallm.system.threads import one_thread
 
 from .encoding import Job, codebook_values
@@ -33,8 +35,10 @@ LOG = logging.getLogger(__name__)
 class MeasuredCodes:
     """The packed fields of a plan's choices, from a work folder."""
 
-    def __init__(self, work: Path, loaded: LoadedModel) -> None:
+    def __init__(self, work: Path, loaded: LoadedModel, device: torch.device = CPU) -> None:
         """Open the cache of the work folder `work`, which may also be the file of one of its tables.
+
+        What the cache lacks is encoded on `device`.
 
         Raises UserError if it was measured on another model than `loaded`.
         """
@@ -42,7 +46,8 @@ class MeasuredCodes:
         if table.model_sha256 != loaded.digest:
             raise UserError(f"{work} was measured on another model than {loaded.source}; measure again, or give --work")
         self.work, self.table = work, table
-        self.job = Job.at(folder_of(work), str(table.settings["identity"]), int(table.settings["seed"] or 0))
+        identity, seed = str(table.settings["identity"]), int(table.settings["seed"] or 0)
+        self.job = Job.at(folder_of(work), identity, seed, device=device)
         self.loaded, self.digests = loaded, {record.key: record.sha256 for record in table.shared}
         self.matrices = {matrix.name: matrix for matrix in loaded.matrices}
 
@@ -88,8 +93,8 @@ class MeasuredCodes:
         key = shared_key(fmt, matrix.family)
         codebooks = codebook_values(fmt, {"codebooks": self.shared(key)}) if key else None
         with one_thread():
-            work = Workspace(self.job.metric(matrix))
-            return encode(self.loaded.weight(matrix), fmt, work, shared=codebooks, seed=self.job.seed)
+            work, seed, device = Workspace(self.job.metric(matrix)), self.job.seed, self.job.device
+            return encode(self.loaded.weight(matrix), fmt, work, shared=codebooks, seed=seed, device=device)
 
     def shared(self, key: str) -> NDArray[np.uint8]:
         """The bytes of the shared codebooks called `key`. Raises UserError if they are missing or changed."""

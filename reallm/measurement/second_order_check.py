@@ -129,7 +129,14 @@ def _decoded(
     fields = job.cache.fields(job.key(matrix.name, fmt))
     if not fields:
         with one_thread():
-            fields = encode(loaded.weight(matrix), fmt, Workspace(job.metric(matrix)), shared=shared, seed=job.seed)
+            fields = encode(
+                loaded.weight(matrix),
+                fmt,
+                Workspace(job.metric(matrix)),
+                shared=shared,
+                seed=job.seed,
+                device=job.device,
+            )
     tensors = {name: torch.from_numpy(data.copy()) for name, data in fields.items()}
     return decode(fmt, tensors, matrix.rows, matrix.cols, shared=codebook_bytes(fmt, shared))
 

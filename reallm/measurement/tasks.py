@@ -75,7 +75,7 @@ def _measure_format(
 ) -> MeasurementRecord:
     """Encode W in one format, decode the packed bytes, and store the costs of the error in the cache."""
     started = time.thread_time()
-    fields = encode(W, fmt, work, shared=shared, seed=job.seed)
+    fields = encode(W, fmt, work, shared=shared, seed=job.seed, device=job.device)
     seconds = time.thread_time() - started
     packed = {name: torch.from_numpy(value) for name, value in fields.items()}
     error = W - decode(fmt, packed, matrix.rows, matrix.cols, shared=codebook_bytes(fmt, shared))

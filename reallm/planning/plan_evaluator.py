@@ -17,6 +17,7 @@ from reallm.measurement.measured_codes import MeasuredCodes
 from reallm.models.loaded import LoadedModel, Matrix, load_model
 from reallm.planner.tables.plan import Choice, Plan
 from reallm.planner.tables.tensor_layout import shared_key
+from reallm.system.device import CPU
 from reallm.system.progress import progress_bar
 
 
@@ -26,11 +27,23 @@ class PlanEvaluator:
     From one plan to the next, only matrices whose format has changed are decoded.
     """
 
-    def __init__(self, loaded: LoadedModel, work: Path, windows: Tensor, progress: bool = True) -> None:
-        """Measure on `windows`, int64 [n, seqlen]; `work` is the work folder or the file of its table."""
-        self.loaded, self.codes, self.windows, self.progress = loaded, MeasuredCodes(work, loaded), windows, progress
-        self.model = load_model(loaded.source, dtype=torch.float32).model
-        self.dense = CachedLogits(load_model(loaded.source, dtype=torch.float32).model)
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        work: Path,
+        windows: Tensor,
+        progress: bool = True,
+        device: torch.device = CPU,
+    ) -> None:
+        """Measure on `windows`, int64 [n, seqlen], with both models on `device`.
+
+        `work` is the work folder or the file of its table.
+        """
+        self.loaded, self.windows, self.progress = loaded, windows, progress
+        self.codes = MeasuredCodes(work, loaded, device)
+        self.model = load_model(loaded.source, dtype=torch.float32).model.to(device)
+        dense = load_model(loaded.source, dtype=torch.float32).model.to(device)
+        self.dense = CachedLogits(dense)
         self.matrices = {matrix.name: matrix for matrix in loaded.matrices}
         self.formats: dict[str, str] = {}
         """Matrix -> its current format, for the matrices that are not dense."""

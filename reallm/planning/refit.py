@@ -32,6 +32,7 @@ from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Measured, Plan
 from reallm.planner.tables.records import write_record
 from reallm.planner.tables.work_folder import find_table, table_of
+from reallm.system.device import parse_device
 from reallm.text.corpus import Text, load_text
 from reallm.text.windows import cut_windows, shortage
 
@@ -65,6 +66,7 @@ def refit(
     output: str | Path | None = None,
     time_limit_s: float = 60.0,
     progress: bool = True,
+    device: str = "cpu",
 ) -> Plan:
     """Measure a plan and its rivals on the model, correct the predicted costs, and return the best measured plan.
 
@@ -91,6 +93,8 @@ def refit(
         Seconds that the solver may take in each round.
     progress
         Whether to show progress bars.
+    device
+        Where both models run: "cpu", "cuda", "cuda:1" or "auto".
 
     Raises
     ------
@@ -105,6 +109,7 @@ def refit(
     >>> better.measured.kl <= max(kl for name, predicted, kl in better.measured.tried)
     True
     """
+    place = parse_device(device)
     if output is not None:
         replaced_plan(output)
     plan_path = None if isinstance(plan, Plan) else plan
@@ -118,7 +123,7 @@ def refit(
         )
     loaded = model if isinstance(model, LoadedModel) else load_plan_model(plan, plan_path or table_file, model)
     tokens = _windows_of(source, loaded, windows, seqlen)
-    evaluator = PlanEvaluator(loaded, table_file, tokens, progress)
+    evaluator = PlanEvaluator(loaded, table_file, tokens, progress, place)
     rival = None if plan.uniform is None else _trial(evaluator, *_uniform_rival(table, plan))
     trials = [*([rival] if rival else []), *_rounds(evaluator, table, plan, rounds, time_limit_s, rival)]
     best = min(trials, key=lambda trial: trial.kl)

@@ -33,6 +33,20 @@ def test_loops_are_counted_as_often_as_they_turn() -> None:
         code.count([1, 1])
 
 
+def test_loops_around_loops_are_listed_apart() -> None:
+    inner = """
+.L_x_1:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_2:
+        /*0010*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0020*/               @P0 BRA `(.L_x_2) ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+"""
+    code = parse_code(inner, GOOD)
+    assert code.loops == ((1, 3),) and code.outer == ((0, 4),)
+
+
 @pytest.mark.parametrize(
     ("opcode", "bits"), [("LDG.E", 32), ("LDG.E.64.CONSTANT", 64), ("LDG.E.U16", 16), ("LDS.128", 0), ("FFMA", 0)]
 )

@@ -13,6 +13,7 @@ Let Q be the decoded codes and E = W - Q the residual that the factors approxima
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +30,8 @@ CLIPS = {"i8": (1.0,), "i4": (1.0, 0.9, 0.8, 0.7, 0.6)}
 """Clipping ratios for integer factors: the largest code decodes to this share of the component's largest entry. The
 ratio with the smallest squared error is used."""
 
+_RANDOM = threading.Lock()
+"""Held while the global random generator is seeded and used, because matrices may be encoded in several threads."""
 EPSILON = 1e-3
 """Minimum weight of a row or column relative to the largest, so that rows without gradients are not divided by nearly
 zero."""
@@ -57,7 +60,7 @@ def _svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     if rank + OVERSAMPLING > small // 3:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, :rank], S[:rank], Vh[:rank]
-    with torch.random.fork_rng(devices=[]):
+    with _RANDOM, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         U, S, V = torch.svd_lowrank(matrix, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)
     return U[:, :rank], S[:rank], V[:, :rank].T

@@ -29,6 +29,7 @@ from reallm.codecs.packed_fields import to_half
 from reallm.kernels.codes.trellis import CODE_STD, CODE_UNIT, pack_states, step_shape
 from reallm.kernels.formats.codecs import TILE, TrellisCodec
 from reallm.kernels.formats.formats import Feedback
+from reallm.system.device import CPU
 
 from .viterbi import closed_walks
 
@@ -100,10 +101,12 @@ def share_widths(importance: list[float], total: int, state_bits: int) -> list[i
 
 
 class _Encoder:
-    """The encoding of one matrix, padded to whole tiles."""
+    """The encoding of one matrix, padded to whole tiles; targets, searches and feedback are on `device`."""
 
-    def __init__(self, W: Tensor, codec: TrellisCodec, feedback: Feedback, work: Workspace) -> None:
-        self.codec, self.shape = codec, W.shape
+    def __init__(
+        self, W: Tensor, codec: TrellisCodec, feedback: Feedback, work: Workspace, device: torch.device = CPU
+    ) -> None:
+        self.codec, self.shape, self.device = codec, W.shape, device
         self.down, self.across = codec.grid(*W.shape)
         rows, cols = self.down * TILE, self.across * TILE
         self.W = torch.nn.functional.pad(W, (0, cols - W.shape[1], 0, rows - W.shape[0]))
@@ -113,7 +116,7 @@ class _Encoder:
         self.G = None
         if feedback == "ldl2" and G is not None and work.output_factor is not None:
             self.G = padded(G.float(), rows)
-            self.below = feedback_below(padded(work.output_factor, rows))
+            self.below = feedback_below(padded(work.output_factor, rows)).to(device)
 
     def importance(self) -> list[float]:
         """The cost factor D_b of every block of columns."""
@@ -123,7 +126,8 @@ class _Encoder:
     def encode(self) -> tuple[TrellisCodes, Tensor]:
         """Encode the matrix: (codes, decoded matrix [N, K])."""
         widths = share_widths(self.importance(), self.codec.total_width(self.shape[1]), self.codec.state_bits)
-        targets, unscaled = self.W.clone(), torch.zeros_like(self.W)
+        targets, unscaled = self.W.to(self.device, copy=True), torch.zeros_like(self.W, device=self.device)
+        factor = None if self.factor is None else self.factor.to(self.device)
         scales, walks = torch.zeros(self.across), []
         for block, width in enumerate(widths):
             span = slice(block * TILE, (block + 1) * TILE)
@@ -137,19 +141,20 @@ class _Encoder:
             )
             walks.append(states)
             scales[block], unscaled[:, span] = scale, values
-            self._feed_back(targets, target - scale * values, span)
+            _feed_back(factor, targets, target - scale * values, span)
         unscaled[self.shape[0] :], unscaled[:, self.shape[1] :] = 0, 0  # the decoded padding is not an error
+        unscaled = unscaled.cpu()
         stored = to_half(refit_block_scales(self.W, unscaled, scales, self.H, self.G) / (CODE_STD * CODE_UNIT))
         decoded = unscaled * (stored * (CODE_STD * CODE_UNIT)).repeat_interleave(TILE)
         return TrellisCodes(walks, widths, stored), decoded[: self.shape[0], : self.shape[1]]
 
-    def _feed_back(self, targets: Tensor, error: Tensor, span: slice) -> None:
-        """Correct the targets of the columns after `span` for the `error` of the columns in `span`."""
-        if self.factor is None or span.stop == targets.shape[1]:
-            return
-        corner = self.factor[span, span]
-        whitened = torch.linalg.solve_triangular(corner, error, upper=True, left=False)
-        targets[:, span.stop :].addmm_(whitened, self.factor[span, span.stop :], alpha=-1)
+
+def _feed_back(factor: Tensor | None, targets: Tensor, error: Tensor, span: slice) -> None:
+    """Correct the targets of the columns after `span` for the `error` of the columns in `span`."""
+    if factor is None or span.stop == targets.shape[1]:
+        return
+    whitened = torch.linalg.solve_triangular(factor[span, span], error, upper=True, left=False)
+    targets[:, span.stop :].addmm_(whitened, factor[span, span.stop :], alpha=-1)
 
 
 def feedback_below(factor: Tensor) -> Tensor:
@@ -168,7 +173,7 @@ def feedback_below(factor: Tensor) -> Tensor:
 
 def encode_trellis(W: Tensor, codec: TrellisCodec, context: EncodingContext) -> CodedMatrix:
     """Encode W[N, K] float32 in trellis codes; see `encoder` for the interface."""
-    codes, decoded = _Encoder(W, codec, context.fmt.feedback, context.work).encode()
+    codes, decoded = _Encoder(W, codec, context.fmt.feedback, context.work, context.device).encode()
     bits = [step_shape(width)[1] for width in codes.widths]
     rings = [pack_states(walk, k).reshape(-1) for walk, k in zip(codes.walks, bits, strict=True)]
     words = np.zeros(codec.fields(*W.shape)[0].count, dtype=np.int64)

@@ -1,10 +1,11 @@
 """Viterbi search for the closed walks of one block of columns, in native code, or in torch without a C++ compiler.
 
-Both searches minimise the squared error of every tile over the walks that end in the state where they began. They do so
-in two passes (QTIP, arXiv 2406.11235): an unconstrained walk around the seam, where the end of the tile meets its
-start, finds the bits that the first and the last state have in common; the second pass searches with these bits fixed.
-The torch search keeps its path metrics in float32, so its walks can differ from those of the native search where two
-walks are equally good.
+Targets on a GPU are searched there by a Triton kernel with the native search's arithmetic (`device_search`). All
+searches minimise the squared error of every tile over the walks that end in the state where they began. They do so in
+two passes (QTIP, arXiv 2406.11235): an unconstrained walk around the seam, where the end of the tile meets its start,
+finds the bits that the first and the last state have in common; the second pass searches with these bits fixed. The
+torch search keeps its path metrics in float32, so its walks can differ from those of the native search where two walks
+are equally good.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from reallm.codegen.cpu.compiler import library
 from reallm.kernels.codes.trellis import CODE_STD, code_table, step_shape
 from reallm.kernels.formats.codecs import TILE
 
+from .device_search import device_walks
+
 SEAM = 128
 """Steps of the first pass, half of them on each side of the seam."""
 
@@ -31,8 +34,11 @@ def closed_walks(
 
     `width` is the number of half bits per weight. `clip` bounds the distances in the native search. `below`
     [t, 16 t, 16] holds the coefficients of feedback from a tile to the rows below it (see `encode.feedback_below`);
-    None for no feedback between tiles. Returns the decoded values [16 t, 16] and the states of the walks [t, steps].
+    None for no feedback between tiles. Returns the decoded values [16 t, 16], on the device of `target`, and the states
+    of the walks [t, steps].
     """
+    if target.is_cuda:
+        return device_walks(target, state_bits, width, clip, below)
     native = library("trellis")
     if native is None:
         return _portable(target, state_bits, width, below)

@@ -11,15 +11,20 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from reallm.errors import UserError
 
 from .task import Task, Workers
 
+if TYPE_CHECKING:
+    import torch
+
 LOG = logging.getLogger(__name__)
 Backend = Literal["processes", "ray"]
 RETRIES = 3
+GPU_JOBS = 16
+"""Default number of matrices encoded at the same time with a GPU; see `codecs.trellis.device_search`."""
 R = TypeVar("R")
 
 
@@ -51,19 +56,28 @@ def run_all(workers: Workers, tasks: Iterable[Task[R]]) -> Iterator[R]:
 
 
 @contextmanager
-def open_workers(backend: Backend, jobs: int, ray_address: str | None = None) -> Iterator[Workers]:
+def open_workers(
+    backend: Backend, jobs: int, ray_address: str | None = None, gpu: torch.device | None = None
+) -> Iterator[Workers]:
     """Start the workers of `backend`; they are stopped when the context ends.
 
     `jobs` tasks run at the same time; -1 means one per core of this machine or of the cluster. With one local job, the
-    tasks run in this process. `ray_address` may be given only with the backend "ray". Raises UserError for a backend
-    that is unknown, not installed or not reachable.
+    tasks run in this process. `ray_address` may be given only with the backend "ray". With `gpu`, tasks run in threads
+    of this process, so that they share that GPU. Raises UserError for a backend that is unknown, not installed or not
+    reachable.
     """
     if backend not in get_args(Backend):
         raise UserError(f"--backend {backend}: expected {' or '.join(get_args(Backend))}")
     if ray_address is not None and backend != "ray":
         raise UserError(f"--ray-address {ray_address} is for --backend ray, not {backend}; leave one of them out")
+    if gpu is not None and backend == "ray":
+        raise UserError(f"--device {gpu} is for --backend processes, not ray; leave one of them out")
     workers: Workers
-    if backend == "ray":
+    if gpu is not None:
+        from .threads import Threads
+
+        workers = Threads(jobs if jobs > 0 else GPU_JOBS, gpu)
+    elif backend == "ray":
         from .ray import connect
 
         workers = connect(ray_address, jobs)

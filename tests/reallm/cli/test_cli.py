@@ -238,6 +238,34 @@ def test_a_full_disk_is_one_line_and_the_old_plan_survives(table: Path, monkeypa
     assert sorted(path.name for path in table.iterdir()) == ["plan.json", TABLE_FILE]
 
 
+def test_a_device_that_is_not_there_is_refused_by_every_command(folder: Path, table: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", folder / "text.txt"
+    commands = [
+        ("measure", folder / "model", "--text", text, "-o", out, "--device", "cuda:77"),
+        ("compress", folder / "model", "-b", "4bpw", "--text", text, "-o", out, "--device", "cuda:77"),
+        ("compile", folder / "plan.json", "-o", out, "--device", "cuda:77"),
+        ("eval", folder / "model", "--text", text, "--device", "cuda:77"),
+        ("generate", folder / "model", "abc", "--device", "cuda:77"),
+        ("finetune", folder / "out", "-o", out, "--text", text, "--device", "cuda:77"),
+    ]
+    for command in commands:
+        assert "--device cuda:77" in refusal(*command)
+    assert not out.exists()
+    result = run("plan", "--help")
+    assert "--refit-device" in result.output
+
+
+def test_a_gpu_out_of_memory_is_one_line(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80 GiB. Process 1 has.")
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = refusal("plan", table, "-b", "7bpw", "-o", table / "plan.json")
+    assert (
+        "the GPU is out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in line and "--device cpu" in line
+    )
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EDQUOT])
 def test_a_place_that_cannot_be_written_is_one_line(table: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refused(descriptor: int) -> None:
