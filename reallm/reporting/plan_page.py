@@ -31,7 +31,7 @@ CHANGES = 12
 
 
 def plan_page(data: ReportData, figures: Mapping[str, Drawing]) -> str:
-    """The report as HTML; `figures` are those that `report_data.drawings` returns."""
+    """The report as HTML; `figures` are those that `figures.drawings` returns."""
     plan = data.plan
     sections = [
         _bits(plan, figures["bits"]),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reallm.artifacts.copy_sizes import copy_sizes
 from reallm.artifacts.find import find_artifact, is_saved_copy
-from reallm.artifacts.saved_copy import copy_sizes
 from reallm.errors import UserError
 from reallm.models.loaded import load_model
 from reallm.models.sizes import Sizes, artifact_sizes, model_sizes
