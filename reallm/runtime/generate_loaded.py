@@ -8,6 +8,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from reallm.artifacts.find import find_artifact
+from reallm.codegen.cpu.compiler import machine_tier
 from reallm.errors import UserError
 from reallm.models.limits import max_positions, vocabulary_size
 from reallm.text.tokenizer_calls import decode_tokens, encode, render_user_message
@@ -15,10 +16,15 @@ from reallm.text.windows import check_vocabulary
 
 from .generate_prepared import check_finite, warn_of_end
 from .open_model import RunnableModel, open_model
-from .prepared import Loaded, keep_prepared
+from .prepared import TOKENIZER_FILE, Loaded, keep_prepared
 from .step.cpu import Step
 from .step.generate import use_step
 from .step.rotary import StepUnsupportedError
+
+PROMPT = "The"
+"""The text that `prepare_first_text` compares tokens and logits on."""
+MAX_PREPARED_BYTES = 2 << 30
+"""Largest artifact that is loaded once more after it was compiled."""
 
 
 def continue_text(
@@ -64,15 +70,33 @@ def continue_text(
     return decode_tokens(opened.tokenizer, (added if chat else output[0]).tolist(), skip_special_tokens=True)
 
 
-def _keep(path: str | Path, opened: RunnableModel, prompt: str, tokens: torch.Tensor) -> None:
+def prepare_first_text(folder: Path) -> bool:
+    """Build what the artifact in `folder` needs to generate on this CPU, and keep it (`prepared`), for its first text.
+
+    Returns whether it was kept: not for an artifact that does not generate, that has no tokenizer or no decode step, or
+    whose weights files exceed MAX_PREPARED_BYTES, because the whole model is loaded.
+    """
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
+    if machine_tier() == "off" or nbytes > MAX_PREPARED_BYTES or not has_tokenizer:
+        return False
+    opened = open_model(folder, None)
+    if not opened.model.can_generate() or not _has_step(opened.model):
+        return False
+    return _keep(folder, opened, PROMPT, _tokens(PROMPT, opened, False, folder)[0])
+
+
+def _keep(path: str | Path, opened: RunnableModel, prompt: str, tokens: torch.Tensor) -> bool:
     """Keep what the next text needs, if the model is an artifact with a decode step on the CPU."""
     folder = find_artifact(path)
     step = use_step(opened.model).step
     if folder is None or not isinstance(step, Step):
-        return
+        return False
     model = opened.model
     ends, vocabulary = frozenset(_end_tokens(model)), vocabulary_size(model)
-    keep_prepared(Loaded(folder, model, opened.tokenizer, step, prompt, tokens, ends, max_positions(model), vocabulary))
+    return keep_prepared(
+        Loaded(folder, model, opened.tokenizer, step, prompt, tokens, ends, max_positions(model), vocabulary)
+    )
 
 
 def _check_finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
