@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ Packed = Mapping[str, NDArray[np.uint8]]
 """Field name -> its bytes, padding included."""
 
 
-def plain_values(body: NDArray[np.uint8], dtype: str) -> NDArray[np.generic]:
+def plain_values(body: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
     """The numbers of type `dtype` ("f16", "u32", ...) in `body`, without padding; "bf16" as float32."""
     raw = np.ascontiguousarray(body)
     if dtype == "bf16":  # the upper half of a float32

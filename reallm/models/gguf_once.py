@@ -14,7 +14,8 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _REPEATED = ("GGUFReader", "get_tensor_name_map")
 """What transformers calls again with the same arguments, and only reads; it looks both up in `gguf` at each call."""
 

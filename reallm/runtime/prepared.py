@@ -168,7 +168,7 @@ def _sources_digest() -> str:
 
 def _other_settings(model: PreTrainedModel) -> set[str]:
     """Settings of the model's generation that are neither off nor among _GREEDY_SETTINGS."""
-    settings: dict[str, Any] = model.generation_config.to_diff_dict()  # type: ignore[union-attr]
+    settings: dict[str, Any] = model.generation_config.to_diff_dict()
     if settings.get("use_cache", True) is False:
         return {"use_cache"}
     return {name for name, value in settings.items() if value not in (None, False)} - _GREEDY_SETTINGS
