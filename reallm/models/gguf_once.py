@@ -41,7 +41,7 @@ def reading_gguf_once(
     """`load`, a function of a model's path, within `read_gguf_once` if that path is one of a GGUF file."""
 
     @wraps(load)
-    def loading(source: str | Path, *args: P.args, **kwargs: P.kwargs) -> R:
+    def loading(source: str | Path, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if Path(source).suffix != ".gguf" or importlib.util.find_spec("gguf") is None:
             return load(source, *args, **kwargs)
         with read_gguf_once():
