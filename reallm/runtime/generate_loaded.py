@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from reallm.artifacts.directory import read_config
 from reallm.artifacts.find import find_artifact
 from reallm.codegen.cpu.compiler import machine_tier
 from reallm.errors import UserError
@@ -19,8 +21,10 @@ from .open_model import RunnableModel, open_model
 from .prepared import TOKENIZER_FILE, Loaded, keep_prepared
 from .step.cpu import Step
 from .step.generate import use_step
+from .step.model_reader import FAMILIES
 from .step.rotary import StepUnsupportedError
 
+LOG = logging.getLogger(__name__)
 PROMPT = "The"
 """The text that `prepare_first_text` compares tokens and logits on."""
 MAX_PREPARED_BYTES = 2 << 30
@@ -73,15 +77,20 @@ def continue_text(
 def prepare_first_text(folder: Path) -> bool:
     """Build what the artifact in `folder` needs to generate on this CPU, and keep it (`prepared`), for its first text.
 
-    Returns whether it was kept: not for an artifact that does not generate, that has no tokenizer or no decode step, or
-    whose weights files exceed MAX_PREPARED_BYTES, because the whole model is loaded.
+    Returns whether it was kept: not for an artifact that has no decode step or no tokenizer, that cannot be loaded
+    here, or whose weights files exceed MAX_PREPARED_BYTES, because the whole model is loaded.
     """
+    architectures = read_config(folder).get("architectures") or [""]
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
-    if machine_tier() == "off" or nbytes > MAX_PREPARED_BYTES or not has_tokenizer:
+    if architectures[0] not in FAMILIES or nbytes > MAX_PREPARED_BYTES or not has_tokenizer or machine_tier() == "off":
         return False
-    opened = open_model(folder, None)
-    if not opened.model.can_generate() or not _has_step(opened.model):
+    try:
+        opened = open_model(folder, None)
+    except UserError as error:
+        LOG.warning("%s is written, but cannot be loaded here: %s", folder, error)
+        return False
+    if not _has_step(opened.model):
         return False
     return _keep(folder, opened, PROMPT, _tokens(PROMPT, opened, False, folder)[0])
 

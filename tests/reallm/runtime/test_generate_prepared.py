@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from reallm.codegen.cpu import compiler as native
 from reallm.errors import UserError
 from reallm.kernels.storage.layout import CONFIG_FILE
 from reallm.runtime import generate_loaded, generate_prepared, prepared
+from reallm.runtime.generate_loaded import prepare_first_text
 from reallm.runtime.step.skeleton import Rotary
 
 pytestmark = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler here")
@@ -158,6 +160,25 @@ def _other_norms(*arguments: Any) -> Any:
     weight: Tensor = norm.weight
     norm.weight = torch.nn.Parameter(weight + 1, requires_grad=False)
     return model
+
+
+def test_artifacts_that_cannot_be_prepared(
+    llama: Made, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not prepare_first_text(make("gpt2", tmp_path / "gpt2", lambda matrix: "int4-g16").folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_loaded, "MAX_PREPARED_BYTES", 1000)
+        assert not prepare_first_text(llama.folder)
+    with monkeypatch.context() as patch:
+        patch.setenv("REALLM_NATIVE", "off")
+        assert not prepare_first_text(llama.folder)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(llama.folder, damaged)
+    (damaged / "model.safetensors").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert not prepare_first_text(damaged)
+    assert f"{damaged} is written, but cannot be loaded here" in caplog.text and not list(kept.glob("*"))
+    assert prepare_first_text(llama.folder) and len(list(kept.glob("*.json"))) == 1
 
 
 def test_old_facts_are_removed(tmp_path: Path) -> None:
