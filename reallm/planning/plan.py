@@ -13,7 +13,8 @@ from reallm.kernels.storage.atomic import write_text_atomic
 from reallm.planner.problem.plan_options import PlanKeywords, PlanOptions, merged_options
 from reallm.planner.results import allocate
 from reallm.planner.results import sweep as sweeps
-from reallm.planner.results.explain import Alternative, Change, alternatives, differences, larger_plan
+from reallm.planner.results.differences import Change, differences
+from reallm.planner.results.explain import Alternative, alternatives, larger_plan
 from reallm.planner.results.sweep import Point, as_csv, spaced_budgets
 from reallm.planner.tables.device import DEVICES, KINDS, Device
 from reallm.planner.tables.measured_table import MeasuredTable

@@ -16,7 +16,7 @@ from reallm.planner.results.breakdown import (
     short_names,
     tally,
 )
-from reallm.planner.results.explain import differences
+from reallm.planner.results.differences import differences
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint
 from reallm.planner.tables.plan import Plan
