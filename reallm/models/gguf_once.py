@@ -1,4 +1,4 @@
-"""Loading a GGUF file in less than half the time.
+"""Reading the header of a GGUF file once.
 
 For one model, transformers reads the file's header three times (configuration, weights, tokenizer), each time with
 every string of the vocabulary, and makes the table of tensor names again for every module. Within `read_gguf_once`
