@@ -48,7 +48,7 @@ from benchmarks.bench import (
     row,
 )
 from benchmarks.peers import ROOT
-from reallm.artifacts.peft_files import WEIGHTS_FILE
+from reallm.artifacts.adapter_layout import WEIGHTS_FILE
 from reallm.compilation.compile import compile_plan
 from reallm.measurement.cache import content_key
 from reallm.planner.results.uniform import uniform_plan

@@ -24,7 +24,7 @@ TIMEOUT = 240.0
 OUTCOME_FILE = "outcome.json"
 PRELOADED = (
     *("reallm.measurement.measure", "reallm.planning.plan", "reallm.compilation.compile", "reallm.runtime.load"),
-    *("reallm.runtime.generate", "reallm.evaluation.evaluate", "reallm.artifacts.verify"),
+    *("reallm.runtime.generate_loaded", "reallm.evaluation.evaluate", "reallm.artifacts.verify"),
     *("transformers.generation.utils", "transformers.models.auto.modeling_auto"),
 )
 """What reallm and transformers import when it is first used: seconds in each process otherwise."""

@@ -15,34 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal
 
 from reallm.codegen.ir.operations import CodegenError
 
 from .buffers import Buffers
 from .graph import StepGraph, Value
 from .operations import Add, Attend, Embed, Gate, Linear, Norm, Operation, Residual, Softcap, Token, Weight
+from .program import CacheDtype, StepProgram
 
-CacheDtype = Literal["f32", "bf16"]
 CACHE_TYPES: dict[CacheDtype, str] = {"f32": "float", "bf16": "Bf16"}
-
-
-@dataclass(frozen=True, slots=True)
-class StepProgram:
-    """The C++ source of a decode step, and what a run must supply, in the order in which the source expects it."""
-
-    source: str
-    weights: tuple[Weight, ...]
-    vectors: tuple[str, ...]
-    """Names of the modules whose weights the norms use."""
-    tables: tuple[str, ...]
-    """Names of the tables of rotary angles."""
-    scratch: int
-    """Size of the scratch area in floats per token, without the space for prepared inputs of matrices."""
-    layers: int
-    kv_heads: int
-    head_dim: int
-    cache: CacheDtype
 
 
 @dataclass

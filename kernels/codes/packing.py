@@ -36,13 +36,29 @@ def pack_codes(codes: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
     return pad(np.concatenate(planes).view(np.uint8) if planes else np.empty(0, np.uint8))
 
 
+def check_packed(packed: NDArray[np.uint8], bits: int, count: int) -> None:
+    """Raise ValueError unless `packed` has the size of `count` codes of `bits` bits and its padding is zero.
+
+    Every code is valid, so this is all that can be wrong with packed codes; it reads the last word of each plane only.
+    """
+    if packed.dtype != np.uint8 or packed.shape != (packed_nbytes(count, bits),):
+        raise ValueError(f"{count} codes of {bits} bits take {packed_nbytes(count, bits)} bytes, not {packed.shape}")
+    words, end = np.ascontiguousarray(packed).view("<u4"), 0
+    for width in plane_widths(bits):
+        end += plane_words(count, width)
+        used_bits = count * width % WORD_BITS
+        if used_bits and int(words[end - 1]) >> used_bits:
+            raise ValueError("padding of packed codes is not zero")
+    if words[end:].any():
+        raise ValueError("padding of packed codes is not zero")
+
+
 def unpack_codes(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint16]:
     """The inverse of `pack_codes`: the first `count` codes, uint16 [count].
 
     Raises ValueError for a buffer of the wrong size and for padding that is not zero.
     """
-    if packed.dtype != np.uint8 or packed.shape != (packed_nbytes(count, bits),):
-        raise ValueError(f"{count} codes of {bits} bits take {packed_nbytes(count, bits)} bytes, not {packed.shape}")
+    check_packed(packed, bits, count)
     words = np.ascontiguousarray(packed).view("<u4")
     result, start, shift = np.zeros(count, dtype=np.uint16), 0, 0
     for width in plane_widths(bits):
@@ -50,11 +66,6 @@ def unpack_codes(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np
         size = plane_words(count, width)
         lanes = np.arange(per_word, dtype=np.uint32) * np.uint32(width)
         part = (words[start : start + size, None] >> lanes) & np.uint32((1 << width) - 1)
-        flat = part.reshape(-1)
-        if flat[count:].any():
-            raise ValueError("padding of packed codes is not zero")
-        result |= (flat[:count] << np.uint32(shift)).astype(np.uint16)
+        result |= (part.reshape(-1)[:count] << np.uint32(shift)).astype(np.uint16)
         start, shift = start + size, shift + width
-    if words[start:].any():
-        raise ValueError("padding of packed codes is not zero")
     return result

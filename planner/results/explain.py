@@ -1,4 +1,4 @@
-"""Explain a plan: how it differs from another, what other formats would cost, what a larger budget would gain."""
+"""Explain a plan: what other formats would cost, and what a larger budget would gain."""
 
 from __future__ import annotations
 
@@ -16,24 +16,6 @@ from reallm.planner.tables.units import MIB, PlanError
 from .allocate import best_plans
 from .sweep import Point, sweep
 
-NOT_IN_PLAN = "as it is"
-"""Shown instead of a format for a matrix that one of two compared plans leaves uncompressed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One matrix that two plans store differently."""
-
-    matrix: str
-    before: str
-    """Its format in the first plan."""
-    after: str
-    """Its format in the second plan."""
-    nbytes: int
-    """Bytes in the second plan minus bytes in the first."""
-    cost: float
-    """Predicted loss in the second plan minus that in the first, nats per token."""
-
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
@@ -47,22 +29,6 @@ class Alternative:
     regret: float
     """Regret at the plan's shadow price (see the glossary), nats per token; 0 for the chosen format."""
     chosen: bool
-
-
-def differences(before: Plan, after: Plan) -> list[Change]:
-    """The matrices that two plans store differently, the largest change of loss first.
-
-    Raises PlanError for plans of different models.
-    """
-    if before.model_sha256 != after.model_sha256:
-        raise PlanError(f"the plans are of different models: {before.model} and {after.model}")
-    sides = [{c.matrix: (c.format, c.nbytes, c.cost) for c in plan.choices} for plan in (before, after)]
-    changes = []
-    for name in sorted(set(sides[0]) | set(sides[1]), key=natural_key):
-        old, new = (side.get(name, (NOT_IN_PLAN, 0, 0.0)) for side in sides)
-        if old[0] != new[0]:
-            changes.append(Change(name, old[0], new[0], new[1] - old[1], new[2] - old[2]))
-    return sorted(changes, key=lambda change: -abs(change.cost))
 
 
 def alternatives(table: MeasuredTable, plan: Plan, matrix: str) -> list[Alternative]:

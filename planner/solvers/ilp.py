@@ -23,7 +23,6 @@ the time ran out, so `sol_status` is read instead. HiGHS's default gaps are swit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import gcd
 from typing import Literal
 
@@ -31,7 +30,6 @@ import pulp
 
 from reallm.planner.problem.problem import Candidate, Problem
 
-SOLVER = "HiGHS"
 Objective = Literal["cost", "bytes", "stretch"]
 COST_SCALE = 1e4
 """What the median cost times the number of items is scaled to."""
@@ -48,11 +46,6 @@ class IlpResult:
     best_bound: float
     """Lower bound of the objective."""
     status: Literal["optimal", "feasible", "infeasible", "unknown"]
-
-
-def solver_version() -> str:
-    """The versions of HiGHS and PuLP, as text."""
-    return f"{version('highspy')} (PuLP {version('pulp')})"
 
 
 def solve_ilp(problem: Problem, time_limit_s: float, objective: Objective = "cost") -> IlpResult:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -25,12 +25,16 @@ from reallm.planner.tables.units import MIB, PlanError
 
 from .branching import Search
 from .few_formats import few_formats
-from .ilp import SOLVER, solve_ilp, solver_version
 from .knapsack import Instance, solve_knapsack
 from .lagrangian import Relaxation, incumbent, limit_prices, reduced_problem, relax, shadow_price
 
+if TYPE_CHECKING:
+    from .ilp import IlpResult, Objective
+
 OPTIMAL_GAP = 1e-9
 """Largest relative gap of a plan that is called optimal."""
+SOLVER = "HiGHS"
+"""Name that a plan records as its solver when `ilp` found it."""
 CORE = "reallm core"
 """Name that a plan records as its solver when the exact core or the search found it."""
 
@@ -65,7 +69,7 @@ class Solution:
         status: Literal["optimal", "feasible"] = "optimal" if self.finished and gap <= OPTIMAL_GAP else "feasible"
         return Bound(
             solver=self.solver,
-            solver_version=solver_version() if self.solver == SOLVER else version("reallm"),
+            solver_version=_highs_version() if self.solver == SOLVER else version("reallm"),
             status=status,
             objective=objective,
             best_bound=best_bound,
@@ -136,6 +140,18 @@ def instance_of(problem: Problem) -> Instance:
     return Instance(cost, nbytes)
 
 
+def _solve_ilp(problem: Problem, time_limit_s: float, objective: Objective = "cost") -> IlpResult:
+    """Solve with HiGHS, which most problems do not need: only those that do import it."""
+    from .ilp import solve_ilp
+
+    return solve_ilp(problem, time_limit_s, objective)
+
+
+def _highs_version() -> str:
+    """The versions of HiGHS and PuLP, as text."""
+    return f"{version('highspy')} (PuLP {version('pulp')})"
+
+
 def _by_ilp(problem: Problem, time_limit_s: float) -> Solution | None:
     prices = limit_prices(problem)
     relaxation = relax(problem, prices)
@@ -143,7 +159,7 @@ def _by_ilp(problem: Problem, time_limit_s: float) -> Solution | None:
     lower_bound = max(relaxation.exact_bound(price), 0.0)
     first = _first_solution(problem, relaxation, price)
     rest = problem if first is None else reduced_problem(relaxation, price, problem.cost(first))
-    result = solve_ilp(rest, time_limit_s)
+    result = _solve_ilp(rest, time_limit_s)
     if result.status == "infeasible" and first is None:
         return None
     choices = [list(choice) for choice in (result.chosen, first) if choice is not None]
@@ -178,7 +194,7 @@ def smallest_bytes(problem: Problem, time_limit_s: float = 60.0) -> int:
     """The fewest bytes that any choice takes, ignoring the limits and the maximum number of formats."""
     problem = replace(_without_limits(problem), max_formats=None)
     lightest = [min(item.candidates, key=lambda c: c.nbytes) for item in problem.items]
-    result = solve_ilp(problem, time_limit_s, objective="bytes") if problem.shared else None
+    result = _solve_ilp(problem, time_limit_s, objective="bytes") if problem.shared else None
     chosen = list(result.chosen) if result and result.chosen else lightest
     return min(problem.nbytes(chosen), problem.nbytes(lightest))
 
@@ -203,7 +219,7 @@ class Stretch:
 
 def least_stretch(problem: Problem, time_limit_s: float = 60.0) -> Stretch | None:
     """The smallest stretch that makes an infeasible problem feasible; None when too few formats are allowed."""
-    result = solve_ilp(problem, time_limit_s, objective="stretch")
+    result = _solve_ilp(problem, time_limit_s, objective="stretch")
     if result.chosen is None:
         return None
     chosen = list(result.chosen)

@@ -23,6 +23,9 @@ from reallm.kernels.storage.layout import TensorSpec
 
 from .measured_table import Kind, MatrixRecord
 
+SHARED_PREFIX = "reallm_shared."
+"""What the names of the tensors of shared codebooks begin with."""
+
 
 def dense_nbytes(fmt: Format, rows: int, cols: int) -> int | None:
     """Bytes of a matrix [rows, cols] stored as the model's own tensor; None when the format is not dense."""
@@ -48,7 +51,7 @@ def shared_key(fmt: Format, family: str) -> str | None:
 
 def shared_tensor(key: str, nbytes: int) -> TensorSpec:
     """The tensor of a shared codebook."""
-    return TensorSpec(f"reallm_shared.{re.sub(r'[^A-Za-z0-9_]', '_', key)}.codebooks", "U8", (nbytes,))
+    return TensorSpec(f"{SHARED_PREFIX}{re.sub(r'[^A-Za-z0-9_]', '_', key)}.codebooks", "U8", (nbytes,))
 
 
 def stack_of(matrix: MatrixRecord) -> str | None:

@@ -99,21 +99,7 @@ def find_table(plan: Plan, plan_path: str | Path | None = None, work: str | Path
     `plan_path` is where the plan was read from, `work` the work folder if it has moved. Raises RecordError, which names
     the option --work, when there is no table.
     """
-    places = [folder_of(work)] if work else recorded_places(plan.work, plan_path)
-    for place in places:
-        for path in (place / EARLIER_FOLDER / f"{plan.table_sha256[:DIGEST_DIGITS]}.json", place / TABLE_FILE):
-            if _digest_of(path) == plan.table_sha256:
-                return path
-    for place in places:
-        if (place / TABLE_FILE).exists():
-            return place / TABLE_FILE
-    if work:
-        raise RecordError(f"{places[0] / TABLE_FILE} does not exist; `reallm measure` makes it")
-    lacking = f"holds no {TABLE_FILE}" if places[0].exists() else "does not exist here or beside the plan"
-    raise RecordError(
-        f"the plan was made from the work folder {places[0]}, which {lacking}; if it has moved, name it with --work, "
-        "otherwise measure and plan again"
-    )
+    return _find(plan, plan_path, work)[0]
 
 
 def table_of(plan: Plan, plan_path: str | Path | None = None, work: str | Path | None = None) -> MeasuredTable:
@@ -122,14 +108,33 @@ def table_of(plan: Plan, plan_path: str | Path | None = None, work: str | Path |
     Raises RecordError when there is no table or a damaged one, and PlanError when the plan was made from none of the
     tables that are there.
     """
-    path = find_table(plan, plan_path, work)
-    table = read_table(path)
-    if table.digest() != plan.table_sha256:
+    path, table = _find(plan, plan_path, work)
+    if table is None:
+        read_table(path)  # says what is wrong with a damaged one
         raise PlanError(
             f"the plan was made from another measured table than those in {folder_of(path)}; name the folder with its "
             "own table by --work, or plan again"
         )
     return table
+
+
+def _find(plan: Plan, plan_path: str | Path | None, work: str | Path | None) -> tuple[Path, MeasuredTable | None]:
+    """As `find_table`, with the table if it is the one that the plan was made from."""
+    places = [folder_of(work)] if work else recorded_places(plan.work, plan_path)
+    for place in places:
+        for path in (place / EARLIER_FOLDER / f"{plan.table_sha256[:DIGEST_DIGITS]}.json", place / TABLE_FILE):
+            if (table := _readable(path)) is not None and table.digest() == plan.table_sha256:
+                return path, table
+    for place in places:
+        if (place / TABLE_FILE).exists():
+            return place / TABLE_FILE, None
+    if work:
+        raise RecordError(f"{places[0] / TABLE_FILE} does not exist; `reallm measure` makes it")
+    lacking = f"holds no {TABLE_FILE}" if places[0].exists() else "does not exist here or beside the plan"
+    raise RecordError(
+        f"the plan was made from the work folder {places[0]}, which {lacking}; if it has moved, name it with --work, "
+        "otherwise measure and plan again"
+    )
 
 
 def recorded_places(recorded: str, plan_path: str | Path | None) -> list[Path]:
@@ -147,9 +152,9 @@ def recorded_places(recorded: str, plan_path: str | Path | None) -> list[Path]:
     return [path, *(folder / path for folder in Path(plan_path).absolute().parents)]
 
 
-def _digest_of(path: Path) -> str | None:
-    """The digest of the table in `path`; None if there is none that can be read."""
+def _readable(path: Path) -> MeasuredTable | None:
+    """The table in `path`; None if there is none that can be read."""
     try:
-        return read_record(path, MeasuredTable, "measure").digest()
+        return read_record(path, MeasuredTable, "measure")
     except RecordError:
         return None

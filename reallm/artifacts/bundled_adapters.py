@@ -13,9 +13,9 @@ from reallm.errors import UserError
 from reallm.kernels.storage.safetensors_reader import StoredTensor
 from reallm.planner.tables.plan import Plan
 
+from .adapter_layout import read_layout, read_terms
 from .directory import adapters_in
 from .manifest import ADAPTERS_FOLDER, artifact_digest
-from .peft_files import read_adapter, read_layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -98,5 +98,5 @@ def check_adapters(artifact: Path, shapes: Shapes, deep: bool) -> tuple[AdapterV
         if view.fault is not None:
             raise UserError(view.fault)
         if deep:
-            read_adapter(parent / view.name)
+            read_terms(parent / view.name, read_layout(parent / view.name))
     return views

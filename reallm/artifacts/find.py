@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from reallm.errors import UserError
 from reallm.kernels.storage.layout import CONFIG_FILE
 from reallm.planner.tables.plan import PLAN_FILE, Plan, read_plan
@@ -27,14 +24,22 @@ def find_artifact(name: Path | str) -> Path | None:
     path = Path(name).expanduser()
     if path.exists() or not _HUB_NAME.fullmatch(str(name)):
         return path if is_artifact(path) else None
+    return _fetch(str(name))
+
+
+def _fetch(name: str) -> Path | None:
+    """The folder of the artifact `name` of the hub, in the hub's cache; None if there is none. Raises UserError."""
+    from huggingface_hub import hf_hub_download, snapshot_download  # takes longer than everything else in this module
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
-        config = Path(hf_hub_download(str(name), CONFIG_FILE))
+        config = Path(hf_hub_download(name, CONFIG_FILE))
     except (OSError, HFValidationError, HfHubHTTPError):
         return None
     if not is_artifact(config.parent):
         return None
     try:
-        return Path(snapshot_download(str(name)))
+        return Path(snapshot_download(name))
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{name} cannot be fetched from the hub ({reason}); check the connection") from error

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.safetensors_reader import StoredTensor
-from reallm.models.sizes import SHARED_PREFIX
 from reallm.planner.tables.plan import Plan, read_plan
+from reallm.planner.tables.tensor_layout import SHARED_PREFIX
 
 from .bundled_adapters import AdapterView, linear_shapes, view_adapters
 from .directory import read_config, read_record_of

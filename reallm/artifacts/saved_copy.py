@@ -6,23 +6,20 @@ was changed: headers, names and sizes of all packed fields, padding, and that al
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+import numpy as np
 
 from reallm.errors import UserError
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.dtypes import SAFETENSORS_FLOATS
 from reallm.kernels.storage.safetensors_reader import StoredTensor
-from reallm.models.sizes import SHARED_PREFIX, Sizes
 from reallm.planner.tables.tensor_layout import shared_tensor
 
-from .architecture import matrix_shapes
 from .directory import read_record_of
-from .stored_values import check_fields, check_values, read_bytes, read_tensors
+from .stored_values import check_fields, check_values, read_bytes, read_floats, read_tensors
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,8 @@ def copied_matrices(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[
 
     Raises UserError if config.json cannot be used, or if a field is missing or has another size than its format.
     """
+    from .architecture import matrix_shapes  # builds the model without memory, for which it needs transformers
+
     record = read_record_of(folder)
     shapes = matrix_shapes(folder, record)
     matrices = []
@@ -89,24 +88,5 @@ def check_copy(folder: Path, deep: bool) -> tuple[int, int]:
 def _check_floats(tensors: Mapping[str, StoredTensor]) -> None:
     """Raise UserError if a tensor of floats holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if tensor.dtype in SAFETENSORS_FLOATS:
-            with safe_open(tensor.path, "pt") as file:
-                if not bool(file.get_tensor(name).isfinite().all()):
-                    raise UserError(f"{tensor.path}: {name} holds NaN or infinity; save the model again")
-
-
-def copy_sizes(folder: Path) -> Sizes:
-    """Sizes of a saved copy; its matrices are those that are packed."""
-    tensors = read_tensors(folder)
-    matrices = copied_matrices(folder, tensors)
-    weights = sum(matrix.rows * matrix.cols for matrix in matrices)
-    packed = {f"{m.stored_as}.{field.name}" for m in matrices for field in m.format.fields(m.rows, m.cols)}
-    shared = [tensor.nbytes for name, tensor in tensors.items() if name.startswith(SHARED_PREFIX)]
-    others = [t for name, t in tensors.items() if name not in packed and not name.startswith(SHARED_PREFIX)]
-    return Sizes(
-        matrices_bytes=sum(matrix.nbytes for matrix in matrices) + sum(shared),
-        matrices_weights=weights,
-        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        weights=weights + sum(math.prod(tensor.shape) for tensor in others),
-        file_bytes=sum(path.stat().st_size for path in {tensor.path for tensor in tensors.values()}),
-    )
+        if tensor.dtype in SAFETENSORS_FLOATS and not np.isfinite(read_floats(tensor)).all():
+            raise UserError(f"{tensor.path}: {name} holds NaN or infinity; save the model again")

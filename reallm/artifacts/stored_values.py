@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reallm.errors import UserError
-from reallm.kernels.codes.stored_fields import read_field
+from reallm.kernels.codes.stored_fields import check_field, is_finite, plain_values
 from reallm.kernels.formats.fields import Field
+from reallm.kernels.storage.dtypes import SAFETENSORS_DTYPES
 from reallm.kernels.storage.layout import LayoutError
 from reallm.kernels.storage.safetensors_reader import StoredTensor, read_folder
 
@@ -39,12 +40,17 @@ def read_bytes(tensor: StoredTensor) -> NDArray[np.uint8]:
         return np.frombuffer(stream.read(tensor.stop - tensor.start), dtype=np.uint8)
 
 
+def read_floats(tensor: StoredTensor) -> NDArray[np.floating]:
+    """The values of one stored tensor of floats, float16 or float32 [number of elements]; bfloat16 as float32."""
+    return plain_values(read_bytes(tensor), SAFETENSORS_DTYPES[tensor.dtype].name)
+
+
 def check_values(owner: str, fields: list[tuple[Field, NDArray[np.uint8]]], path: Path) -> None:
     """Raise UserError if a field of `owner` in the file `path` has padding that is not zero, NaN or infinity."""
     for field, raw in fields:
         try:
-            values = read_field(field, {field.name: raw})
+            check_field(field, raw)
         except ValueError as error:
             raise UserError(f"{path}: {owner}: {error}; compile again") from None
-        if not np.isfinite(values).all():
+        if not is_finite(field, raw):
             raise UserError(f"{path}: {owner}.{field.name} holds NaN or infinity; compile again")

@@ -129,7 +129,11 @@ def start(
 
 
 def quiet_transformers() -> None:
-    """Switch off transformers' progress bars and warnings."""
+    """Switch off transformers' progress bars and warnings, now or as soon as it is imported."""
+    if "transformers" not in sys.modules:  # it reads these when it is imported, which a command may not need
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        return
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -49,6 +49,9 @@ def compile_(
     quiet_transformers()
     targets = tuple(comma_separated(objects))
     compile_plan(plan, output, model=model, work=work, kernels=kernels, objects=targets, force=force, device=device)
+    from reallm.runtime.generate_loaded import prepare_first_text
+
+    prepare_first_text(output)
     place = shlex.quote(str(output))
     typer.echo(f"wrote {output}; next: reallm eval {place} --against MODEL --text test.txt", err=True)
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from reallm.planner.results.explain import Alternative, differences
-from reallm.planner.results.sweep import Point
+from reallm.planner.results.differences import differences
 from reallm.planner.tables.budget import parse_budget
 from reallm.planner.tables.plan import Choice, LimitState, Plan
 from reallm.planner.tables.requirements import parse_pool
 from reallm.planner.tables.units import bytes_text, parse_nanoseconds
 
 from .tables import columns_table, facts_table, print_first_that_fits
+
+if TYPE_CHECKING:
+    from reallm.planner.results.explain import Alternative
+    from reallm.planner.results.sweep import Point
 
 NARROW_NAME = 30
 """Columns for the name of a matrix in a table that would be too wide otherwise."""

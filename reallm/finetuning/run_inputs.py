@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from reallm.artifacts.adapter_layout import CONFIG_FILE
 from reallm.artifacts.directory import check_output, read_config
 from reallm.artifacts.find import plan_of, require_artifact
 from reallm.artifacts.manifest import MANIFEST_FILE, sha256_file
-from reallm.artifacts.peft_files import CONFIG_FILE
 from reallm.artifacts.verify import verify
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import DenseCodec

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from reallm.errors import UserError
 from reallm.kernels.formats.fields import FormatError
 from reallm.kernels.formats.formats import Format
@@ -135,6 +133,8 @@ def load_space(space: str | Path | Space | None = None) -> Space:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"--space {name}: no such preset or file; the presets are {', '.join(PRESETS)}")
+    import yaml  # presets do not need it
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -23,6 +23,7 @@ from reallm.system.scratch import Scratch
 from reallm.system.torch_dtypes import FLOAT_NAMES, TORCH_NAMES
 
 from .checkpoint import read_checkpoint
+from .gguf_once import reading_gguf_once
 from .limits import max_positions, vocabulary_size
 from .matrices import discover
 from .matrix import Matrix
@@ -112,6 +113,7 @@ class LoadedModel:
         return {n: TORCH_NAMES[tensors[n].dtype] for n in self.other_tensors() if tensors[n].dtype != self.dtype}
 
 
+@reading_gguf_once
 def load_model(source: str | Path, dtype: torch.dtype | None = None, scratch: Scratch | None = None) -> LoadedModel:
     """Load `source` on the CPU and find its matrices.
 

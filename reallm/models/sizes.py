@@ -14,13 +14,13 @@ from pathlib import Path
 from reallm.kernels.storage.safetensors_reader import StoredTensor
 from reallm.planner.tables.plan import PLAN_FILE, Plan
 from reallm.planner.tables.records import read_record
+from reallm.planner.tables.tensor_layout import SHARED_PREFIX
 
 from .checkpoint import read_checkpoint
 from .loaded import LoadedModel
 from .source import locate
 
 BYTE_DTYPE = "U8"
-SHARED_PREFIX = "reallm_shared."
 COUNTED_KINDS = ("linear", "expert")
 """Kinds of matrices that a budget in bits per weight counts."""
 

@@ -8,8 +8,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from shlex import quote
 
-from reallm.codegen.cpu.linear import kernel_for
-from reallm.codegen.ir.lower import has_kernel
 from reallm.errors import UserError
 from reallm.kernels.formats.codecs import DenseCodec
 from reallm.kernels.formats.formats import Format
@@ -18,10 +16,20 @@ from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.work_folder import folder_of
 
-TARGETS: Mapping[str, Callable[[Format], bool]] = {
-    "triton": has_kernel,
-    "cpu": lambda fmt: isinstance(fmt.codec, DenseCodec) or kernel_for(fmt) is not None,
-}
+
+def _on_triton(fmt: Format) -> bool:
+    from reallm.codegen.ir.lower import has_kernel  # code generation is only needed for a target
+
+    return has_kernel(fmt)
+
+
+def _on_cpu(fmt: Format) -> bool:
+    from reallm.codegen.cpu.linear import kernel_for  # likewise
+
+    return isinstance(fmt.codec, DenseCodec) or kernel_for(fmt) is not None
+
+
+TARGETS: Mapping[str, Callable[[Format], bool]] = {"triton": _on_triton, "cpu": _on_cpu}
 """Target -> function that says whether the target has a kernel for a format."""
 
 

@@ -13,13 +13,14 @@ from reallm.kernels.storage.atomic import write_text_atomic
 from reallm.planner.problem.plan_options import PlanKeywords, PlanOptions, merged_options
 from reallm.planner.results import allocate
 from reallm.planner.results import sweep as sweeps
-from reallm.planner.results.explain import Alternative, Change, alternatives, differences, larger_plan
+from reallm.planner.results.differences import Change, differences
+from reallm.planner.results.explain import Alternative, alternatives, larger_plan
 from reallm.planner.results.sweep import Point, as_csv, spaced_budgets
 from reallm.planner.tables.device import DEVICES, KINDS, Device
 from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.records import read_record, write_record
-from reallm.planner.tables.work_folder import described, folder_of, read_table, table_of, tables_in
+from reallm.planner.tables.work_folder import EARLIER_FOLDER, described, folder_of, read_table, table_of, tables_in
 
 from .allowed_formats import with_allowed_formats
 from .plan_file import replaced_plan
@@ -93,7 +94,7 @@ def best_plans(
 def _chosen_table(work: str | Path) -> MeasuredTable:
     """The table that `work` names. Logs how to name another one, if the folder has tables of other settings."""
     table = read_table(work)
-    if Path(work).is_file():
+    if not (Path(work) / EARLIER_FOLDER).is_dir():
         return table
     others = {t.settings.get("identity"): (path, t) for path, t in reversed([*tables_in(Path(work))])}
     others.pop(table.settings.get("identity"), None)

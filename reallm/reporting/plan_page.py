@@ -16,7 +16,7 @@ from reallm.planner.results.breakdown import (
     short_names,
     tally,
 )
-from reallm.planner.results.explain import differences
+from reallm.planner.results.differences import differences
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint
 from reallm.planner.tables.plan import Plan
@@ -31,7 +31,7 @@ CHANGES = 12
 
 
 def plan_page(data: ReportData, figures: Mapping[str, Drawing]) -> str:
-    """The report as HTML; `figures` are those that `report_data.drawings` returns."""
+    """The report as HTML; `figures` are those that `figures.drawings` returns."""
     plan = data.plan
     sections = [
         _bits(plan, figures["bits"]),

@@ -8,9 +8,7 @@ from reallm.artifacts.find import plan_of
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import write_bytes_atomic, write_text_atomic
 
-from .figures.paint import png
-from .plan_page import plan_page
-from .report_data import ReportData, collect_report_data, drawings
+from .report_data import ReportData, collect_report_data
 
 
 def report(
@@ -53,6 +51,10 @@ def report(
     if png_folder is not None and Path(png_folder).exists() and not Path(png_folder).is_dir():
         raise UserError(f"--png {png_folder} is a file; expected a folder for the figures")
     data = collect_report_data(plan_of(path), work, path)
+    from .figures.drawings import drawings  # from here on, matplotlib is needed
+    from .figures.paint import png
+    from .plan_page import plan_page
+
     figures = drawings(data)
     write_text_atomic(output, plan_page(data, figures))
     if png_folder is not None:

@@ -1,4 +1,4 @@
-"""The data that a report shows: the plan, what can be computed from its measured table, and the figures of both."""
+"""The data that a report shows: the plan and what can be computed from its measured table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 from reallm.planner.problem.plan_options import PlanOptions
-from reallm.planner.results.breakdown import by_family, by_layer, costliest
+from reallm.planner.results.breakdown import costliest
 from reallm.planner.results.explain import Alternative, alternatives, larger_plan, require_table, sweep_around
 from reallm.planner.results.sweep import Point
 from reallm.planner.results.uniform import UniformPoint, uniform_points
@@ -17,11 +17,6 @@ from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable
 from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.records import RecordError
 from reallm.planner.tables.work_folder import find_table, folder_of, read_table
-
-from .figures.bars import bytes_bars, costliest_bars, measured_bars
-from .figures.curve import curve_of, pareto
-from .figures.heat import heat_map
-from .figures.paint import Drawing
 
 COSTLIEST = 10
 """Number of matrices that a report lists by name."""
@@ -91,17 +86,3 @@ def _dense_bytes(table: MeasuredTable, plan: Plan) -> dict[str, int]:
             family = matrix.family or matrix.name
             sizes[family] = sizes.get(family, 0) + matrix.source_bytes
     return sizes
-
-
-def drawings(data: ReportData) -> dict[str, Drawing]:
-    """Name -> figure, for every figure that there is data for."""
-    plan, figures = data.plan, dict[str, Drawing]()
-    figures["bits"] = heat_map(by_layer(plan))
-    if any(point.predicted_loss > 0 for point in data.points):
-        figures["pareto"] = pareto(curve_of(data.points, data.uniforms, plan.scope, plan))
-    if plan.measured is not None:
-        figures["measured"] = measured_bars(plan.measured.tried)
-    figures["bytes"] = bytes_bars(by_family(plan, data.dense))
-    if plan.predicted_loss > 0:
-        figures["costliest"] = costliest_bars(costliest(plan, COSTLIEST), plan.predicted_loss)
-    return figures

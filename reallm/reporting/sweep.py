@@ -17,10 +17,6 @@ from reallm.planner.tables.work_folder import read_table
 from reallm.planning.allowed_formats import with_allowed_formats
 from reallm.planning.plan import sweep as sweep_budgets
 
-from .figures.curve import curve_of, pareto
-from .figures.paint import png, svg
-from .plan_page import sweep_page
-
 ENDINGS = (".png", ".svg", ".html")
 """File name endings of the figures that a sweep can be drawn as."""
 
@@ -89,6 +85,10 @@ def _write_figure(
     path: Path, model: str, points: Sequence[Point], uniforms: Sequence[UniformPoint], scope: Scope
 ) -> None:
     """Draw the Pareto curve in the format that the ending of `path` names."""
+    from .figures.curve import curve_of, pareto  # matplotlib is needed for a figure only
+    from .figures.paint import png, svg
+    from .plan_page import sweep_page
+
     if not any(point.predicted_loss > 0 for point in points):
         raise UserError(f"--figure {path}: all plans of the sweep have a predicted loss of zero; sweep smaller budgets")
     drawing = pareto(curve_of(points, uniforms, scope, None))

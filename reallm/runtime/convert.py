@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from reallm.artifacts.quantization_config import DecodeMode
 from reallm.kernels.formats.formats import Format
@@ -47,6 +46,8 @@ def _state(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
 
 def to_dense(module: Packed | TiedHead, weight: nn.Parameter) -> nn.Module:
     """A module of the class that `module` replaced, with its state and `weight`, which has the shape of that class."""
+    from transformers.pytorch_utils import Conv1D  # packing does not need transformers
+
     kind, attributes, buffers = module.original
     result: nn.Module
     if kind is Conv1D:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reallm.artifacts.copy_sizes import copy_sizes
 from reallm.artifacts.find import find_artifact, is_saved_copy
-from reallm.artifacts.saved_copy import copy_sizes
 from reallm.errors import UserError
 from reallm.models.conversion import run_block_by_block
 from reallm.models.large import fits_in_memory, kept_in_files

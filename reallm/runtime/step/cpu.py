@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from reallm.codegen.cpu.compiler import generated_library
-from reallm.codegen.decode_step.emit_cpp import CacheDtype, StepProgram, emit_step
 from reallm.codegen.decode_step.operations import Weight
-from reallm.codegen.decode_step.passes import CPU_PASSES, run_step_passes
+from reallm.codegen.decode_step.program import CacheDtype, StepProgram
 from reallm.kernels.formats.codecs import DENSE_NAMES
 from reallm.kernels.formats.formats import Format
 from reallm.runtime.cpu import NativeMatrix, native_matrix
@@ -33,7 +31,10 @@ from reallm.runtime.operand import Operand
 from reallm.runtime.packed import Packed
 from reallm.system.torch_dtypes import FLOAT_DTYPES, FLOAT_NAMES
 
-from .model_reader import StepUnsupportedError, read_step, rotary_table
+from .rotary import StepUnsupportedError, rotary_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 POSITION_UNIT = 64
 """The number of positions of a cache is a multiple of this; the generated source needs multiples of 16."""
@@ -67,7 +68,7 @@ class _Run(ctypes.Structure):
 class Step:
     """The decode step of one model and the key-value cache of one text. Use it in one thread at a time."""
 
-    def __init__(self, model: PreTrainedModel, program: StepProgram, native: ctypes.CDLL) -> None:
+    def __init__(self, model: nn.Module, program: StepProgram, native: ctypes.CDLL) -> None:
         self.model, self.program, self.native = model, program, native
         self.vocabulary = program.weights[-1].rows
         self.position = self.capacity = 0
@@ -208,7 +209,16 @@ class Step:
 
 def compile_step(model: PreTrainedModel, cache: CacheDtype = "f32") -> Step:
     """Compile the step of `model` and bind its weights. Raises StepUnsupportedError, with the reason."""
-    program = emit_step(run_step_passes(read_step(model), CPU_PASSES), cache)
+    from reallm.codegen.decode_step.emit_cpp import emit_step  # a program that is kept needs neither graph nor passes
+    from reallm.codegen.decode_step.passes import CPU_PASSES, run_step_passes
+
+    from .model_reader import read_step
+
+    return bind_step(model, emit_step(run_step_passes(read_step(model), CPU_PASSES), cache))
+
+
+def bind_step(model: nn.Module, program: StepProgram) -> Step:
+    """The step of `model` that runs `program`. Raises StepUnsupportedError if it cannot be built here."""
     native = generated_library("step", program.source)
     if native is None:
         raise StepUnsupportedError(NO_NATIVE)
@@ -224,7 +234,7 @@ def _pointers(tensors: list[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def identities(model: PreTrainedModel) -> Iterator[object]:
+def identities(model: nn.Module) -> Iterator[object]:
     """Identifiers of everything in the model that must not change while a compiled step is used."""
     for name, module in model.named_modules():
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)

@@ -31,7 +31,8 @@ from reallm.runtime.packed import Packed
 from reallm.runtime.triton_linear import PROBES, kernels_work
 
 from .cpu import CacheOverflowError, identities
-from .model_reader import StepUnsupportedError, read_step, rotary_table
+from .model_reader import read_step
+from .rotary import StepUnsupportedError, rotary_table
 
 POSITION_UNIT = 64
 """The number of positions of a cache is a multiple of this."""

@@ -24,7 +24,7 @@ from reallm.system.threads import one_thread
 
 from .cpu import Step, compile_step
 from .cuda_graph import RecordedStep, record_step
-from .model_reader import StepUnsupportedError
+from .rotary import StepUnsupportedError
 
 LOG = logging.getLogger(__name__)
 _OWN_LOOPS = ("custom_generate", "assistant_model", "tokenizer", "negative_prompt_ids", "synced_gpus")

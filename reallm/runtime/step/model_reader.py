@@ -34,12 +34,10 @@ from reallm.runtime.modules import CompressedEmbedding, CompressedLinear, TiedHe
 from reallm.runtime.packed import Packed, SharedCodebooks
 from reallm.system.torch_dtypes import FLOAT_NAMES
 
+from .rotary import StepUnsupportedError, rotary_table
+
 _CHANGING_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles depend on the length of the text."""
-
-
-class StepUnsupportedError(Exception):
-    """The decode step does not support the model, for the reason in the message."""
 
 
 @dataclass(frozen=True)
@@ -284,20 +282,3 @@ def _weight(path: str, module: Any, bias: bool) -> Weight:
         _refuse(f"{path} is {holder.weight.dtype}")
     rows, cols = holder.weight.shape
     return Weight(path, rows, cols, kind, bias)
-
-
-def rotary_table(model: PreTrainedModel, name: str, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary table `name`, each [positions, head_dim / 2], computed by the model's own module.
-
-    Raises StepUnsupportedError.
-    """
-    module: Any = model.get_submodule("model.rotary_emb")
-    kind = name.partition(".")[2]
-    index = torch.arange(positions, device=model.device)[None]
-    dtype = torch.zeros(1, device=model.device)
-    with torch.no_grad():
-        cosines, sines = module(dtype, index, kind) if kind else module(dtype, index)
-    half = cosines.shape[-1] // 2
-    if not all(torch.equal(each[..., :half], each[..., half:]) for each in (cosines, sines)):
-        _refuse("the rotary embedding rotates the two halves of a head by different angles")
-    return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()

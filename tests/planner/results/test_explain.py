@@ -9,7 +9,8 @@ from strategies import make_table
 
 from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.results.allocate import best_plans, solve
-from reallm.planner.results.explain import alternatives, differences, larger_plan
+from reallm.planner.results.differences import differences
+from reallm.planner.results.explain import alternatives, larger_plan
 from reallm.planner.tables.units import PlanError
 
 COSTS = {"uint4-g64+ldl": 0.1, "uint2-g64+ldl": 0.9, "tq4-l12+ldl2+rot": 0.01, "int8-g64": 0.001}

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from reallm.artifacts.adapter_layout import ARTIFACT_KEY, CONFIG_FILE, LEFT, PREFIX, RIGHT, WEIGHTS_FILE
 from reallm.artifacts.bundled_adapters import find_adapter
 from reallm.artifacts.directory import new_artifact
 from reallm.artifacts.inspect import inspect
 from reallm.artifacts.manifest import MANIFEST_FILE
-from reallm.artifacts.peft_files import ARTIFACT_KEY, CONFIG_FILE, LEFT, PREFIX, RIGHT, WEIGHTS_FILE, write_adapter
+from reallm.artifacts.peft_files import write_adapter
 from reallm.artifacts.verify import verify
 from reallm.cli.main import app
 from reallm.errors import UserError

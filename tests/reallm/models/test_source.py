@@ -303,6 +303,25 @@ def test_gguf_loads_as_the_model_it_was_made_from_and_can_be_saved(tmp_path):
     assert any("quantised weights" in note for note in loaded.notes)
 
 
+def test_the_header_of_a_gguf_file_is_read_once(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama-tied"))
+    calls = []
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        original = getattr(gguf, name)
+        monkeypatch.setattr(
+            gguf, name, lambda *given, name=name, original=original: calls.append(name) or original(*given)
+        )
+    counting = (gguf.GGUFReader, gguf.get_tensor_name_map)
+    load_model(tmp_path / "tiny.gguf")
+    assert sorted(calls) == ["GGUFReader", "get_tensor_name_map"]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == counting
+    load_model(tmp_path / "tiny.gguf")  # a file may have changed since
+    assert sorted(calls) == ["GGUFReader", "GGUFReader", "get_tensor_name_map", "get_tensor_name_map"]
+    with pytest.raises(UserError):
+        load_model(tmp_path / "nowhere.gguf")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == counting
+
+
 def test_bad_gguf(tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama-tied"))
     whole = (tmp_path / "tiny.gguf").read_bytes()

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_tokenizer
 from torch import Tensor
 
-from reallm.artifacts.peft_files import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from reallm.artifacts.adapter_layout import CONFIG_FILE, WEIGHTS_FILE
+from reallm.artifacts.peft_files import Adapter, read_adapter, write_adapter
 from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
 from reallm.finetuning.objective import token_losses

@@ -15,7 +15,8 @@ from strategies import random_packed
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from reallm.artifacts.peft_files import CONFIG_FILE, MAGNITUDE, PREFIX, WEIGHTS_FILE, read_adapter, write_adapter
+from reallm.artifacts.adapter_layout import CONFIG_FILE, MAGNITUDE, PREFIX, WEIGHTS_FILE
+from reallm.artifacts.peft_files import read_adapter, write_adapter
 from reallm.cli.main import app
 from reallm.errors import UserError
 from reallm.finetuning.distillation import DistillationTrainer

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 import reallm
 from reallm.runtime.step.cpu import CacheOverflowError, Step, compile_step
-from reallm.runtime.step.model_reader import StepUnsupportedError, read_step
+from reallm.runtime.step.model_reader import read_step
+from reallm.runtime.step.rotary import StepUnsupportedError
 
 KNOWN = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 PROMPT, DECODED = 43, 20
