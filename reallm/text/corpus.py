@@ -19,6 +19,8 @@ LOG = logging.getLogger(__name__)
 READERS = {".txt": read_text_file, ".jsonl": read_jsonl, ".parquet": read_parquet}
 MAX_SHOWN = 60
 """Characters of an unusable path that a message shows."""
+SELF = "self"
+"""The name, as a value of --text, of the text that the model to be calibrated writes itself."""
 Split = Literal["train", "test"]
 
 
@@ -49,6 +51,11 @@ def load_text(source: str | Path | None, split: Split = "train") -> Text:
     prose from Python's own documentation (the offline default), whose "train" and "test" splits share no paragraph.
     Raises UserError, with a message of one line, for a source that is missing, empty or not in the expected form.
     """
+    if source == SELF:
+        raise UserError(
+            f"--text {SELF} is the text that a model writes to be calibrated on, in `measure` and `compress`; "
+            f"give a file or a data set here (a folder of that name: ./{SELF})"
+        )
     documents: tuple[Document, ...]
     places: tuple[str, ...] = ()
     if source is None:
