@@ -98,6 +98,8 @@ def obstacle_to_writing(loaded: LoadedModel) -> str | None:
         return f"{loaded.source} has no tokenizer, which says how its texts begin"
     if not loaded.model.can_generate():
         return f"{loaded.source} is {name}, which does not generate text"
+    if loaded.model.config.is_encoder_decoder:
+        return f"{loaded.source} is {name}, which answers a text that its encoder reads"
     if any(parameter.device.type == "meta" for parameter in loaded.model.parameters()):
         return f"{loaded.source} is larger than the memory, and would be read once for every token"
     if text_start(loaded.model, loaded.tokenizer) is None:
