@@ -2,10 +2,10 @@
 
 The divergence of a compressed model from the original is an expectation under the text. For text x_1 .. x_T that is
 sampled from the model p itself, every token is a sample of p(. | x_1 .. x_{t-1}), so no other text is needed (used for
-the same purpose by LLM-QAT, arXiv 2305.17888, and studied for calibration by arXiv 2410.17170). Tokens are drawn by an
-exponential race, which is an exact sample of the softmax of logits l_v:
+the same purpose by LLM-QAT, arXiv 2305.17888, and studied for calibration by arXiv 2410.17170). With u uniform in
+[0, 1), the next token is the first v with
 
-    argmax_v (l_v - log e_v),   e_v independent, exponentially distributed with mean 1
+    p_0 + p_1 + ... + p_v > u
 
 Each window has a random generator of its own, so the windows do not depend on how many are written at the same time,
 up to rounding in the logits. The sampled ids are the windows: they are not decoded and tokenised again.
@@ -92,7 +92,7 @@ def write_windows(
     model that fails when it generates, or whose logits are not finite.
     """
     model.eval()
-    race = _Race(model, start, indices, seed, bar)
+    sampler = _Sampler(model, start, indices, seed, bar)
     prompt = torch.tensor(start.tokens[:seqlen]).repeat(len(indices), 1)
     if bar is not None:
         bar.update(prompt.numel())
@@ -107,7 +107,7 @@ def write_windows(
                 generation_config=GenerationConfig(
                     max_new_tokens=seqlen - prompt.shape[1], do_sample=False, use_cache=True, pad_token_id=prompt[0, 0]
                 ),
-                logits_processor=LogitsProcessorList([race]),
+                logits_processor=LogitsProcessorList([sampler]),
             )
     except Exception as error:  # a model raises what its code raises
         if isinstance(error, UserError) or not raised_by_library(error):
@@ -131,8 +131,8 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = before
 
 
-class _Race:
-    """A logits processor after which the largest score is a sample; forced tokens are the only ones left."""
+class _Sampler:
+    """A logits processor that samples the next token of every window, and leaves no other token possible."""
 
     def __init__(
         self, model: PreTrainedModel, start: Start, indices: Sequence[int], seed: int, bar: tqdm[None] | None
@@ -144,7 +144,7 @@ class _Race:
         """For every window, how many of the tokens of `start` its newest text has."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [n, vocabulary] of which the largest of each row is the next token of its window."""
+        """Scores [n, vocabulary]: 0 for the next token of each window, -infinity for all others."""
         result = torch.full_like(scores, -torch.inf)
         count = scores.shape[1] if self.rows is None else min(self.rows, scores.shape[1])
         logits = scores[:, :count].float().cpu()
@@ -154,10 +154,9 @@ class _Race:
                 f"the model's logits of token {input_ids.shape[1] + 1} are not finite; check its weights, or give a "
                 "text file with --text"
             )
-        noise = torch.stack(
-            [torch.empty(count, dtype=torch.float64).exponential_(generator=g) for g in self.generators]
-        )
-        chosen = (logits - noise.log()).argmax(dim=1)
+        cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
+        drawn = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
+        chosen = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)[:, 0].clamp_(max=count - 1)
         for row, last in enumerate(input_ids[:, -1].tolist()):
             if last in self.start.ends:
                 self.placed[row] = 0
