@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from .app import CONSOLE, app, quiet_transformers
-from .options import Budget, Force, Images, Jobs, Model, Nsamples, Seed, Seqlen, SpaceOption, Text, UseChatTemplate
+from .options import (
+    Budget,
+    CalibrationText,
+    Force,
+    Images,
+    Jobs,
+    Model,
+    Nsamples,
+    Seed,
+    Seqlen,
+    SpaceOption,
+    UseChatTemplate,
+)
 from .plan import CostOption, Excluded, Pins, Preset, TiesOption
 
 
@@ -25,7 +37,7 @@ def compress(
             "what it needs beyond this one."
         ),
     ] = None,
-    text: Text = None,
+    text: CalibrationText = None,
     test: Annotated[
         str | None, typer.Option(help="Held-out text to evaluate on; the same kinds of sources as --text.")
     ] = None,

@@ -42,26 +42,55 @@ CACHE_SHARE = 0.1
 
 
 def given_text(source: str | Path | None) -> Text | None:
-    """The text that the user named, or None if the model is to write it. Raises UserError as `load_text` does."""
-    return None if source == SELF else load_text(source)
+    """The text that the user named; None for SELF and for no name, as these texts are made once the model is known.
+
+    Raises UserError as `load_text` does.
+    """
+    return None if source is None or source == SELF else load_text(source)
 
 
 def calibration_windows(
-    loaded: LoadedModel, text: Text | None, work: Path, nsamples: int, seqlen: int, seed: int, chat_template: bool
+    loaded: LoadedModel,
+    source: str | Path | None,
+    text: Text | None,
+    work: Path,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    chat_template: bool,
 ) -> tuple[Tensor, Text]:
     """Calibration windows, int64 [n, seqlen], and the text that they are from.
 
-    They are sampled from `text`; if that is None, the model writes them, and `work` keeps them. Raises UserError as
-    `sample_windows` and `written_windows` do.
+    `text` is the `given_text` of `source`. For SELF and for None the model writes the text, and `work` keeps it. If it
+    cannot, None takes Python's documentation instead, and a warning says why. Raises UserError as `sample_windows` and
+    `written_windows` do.
     """
     if text is not None:
         return sample_windows(loaded, text, nsamples, seqlen, seed, chat_template), text
+    obstacle = obstacle_to_writing(loaded)
     if chat_template:
-        raise UserError(
-            f"--chat-template wraps the documents of a text; leave it out with --text {SELF}, which has none"
-        )
-    ids = written_windows(loaded, work, nsamples, seqlen, seed)
-    return ids, Text(
+        obstacle = f"--chat-template wraps the documents of a text, and --text {SELF} has none"
+    if source is not None and obstacle:
+        raise UserError(f"--text {SELF}: {obstacle}; give a text file or a data set with --text")
+    check_seqlen(seqlen, loaded.max_positions)
+    if nsamples < 1:
+        raise UserError(f"--nsamples {nsamples}: expected at least 1 window")
+    try:
+        if obstacle is None:
+            ids = written_windows(loaded, work, nsamples, seqlen, seed)
+            return ids, _text_of(ids)
+    except UserError as error:
+        if source is not None:
+            raise
+        obstacle = str(error)
+    text = load_text(None)
+    LOG.warning("no --text: calibrating on %s, a narrow text, because %s", text.description, obstacle)
+    return sample_windows(loaded, text, nsamples, seqlen, seed, chat_template), text
+
+
+def _text_of(ids: Tensor) -> Text:
+    """What to call the windows `ids`, int64 [n, seqlen], that a model wrote."""
+    return Text(
         documents=(),
         description="text written by the model itself at temperature 1",
         sha256=fields_sha256({"ids": ids.numpy().astype("<i8").reshape(-1).view(np.uint8)}),
@@ -73,19 +102,14 @@ def sample_windows(
 ) -> Tensor:
     """Sample calibration windows from `text`: token ids, int64 [n, seqlen].
 
-    Logs a warning if `text` is the offline default or has fewer than `nsamples` windows. Raises UserError for a model
-    without a tokenizer and for a text shorter than one window.
+    Logs a warning if `text` has fewer than `nsamples` windows. Raises UserError for a model without a tokenizer and for
+    a text shorter than one window.
     """
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.source} has no tokenizer; add its tokenizer files to the folder")
     ids = cut_windows(
         text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, loaded.max_positions, loaded.vocabulary
     )
-    if text.is_fallback:
-        LOG.warning(
-            "no --text: calibrating on %s; a text like those the model was made for gives a better plan",
-            text.description,
-        )
     if note := shortage(ids, nsamples):
         LOG.warning("%s", note)
     return ids
@@ -110,14 +134,9 @@ def obstacle_to_writing(loaded: LoadedModel) -> str | None:
 def written_windows(loaded: LoadedModel, work: Path, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """The windows 0 to `nsamples` that the model writes, int64 [nsamples, seqlen]: those kept in `work`, and new ones.
 
-    Raises UserError for a model that cannot write a text, and for `nsamples` or `seqlen` out of range.
+    The model must be able to write (`obstacle_to_writing`). Raises UserError as `write_windows` does.
     """
-    if obstacle := obstacle_to_writing(loaded):
-        raise UserError(f"--text {SELF}: {obstacle}; give a text file or a data set with --text")
     assert loaded.tokenizer is not None
-    check_seqlen(seqlen, loaded.max_positions or loaded.tokenizer.model_max_length)
-    if nsamples < 1:
-        raise UserError(f"--nsamples {nsamples}: expected at least 1 window")
     start = text_start(loaded.model, loaded.tokenizer)
     assert start is not None
     parts = {"model": loaded.digest, "seqlen": seqlen, "seed": seed, "start": start.tokens, "ends": sorted(start.ends)}

@@ -80,8 +80,9 @@ def measure(
     model
         A folder, a GGUF file or a name on the Hugging Face hub.
     text
-        The calibration text: a file, a data set, "self" for text that the model writes itself (sampled at temperature
-        1), or None for the English text that comes with Python.
+        The calibration text: a file, a data set, or "self" for text that the model writes itself, sampled at
+        temperature 1. None is the model's own text too; of a model that cannot write, such as an encoder, it is the
+        English text that comes with Python.
     output
         The folder for the table, the statistics and the cache of codes; created if necessary.
     space
@@ -159,7 +160,7 @@ def measure(
         cache = kv_cache(loaded.model)
         names = [matrix.name for matrix in loaded.matrices]
         pinned = [(name, fmt) for regex, fmt in map(parse_pin, pins) for name in matching_names(names, "--pin", regex)]
-        ids, calibration_text = calibration_windows(loaded, given, output, nsamples, seqlen, seed, chat_template)
+        ids, calibration_text = calibration_windows(loaded, text, given, output, nsamples, seqlen, seed, chat_template)
         image_texts = None if images is None else read_image_texts(Path(images), loaded)
         job = Job.at(output.absolute(), _identity(loaded, ids, seed, prefix_path, image_texts), seed, keep_codes)
         if wanted is not None:

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
 from reallm.measurement import calibration_text as module
-from reallm.measurement.calibration_text import batch_size, calibration_windows, written_windows
+from reallm.measurement.calibration_text import batch_size, calibration_windows, given_text, written_windows
 from reallm.measurement.measure import measure
-from reallm.models.loaded import load_model
+from reallm.models.loaded import LoadedModel, load_model
 from reallm.planner.tables.work_folder import read_table
 from reallm.planning.plan import plan
-from reallm.text.corpus import load_text
+from reallm.text.corpus import Text, load_text
 from reallm.text.model_written import text_start, write_windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,9 +38,9 @@ def no_writing(*_: object, **__: object) -> None:
     pytest.fail("windows were written again")
 
 
-def error_message(loaded, work: Path, nsamples: int = 2, seqlen: int = 16) -> str:
+def error_message(loaded: LoadedModel, work: Path, nsamples: int = 2, seqlen: int = 16, template: bool = False) -> str:
     with pytest.raises(UserError) as caught:
-        written_windows(loaded, work, nsamples, seqlen, 0)
+        calibration_windows(loaded, "self", None, work, nsamples, seqlen, 0, template)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -139,8 +139,7 @@ def test_models_that_cannot_write_are_refused_with_a_way_out(tmp_path: Path) -> 
     loaded = load_model(save_tiny("llama", tmp_path / "model"))
     assert f"this model takes 1 to {POSITIONS} tokens" in error_message(loaded, tmp_path, seqlen=POSITIONS + 1)
     assert "--nsamples 0" in error_message(loaded, tmp_path, nsamples=0)
-    with pytest.raises(UserError, match="leave it out with --text self"):
-        calibration_windows(loaded, None, tmp_path, 2, 16, 0, chat_template=True)
+    assert "--chat-template wraps the documents of a text" in error_message(loaded, tmp_path, template=True)
     tokenizer, loaded.tokenizer = loaded.tokenizer, None
     assert "has no tokenizer" in error_message(loaded, tmp_path)
     loaded.tokenizer = tokenizer
@@ -154,6 +153,33 @@ def test_a_model_without_any_start_is_refused(tmp_path: Path) -> None:
     loaded.tokenizer.bos_token = loaded.tokenizer.eos_token = None
     loaded.model = tiny_model("llama", settings={"bos_token_id": None, "eos_token_id": None})
     assert "no BOS and no EOS token" in error_message(loaded, tmp_path)
+
+
+def default_text(loaded: LoadedModel, work: Path, template: bool = False) -> Text:
+    windows, text = calibration_windows(loaded, None, given_text(None), work, 2, 16, 0, template)
+    assert windows.shape == (2, 16)
+    return text
+
+
+def test_without_a_text_the_model_writes_one(model: Path, tmp_path: Path) -> None:
+    text = default_text(load_model(model), tmp_path)
+    assert (text.description, text.is_fallback) == (WRITTEN, False)
+
+
+def test_python_s_documentation_where_the_model_cannot_write(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded, encoder = load_model(model), load_model(save_tiny("roberta", tmp_path / "encoder"))
+    assert default_text(encoder, tmp_path).is_fallback
+    assert default_text(loaded, tmp_path, template=True).is_fallback
+    monkeypatch.setattr(loaded.model, "generate", lambda **_: 1 / 0)
+    text = default_text(loaded, tmp_path)
+    assert text.is_fallback
+    reasons = ("does not generate text", "--chat-template wraps", "division by zero")
+    for record, reason in zip(caplog.records, reasons, strict=True):
+        assert record.levelname == "WARNING" and reason in record.message and text.description in record.message
+    with pytest.raises(UserError, match=r"--seqlen 999: this model takes"):
+        calibration_windows(loaded, None, None, tmp_path, 2, 999, 0, False)
 
 
 def test_only_measuring_takes_the_models_own_text() -> None:
