@@ -149,7 +149,7 @@ class Bench:
         """The model with every linear in format `name`, calibrated on `text`."""
         work = self.folder / f"work-{text.replace(' ', '-')}"
         space = self.folder / "space.yaml"
-        space.write_text(f"linear: [{', '.join(map(RECIPE.format, sorted(BITS)))}]\n", encoding="utf-8")
+        space.write_text(f"linear: [{name}]\n", encoding="utf-8")
         table = measure(
             self.model,
             text=self.calibration[text],
