@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import POSITIONS, save_tiny, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reallm.cli.plan_tables import print_plan
 from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
 from reallm.measurement import calibration_text as module
@@ -124,6 +127,9 @@ def test_the_plan_and_the_card_say_which_text_was_used(model: Path, tmp_path: Pa
     assert made.calibration == f"4 windows of 16 tokens of {WRITTEN}, seed 0"
     compile_plan(tmp_path / "plan.json", tmp_path / "out", kernels=False)
     assert f"| calibrated on | {made.calibration} |" in (tmp_path / "out" / "README.md").read_text()
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_plan(made, console)
+    assert made.calibration in console.export_text()
     text = tmp_path / "some text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
     measure(model, text=text, **settings)  # type: ignore[arg-type]
