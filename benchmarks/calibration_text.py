@@ -193,7 +193,7 @@ def open_bench(console: Console) -> Bench:
         name: cut_windows(Text((part,), name, ""), loaded.tokenizer, WINDOWS, SEQLEN, SEED + 1)
         for name, (_, part) in parts.items()
     }
-    return Bench(model, folder, {**calibration, WRITTEN: "self"}, held_out)
+    return Bench(model, folder, {PYTHON: calibration.pop(PYTHON), WRITTEN: "self", **calibration}, held_out)
 
 
 def _plain(text: Text) -> list[str]:
