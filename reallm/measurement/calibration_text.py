@@ -1,44 +1,38 @@
-"""The windows that a model is calibrated on: cut from a text, or written by the model itself.
+"""The windows that a model is calibrated on: of the text that the user named, of the model itself, or of the default.
 
-Windows that the model wrote are kept in the work folder, in `text/`, so that a resumed run has the same ones. The file
-is rewritten after every batch, and a run that was interrupted continues behind it.
+The default is the first of these that can be had: a general corpus from the hub, text that the model writes itself, and
+Python's documentation. Its windows are kept in the work folder, in `text/`, so that a resumed run has the same ones,
+whether or not the hub can be reached then.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import psutil
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reallm.calibration.calibrate import compute_dtype, computing_in
 from reallm.errors import UserError
-from reallm.kernels.codes.stored_fields import fields_sha256
-from reallm.models.kv_cache import kv_cache
 from reallm.models.loaded import LoadedModel
-from reallm.system.progress import progress_bar
 from reallm.system.tensor_file import save_tensors
-from reallm.text.corpus import SELF, Text, load_text
-from reallm.text.model_written import Start, text_start, write_windows
+from reallm.text.corpus import SELF, Text, general_text, load_text
 from reallm.text.windows import check_seqlen, cut_windows, shortage
 
 from .cache import content_key
+from .written_windows import TEXT_FOLDER, obstacle_to_writing, written_text, written_windows
 
 LOG = logging.getLogger(__name__)
-WRITTEN_FOLDER = "text"
-"""Name of the folder, inside a work folder, of the windows that models wrote."""
-WRITING_VERSION = 1
-"""Part of the name of such a file: raise it whenever other windows would be written."""
-MAX_BATCH = 64
-"""Windows that are written at the same time."""
-CACHE_SHARE = 0.1
-"""Largest share of the free memory that the KV cache of these windows may take."""
+
+
+class WindowSettings(NamedTuple):
+    """Number, length and seed of the windows, as `measure` describes them."""
+
+    nsamples: int
+    seqlen: int
+    seed: int
+    chat_template: bool = False
 
 
 def given_text(source: str | Path | None) -> Text | None:
@@ -50,51 +44,69 @@ def given_text(source: str | Path | None) -> Text | None:
 
 
 def calibration_windows(
-    loaded: LoadedModel,
-    source: str | Path | None,
-    text: Text | None,
-    work: Path,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-    chat_template: bool,
+    loaded: LoadedModel, source: str | Path | None, text: Text | None, work: Path, settings: WindowSettings
 ) -> tuple[Tensor, Text]:
     """Calibration windows, int64 [n, seqlen], and the text that they are from.
 
-    `text` is the `given_text` of `source`. For SELF and for None the model writes the text, and `work` keeps it. If it
-    cannot, None takes Python's documentation instead, and a warning says why. Raises UserError as `sample_windows` and
-    `written_windows` do.
+    `text` is the `given_text` of `source`; `work` keeps what the model writes, and the windows of the default text.
+    Raises UserError as `sample_windows` and `write_windows` do, and for SELF where the model cannot write.
     """
     if text is not None:
-        return sample_windows(loaded, text, nsamples, seqlen, seed, chat_template), text
+        return sample_windows(loaded, text, *settings), text
+    check_seqlen(settings.seqlen, loaded.max_positions)
+    if settings.nsamples < 1:
+        raise UserError(f"--nsamples {settings.nsamples}: expected at least 1 window")
+    if source is not None:
+        return _own_windows(loaded, work, settings)
+    name = f"default-{content_key({'model': loaded.digest, 'settings': settings})[:16]}.safetensors"
+    path = work / TEXT_FOLDER / name
+    kept = _kept_default(path)
+    if kept is None:
+        kept = ids, text = _default_windows(loaded, work, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, {"ids": ids}, {"description": text.description, "sha256": text.sha256})
+    return kept
+
+
+def _own_windows(loaded: LoadedModel, work: Path, settings: WindowSettings) -> tuple[Tensor, Text]:
+    """Windows that the model writes, and what to call them. Raises UserError where it cannot."""
     obstacle = obstacle_to_writing(loaded)
-    if chat_template:
+    if settings.chat_template:
         obstacle = f"--chat-template wraps the documents of a text, and --text {SELF} has none"
-    if source is not None and obstacle:
+    if obstacle is not None:
         raise UserError(f"--text {SELF}: {obstacle}; give a text file or a data set with --text")
-    check_seqlen(seqlen, loaded.max_positions)
-    if nsamples < 1:
-        raise UserError(f"--nsamples {nsamples}: expected at least 1 window")
+    ids = written_windows(loaded, work, settings.nsamples, settings.seqlen, settings.seed)
+    return ids, written_text(ids)
+
+
+def _default_windows(loaded: LoadedModel, work: Path, settings: WindowSettings) -> tuple[Tensor, Text]:
+    """Windows of the first default text that can be had, and this text. A warning says what is missing."""
+    reasons = []
     try:
-        if obstacle is None:
-            ids = written_windows(loaded, work, nsamples, seqlen, seed)
-            return ids, _text_of(ids)
+        text = general_text(settings.nsamples * settings.seqlen)
+        LOG.info("no --text: calibrating on %s", text.description)
+        return sample_windows(loaded, text, *settings), text
     except UserError as error:
-        if source is not None:
-            raise
-        obstacle = str(error)
+        reasons.append(str(error))
+    try:
+        ids, text = _own_windows(loaded, work, settings)
+        LOG.warning("no --text: calibrating on %s (%s)", text.description, "; ".join(reasons))
+        return ids, text
+    except UserError as error:
+        reasons.append(str(error))
     text = load_text(None)
-    LOG.warning("no --text: calibrating on %s, a narrow text, because %s", text.description, obstacle)
-    return sample_windows(loaded, text, nsamples, seqlen, seed, chat_template), text
+    LOG.warning("no --text: calibrating on %s, which is narrow (%s)", text.description, "; ".join(reasons))
+    return sample_windows(loaded, text, *settings), text
 
 
-def _text_of(ids: Tensor) -> Text:
-    """What to call the windows `ids`, int64 [n, seqlen], that a model wrote."""
-    return Text(
-        documents=(),
-        description="text written by the model itself at temperature 1",
-        sha256=fields_sha256({"ids": ids.numpy().astype("<i8").reshape(-1).view(np.uint8)}),
-    )
+def _kept_default(path: Path) -> tuple[Tensor, Text] | None:
+    """The default windows that an earlier run kept in `path`; None if it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata()
+            return file.get_tensor("ids"), Text((), notes["description"], notes["sha256"])
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError):
+        return None
 
 
 def sample_windows(
@@ -113,80 +125,3 @@ def sample_windows(
     if note := shortage(ids, nsamples):
         LOG.warning("%s", note)
     return ids
-
-
-def obstacle_to_writing(loaded: LoadedModel) -> str | None:
-    """The reason why `loaded` cannot write a text; None if it can."""
-    name = type(loaded.model).__name__
-    if loaded.tokenizer is None:
-        return f"{loaded.source} has no tokenizer, which says how its texts begin"
-    if not loaded.model.can_generate():
-        return f"{loaded.source} is {name}, which does not generate text"
-    if loaded.model.config.is_encoder_decoder:
-        return f"{loaded.source} is {name}, which answers a text that its encoder reads"
-    if any(parameter.device.type == "meta" for parameter in loaded.model.parameters()):
-        return f"{loaded.source} is larger than the memory, and would be read once for every token"
-    if text_start(loaded.model, loaded.tokenizer) is None:
-        return f"{loaded.source} has no BOS and no EOS token, so how its texts begin is unknown"
-    return None
-
-
-def written_windows(loaded: LoadedModel, work: Path, nsamples: int, seqlen: int, seed: int) -> Tensor:
-    """The windows 0 to `nsamples` that the model writes, int64 [nsamples, seqlen]: those kept in `work`, and new ones.
-
-    The model must be able to write (`obstacle_to_writing`). Raises UserError as `write_windows` does.
-    """
-    assert loaded.tokenizer is not None
-    start = text_start(loaded.model, loaded.tokenizer)
-    assert start is not None
-    parts = {"model": loaded.digest, "seqlen": seqlen, "seed": seed, "start": start.tokens, "ends": sorted(start.ends)}
-    path = work / WRITTEN_FOLDER / f"{content_key({**parts, 'version': WRITING_VERSION})[:16]}.safetensors"
-    done = _kept_windows(path, seqlen)
-    if len(done) < nsamples:
-        done = _write(loaded, start, done, path, nsamples, seqlen, seed)
-    return done[:nsamples]
-
-
-def _write(
-    loaded: LoadedModel, start: Start, done: Tensor, path: Path, nsamples: int, seqlen: int, seed: int
-) -> Tensor:
-    """Write the windows that `done` [n, seqlen] lacks, and keep all in `path` after every batch."""
-    tokens = nsamples * seqlen
-    LOG.info(
-        "the model writes its calibration text: %d windows of %d tokens, each text begins with %s (%s)",
-        nsamples,
-        seqlen,
-        list(start.tokens),
-        start.origin,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    batch = batch_size(loaded, seqlen)
-    began = time.monotonic()
-    with (
-        computing_in(loaded.model, compute_dtype(loaded)),
-        progress_bar(total=tokens, initial=done.numel(), desc="write text", unit="token") as bar,
-    ):
-        while len(done) < nsamples:
-            indices = range(len(done), min(len(done) + batch, nsamples))
-            new = write_windows(loaded.model, start, indices, seqlen, seed=seed, bar=bar)
-            done = torch.cat([done, new])
-            save_tensors(path, {"ids": done})
-    LOG.info("wrote %d tokens in %.0f s", tokens, time.monotonic() - began)
-    return done
-
-
-def batch_size(loaded: LoadedModel, seqlen: int) -> int:
-    """How many windows are written at the same time: MAX_BATCH, or as many as have room for their KV cache."""
-    values = sum(layer.values for layer in kv_cache(loaded.model))
-    nbytes = max(1, values * seqlen * compute_dtype(loaded).itemsize)
-    return max(1, min(MAX_BATCH, int(CACHE_SHARE * psutil.virtual_memory().available) // nbytes))
-
-
-def _kept_windows(path: Path, seqlen: int) -> Tensor:
-    """The windows in `path`, int64 [n, seqlen]; none if it is missing or damaged."""
-    none = torch.empty(0, seqlen, dtype=torch.int64)
-    try:
-        ids = load_file(path).get("ids", none)
-    except (FileNotFoundError, SafetensorError):
-        return none
-    return ids if ids.ndim == 2 and ids.shape[1] == seqlen and ids.dtype == torch.int64 else none

@@ -32,7 +32,7 @@ from reallm.planner.tables.measured_table import MeasuredTable, PredictionRecord
 from reallm.system.memory import peak_rss_bytes
 
 from .cache import content_key
-from .calibration_text import calibration_windows, given_text
+from .calibration_text import WindowSettings, calibration_windows, given_text
 from .compressed_prefix import prefix_digest, prefix_weights
 from .encoding import Job
 from .needed import DEFAULT_GAP, NeededMeasurement, check_budget
@@ -81,8 +81,8 @@ def measure(
         A folder, a GGUF file or a name on the Hugging Face hub.
     text
         The calibration text: a file, a data set, or "self" for text that the model writes itself, sampled at
-        temperature 1. None is the model's own text too; of a model that cannot write, such as an encoder, it is the
-        English text that comes with Python.
+        temperature 1. None is the beginning of C4, streamed from the hub; without a connection the model's own text, and
+        for a model that cannot write, such as an encoder, English text that comes with Python. A warning says which.
     output
         The folder for the table, the statistics and the cache of codes; created if necessary.
     space
@@ -160,7 +160,8 @@ def measure(
         cache = kv_cache(loaded.model)
         names = [matrix.name for matrix in loaded.matrices]
         pinned = [(name, fmt) for regex, fmt in map(parse_pin, pins) for name in matching_names(names, "--pin", regex)]
-        ids, calibration_text = calibration_windows(loaded, text, given, output, nsamples, seqlen, seed, chat_template)
+        windows = WindowSettings(nsamples, seqlen, seed, chat_template)
+        ids, calibration_text = calibration_windows(loaded, text, given, output, windows)
         image_texts = None if images is None else read_image_texts(Path(images), loaded)
         job = Job.at(output.absolute(), _identity(loaded, ids, seed, prefix_path, image_texts), seed, keep_codes)
         if wanted is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from reallm.cli.plan_tables import print_plan
 from reallm.compilation.compile import compile_plan
 from reallm.errors import UserError
-from reallm.measurement import calibration_text as module
-from reallm.measurement.calibration_text import batch_size, calibration_windows, given_text, written_windows
+from reallm.measurement import written_windows as module
+from reallm.measurement.calibration_text import WindowSettings, calibration_windows, given_text
 from reallm.measurement.measure import measure
+from reallm.measurement.written_windows import batch_size, written_windows
 from reallm.models.loaded import LoadedModel, load_model
 from reallm.planner.tables.work_folder import read_table
 from reallm.planning.plan import plan
@@ -43,7 +44,7 @@ def no_writing(*_: object, **__: object) -> None:
 
 def error_message(loaded: LoadedModel, work: Path, nsamples: int = 2, seqlen: int = 16, template: bool = False) -> str:
     with pytest.raises(UserError) as caught:
-        calibration_windows(loaded, "self", None, work, nsamples, seqlen, 0, template)
+        calibration_windows(loaded, "self", None, work, WindowSettings(nsamples, seqlen, 0, template))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -162,18 +163,70 @@ def test_a_model_without_any_start_is_refused(tmp_path: Path) -> None:
 
 
 def default_text(loaded: LoadedModel, work: Path, template: bool = False) -> Text:
-    windows, text = calibration_windows(loaded, None, given_text(None), work, 2, 16, 0, template)
+    windows, text = calibration_windows(loaded, None, given_text(None), work, WindowSettings(2, 16, 0, template))
     assert windows.shape == (2, 16)
     return text
 
 
-def test_without_a_text_the_model_writes_one(model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, load_dataset: Callable[..., Iterator[dict[str, str]]]) -> None:
+    """A hub that has C4, whose rows `load_dataset` gives."""
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda _self, _name, timeout: None)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+
+
+def test_without_a_text_a_general_one_is_streamed_from_the_hub_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = [], []
+
+    def load_dataset(*arguments: object, **named: object) -> Iterator[dict[str, str]]:
+        asked.append((arguments, named))
+        for number in range(1000):
+            read.append(number)
+            yield {"text": f"The page with the number {number} of a corpus."}
+
+    fake_hub(monkeypatch, load_dataset)
+    settings = {"output": tmp_path, "space": model / "space.yaml", "nsamples": 2, "seqlen": 16, "jobs": 1}
+    table = measure(model, **settings)  # type: ignore[arg-type]
+    assert asked == [(("allenai/c4", "en"), {"split": "train", "streaming": True})]
+    assert len(read) < 20  # not the whole corpus
+    assert table.text == f"data set allenai/c4 (en), split train, its first {len(read)} rows"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("streamed again"))
+    assert measure(model, **settings).digest() == table.digest()  # type: ignore[arg-type]
+
+
+def test_without_the_hub_the_model_writes_its_text(
+    model: Path, tmp_path: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     text = default_text(load_model(model), tmp_path)
     assert (text.description, text.is_fallback) == (WRITTEN, False)
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert record.message.startswith(f"no --text: calibrating on {WRITTEN} (the hub does not give allenai/c4: ")
+    fake_hub(monkeypatch, lambda *_, **__: pytest.fail("another text in a resumed run"))
+    again = default_text(load_model(model), tmp_path)
+    assert (again.description, again.sha256) == (WRITTEN, text.sha256)
 
 
-def test_python_s_documentation_where_the_model_cannot_write(
+def test_a_hub_that_fails_while_it_streams_is_no_hub(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load_dataset(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"text": "The first page."}
+        raise ConnectionError("the line is dead\nafter one page")
+
+    fake_hub(monkeypatch, load_dataset)
+    assert default_text(load_model(model), tmp_path).description == WRITTEN
+    assert "the line is dead)" in caplog.text and WRITTEN in caplog.text
+
+
+def test_pythons_documentation_where_the_model_cannot_write(
+    model: Path, tmp_path: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded, encoder = load_model(model), load_model(save_tiny("roberta", tmp_path / "encoder"))
     assert default_text(encoder, tmp_path).is_fallback
@@ -182,10 +235,11 @@ def test_python_s_documentation_where_the_model_cannot_write(
     text = default_text(loaded, tmp_path)
     assert text.is_fallback
     reasons = ("does not generate text", "--chat-template wraps", "division by zero")
-    for record, reason in zip(caplog.records, reasons, strict=True):
-        assert record.levelname == "WARNING" and reason in record.message and text.description in record.message
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    for warning, reason in zip(warnings, reasons, strict=True):
+        assert reason in warning and text.description in warning and "the hub does not give allenai/c4" in warning
     with pytest.raises(UserError, match=r"--seqlen 999: this model takes"):
-        calibration_windows(loaded, None, None, tmp_path, 2, 999, 0, False)
+        calibration_windows(loaded, None, None, tmp_path, WindowSettings(2, 999, 0))
 
 
 def test_only_measuring_takes_the_models_own_text() -> None:
