@@ -81,8 +81,8 @@ def measure(
         A folder, a GGUF file or a name on the Hugging Face hub.
     text
         The calibration text: a file, a data set, or "self" for text that the model writes itself, sampled at
-        temperature 1. None is the beginning of C4, streamed from the hub; without a connection the model's own text, and
-        for a model that cannot write, such as an encoder, English text that comes with Python. A warning says which.
+        temperature 1. None is the beginning of C4, streamed from the hub; without a connection the model's own text,
+        and for a model that cannot write, such as an encoder, English text that comes with Python. A warning says which.
     output
         The folder for the table, the statistics and the cache of codes; created if necessary.
     space
