@@ -82,7 +82,7 @@ def measure(
     text
         The calibration text: a file, a data set, or "self" for text that the model writes itself, sampled at
         temperature 1. None is the beginning of C4, streamed from the hub; without a connection the model's own text,
-        and for a model that cannot write, such as an encoder, English text that comes with Python. A warning says which.
+        and for a model that cannot write, such as an encoder, English text that comes with Python.
     output
         The folder for the table, the statistics and the cache of codes; created if necessary.
     space
