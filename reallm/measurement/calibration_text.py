@@ -60,12 +60,13 @@ def calibration_windows(
         return _own_windows(loaded, work, settings)
     name = f"default-{content_key({'model': loaded.digest, 'settings': settings})[:16]}.safetensors"
     path = work / TEXT_FOLDER / name
-    kept = _kept_default(path)
-    if kept is None:
-        kept = ids, text = _default_windows(loaded, work, settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, {"ids": ids}, {"description": text.description, "sha256": text.sha256})
-    return kept
+    if (kept := _kept_default(path)) is not None:
+        LOG.info("no --text: calibrating on %s, as %s was before", kept[1].description, work)
+        return kept
+    ids, text = _default_windows(loaded, work, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, {"ids": ids}, {"description": text.description, "sha256": text.sha256})
+    return ids, text
 
 
 def _own_windows(loaded: LoadedModel, work: Path, settings: WindowSettings) -> tuple[Tensor, Text]:
@@ -84,8 +85,9 @@ def _default_windows(loaded: LoadedModel, work: Path, settings: WindowSettings) 
     reasons = []
     try:
         text = general_text(settings.nsamples * settings.seqlen)
+        ids = sample_windows(loaded, text, *settings)
         LOG.info("no --text: calibrating on %s", text.description)
-        return sample_windows(loaded, text, *settings), text
+        return ids, text
     except UserError as error:
         reasons.append(str(error))
     try:

@@ -209,7 +209,9 @@ def test_without_the_hub_the_model_writes_its_text(
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert record.message.startswith(f"no --text: calibrating on {WRITTEN} (the hub does not give allenai/c4: ")
     fake_hub(monkeypatch, lambda *_, **__: pytest.fail("another text in a resumed run"))
-    again = default_text(load_model(model), tmp_path)
+    with caplog.at_level("INFO"):
+        again = default_text(load_model(model), tmp_path)
+    assert f"no --text: calibrating on {WRITTEN}, as {tmp_path} was before" in caplog.text
     assert (again.description, again.sha256) == (WRITTEN, text.sha256)
 
 
