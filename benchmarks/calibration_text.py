@@ -24,6 +24,7 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -208,24 +209,39 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def rows_of(results: Mapping[tuple[str, int], dict[str, list[float]]], bits: int) -> Iterator[dict[str, object]]:
-    """One row per calibration and evaluation text: KL, and the paired difference to the reference, as a share of it."""
+def rows_of(results: Mapping[tuple[str, int], dict[str, list[float]]], bits: int) -> Iterator[dict[str, Any]]:
+    """One row per calibration and evaluation text: KL, and its change from that of every other calibration text.
+
+    A change is a share of the other text's KL, with the standard error of the differences by window.
+    """
     for (text, rate), known in results.items():
         if rate != bits:
             continue
         for on, values in known.items():
             kl, error = mean_and_error(values)
-            row = {"calibrated_on": text, "bits": bits, "evaluated_on": on, "kl": kl, "kl_standard_error": error}
-            if (REFERENCE, bits) in results:
-                base = results[REFERENCE, bits][on]
-                level = sum(base) / len(base)
-                change, spread = mean_and_error([(v - b) / level for v, b in zip(values, base, strict=True)])
-                row |= {"change": change, "change_standard_error": spread}
-            yield row | {"windows": values}
+            row: dict[str, Any] = {
+                "calibrated_on": text,
+                "bits": bits,
+                "evaluated_on": on,
+                "kl": kl,
+                "kl_standard_error": error,
+            }
+            others = {name: other[on] for (name, rate), other in results.items() if rate == bits and name != text}
+            yield row | {
+                "change_from": {name: _change(values, base) for name, base in others.items()},
+                "windows": values,
+            }
 
 
-def _cell(row: Mapping[str, object]) -> str:
-    return f"{row['kl']:.4f} ({row['change']:+.1%} ± {row['change_standard_error']:.1%})"
+def _change(values: list[float], base: list[float]) -> tuple[float, float]:
+    """The change from `base` to `values`, KL of the same windows, as a share of its mean; its standard error."""
+    level = sum(base) / len(base)
+    return mean_and_error([(v - b) / level for v, b in zip(values, base, strict=True)])
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    change = row["change_from"].get(REFERENCE)
+    return f"{row['kl']:.4f}" + (f" ({change[0]:+.1%} ± {change[1]:.1%})" if change else "")
 
 
 def main() -> None:
@@ -243,7 +259,7 @@ def main() -> None:
             "recipe": RECIPE,
             "calibration": {"windows": NSAMPLES, "tokens": SEQLEN},
             "evaluation": {"windows": WINDOWS, "tokens": SEQLEN},
-            "unit": f"KL to the float32 model, nats per token; change: share of the KL when calibrated on {REFERENCE}",
+            "unit": "KL to the float32 model, nats per token; changes: shares of it, standard error",
             "machine": machine(),
             "versions": {"reallm": version("reallm"), "torch": torch.__version__},
             "rows": rows,

@@ -24,7 +24,6 @@ def test_changes_are_paired_by_window() -> None:
     rows = list(rows_of(known, 3))
     assert [row["calibrated_on"] for row in rows] == [PYTHON, "C4"]
     assert rows[1]["kl"] == pytest.approx(0.45)
-    assert rows[1]["change"] == pytest.approx(-0.1)
-    assert rows[1]["change_standard_error"] == pytest.approx(0, abs=1e-12)
+    assert rows[1]["change_from"] == {PYTHON: pytest.approx((-0.1, 0.0), abs=1e-12)}
     assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
-    assert "change" not in next(rows_of(known, 2))  # without the reference
+    assert not next(rows_of(known, 2))["change_from"]  # without another text
