@@ -9,6 +9,7 @@
 #   NAME=quality_peers     only the peers of NAME=quality, kept for it
 #   NAME=ablation, presets, encoding, sequential, proxies   after NAME=quality: what each part, preset, second, order of
 #                          work and cost is worth; NAME=planner: the planner beside CBC and HiGHS; NAME=refit (HELD=FILE)
+#   NAME=calibration_text  what the calibration text is worth; C4=FILE WIKIPEDIA=FILE TEST=FILE instead of data sets
 #   NAME=finetune          fine-tuning, before and after, beside its presets; PARTS=2.0,3.0,qlora runs only these
 #   NAME=encoder           a sentence encoder, and classifiers trained over it beside QLoRA, LoftQ and LQ-LoRA (installs PEFT)
 #   NAME=cluster           a local Ray cluster that loses workers, beside local processes (installs Ray); BLOCKS=4
@@ -41,7 +42,9 @@ PEERS ?=
 PRESETS ?=
 CHANGES ?=
 BLOCKS ?=
-export JOBS TEXT TEST MODEL SPACE PEERS PRESETS CHANGES BLOCKS
+C4 ?=
+WIKIPEDIA ?=
+export JOBS TEXT TEST MODEL SPACE PEERS PRESETS CHANGES BLOCKS C4 WIKIPEDIA
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -32,7 +32,8 @@ from reallm.errors import UserError
 from reallm.evaluation.compare import CachedLogits, Comparison, compare_models
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
 from reallm.measurement.cache import content_key
-from reallm.measurement.measure import measure, sample_windows
+from reallm.measurement.calibration_text import sample_windows
+from reallm.measurement.measure import measure
 from reallm.measurement.search_space import load_space
 from reallm.models.loaded import load_model
 from reallm.planner.tables.measured_table import TABLE_FILE, MeasuredTable

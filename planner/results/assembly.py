@@ -12,6 +12,7 @@ from reallm.planner.problem.problem import Candidate
 from reallm.planner.problem.selection import Selection
 from reallm.planner.tables.plan import Bound, Choice, LimitState, Plan, Uniform
 from reallm.planner.tables.tensor_layout import matrices_nbytes
+from reallm.planner.tables.work_folder import described
 
 UNPACKED_SHARE = 0.01
 """From this share of the weights on, a plan says that tensors with several dimensions are not packed."""
@@ -44,6 +45,7 @@ def assemble(
         model_sha256=table.model_sha256,
         work=work,
         table_sha256=table.digest(),
+        calibration=described(table, folders=False) if "nsamples" in table.settings else None,
         budget=budget[0],
         budget_bytes=budget[1],
         scope=selection.scope,

@@ -144,6 +144,8 @@ class Plan(Record):
     """The folder with the measured table that the plan was made from."""
     table_sha256: str
     """Digest of that table without its timings."""
+    calibration: str | None = Field(default=None, exclude_if=_is_none)
+    """What the table was calibrated on: windows, text and seed; None if the table does not say."""
     budget: str
     """The budget as the user wrote it."""
     budget_bytes: int = Field(gt=0)

@@ -17,6 +17,8 @@ from .units import PlanError
 
 EARLIER_FOLDER = "tables"
 """Name of the folder inside a work folder that keeps the tables that newer ones replaced."""
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
+"""Ends of the names of text files."""
 DIGEST_DIGITS = 16
 """Number of hexadecimal digits of a digest in a file name of EARLIER_FOLDER."""
 
@@ -83,13 +85,17 @@ def keep_earlier(work: Path, newer: MeasuredTable) -> tuple[Path, MeasuredTable 
     return path, replaced
 
 
-def described(table: MeasuredTable) -> str:
-    """The settings that a table was measured with, for people to read."""
-    settings = table.settings
-    parts = [f"{settings.get('nsamples')} windows of {settings.get('seqlen')} tokens of {table.text}"]
+def described(table: MeasuredTable, *, folders: bool = True) -> str:
+    """The settings that a table was measured with, for people to read; of a file only the name unless `folders`."""
+    settings, text = table.settings, table.text
+    prefix = str(settings.get("prefix") or "")
+    if not folders:
+        text = Path(text).name if text.endswith(TEXT_FILES) else text
+        prefix = Path(prefix).name
+    parts = [f"{settings.get('nsamples')} windows of {settings.get('seqlen')} tokens of {text}"]
     parts.append(f"seed {settings.get('seed')}")
     parts += ["chat template"] if settings.get("chat_template") else []
-    parts += [f"inputs of {settings['prefix']}"] if settings.get("prefix") else []
+    parts += [f"inputs of {prefix}"] if prefix else []
     return ", ".join(parts)
 
 

@@ -11,6 +11,7 @@ import typer
 from .app import CONSOLE, app, quiet_transformers
 from .options import (
     Budget,
+    CalibrationText,
     Device,
     Force,
     Images,
@@ -20,7 +21,6 @@ from .options import (
     Seed,
     Seqlen,
     SpaceOption,
-    Text,
     UseChatTemplate,
 )
 from .plan import CostOption, Excluded, Pins, Preset, TiesOption
@@ -38,7 +38,7 @@ def compress(
             "what it needs beyond this one."
         ),
     ] = None,
-    text: Text = None,
+    text: CalibrationText = None,
     test: Annotated[
         str | None, typer.Option(help="Held-out text to evaluate on; the same kinds of sources as --text.")
     ] = None,

@@ -11,7 +11,7 @@ import typer
 from reallm.measurement.workers.pool import Backend
 
 from .app import app, quiet_transformers
-from .options import Device, Images, Jobs, Model, Nsamples, Seed, Seqlen, SpaceOption, Text, UseChatTemplate
+from .options import CalibrationText, Device, Images, Jobs, Model, Nsamples, Seed, Seqlen, SpaceOption, UseChatTemplate
 
 
 @app.command(epilog="Example: reallm measure HuggingFaceTB/SmolLM2-135M --text wiki.txt -o work/")
@@ -20,7 +20,7 @@ def measure(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The work folder for the measured table, statistics and cache.")
     ],
-    text: Text = None,
+    text: CalibrationText = None,
     space: SpaceOption = "default",
     nsamples: Nsamples = 64,
     seqlen: Seqlen = 1024,

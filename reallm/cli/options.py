@@ -40,6 +40,14 @@ Text = Annotated[
         "The default is English text that comes with Python: enough to try things out, too narrow for the best result."
     ),
 ]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        help="A .txt, .jsonl or .parquet file, or a datasets name such as Salesforce/wikitext:wikitext-2-raw-v1:train; "
+        "or self: text that the model writes itself, sampled at temperature 1. The default is English web pages (C4), "
+        "streamed from the hub; without a connection it is self. Text like what the model will be used on is better.",
+    ),
+]
 Json = Annotated[
     Path | None,
     typer.Option("--json", help="Also write all results to this JSON file.", callback=file_to_write),

@@ -44,6 +44,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         ("shadow price", f"{bound.shadow_price:.4g} nats per token for one more MiB"),
         ("best uniform", _uniform_text(plan)),
     ]
+    facts += [("calibrated on", plan.calibration)] if plan.calibration else []
     facts += _limit_facts(plan) + _measured_facts(plan)
     console.print(facts_table("plan", facts))
     console.print(histogram(plan.choices))

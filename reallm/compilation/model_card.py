@@ -22,7 +22,7 @@ Packed with reallm. Load it with `import reallm` before transformers' `from_pret
 | weights file | {file_bytes:,} bytes |
 | packed matrices | {matrices_bytes:,} bytes, {bits:.4f} bits per weight |
 | predicted loss | {loss:.5f} nats per token above the original |
-| solver | {solver} {solver_version}, {status}, gap {gap:.2e} |
+{calibration}| solver | {solver} {solver_version}, {status}, gap {gap:.2e} |
 | original | sha256 {digest} |
 
 | format | matrices | bytes |
@@ -65,6 +65,7 @@ def model_card(plan: Plan, base_model: str | None = None) -> str:
         matrices_bytes=plan.matrices_bytes,
         bits=plan.bits_per_weight,
         loss=plan.predicted_loss,
+        calibration=f"| calibrated on | {plan.calibration} |\n" if plan.calibration else "",
         solver=plan.bound.solver,
         solver_version=plan.bound.solver_version,
         status=plan.bound.status,

@@ -33,10 +33,10 @@ from reallm.planner.tables.budget import parse_budget
 from reallm.planner.tables.measured_table import MeasuredTable, PredictionRecord
 from reallm.system.device import is_gpu, parse_device
 from reallm.system.memory import peak_rss_bytes
-from reallm.text.corpus import Text, load_text
-from reallm.text.windows import cut_windows, shortage
+from reallm.system.scratch import Scratch
 
 from .cache import content_key
+from .calibration_text import WindowSettings, calibration_windows, given_text
 from .compressed_prefix import prefix_digest, prefix_weights
 from .encoding import Job
 from .needed import DEFAULT_GAP, NeededMeasurement, check_budget
@@ -85,7 +85,9 @@ def measure(
     model
         A folder, a GGUF file or a name on the Hugging Face hub.
     text
-        The calibration text: a file, or None for the English text that comes with Python.
+        The calibration text: a file, a data set, or "self" for text that the model writes itself, sampled at
+        temperature 1. None is the beginning of C4, streamed from the hub; without a connection the model's own text,
+        and for a model that cannot write, such as an encoder, English text that comes with Python.
     output
         The folder for the table, the statistics and the cache of codes; created if necessary.
     space
@@ -161,13 +163,14 @@ def measure(
     place = parse_device(device)
     with open_workers(backend, jobs, ray_address, place if is_gpu(place) else None) as workers:
         prefix_path = None if prefix is None else Path(prefix)
-        candidates, output, calibration_text = load_space(space), Path(output), load_text(text)
-        loaded = load_model(model)
+        candidates, output, given = load_space(space), Path(output), given_text(text)
+        loaded = load_model(model, scratch=Scratch(output))
         check_storable(loaded)
         cache = kv_cache(loaded.model)
         names = [matrix.name for matrix in loaded.matrices]
         pinned = [(name, fmt) for regex, fmt in map(parse_pin, pins) for name in matching_names(names, "--pin", regex)]
-        ids = sample_windows(loaded, calibration_text, nsamples, seqlen, seed, chat_template)
+        windows = WindowSettings(nsamples, seqlen, seed, chat_template)
+        ids, calibration_text = calibration_windows(loaded, text, given, output, windows)
         image_texts = None if images is None else read_image_texts(Path(images), loaded)
         identity = _identity(loaded, ids, seed, prefix_path, image_texts, place)
         job = Job.at(output.absolute(), identity, seed, keep_codes, place)
@@ -249,29 +252,6 @@ def _check_work_folder(output: Path) -> None:
         raise UserError(f"--output {output} is a file; expected a work folder, which may be a new one")
     if (output / CONFIG_FILE).exists():
         raise UserError(f"--output {output} is the folder of a model; expected a work folder, which may be a new one")
-
-
-def sample_windows(
-    loaded: LoadedModel, text: Text, nsamples: int, seqlen: int, seed: int, chat_template: bool
-) -> Tensor:
-    """Sample calibration windows from `text`: token ids, int64 [n, seqlen].
-
-    Logs a warning if `text` is the offline default or has fewer than `nsamples` windows. Raises UserError for a model
-    without a tokenizer and for a text shorter than one window.
-    """
-    if loaded.tokenizer is None:
-        raise UserError(f"{loaded.source} has no tokenizer; add its tokenizer files to the folder")
-    ids = cut_windows(
-        text, loaded.tokenizer, nsamples, seqlen, seed, chat_template, loaded.max_positions, loaded.vocabulary
-    )
-    if text.is_fallback:
-        LOG.warning(
-            "no --text: calibrating on %s; a text like those the model was made for gives a better plan",
-            text.description,
-        )
-    if note := shortage(ids, nsamples):
-        LOG.warning("%s", note)
-    return ids
 
 
 def _identity(

@@ -96,6 +96,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("shadow price", f"{bound.shadow_price:.4g} nats per token saved by one more MiB"),
         ("solver", f"{bound.solver} {bound.solver_version}".strip()),
         ("best single format", _uniform(plan)),
+        ("calibrated on", plan.calibration or "unknown"),
         ("work folder", plan.work),
         ("model sha256", plan.model_sha256),
         ("table sha256", plan.table_sha256),

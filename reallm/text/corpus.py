@@ -19,6 +19,14 @@ LOG = logging.getLogger(__name__)
 READERS = {".txt": read_text_file, ".jsonl": read_jsonl, ".parquet": read_parquet}
 MAX_SHOWN = 60
 """Characters of an unusable path that a message shows."""
+SELF = "self"
+"""The name, as a value of --text, of the text that the model to be calibrated writes itself."""
+GENERAL = "allenai/c4:en:train"
+"""The data set that `general_text` reads: web pages in English (C4, arXiv 1910.10683)."""
+TIMEOUT_SECONDS = 5.0
+"""How long the hub may take to say that it has GENERAL."""
+CHARACTERS_PER_TOKEN = 16
+"""Characters of GENERAL that are read for every token that is needed; windows are sampled from them."""
 Split = Literal["train", "test"]
 
 
@@ -49,6 +57,11 @@ def load_text(source: str | Path | None, split: Split = "train") -> Text:
     prose from Python's own documentation (the offline default), whose "train" and "test" splits share no paragraph.
     Raises UserError, with a message of one line, for a source that is missing, empty or not in the expected form.
     """
+    if source == SELF:
+        raise UserError(
+            f"--text {SELF} is the text that a model writes to be calibrated on, in `measure` and `compress`; "
+            f"give a file or a data set here (a folder of that name: ./{SELF})"
+        )
     documents: tuple[Document, ...]
     places: tuple[str, ...] = ()
     if source is None:
@@ -65,6 +78,23 @@ def load_text(source: str | Path | None, split: Split = "train") -> Text:
             media,
         )
     return Text(documents, description, _digest(documents), source is None, places)
+
+
+def general_text(tokens: int) -> Text:
+    """The first documents of GENERAL, streamed from the hub: several times the length of `tokens` tokens.
+
+    Raises UserError if the hub does not answer within TIMEOUT_SECONDS, or does not give the text.
+    """
+    from huggingface_hub import HfApi
+
+    name = GENERAL.partition(":")[0]
+    try:
+        HfApi().dataset_info(name, timeout=TIMEOUT_SECONDS)  # `datasets` would try again for half a minute
+    except Exception as error:  # the network client raises its own kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"the hub does not give {name}: {reason}") from error
+    (documents, places), description = read_dataset(GENERAL, "train", CHARACTERS_PER_TOKEN * tokens)
+    return Text(documents, description, _digest(documents), places=places)
 
 
 def _digest(documents: tuple[Document, ...]) -> str:

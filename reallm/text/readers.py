@@ -86,12 +86,12 @@ def _texts(column: list[object], path: Path) -> tuple[str, ...]:
     return texts
 
 
-def read_dataset(source: str, split: str) -> tuple[ReadDocuments, str]:
+def read_dataset(source: str, split: str, max_characters: int | None = None) -> tuple[ReadDocuments, str]:
     """Read the data set NAME, NAME:SPLIT or NAME:CONFIG:SPLIT: (documents, description).
 
-    NAME is a name on the hub or a local folder. Rows are streamed until MAX_DATASET_CHARACTERS is reached; the
-    description says so if that leaves out rows. `split` is used if `source` does not name a split. Raises UserError if
-    the data set, its split or its text column is not available.
+    NAME is a name on the hub or a local folder. Rows are streamed until `max_characters` is reached (None:
+    MAX_DATASET_CHARACTERS); the description says so if that leaves out rows. `split` is used if `source` does not name
+    a split. Raises UserError if the data set, its split or its text column is not available.
     """
     from datasets import load_dataset
 
@@ -102,7 +102,7 @@ def read_dataset(source: str, split: str) -> tuple[ReadDocuments, str]:
     config = rest[0] if len(rest) == 2 else None
     try:
         rows = load_dataset(name, config, split=split, streaming=True)
-        read, cut = _take(rows, source)
+        read, cut = _take(rows, source, max_characters or MAX_DATASET_CHARACTERS)
     except UserError:
         raise
     except Exception as error:  # the builder of each file type and the network client raise their own kinds
@@ -115,15 +115,15 @@ def read_dataset(source: str, split: str) -> tuple[ReadDocuments, str]:
     return read, f"data set {name}{f' ({config})' if config else ''}, split {split}{part}"
 
 
-def _take(rows: Iterator[Mapping[str, Any]], source: str) -> tuple[ReadDocuments, bool]:
-    """Take documents from `rows` up to MAX_DATASET_CHARACTERS: (documents, whether the limit was reached)."""
+def _take(rows: Iterator[Mapping[str, Any]], source: str, max_characters: int) -> tuple[ReadDocuments, bool]:
+    """Take documents from `rows` up to `max_characters`: (documents, whether the limit was reached)."""
     documents: list[Document] = []
     characters = 0
     for number, row in enumerate(rows, start=1):
         document = document_of(without_nulls(row), f"--text {source} row {number}")
         documents.append(document)
         characters += len(document) if isinstance(document, str) else document.characters
-        if characters >= MAX_DATASET_CHARACTERS:
+        if characters >= max_characters:
             break
     places = tuple(f"--text {source} row {number}" for number in range(1, len(documents) + 1))
-    return ReadDocuments(tuple(documents), places), characters >= MAX_DATASET_CHARACTERS
+    return ReadDocuments(tuple(documents), places), characters >= max_characters

@@ -1,4 +1,4 @@
-"""Windows of a text with the special tokens that an encoder expects around a text, such as [CLS] and [SEP]."""
+"""Special tokens around a text, such as [CLS] and [SEP], and windows of a text with them, as an encoder expects."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from .tokenizer_calls import encode
 
 
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that `tokenizer` puts before and after a text."""
+    word, full = (encode(tokenizer, "a", "the letter a", special_tokens=added) for added in (False, True))
+    start = next((i for i in range(len(full)) if full[i : i + len(word)] == word), len(full))
+    return full[:start], full[start + len(word) :]
+
+
 def with_special_tokens(windows: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """`windows` [n, seqlen] with their first and last tokens replaced by the special tokens around a text.
 
@@ -16,9 +23,7 @@ def with_special_tokens(windows: Tensor, tokenizer: PreTrainedTokenizerBase | No
     """
     if tokenizer is None:
         return windows
-    word, full = (encode(tokenizer, "a", "the letter a", special_tokens=added) for added in (False, True))
-    start = next((i for i in range(len(full)) if full[i : i + len(word)] == word), len(full))
-    before, after = full[:start], full[start + len(word) :]
+    before, after = added_tokens(tokenizer)
     if len(before) + len(after) >= windows.shape[1]:
         return windows
     result = windows.clone()

@@ -43,9 +43,7 @@ def cut_windows(
     for a text shorter than one window, a `seqlen` out of range, a token that the model does not have, and a document
     that the tokenizer or its chat template refuses.
     """
-    limit = max_positions or tokenizer.model_max_length or NO_LIMIT
-    if not 1 <= seqlen <= limit:
-        raise UserError(f"--seqlen {seqlen}: this model takes 1 to {limit} tokens; choose a length within that range")
+    check_seqlen(seqlen, max_positions or tokenizer.model_max_length)
     if nsamples is not None and nsamples < 1:
         raise UserError(f"--nsamples {nsamples}: expected at least 1 window")
     tokens = tokenize(text, tokenizer, chat_template)
@@ -61,6 +59,13 @@ def cut_windows(
     gaps, _ = torch.randint(len(tokens) - count * seqlen + 1, (count,), generator=generator).sort()
     starts = gaps + seqlen * torch.arange(count)  # sorted gaps keep neighbours at least seqlen apart
     return tokens[starts[:, None] + torch.arange(seqlen)]
+
+
+def check_seqlen(seqlen: int, limit: int | None) -> None:
+    """Raise UserError if `seqlen` is not a length of 1 to `limit` tokens; nothing limits it if that is None or 0."""
+    limit = limit or NO_LIMIT
+    if not 1 <= seqlen <= limit:
+        raise UserError(f"--seqlen {seqlen}: this model takes 1 to {limit} tokens; choose a length within that range")
 
 
 def shortage(windows: Tensor, nsamples: int | None) -> str | None:

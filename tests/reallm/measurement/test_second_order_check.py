@@ -10,8 +10,9 @@ import torch
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
+from reallm.measurement.calibration_text import sample_windows
 from reallm.measurement.encoding import Job
-from reallm.measurement.measure import measure, sample_windows
+from reallm.measurement.measure import measure
 from reallm.measurement.second_order_check import (
     SMALLEST_LOSS,
     CheckedLoss,
