@@ -8,8 +8,23 @@ from typing import Annotated
 
 import typer
 
+from reallm.kernels.storage.atomic import write_text_atomic
+
 from .app import CONSOLE, app, quiet_transformers
-from .options import Budget, Force, Images, Jobs, Model, Nsamples, Seed, Seqlen, SpaceOption, Text, UseChatTemplate
+from .options import (
+    Budget,
+    Force,
+    Images,
+    Jobs,
+    Json,
+    Model,
+    Nsamples,
+    Seed,
+    Seqlen,
+    SpaceOption,
+    Text,
+    UseChatTemplate,
+)
 from .plan import CostOption, Excluded, Pins, Preset, TiesOption
 
 
@@ -53,13 +68,14 @@ def compress(
     images: Images = None,
     chat_template: UseChatTemplate = False,
     force: Force = False,
+    json: Json = None,
 ) -> None:
     """Compress a model into a budget: measure, plan, compile and a short evaluation in one command.
 
     After an interruption the same command continues where it stopped.
     """
     from reallm.compressing.compress import compress as run
-    from reallm.compressing.compress import facts
+    from reallm.compressing.result import facts
 
     from .tables import facts_table
 
@@ -89,6 +105,8 @@ def compress(
         cost=cost,
         target=target,
     )
+    if json is not None:
+        write_text_atomic(json, made.to_json())
     CONSOLE.print(facts_table(str(output), facts(made)))
     for note in made.plan.notes:
         CONSOLE.print(f"note: {note}", highlight=False, markup=False)
