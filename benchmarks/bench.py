@@ -108,7 +108,7 @@ class Row:
 class Bench:
     """The base model, the calibration and evaluation tokens, and the results measured on them."""
 
-    def __init__(self, model: str, text: str, test: str, nsamples: int = NSAMPLES) -> None:
+    def __init__(self, model: str, text: str | None, test: str, nsamples: int = NSAMPLES) -> None:
         """`nsamples` is the number of windows our own work folder is calibrated on; peers get NSAMPLES."""
         source = load_model(model)
         if source.tokenizer is None:
@@ -171,7 +171,7 @@ class Bench:
 
 
 def _measured(name: str, bits: float, comparison: Comparison, versions: dict[str, str]) -> Measured:
-    assert comparison.divergence is not None
+    assert comparison.divergence is not None and comparison.perplexity is not None
     return Measured(name, bits, comparison.divergence.mean, comparison.perplexity, versions)
 
 

@@ -48,7 +48,9 @@ def run_job(bench: Bench, full: Path, folder: Path, bits: float, gap: float) -> 
     work.mkdir(parents=True)
     (work / "statistics").symlink_to(full / "statistics")
     command = [sys.executable, "-m", "reallm", "compress", str(bench.base_folder), "--budget", f"{bits:g}bpw"]
-    settings = ["--text", bench.text, "--nsamples", str(bench.nsamples), "--seqlen", str(SEQLEN), "--windows", "0"]
+    text = ["--text", bench.text] if bench.text else []
+    settings = [*text, "--nsamples", str(bench.nsamples), "--seqlen", str(SEQLEN), "--windows", "0"]
+    settings += ["--space", os.environ.get("SPACE") or "default"]
     places = ["--work", str(work), "--output", str(folder / OUTPUT), "--gap", f"{gap:g}"]
     arguments = [*command, *settings, *places, "--jobs", os.environ.get("JOBS") or "-1"]
     process = subprocess.Popen(arguments)

@@ -11,14 +11,12 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
 import numpy as np
 
-from reallm.codecs.encode import encode
-from reallm.codecs.metric import Workspace
 from reallm.kernels.formats.codecs import TrellisCodec
 from reallm.kernels.formats.formats import Format
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
@@ -31,15 +29,11 @@ from reallm.models.loaded import LoadedModel
 from reallm.planner.problem.plan_options import PlanOptions
 from reallm.planner.results.allocate import solve
 from reallm.planner.tables.budget import parse_budget
-from reallm.planner.tables.measured_table import MeasuredTable, MeasurementRecord, PredictionRecord
+from reallm.planner.tables.measured_table import Kind, MeasuredTable, MeasurementRecord, PredictionRecord
 from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.work_folder import read_table
-from reallm.system.threads import one_thread
 
 Key = tuple[str, str]
-BLOCKS = (4, 14, 24)
-"""The blocks in which factorisations are timed."""
-TIMED = Format.parse("tq3-l12+ldl2+rot")
 
 
 class Encodings:
@@ -51,27 +45,20 @@ class Encodings:
         self.job = Job.at(work, str(self.table.settings["identity"]), int(self.table.settings["seed"] or 0))
         self.records: dict[Key, MeasurementRecord] = {}
         self._with_setup = work / "with_setup.json"
-        self._setup_file = work / "setup.json"
-        self.setup = self._timed_setup()
 
-    def _timed_setup(self) -> dict[str, float]:
-        """Matrix -> thread seconds by which a first trellis encoding exceeds the next: the median for its shape."""
-        if not self._setup_file.exists():
-            found: dict[tuple[int, int], list[float]] = defaultdict(list)
-            with one_thread():
-                for matrix in self.loaded.matrices:
-                    if matrix.block in BLOCKS and matrix.kind == "linear":
-                        work, weight = Workspace(self.job.metric(matrix)), self.loaded.weight(matrix)
-                        began = time.thread_time()
-                        encode(weight, TIMED, work)
-                        between = time.thread_time()
-                        encode(weight, TIMED, work)
-                        found[matrix.rows, matrix.cols].append(2 * between - began - time.thread_time())
-            seconds = {shape: max(float(np.median(values)), 0.0) for shape, values in found.items()}
-            linear = [m for m in self.loaded.matrices if m.kind == "linear"]
-            write_text_atomic(self._setup_file, canonical_json({m.name: seconds[m.rows, m.cols] for m in linear}))
-        result: dict[str, float] = json.loads(self._setup_file.read_text(encoding="utf-8"))
-        return result
+    def setup_seconds(self) -> dict[str, float]:
+        """Matrix -> thread seconds by which its first trellis encoding exceeds the others: the median for its shape."""
+        first, others = self.first_in_task(), defaultdict(list)
+        for (name, fmt), record in self.records.items():
+            if (name, fmt) not in first and _factorised(Format.parse(fmt)):
+                others[name].append(record.seconds)
+        shapes = {m.name: (m.rows, m.cols) for m in self.loaded.matrices}
+        found: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for name, fmt in first:
+            if others[name] and (name, fmt) in self.records:
+                found[shapes[name]].append(self.records[name, fmt].seconds - float(np.mean(others[name])))
+        seconds = {shape: max(float(np.median(values)), 0.0) for shape, values in found.items()}
+        return {name: seconds.get(shape, 0.0) for name, shape in shapes.items()}
 
     def first_in_task(self) -> set[Key]:
         """The trellis candidates whose recorded seconds include the factorisation of their matrix."""
@@ -88,11 +75,13 @@ class Encodings:
         self.records |= {(record.matrix, record.format): record for record in measured.records}
         return measured
 
-    def task_seconds(self, name: str, formats: Sequence[Format]) -> float:
-        """Thread seconds of encoding one matrix in `formats`, beginning with its factorisation."""
-        first, setup = self.first_in_task(), self.setup.get(name, 0.0)
-        alone = sum(self.records[name, f.name].seconds - setup * ((name, f.name) in first) for f in formats)
-        return alone + setup * any(_factorised(f) for f in formats)
+    def seconds(self, tasks: Sequence[tuple[str, Sequence[Format]]]) -> float:
+        """Thread seconds of encoding matrices in some formats each, beginning with a factorisation of each matrix."""
+        first, setup, total = self.first_in_task(), self.setup_seconds(), 0.0
+        for name, formats in tasks:
+            total += sum(self.records[name, f.name].seconds - setup[name] * ((name, f.name) in first) for f in formats)
+            total += setup[name] * any(_factorised(f) for f in formats)
+        return total
 
     def full_table(self, formats: Formats) -> MeasuredTable:
         """The table of all candidates."""
@@ -103,40 +92,17 @@ def _factorised(fmt: Format) -> bool:
     return isinstance(fmt.codec, TrellisCodec)
 
 
-@dataclass
-class _Counted:
-    """Encodes for one budget, and counts."""
-
-    encodings: Encodings
-    seconds: float = 0.0
-    rounds: list[int] = field(default_factory=list)
-
-    def __call__(self, *, formats: Formats) -> Measured:
-        measured = self.encodings.encode(formats)
-        self.seconds += sum(self.encodings.task_seconds(name, fmts) for name, fmts in formats.items())
-        self.rounds.append(sum(len(fmts) for fmts in formats.values()))
-        return measured
-
-
 @dataclass(frozen=True)
 class Rounds:
     """One budget: what was encoded, and the plan that came of it."""
 
     bits: float
-    rounds: list[int]
-    """Candidates encoded in each round."""
-    encoding_seconds: float
-    once_seconds: float
-    """Thread seconds of encoding the chosen candidates alone."""
+    rounds: list[list[tuple[str, Sequence[Format]]]]
+    """The tasks of each round: matrices with the formats in which they were encoded."""
     solver_seconds: float
-    """Processor seconds of all solutions and predictions."""
+    """Processor seconds of all solutions and predictions, with the reading of what was encoded before."""
     table: MeasuredTable
     plan: Plan
-
-    @property
-    def time_ratio(self) -> float:
-        """Seconds of all encoding, in units of encoding the model once at this rate."""
-        return self.encoding_seconds / self.once_seconds
 
     @property
     def gap(self) -> float:
@@ -148,28 +114,30 @@ class Rounds:
         """The candidates that were encoded."""
         return {(record.matrix, record.format) for record in self.table.measurements}
 
+    def seconds(self, encodings: Encodings) -> tuple[float, float]:
+        """Thread seconds of (all encoding, encoding the chosen candidates alone)."""
+        known = self.measured
+        once = [(c.matrix, [Format.parse(c.format)]) for c in self.plan.choices if (c.matrix, c.format) in known]
+        return encodings.seconds([task for tasks in self.rounds for task in tasks]), encodings.seconds(once)
+
 
 def run_rounds(encodings: Encodings, formats: Formats, bits: float, gap: float) -> Rounds:
     """Run the rounds for `bits` per weight until the gap is at most `gap`."""
-    counted, options, budget = _Counted(encodings), PlanOptions(), f"{bits:g}bpw"
+    options, budget, rounds = PlanOptions(), f"{bits:g}bpw", []
+
+    def encode(*, formats: Formats) -> Measured:
+        rounds.append([(name, wanted) for name, wanted in formats.items() if wanted])
+        return encodings.encode(formats)
+
     empty = encodings.table.model_copy(update={"measurements": (), "predictions": ()})
-    needed = NeededMeasurement(empty, encodings.loaded.matrices, formats, counted, parse_budget(budget), options, gap)
+    matrices = encodings.loaded.matrices
+    needed = NeededMeasurement(empty, matrices, formats, encode, parse_budget(budget), options, gap)
     began = time.process_time()
     measured, predictions = needed.run([])
     found = {"measurements": tuple(measured.records), "predictions": tuple(predictions)}
     table = empty.model_copy(update=found)
     plan = solve(table, budget, options, work=str(encodings.job.cache.folder.parent))
-    spent = time.process_time() - began
-    once = [(c.matrix, Format.parse(c.format)) for c in plan.choices if (c.matrix, c.format) in encodings.records]
-    return Rounds(
-        bits=bits,
-        rounds=counted.rounds,
-        encoding_seconds=counted.seconds,
-        once_seconds=sum(encodings.task_seconds(name, [fmt]) for name, fmt in once),
-        solver_seconds=spent,
-        table=table,
-        plan=plan,
-    )
+    return Rounds(bits, rounds, time.process_time() - began, table, plan)
 
 
 def accuracy(
@@ -186,6 +154,6 @@ def accuracy(
         yield fmt, len(pairs), float(errors.mean()), float(errors.std()), float(np.sqrt(np.square(stated).mean()))
 
 
-def linear_formats(loaded: LoadedModel, formats: Mapping[str, Sequence[Format]]) -> dict[str, list[Format]]:
+def linear_formats(loaded: LoadedModel, formats: Mapping[Kind, Sequence[Format]]) -> dict[str, list[Format]]:
     """`formats` of every linear layer, by name; none for the other matrices, which take no part."""
     return {m.name: [*formats["linear"]] if m.kind == "linear" else [] for m in loaded.matrices}

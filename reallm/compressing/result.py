@@ -35,8 +35,11 @@ class Compressed:
     """Stage -> wall-clock seconds of this run."""
     encoding_seconds: float
     """Thread seconds of encoding everything that the table holds, also in earlier runs."""
-    peak_rss_bytes: int
-    """Peak memory of this process, or of its largest encoder process if that is more."""
+    peak_rss_bytes: dict[str, int]
+    """Stage -> peak memory of this process in bytes, and "worker" -> that of its largest encoder process.
+
+    Where the system cannot reset the peak, a stage has the peak since the start.
+    """
 
     def to_json(self) -> str:
         """Canonical JSON of sizes, losses, seconds and memory, with the whole evaluation; the plan is in `work`."""
@@ -77,6 +80,7 @@ def facts(made: Compressed) -> list[tuple[str, str]]:
     if evaluation is not None and evaluation.comparison.cosine is not None:
         result.append(("cosine to the original", f"{evaluation.comparison.cosine:.5f}"))
     result.append(("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in made.seconds.items())))
-    result.append(("peak memory", f"{made.peak_rss_bytes / MIB:.0f} MiB in one process"))
+    peaks = ", ".join(f"{name} {peak / MIB:.0f}" for name, peak in made.peak_rss_bytes.items() if peak)
+    result.append(("peak memory, MiB", peaks))
     result.append(("encoding", f"{made.encoding_seconds:.0f} thread seconds, {len(made.table.measurements)} encodings"))
     return result

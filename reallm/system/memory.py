@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+"""What proc(5) says to write to CLEAR."""
 
 
 def peak_rss_bytes() -> int:
@@ -21,3 +25,9 @@ def peak_rss_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> None:
+    """Let `peak_rss_bytes` count from now on; where the system cannot (all but Linux), it counts from the start."""
+    with suppress(OSError):
+        CLEAR.write_text(RESET_PEAK, encoding="ascii")

@@ -144,7 +144,7 @@ def test_the_summary_shows_stages_and_what_compress_wrote(tmp_path: Path) -> Non
     comparison = Comparison(8, 1024, 8184, 35.5, 29.25, divergence)
     small, large = Sizes(100, 200, 300, 400, 4 << 20), Sizes(100, 200, 8 << 20, 400, 9 << 20)
     found = Evaluation("out", "m", "text.txt", "0", "float32", comparison, small, large, 1.0, 1, (), {})
-    made = Compressed(tmp_path / "out", tmp_path, table, chosen, found, {"measure": 50.0}, 40.0, 1 << 30)
+    made = Compressed(tmp_path / "out", tmp_path, table, chosen, found, {"measure": 50.0}, 40.0, {"measure": 1 << 30})
     (tmp_path / module.RESULT_FILE).write_text(made.to_json())
     console = Console(file=io.StringIO(), width=200)
     stages = [Stage("compress", [], 61.5, 2 << 30, ""), Stage("generate", [], 2.5, 1 << 20, "Paris.")]
