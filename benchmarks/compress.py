@@ -1,12 +1,13 @@
 """`reallm compress`: what encoding only what the optimum needs costs and loses, and whole jobs beside those of peers.
 
     make bench NAME=compress [TEXT=calibration] [TEST=held-out] [MODEL=...] [SPACE=...] [JOBS=2]
-        [NSAMPLES=64] [BUDGETS=2,2.5,3,3.5,4] [PARTS=rounds,full,jobs,peers]
+        [NSAMPLES=64] [BUDGETS=2,2.5,3,3.5,4] [PARTS=full,kl,jobs,peers]
 
-For every budget the rounds of `measure --budget` run from an empty folder ("rounds"), then every candidate is encoded
-and the plan is compared with the optimum of the full table ("full"). "jobs" are `reallm compress` as a user runs it,
-which must encode the same bytes; "peers" are whole jobs of other methods on the same calibration windows. All parts
-resume; parts that are not run keep the results of an earlier run. TEXT=python calibrates on Python's documentation.
+For every budget the rounds of `measure --budget` run from an empty folder. "full" encodes every candidate, and compares
+each plan with the optimum of the full table; "kl" measures the losses of both on WINDOWS windows of TEST. "jobs" are
+`reallm compress` as a user runs it, which must encode the same bytes; "peers" are whole jobs of other methods, on up to
+16 windows of the same text. All parts resume; parts that are not run keep the results of an earlier run. TEXT=python
+calibrates on Python's documentation.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from reallm.measurement.needed import DEFAULT_GAP
 from reallm.measurement.search_space import Space, load_space
 from reallm.measurement.workers.pool import open_workers
 from reallm.planner.results.allocate import solve
+from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.work_folder import read_table
 from reallm.planning.plan_evaluator import PlanEvaluator
 
 RESULTS = ROOT / "benchmarks" / "results" / "compress.json"
 BUDGETS, JOB_BITS = "2,2.5,3,3.5,4", (2.0, 2.25, 3.0, 4.0)
 PEERS = (Peer("GPTQ", 2, 64), Peer("GPTQ", 3, 64), Peer("GPTQ", 4, 64), Peer("AutoRound", 3, 64))
-PARTS = "rounds,full,jobs,peers"
-NSAMPLES = 64
+PARTS = "full,kl,jobs,peers"
+NSAMPLES, WINDOWS = 64, 3
 TABLES: tuple[tuple[str, str, dict[str, str]], ...] = (
     (
         "rounds",
@@ -56,6 +58,7 @@ TABLES: tuple[tuple[str, str, dict[str, str]], ...] = (
             "loss_ratio": "loss / optimum",
             "kl": "KL",
             "optimum_kl": "optimum's KL",
+            "kl_ratio": "ratio",
         },
     ),
     (
@@ -124,10 +127,8 @@ def opened(bench: Bench, results: Results) -> Iterator[Encodings]:
         yield Encodings(bench.base, work, workers)
 
 
-def report_rounds(
-    losses: PlanEvaluator, results: Results, encodings: Encodings, found: Rounds, candidates: int
-) -> None:
-    """Evaluate the plan of one budget, and write the figures of its rounds."""
+def report_rounds(results: Results, encodings: Encodings, found: Rounds, candidates: int) -> None:
+    """Write the figures of the rounds of one budget."""
     everything, once = found.seconds(encodings)
     results.update(
         "rounds",
@@ -140,19 +141,17 @@ def report_rounds(
         time_ratio=everything / once,
         solver_seconds=found.solver_seconds,
         gap=found.gap,
-        kl=losses.loss(found.plan),
     )
 
 
-def compare(
-    losses: PlanEvaluator, results: Results, encodings: Encodings, formats: Formats, all_rounds: list[Rounds]
-) -> None:
-    """Compare the plans with the optima of the full table, and the predictions with its costs."""
+def compare(results: Results, encodings: Encodings, formats: Formats, all_rounds: list[Rounds]) -> dict[float, Plan]:
+    """Compare the plans with the optima of the full table, and the predictions with its costs; returns the optima."""
+    optima = {}
     full = encodings.full_table(formats)
     results.update("setting", "full table", encoding_seconds=sum(record.seconds for record in full.measurements))
     for found in all_rounds:
         name = f"{found.bits:g}"
-        optimum = solve(full, f"{name}bpw", work=str(encodings.job.cache.folder.parent))
+        optimum = optima[found.bits] = solve(full, f"{name}bpw", work=str(encodings.job.cache.folder.parent))
         ours = {choice.matrix: choice.format for choice in found.plan.choices}
         least = 0.0 if found.plan.unmeasured is None else found.plan.unmeasured.least_loss
         results.update(
@@ -161,11 +160,23 @@ def compare(
             loss_ratio=found.plan.predicted_loss / optimum.predicted_loss,
             optimum_above_bound=least <= optimum.predicted_loss,
             other_choices=sum(ours[c.matrix] != c.format for c in optimum.choices),
-            optimum_kl=losses.loss(optimum),
         )
         for fmt, count, mean, deviation, stated in accuracy(found.table.predictions, full):
             values = {"predictions": count, "mean": mean, "deviation": deviation, "stated": stated}
             results.update("accuracy", f"{name} {fmt}", **values)
+    return optima
+
+
+def report_losses(bench: Bench, results: Results, all_rounds: list[Rounds], optima: dict[float, Plan]) -> None:
+    """Measure the KL of every plan and of the optimum, on the same windows."""
+    losses = PlanEvaluator(bench.base, folder(bench) / "full", bench.windows)
+    losses.dense = bench.dense
+    for found in all_rounds:
+        name = f"{found.bits:g}"
+        results.update("rounds", name, kl=losses.loss(found.plan))
+        if found.bits in optima:
+            kl = losses.loss(optima[found.bits])
+            results.update("rounds", name, optimum_kl=kl, kl_ratio=results.values["rounds"][name]["kl"] / kl)
 
 
 def report_jobs(bench: Bench, results: Results, encodings: Encodings, all_rounds: list[Rounds], gap: float) -> None:
@@ -183,7 +194,7 @@ def report_jobs(bench: Bench, results: Results, encodings: Encodings, all_rounds
             "jobs",
             f"reallm {found.bits:g} bits",
             bits_per_weight=found.plan.bits_per_weight,
-            kl=results.values["rounds"][f"{found.bits:g}"]["kl"],
+            kl=results.values["rounds"][f"{found.bits:g}"].get("kl"),
             processor_seconds=job.processor_seconds + calibration,
             peak_rss_bytes=job.peak_rss_bytes,
             encoding_seconds=job.encoding_seconds,
@@ -208,7 +219,7 @@ def main() -> None:
     text, test = os.environ.get("TEXT") or DEFAULT_TEXT, os.environ.get("TEST") or DEFAULT_TEST
     model = os.environ.get("MODEL") or str(fetch_model(FOLDER, console))
     nsamples = int(os.environ.get("NSAMPLES") or NSAMPLES)
-    bench = Bench(model, None if text == "python" else text, test, nsamples)
+    bench = Bench(model, None if text == "python" else text, test, nsamples, WINDOWS)
     results = Results(folder(bench).name.removeprefix("compress-"))
     results.update("setting", "run", machine=machine(), gap=gap, model=Path(model).name)
     results.update("setting", "texts", calibration=Path(text).name, test=Path(test).name)
@@ -216,14 +227,12 @@ def main() -> None:
     with opened(bench, results) as encodings:
         formats = linear_formats(bench.base, load_space(os.environ.get("SPACE")).formats)
         budgets = [float(bits) for bits in (os.environ.get("BUDGETS") or BUDGETS).split(",")]
-        losses, all_rounds = PlanEvaluator(bench.base, folder(bench) / "full", bench.windows), []
-        losses.dense = bench.dense
-        for bits in budgets:
-            all_rounds.append(run_rounds(encodings, formats, bits, gap))
-            if "rounds" in parts:
-                report_rounds(losses, results, encodings, all_rounds[-1], sum(map(len, formats.values())))
-        if "full" in parts:
-            compare(losses, results, encodings, formats, all_rounds)
+        all_rounds = [run_rounds(encodings, formats, bits, gap) for bits in budgets]
+        for found in all_rounds:
+            report_rounds(results, encodings, found, sum(map(len, formats.values())))
+        optima = compare(results, encodings, formats, all_rounds) if "full" in parts else {}
+        if "kl" in parts:
+            report_losses(bench, results, all_rounds, optima)
         if "jobs" in parts:
             report_jobs(bench, results, encodings, all_rounds, gap)
     if "peers" in parts:
