@@ -100,8 +100,9 @@ class Curve:
             seen = ~np.isnan(residuals)
             if self.codecs[source] is self.codecs[column]:
                 prior = self.spreads[self.codecs[column]] ** 2
-            else:  # nothing else shows how far codecs differ
-                prior = float(np.square(residuals[seen]).sum()) / max(int(seen.sum()) - 1, 1)
+            else:  # nothing else shows how far codecs differ: the variance of a new value after `count` normal ones
+                count = int(seen.sum())
+                prior = float(np.square(residuals[seen]).sum()) * (1 + 1 / max(count, 1)) / max(count - 3, 0.5)
             everywhere = _mixed(residuals[seen], prior)
             own = residuals[seen & (self.families == family)]
             shift = float(own.sum() / (len(own) + PRIOR_PAIRS))
