@@ -1,7 +1,7 @@
 """`reallm compress`: what encoding only what the optimum needs costs and loses, and whole jobs beside those of peers.
 
     make bench NAME=compress [TEXT=calibration] [TEST=held-out] [MODEL=...] [SPACE=...] [JOBS=2]
-        [NSAMPLES=64] [BUDGETS=2,2.5,3,3.5,4] [PARTS=full,kl,jobs,peers]
+        [NSAMPLES=64] [BUDGETS=2,2.5,3,3.5,4] [JOB_BITS=2,3,4] [PARTS=full,kl,jobs,peers]
 
 For every budget the rounds of `measure --budget` run from an empty folder. "full" encodes every candidate, and compares
 each plan with the optimum of the full table; "kl" measures the losses of both on WINDOWS windows of TEST. "jobs" are
@@ -31,7 +31,6 @@ from benchmarks.peers import ROOT, Peer
 from reallm.cli.demo import fetch_model
 from reallm.cli.tables import columns_table
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
-from reallm.measurement.first_candidates import Formats
 from reallm.measurement.measure import measure
 from reallm.measurement.needed import DEFAULT_GAP
 from reallm.measurement.search_space import Space, load_space
@@ -42,7 +41,7 @@ from reallm.planner.tables.work_folder import read_table
 from reallm.planning.plan_evaluator import PlanEvaluator
 
 RESULTS = ROOT / "benchmarks" / "results" / "compress.json"
-BUDGETS, JOB_BITS = "2,2.5,3,3.5,4", (2.0, 2.25, 3.0, 4.0)
+BUDGETS, JOB_BITS = "2,2.5,3,3.5,4", "2,3,4"
 PEERS = (Peer("GPTQ", 2, 64), Peer("GPTQ", 3, 64), Peer("GPTQ", 4, 64), Peer("AutoRound", 3, 64))
 PARTS = "full,kl,jobs,peers"
 NSAMPLES, WINDOWS = 64, 3
@@ -68,6 +67,7 @@ TABLES: tuple[tuple[str, str, dict[str, str]], ...] = (
             "bits_per_weight": "bits per weight",
             "kl": "KL",
             "processor_seconds": "processor s",
+            "without_calibration": "without calibration",
             "encoding_ratio": "encoding / once",
             "equal_records": "equal records",
         },
@@ -124,17 +124,19 @@ def opened(bench: Bench, results: Results) -> Iterator[Encodings]:
     seconds = json.loads(calibration.read_text(encoding="utf-8"))["seconds"]
     results.update("setting", "calibration", windows=bench.nsamples, processor_seconds=seconds)
     with open_workers("processes", jobs) as workers:
-        yield Encodings(bench.base, work, workers)
+        yield Encodings(
+            bench.base, linear_formats(bench.base, load_space(os.environ.get("SPACE")).formats), work, workers
+        )
 
 
-def report_rounds(results: Results, encodings: Encodings, found: Rounds, candidates: int) -> None:
+def report_rounds(results: Results, encodings: Encodings, found: Rounds) -> None:
     """Write the figures of the rounds of one budget."""
     everything, once = found.seconds(encodings)
     results.update(
         "rounds",
         f"{found.bits:g}",
         encoded=len(found.measured),
-        candidates=candidates,
+        candidates=sum(map(len, encodings.formats.values())),
         rounds=[sum(len(formats) for _, formats in tasks) for tasks in found.rounds],
         encoding_seconds=everything,
         once_seconds=once,
@@ -144,10 +146,10 @@ def report_rounds(results: Results, encodings: Encodings, found: Rounds, candida
     )
 
 
-def compare(results: Results, encodings: Encodings, formats: Formats, all_rounds: list[Rounds]) -> dict[float, Plan]:
+def compare(results: Results, encodings: Encodings, all_rounds: list[Rounds]) -> dict[float, Plan]:
     """Compare the plans with the optima of the full table, and the predictions with its costs; returns the optima."""
     optima = {}
-    full = encodings.full_table(formats)
+    full = encodings.full_table()
     results.update("setting", "full table", encoding_seconds=sum(record.seconds for record in full.measurements))
     for found in all_rounds:
         name = f"{found.bits:g}"
@@ -182,9 +184,8 @@ def report_losses(bench: Bench, results: Results, all_rounds: list[Rounds], opti
 def report_jobs(bench: Bench, results: Results, encodings: Encodings, all_rounds: list[Rounds], gap: float) -> None:
     """Run whole jobs, and check that they encoded what the rounds did, byte for byte."""
     calibration = results.values["setting"]["calibration"]["processor_seconds"]
-    for found in all_rounds:
-        if found.bits not in JOB_BITS:
-            continue
+    wanted = [float(bits) for bits in (os.environ.get("JOB_BITS") or JOB_BITS).split(",")]
+    for found in (rounds for rounds in all_rounds if rounds.bits in wanted):
         place = folder(bench) / f"job-{found.bits:g}"
         job = run_job(bench, encodings.job.cache.folder.parent, place, found.bits, gap)
         table = read_table(place / "work")
@@ -195,7 +196,8 @@ def report_jobs(bench: Bench, results: Results, encodings: Encodings, all_rounds
             f"reallm {found.bits:g} bits",
             bits_per_weight=found.plan.bits_per_weight,
             kl=results.values["rounds"][f"{found.bits:g}"].get("kl"),
-            processor_seconds=job.processor_seconds + calibration,
+            processor_seconds=None if calibration is None else job.processor_seconds + calibration,
+            without_calibration=job.processor_seconds,
             peak_rss_bytes=job.peak_rss_bytes,
             encoding_seconds=job.encoding_seconds,
             encoding_ratio=job.encoding_seconds / found.seconds(encodings)[1],
@@ -225,12 +227,11 @@ def main() -> None:
     results.update("setting", "texts", calibration=Path(text).name, test=Path(test).name)
     results.update("setting", "versions", reallm=version("reallm"), torch=torch.__version__)
     with opened(bench, results) as encodings:
-        formats = linear_formats(bench.base, load_space(os.environ.get("SPACE")).formats)
         budgets = [float(bits) for bits in (os.environ.get("BUDGETS") or BUDGETS).split(",")]
-        all_rounds = [run_rounds(encodings, formats, bits, gap) for bits in budgets]
+        all_rounds = [run_rounds(encodings, bits, gap) for bits in budgets]
+        optima = compare(results, encodings, all_rounds) if "full" in parts else {}
         for found in all_rounds:
-            report_rounds(results, encodings, found, sum(map(len, formats.values())))
-        optima = compare(results, encodings, formats, all_rounds) if "full" in parts else {}
+            report_rounds(results, encodings, found)
         if "kl" in parts:
             report_losses(bench, results, all_rounds, optima)
         if "jobs" in parts:

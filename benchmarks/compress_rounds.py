@@ -39,9 +39,9 @@ Key = tuple[str, str]
 class Encodings:
     """The encodings in one work folder, which are made when somebody asks for them, and their thread seconds."""
 
-    def __init__(self, loaded: LoadedModel, work: Path, workers: Workers) -> None:
-        """`work` is a folder that `measure` has calibrated for `loaded`."""
-        self.loaded, self.workers, self.table = loaded, workers, read_table(work)
+    def __init__(self, loaded: LoadedModel, formats: Formats, work: Path, workers: Workers) -> None:
+        """`work` is a folder that `measure` has calibrated for `loaded`; `formats` are all candidates."""
+        self.loaded, self.formats, self.workers, self.table = loaded, formats, workers, read_table(work)
         self.job = Job.at(work, str(self.table.settings["identity"]), int(self.table.settings["seed"] or 0))
         self.records: dict[Key, MeasurementRecord] = {}
         self._with_setup = work / "with_setup.json"
@@ -49,14 +49,16 @@ class Encodings:
     def setup_seconds(self) -> dict[str, float]:
         """Matrix -> thread seconds by which its first trellis encoding exceeds the others: the median for its shape."""
         first, others = self.first_in_task(), defaultdict(list)
-        for (name, fmt), record in self.records.items():
+        known, _ = split_by_cache(self.loaded, self.formats, self.job)
+        seconds_of = {(record.matrix, record.format): record.seconds for record in known}
+        for (name, fmt), taken in seconds_of.items():
             if (name, fmt) not in first and _factorised(Format.parse(fmt)):
-                others[name].append(record.seconds)
+                others[name].append(taken)
         shapes = {m.name: (m.rows, m.cols) for m in self.loaded.matrices}
         found: dict[tuple[int, int], list[float]] = defaultdict(list)
         for name, fmt in first:
-            if others[name] and (name, fmt) in self.records:
-                found[shapes[name]].append(self.records[name, fmt].seconds - float(np.mean(others[name])))
+            if others[name] and (name, fmt) in seconds_of:
+                found[shapes[name]].append(seconds_of[name, fmt] - float(np.mean(others[name])))
         seconds = {shape: max(float(np.median(values)), 0.0) for shape, values in found.items()}
         return {name: seconds.get(shape, 0.0) for name, shape in shapes.items()}
 
@@ -83,9 +85,10 @@ class Encodings:
             total += setup[name] * any(_factorised(f) for f in formats)
         return total
 
-    def full_table(self, formats: Formats) -> MeasuredTable:
+    def full_table(self) -> MeasuredTable:
         """The table of all candidates."""
-        return self.table.model_copy(update={"measurements": tuple(self.encode(formats).records), "predictions": ()})
+        measured = self.encode(self.formats)
+        return self.table.model_copy(update={"measurements": tuple(measured.records), "predictions": ()})
 
 
 def _factorised(fmt: Format) -> bool:
@@ -121,7 +124,7 @@ class Rounds:
         return encodings.seconds([task for tasks in self.rounds for task in tasks]), encodings.seconds(once)
 
 
-def run_rounds(encodings: Encodings, formats: Formats, bits: float, gap: float) -> Rounds:
+def run_rounds(encodings: Encodings, bits: float, gap: float) -> Rounds:
     """Run the rounds for `bits` per weight until the gap is at most `gap`."""
     options, budget, rounds = PlanOptions(), f"{bits:g}bpw", []
 
@@ -131,7 +134,7 @@ def run_rounds(encodings: Encodings, formats: Formats, bits: float, gap: float) 
 
     empty = encodings.table.model_copy(update={"measurements": (), "predictions": ()})
     matrices = encodings.loaded.matrices
-    needed = NeededMeasurement(empty, matrices, formats, encode, parse_budget(budget), options, gap)
+    needed = NeededMeasurement(empty, matrices, encodings.formats, encode, parse_budget(budget), options, gap)
     began = time.process_time()
     measured, predictions = needed.run([])
     found = {"measurements": tuple(measured.records), "predictions": tuple(predictions)}
