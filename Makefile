@@ -18,6 +18,7 @@
 #   NAME=kernels           products on the CPU beside torch, aten and AQLM
 #   NAME=decode            after make demo: tokens per second beside llama.cpp
 #   NAME=smallest_file     after make demo: the demo's file beside llama.cpp's smallest one, on the demo's text
+#   NAME=compress          the whole job by reallm compress: time and loss beside encoding everything, and beside GPTQ and AutoRound
 #
 #   PYTHON=python3.12      another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL        where torch comes from; without an NVIDIA GPU, on Linux:

@@ -109,8 +109,13 @@ class Row:
 class Bench:
     """The base model, the calibration and evaluation tokens, and the results measured on them."""
 
-    def __init__(self, model: str, text: str, test: str, nsamples: int = NSAMPLES) -> None:
-        """`nsamples` is the number of windows our own work folder is calibrated on; peers get NSAMPLES."""
+    def __init__(
+        self, model: str, text: str | None, test: str, nsamples: int = NSAMPLES, windows: int = WINDOWS
+    ) -> None:
+        """`nsamples` is the number of windows our own work folder is calibrated on; peers get NSAMPLES.
+
+        `windows` is the number of windows that everything is evaluated on.
+        """
         source = load_model(model)
         if source.tokenizer is None:
             raise UserError(f"{model} has no tokenizer")
@@ -131,11 +136,12 @@ class Bench:
             {"windows": sample_windows(source, calibration, NSAMPLES, SEQLEN, SEED, chat_template=False)},
             self.calibration,
         )
-        self.windows = cut_windows(held_out, source.tokenizer, None, SEQLEN)[:WINDOWS]
+        self.windows = cut_windows(held_out, source.tokenizer, None, SEQLEN)[:windows]
+        self.results = self.folder / ("results" if windows == WINDOWS else f"results-{windows}")
 
     def cached(self, name: str, make: Callable[[], Measured]) -> Measured:
         """The result called `name`, from an earlier run or computed now with `make`."""
-        path = self.folder / "results" / f"{name.replace(' ', '-')}.json"
+        path = self.results / f"{name.replace(' ', '-')}.json"
         if path.exists():
             return Measured(**json.loads(path.read_text(encoding="utf-8")))
         result = make()
@@ -172,7 +178,7 @@ class Bench:
 
 
 def _measured(name: str, bits: float, comparison: Comparison, versions: dict[str, str]) -> Measured:
-    assert comparison.divergence is not None
+    assert comparison.divergence is not None and comparison.perplexity is not None
     return Measured(name, bits, comparison.divergence.mean, comparison.perplexity, versions)
 
 

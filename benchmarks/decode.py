@@ -134,7 +134,7 @@ def llama(model: Path, process: subprocess.Popen[str]) -> Contender:
 
 def artifacts(demo: Path) -> Iterator[Contender]:
     """The demo's artifact, and artifacts with the same matrices but other formats of the embedding."""
-    plan = read_record(demo / "plan.json", Plan, "plan")
+    plan = read_record(demo / "work" / "plan.json", Plan, "plan")
     model, _ = reallm.load(demo / "out", verify=False)
     yield ours(f"reallm {plan.bits_per_weight:.2f} bits", model, plan.bits_per_weight)
     same = [f"{choice.matrix}={choice.format}" for choice in plan.choices]

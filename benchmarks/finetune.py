@@ -122,7 +122,7 @@ def _tune(bench: Bench, recipe: Recipe, chosen: Plan) -> Measured:
         plan_path, before, after = (Path(folder) / part for part in ("plan.json", "before", "after"))
         write_record(plan_path, chosen)
         compile_plan(plan_path, before, model=bench.base, kernels=False)
-        paths: dict[str, str] = {"text": bench.text, "teacher": str(bench.base_folder), "work": str(bench.work)}
+        paths: dict[str, str] = {"text": str(bench.text), "teacher": str(bench.base_folder), "work": str(bench.work)}
         pairs = (paths | dict(recipe.options)).items()
         options = [word for name, value in pairs for word in (f"--{name}", value) if word]
         command = [sys.executable, "-m", "reallm", "finetune", str(before), "-o", str(after), "--no-kernels", *options]

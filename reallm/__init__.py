@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from reallm.artifacts.inspect import Inspection, inspect
     from reallm.artifacts.verify import Report, verify
     from reallm.compilation.compile import compile_plan as compile  # noqa: A004 - the stage's name; never imported with *
-    from reallm.compressing.compress import Compressed, compress
+    from reallm.compressing.compress import compress
+    from reallm.compressing.result import Compressed
     from reallm.errors import ReallmError, UserError
     from reallm.evaluation.compare import Comparison
     from reallm.evaluation.evaluate import Evaluation, evaluate
@@ -52,7 +53,7 @@ _EXPORTS = {
     "inspect": "artifacts.inspect",
     "verify": "artifacts.verify",
     "Comparison": "evaluation.compare",
-    "Compressed": "compressing.compress",
+    "Compressed": "compressing.result",
     "Evaluation": "evaluation.evaluate",
     "FinetuneSettings": "finetuning.settings",
     "Format": "kernels.formats.formats",

@@ -20,9 +20,8 @@ def with_predictions(table: MeasuredTable, deviations: float = 0.0) -> MeasuredT
 
 
 def _as_measurement(prediction: PredictionRecord, deviations: float) -> MeasurementRecord:
-    values = prediction.model_dump(exclude={"deviation"})
-    factor = exp(-deviations * prediction.deviation)
-    lowered = {cost: values[cost] * factor for cost in ("guided", "two_sided", "fisher", "relative")}
+    values = prediction.model_dump(exclude={"deviations"})
+    lowered = {cost: values[cost] * exp(-deviations * each) for cost, each in prediction.deviations.items()}
     return MeasurementRecord(**(values | lowered), seconds=0.0, codes_sha256=PREDICTED)
 
 

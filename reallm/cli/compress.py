@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from reallm.kernels.storage.atomic import write_text_atomic
+
 from .app import CONSOLE, app, quiet_transformers
 from .options import (
     Budget,
@@ -16,6 +18,7 @@ from .options import (
     Force,
     Images,
     Jobs,
+    Json,
     Model,
     Nsamples,
     Seed,
@@ -67,13 +70,14 @@ def compress(
     chat_template: UseChatTemplate = False,
     device: Device = "cpu",
     force: Force = False,
+    json: Json = None,
 ) -> None:
     """Compress a model into a budget: measure, plan, compile and a short evaluation in one command.
 
     After an interruption the same command continues where it stopped.
     """
     from reallm.compressing.compress import compress as run
-    from reallm.compressing.compress import facts
+    from reallm.compressing.result import facts
 
     from .tables import facts_table
 
@@ -104,6 +108,8 @@ def compress(
         cost=cost,
         target=target,
     )
+    if json is not None:
+        write_text_atomic(json, made.to_json())
     CONSOLE.print(facts_table(str(output), facts(made)))
     for note in made.plan.notes:
         CONSOLE.print(f"note: {note}", highlight=False, markup=False)

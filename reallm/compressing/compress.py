@@ -17,20 +17,22 @@ from reallm.artifacts.directory import check_output
 from reallm.artifacts.find import plan_of
 from reallm.compilation.compile import compile_plan
 from reallm.errors import ReallmError, UserError
-from reallm.evaluation.evaluate import Evaluation, evaluate
+from reallm.evaluation.evaluate import evaluate
 from reallm.kernels.storage.layout import CONFIG_FILE
 from reallm.measurement.measure import measure
 from reallm.measurement.needed import DEFAULT_GAP
 from reallm.measurement.search_space import Space, load_space
 from reallm.planner.problem.plan_options import PlanKeywords, PlanOptions, merged_options
 from reallm.planner.tables.budget import parse_budget
-from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Plan
-from reallm.planner.tables.units import MIB
 from reallm.planning.allowed_formats import supported_formats
 from reallm.planning.plan import plan as make_plan
-from reallm.system.memory import peak_rss_bytes
+from reallm.runtime.generate_loaded import prepare_first_text
+from reallm.system.job_progress import Job
+from reallm.system.memory import peak_rss_bytes, reset_peak_rss
 from reallm.text.corpus import load_text
+
+from .result import Compressed
 
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -39,46 +41,39 @@ PLAN_NAME = "plan.json"
 STAGES = ("measure", "plan", "compile", "evaluate")
 
 
-@dataclass(frozen=True)
-class Compressed:
-    """What `compress` made, and what it took.
-
-    >>> made = reallm.compress(
-    ...     "model", "5bpw", "small", text="train.txt", space="space.yaml", windows=0, nsamples=8, seqlen=32
-    ... )
-    >>> made.work
-    PosixPath('small-work')
-    """
-
-    output: Path
-    """The artifact."""
-    work: Path
-    """The work folder, from which other budgets can be planned."""
-    table: MeasuredTable
-    plan: Plan
-    evaluation: Evaluation | None
-    """The artifact compared with the original; None if no windows were to be evaluated."""
-    seconds: dict[str, float]
-    """Stage -> wall-clock seconds of this run."""
-    encoding_seconds: float
-    """Thread seconds of encoding everything that the table holds, also in earlier runs."""
-    peak_rss_bytes: int
-    """Peak memory of this process, or of its largest encoder process if that is more."""
-
-
 @dataclass
 class _Stages:
-    """Announces the stages and records their seconds."""
+    """Announces the stages, and records their seconds and peak memory."""
 
+    job: Job
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
 
     def run(self, name: str, what: str, action: Callable[[], Result]) -> Result:
         """Run one stage and return its result."""
+        self.job.begin_stage(name)
         LOG.info("[%d/%d] %s: %s", STAGES.index(name) + 1, len(STAGES), name, what)
+        reset_peak_rss()
         began = time.monotonic()
-        result = action()
+        with self.job.active():
+            result = action()
         self.seconds[name] = time.monotonic() - began
+        self.peaks[name] = peak_rss_bytes()
         return result
+
+
+def _job(nsamples: int, windows: int, seqlen: int, full: bool) -> Job:
+    """The parts of a job, with their seconds on SmolLM2-135M and two cores; all grow alike with the model."""
+    calibration, evaluation = nsamples * seqlen / 1024, windows * seqlen / 1024
+    measuring = {
+        "calibrate: forward": 2 * calibration,
+        "calibrate: head": 3.5 * calibration,
+        "calibrate: blocks": 13 * calibration,
+        "encode candidates": 1100.0 if full else 170.0,
+        "check predictions": 10.0,
+    }
+    stages = {"measure": measuring, "plan": {}, "compile": {"pack": 20.0}, "evaluate": {"evaluate": 9 * evaluation}}
+    return Job(stages, repeated=frozenset() if full else frozenset({"encode candidates"}))
 
 
 def compress(
@@ -159,7 +154,7 @@ def compress(
     merged = merged_options(options, keywords)
     _check(output, work, budget, test if windows else None, force)
     candidates, merged = _candidates(space, merged)
-    stages = _Stages()
+    stages = _Stages(_job(nsamples, windows, seqlen, full))
     table = stages.run(
         "measure",
         f"{model} into {work}",
@@ -199,7 +194,7 @@ def compress(
         evaluation=evaluation,
         seconds=stages.seconds,
         encoding_seconds=sum(record.seconds for record in table.measurements),
-        peak_rss_bytes=int(max(peak_rss_bytes(), table.base["worker_peak_rss_bytes"])),
+        peak_rss_bytes=stages.peaks | {"worker": int(table.base["worker_peak_rss_bytes"])},
     )
 
 
@@ -244,25 +239,4 @@ def _compile(path: Path, plan: Plan, output: Path, model: str | Path, work: Path
         LOG.info("%s already holds this plan", output)
         return
     compile_plan(path, output, model=model, work=work, force=force, device=device)
-
-
-def facts(made: Compressed) -> list[tuple[str, str]]:
-    """Name and value of what `made` is, for a table."""
-    plan, evaluation = made.plan, made.evaluation
-    result = [
-        ("weights file", f"{plan.file_bytes} bytes ({plan.file_bytes / MIB:.2f} MiB)"),
-        ("matrices", f"{plan.bits_per_weight:.4f} bits per weight"),
-        ("predicted loss", f"{plan.predicted_loss:.4f} nats per token, on {made.table.text}"),
-    ]
-    if plan.unmeasured is not None:
-        result.append(("not measured", f"{plan.unmeasured.candidates} candidates; gap {plan.unmeasured.gap:.1%}"))
-    if evaluation is not None and evaluation.comparison.divergence is not None:
-        kl = evaluation.comparison.divergence
-        result.append(("measured loss", f"{kl.mean:.4f} nats per token (KL to the original), on {evaluation.text}"))
-        result.append(("same first token", f"{kl.same_top1:.1%}"))
-    if evaluation is not None and evaluation.comparison.cosine is not None:
-        result.append(("cosine to the original", f"{evaluation.comparison.cosine:.5f}"))
-    result.append(("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in made.seconds.items())))
-    result.append(("peak memory", f"{made.peak_rss_bytes / MIB:.0f} MiB in one process"))
-    result.append(("encoding", f"{made.encoding_seconds:.0f} thread seconds, {len(made.table.measurements)} encodings"))
-    return result
+    prepare_first_text(output)

@@ -178,10 +178,11 @@ def measure(
             trial = assemble_table(loaded, calibration_text, (), {}, CalibrationReport(0, 0.0, 0.0), cache)
             check_budget(trial, {m.name: candidates.formats[m.kind] for m in loaded.matrices}, wanted, options)
         weights = None if prefix_path is None else prefix_weights(prefix_path, loaded)
+        processor_began = time.process_time()
         report = calibrate(loaded, ids, job.statistics, seed=seed, weights=weights, images=image_texts, device=place)
         for note in (*loaded.notes, *report.notes):
             LOG.warning("%s", note)
-        calibrated = time.monotonic()
+        calibrated, processor_seconds = time.monotonic(), time.process_time() - processor_began
         formats: Mapping[str, Sequence[Format]] = {
             m.name: () if m.name in report.kept else candidates.formats[m.kind] for m in loaded.matrices
         }
@@ -209,6 +210,7 @@ def measure(
     base = {
         **({"calibration_perplexity": report.perplexity} if loaded.sentence_encoder is None else {}),
         "calibration_seconds": round(calibrated - started, 1),
+        "calibration_processor_seconds": round(processor_seconds, 1),
         "measurement_seconds": round(time.monotonic() - calibrated, 1),
         "peak_rss_bytes": float(peak_rss_bytes()),
         "worker_peak_rss_bytes": float(measured.worker_peak_bytes),

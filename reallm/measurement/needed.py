@@ -173,8 +173,8 @@ def check_budget(table: MeasuredTable, formats: Formats, budget: Budget, options
     for matrix, fmt in candidates.values():
         nbytes = fmt.nbytes(matrix.rows, matrix.cols)
         cost = matrix.numel * 4.0 ** (-8 * nbytes / matrix.numel)
-        costs = {"guided": cost, "two_sided": cost, "fisher": cost, "relative": cost, "deviation": 0.0}
-        records.append(PredictionRecord(matrix=matrix.name, format=fmt.name, nbytes=nbytes, **costs))
+        costs = {"guided": cost, "two_sided": cost, "fisher": cost, "relative": cost}
+        records.append(PredictionRecord(matrix=matrix.name, format=fmt.name, nbytes=nbytes, **costs, deviations={}))
         if (key := shared_key(fmt, matrix.family)) and fmt.shared_field:
             shared[key] = SharedRecord(key=key, nbytes=fmt.shared_field.nbytes, sha256="")
     table = table.model_copy(update={"predictions": tuple(records), "shared": tuple(shared.values())})

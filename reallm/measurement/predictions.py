@@ -5,9 +5,9 @@ Formats lose in nearly the same proportion on every matrix. The logarithm of the
     log cost(m, f) = size(m) + offset(f) + residual(m, f)
 
 The offsets are fitted by least squares to everything measured so far, for each kind of matrix and each of the four
-costs. A cost that was not measured is predicted from the measured format of the same matrix whose offset is nearest,
-and the deviation of the prediction is that of the same step on the matrices that were measured in both formats.
-On SmolLM2-135M the deviation between trellis formats is 0.02 to 0.09 (docs/explanation/cost.md).
+costs. A cost that was not measured is predicted from a measured format of the same matrix: the one from which the step
+deviates least among the matrices that were measured in both. Mean and deviation of a step are those of the matrix's
+family, drawn towards those of all matrices where few of the family were measured (docs/explanation/cost.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from reallm.planner.tables.plan import Cost
 
 COSTS: tuple[Cost, ...] = get_args(Cost)
 PRIOR_PAIRS = 4
-"""A deviation seen on n matrices is mixed with the deviation of all formats, which counts as this many matrices."""
+"""What is seen on n matrices of a family is mixed with what is seen on all of them, which counts as this many, and that
+with what is seen of all formats of the codec."""
 LEAST_DEVIATION = 0.01
 ROUNDS = 30
 """Rounds of alternating least squares; offsets then change by less than 1e-6."""
@@ -43,13 +44,16 @@ def kind_group(matrix: Matrix) -> str:
 class Curve:
     """The offsets of one cost in one group of matrices, fitted to `logs`."""
 
-    formats: Mapping[str, int]
     logs: Array
     """Logarithms of the measured costs, [matrices, formats]; NaN where a matrix was not measured or costs nothing."""
+    families: NDArray[np.int64]
+    """The number of each matrix's family, [matrices]."""
+    codecs: Sequence[type]
+    """The codec of each format."""
     offsets: Array = field(init=False)
     """[formats]; NaN for a format in which no matrix was measured."""
-    spread: float = field(init=False)
-    """Standard deviation of the difference of two residuals of a matrix."""
+    spreads: Mapping[type, float] = field(init=False)
+    """Codec -> standard deviation of the difference of two residuals of a matrix in formats of this codec."""
 
     def __post_init__(self) -> None:
         known = ~np.isnan(self.logs)
@@ -60,24 +64,56 @@ class Curve:
         for _ in range(ROUNDS):
             sizes = (logs - counted * offsets).sum(axis=1) / np.maximum(per_row, 1)
             offsets = (logs - counted * sizes[:, None]).sum(axis=0) / np.maximum(per_column, 1)
-        residuals = (logs - sizes[:, None] - offsets)[counted]
-        free = max(len(residuals) - int((per_row > 0).sum()) - int((per_column > 0).sum()) + 1, 1)
         self.offsets = np.where(per_column > 0, offsets, np.nan)
-        self.spread = max(float(np.sqrt(2 * np.square(residuals).sum() / free)), LEAST_DEVIATION)
+        residuals = np.where(counted, logs - sizes[:, None] - offsets, np.nan)
+        self.spreads = {codec: self._spread(residuals, codec) for codec in {*self.codecs}}
+        self._steps: dict[tuple[int, int, int], tuple[float, float]] = {}
+
+    def _spread(self, residuals: Array, codec: type) -> float:
+        """The spread of `codec`, from the `residuals` [matrices, formats] of the fit."""
+        mine = residuals[:, [each is codec for each in self.codecs]]
+        mine = mine[(~np.isnan(mine)).sum(axis=1) > 1]
+        if not len(mine):
+            return LEAST_DEVIATION
+        known = ~np.isnan(mine)
+        centred = np.where(known, mine - np.nanmean(mine, axis=1, keepdims=True), 0.0)
+        free = max(int(known.sum()) - len(mine) - int(known.any(axis=0).sum()) + 1, 1)
+        return max(float(np.sqrt(2 * np.square(centred).sum() / free)), LEAST_DEVIATION)
 
     def predict(self, row: int, column: int) -> tuple[float, float] | None:
         """(logarithm of the cost, its standard deviation) of a matrix in a format; None without anything to go by."""
-        distance = np.abs(self.offsets - self.offsets[column])
-        distance[np.isnan(self.logs[row])] = np.nan
-        if np.isnan(distance).all():
+        if np.isnan(self.offsets[column]):
             return None
-        nearest = int(np.nanargmin(distance))
-        step = self.offsets[column] - self.offsets[nearest]
-        both = self.logs[:, column] - self.logs[:, nearest] - step
-        both = both[~np.isnan(both)]
-        total = np.square(both).sum() + PRIOR_PAIRS * self.spread**2
-        deviation = max(float(np.sqrt(total / (len(both) + PRIOR_PAIRS))), LEAST_DEVIATION)
-        return float(self.logs[row, nearest] + step), deviation
+        usable = np.flatnonzero(~np.isnan(self.logs[row]) & ~np.isnan(self.offsets))
+        if not len(usable):
+            return None
+        steps = [(*self._step(source, column, int(self.families[row])), source) for source in usable.tolist()]
+        step, deviation, source = min(steps, key=lambda found: found[1])
+        return float(self.logs[row, source] + step), deviation
+
+    def _step(self, source: int, column: int, family: int) -> tuple[float, float]:
+        """(mean, standard deviation) of the difference between two formats in a family of matrices."""
+        key = (source, column, family)
+        if key not in self._steps:
+            step = self.offsets[column] - self.offsets[source]
+            residuals = self.logs[:, column] - self.logs[:, source] - step
+            seen = ~np.isnan(residuals)
+            if self.codecs[source] is self.codecs[column]:
+                prior = self.spreads[self.codecs[column]] ** 2
+            else:  # nothing else shows how far codecs differ: the variance of a new value after `count` normal ones
+                count = int(seen.sum())
+                prior = float(np.square(residuals[seen]).sum()) * (1 + 1 / max(count, 1)) / max(count - 3, 0.5)
+            everywhere = _mixed(residuals[seen], prior)
+            own = residuals[seen & (self.families == family)]
+            shift = float(own.sum() / (len(own) + PRIOR_PAIRS))
+            deviation = float(np.sqrt(_mixed(own - shift, everywhere)))
+            self._steps[key] = float(step + shift), max(deviation, LEAST_DEVIATION)
+        return self._steps[key]
+
+
+def _mixed(residuals: Array, prior: float) -> float:
+    """The mean square of `residuals` mixed with the variance `prior`, which counts as PRIOR_PAIRS of them."""
+    return float((np.square(residuals).sum() + PRIOR_PAIRS * prior) / (len(residuals) + PRIOR_PAIRS))
 
 
 def predict(
@@ -100,8 +136,11 @@ def _predict_group(
     formats: Mapping[str, Sequence[Format]],
     records: Mapping[tuple[str, str], MeasurementRecord],
 ) -> list[PredictionRecord]:
-    names = {name: i for i, name in enumerate(sorted({f.name for m in members for f in formats[m.name]}))}
-    curves = {cost: Curve(names, _logs(members, names, records, cost)) for cost in COSTS}
+    known = {f.name: f for m in members for f in formats[m.name]}
+    names = {name: i for i, name in enumerate(sorted(known))}
+    codecs = [type(known[name].codec) for name in names]
+    families = np.unique([matrix.family for matrix in members], return_inverse=True)[1]
+    curves = {cost: Curve(_logs(members, names, records, cost), families, codecs) for cost in COSTS}
     result = []
     for row, matrix in enumerate(members):
         for fmt in formats[matrix.name]:
@@ -116,7 +155,7 @@ def _predict_group(
                         format=fmt.name,
                         nbytes=fmt.nbytes(matrix.rows, matrix.cols),
                         **{cost: float(np.exp(value)) for cost, (value, _) in values.items()},
-                        deviation=max(deviation for _, deviation in values.values()),
+                        deviations={cost: deviation for cost, (_, deviation) in values.items()},
                     )
                 )
     return result

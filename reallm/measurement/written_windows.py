@@ -11,16 +11,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reallm.calibration.calibrate import compute_dtype, computing_in
+from reallm.calibration.compute_dtype import whole_model_dtype
 from reallm.kernels.codes.stored_fields import fields_sha256
+from reallm.models.conversion import computing_in, tensors_of
 from reallm.models.kv_cache import kv_cache
 from reallm.models.loaded import LoadedModel
+from reallm.system.memory import available_memory
 from reallm.system.progress import progress_bar
 from reallm.system.tensor_file import save_tensors
 from reallm.text.corpus import Text
@@ -48,8 +49,8 @@ def obstacle_to_writing(loaded: LoadedModel) -> str | None:
         return f"{loaded.source} is {name}, which does not generate text"
     if loaded.model.config.is_encoder_decoder:
         return f"{loaded.source} is {name}, which answers a text that its encoder reads"
-    if any(parameter.device.type == "meta" for parameter in loaded.model.parameters()):
-        return f"{loaded.source} is larger than the memory, and would be read once for every token"
+    if loaded.scratch is not None:
+        return f"{loaded.source} does not fit into memory, and would be read once for every token"
     if text_start(loaded.model, loaded.tokenizer) is None:
         return f"{loaded.source} has no BOS and no EOS token, so how its texts begin is unknown"
     return None
@@ -96,7 +97,7 @@ def _write(
     batch = batch_size(loaded, seqlen)
     began = time.monotonic()
     with (
-        computing_in(loaded.model, compute_dtype(loaded)),
+        computing_in(tensors_of(loaded.model), whole_model_dtype(loaded)),
         progress_bar(total=tokens, initial=done.numel(), desc="write text", unit="token") as bar,
     ):
         while len(done) < nsamples:
@@ -111,8 +112,8 @@ def _write(
 def batch_size(loaded: LoadedModel, seqlen: int) -> int:
     """How many windows are written at the same time: MAX_BATCH, or as many as have room for their KV cache."""
     values = sum(layer.values for layer in kv_cache(loaded.model))
-    nbytes = max(1, values * seqlen * compute_dtype(loaded).itemsize)
-    return max(1, min(MAX_BATCH, int(CACHE_SHARE * psutil.virtual_memory().available) // nbytes))
+    nbytes = max(1, values * seqlen * whole_model_dtype(loaded).itemsize)
+    return max(1, min(MAX_BATCH, int(CACHE_SHARE * available_memory()) // nbytes))
 
 
 def _kept_windows(path: Path, seqlen: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,9 @@ CGROUP = Path("/proc/self/cgroup")
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60
 """Limits from here on are the kernel's way of saying that there is none."""
+CLEAR = Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+"""What proc(5) says to write to CLEAR."""
 
 
 def peak_rss_bytes() -> int:
@@ -67,3 +71,9 @@ def _left(group: Path) -> int | None:
         if limit < _NO_LIMIT:
             return limit - sum(int(fields.get(key, 0)) for key in keys)
     return None
+
+
+def reset_peak_rss() -> None:
+    """Let `peak_rss_bytes` count from now on; where the system cannot (all but Linux), it counts from the start."""
+    with suppress(OSError):
+        CLEAR.write_text(RESET_PEAK, encoding="ascii")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,10 @@ from tqdm import tqdm
 
 LINE_SECONDS = 30.0
 """Minimum number of seconds between two lines of the same task in a log file."""
+
+
+bar_maker: Callable[..., Any] | None = None
+"""What makes bars while a job of several stages runs (`job_progress`); None outside."""
 
 
 class ProgressLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
@@ -47,7 +51,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> tqdm
     [0, 1, 2]
     """
     settings.setdefault("disable", False)  # an explicit argument overrides the environment variable TQDM_DISABLE
-    bar: tqdm[Any] = (tqdm if sys.stderr.isatty() else ProgressLines)(iterable, **settings)
+    maker = bar_maker if bar_maker is not None and not settings["disable"] else None
+    bar: tqdm[Any] = (maker or (tqdm if sys.stderr.isatty() else ProgressLines))(iterable, **settings)
     return bar
 
 

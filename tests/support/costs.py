@@ -13,10 +13,10 @@ from reallm.planner.tables.measured_table import MeasurementRecord
 RATES = tuple(Format.parse(f"tq{rate:g}-l10+ldl2+rot") for rate in (2, 2.5, 3, 3.5, 4))
 
 
-def make_matrix(number: int, kind: str = "linear") -> Matrix:
+def make_matrix(number: int, kind: str = "linear", family: str | None = None) -> Matrix:
     name = f"blocks.{number}.{kind}"
     values = {"parameter": f"{name}.weight", "rows": 64, "cols": 64, "kind": kind, "block": number, "input": name}
-    return Matrix(**values, name=name, family=kind, transposed=False, expert=None, tied=(), source_bytes=8192)  # type: ignore[arg-type]
+    return Matrix(**values, name=name, family=family or kind, transposed=False, expert=None, tied=(), source_bytes=8192)  # type: ignore[arg-type]
 
 
 def record(matrix: Matrix, fmt: Format, cost: float) -> MeasurementRecord:

@@ -26,6 +26,7 @@ from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.records import read_record, write_record
 
 COMMANDS = (
+    "compress",
     "measure",
     "plan",
     "sweep",

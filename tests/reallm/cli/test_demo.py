@@ -13,6 +13,7 @@ from strategies import make_table
 
 from reallm.cli import demo as module
 from reallm.cli.demo import Stage, StageError, demo, fetch_model, run_stage
+from reallm.compressing.result import Compressed
 from reallm.errors import UserError
 from reallm.evaluation.compare import Comparison, Divergence
 from reallm.evaluation.evaluate import Evaluation
@@ -21,7 +22,17 @@ from reallm.planner.tables.measured_table import TABLE_FILE
 from reallm.planner.tables.records import write_record
 from reallm.planning.plan import plan
 
-EVERY_STAGE = ["measure", "plan", "compile", "eval", "generate"]
+EVERY_STAGE = ["compress", "generate"]
+
+
+def compressing(folder: Path) -> list[list[str]]:
+    """The arguments of `compress` at two budgets."""
+    return [
+        arguments
+        for budget in ("48MiB", "4.0bpw")
+        for name, arguments in module._commands(folder, folder / "model.gguf", budget, None, None, "quick")
+        if name == "compress"
+    ]
 
 
 @pytest.fixture
@@ -53,23 +64,25 @@ def test_a_second_run_repeats_nothing(ran: list[str], tmp_path: Path, console: C
     assert ran == EVERY_STAGE
 
 
-def test_another_budget_does_not_measure_again(ran: list[str], tmp_path: Path, console: Console) -> None:
+def test_another_budget_continues_in_the_same_work_folder(ran: list[str], tmp_path: Path, console: Console) -> None:
     demo(tmp_path, console=console)
     ran.clear()
     demo(tmp_path, budget="4.0bpw", console=console)
-    assert ran == EVERY_STAGE[1:]
+    assert ran == EVERY_STAGE
+    works = {tuple(arguments[arguments.index("--work") :][:2]) for arguments in compressing(tmp_path)}
+    assert works == {("--work", str(tmp_path / "work"))}
 
 
 def test_a_failed_stage_ends_the_demo_and_the_next_run_begins_there(
     ran: list[str], tmp_path: Path, console: Console
 ) -> None:
-    ran.append("fail compile")
+    ran.append("fail generate")
     with pytest.raises(StageError) as failure:
         demo(tmp_path, console=console)
     assert failure.value.code == 2
     ran.clear()
     demo(tmp_path, console=console)
-    assert ran == EVERY_STAGE[2:]
+    assert ran == EVERY_STAGE[1:]
 
 
 def test_a_damaged_record_of_stages_is_ignored(ran: list[str], tmp_path: Path, console: Console) -> None:
@@ -84,7 +97,7 @@ def test_every_command_of_the_demo_is_one_that_reallm_has(tmp_path: Path) -> Non
     """Run as far as the missing model or folder: a misspelt option would end in a usage message instead."""
     commands = module._commands(tmp_path, tmp_path / "no.gguf", "3.0bpw", "no.txt", "no.txt", "quick")
     assert [name for name, _ in commands] == EVERY_STAGE
-    for _, arguments in commands[:2]:
+    for _, arguments in commands:
         with pytest.raises(StageError) as failure:
             run_stage("stage", arguments)
         assert failure.value.code == 2
@@ -122,20 +135,33 @@ def test_it_opens_with_every_stage_and_its_duration(ran: list[str], tmp_path: Pa
     assert all(duration in opening for _, duration in module.STAGES.values())
 
 
-def test_the_summary_shows_stages_and_what_eval_wrote(tmp_path: Path) -> None:
-    """Plan and evaluation are written as the stages write them, so that a renamed field is noticed here."""
+def test_the_summary_shows_stages_and_what_compress_wrote(tmp_path: Path) -> None:
+    """The result is written as `compress` writes it, so that a renamed field is noticed here."""
     table = make_table(("block.0.up", 64, 64, "linear", {"int4-g64": 0.1, "int8-g64": 0.001}))
     write_record(tmp_path / TABLE_FILE, table)
-    plan(tmp_path, budget="8bpw", output=tmp_path / "plan.json")
+    chosen = plan(tmp_path, budget="8bpw")
     divergence = Divergence(0.1234, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.875)
     comparison = Comparison(8, 1024, 8184, 35.5, 29.25, divergence)
     small, large = Sizes(100, 200, 300, 400, 4 << 20), Sizes(100, 200, 8 << 20, 400, 9 << 20)
     found = Evaluation("out", "m", "text.txt", "0", "float32", comparison, small, large, 1.0, 1, (), {})
-    (tmp_path / "eval.json").write_text(found.to_json())
+    made = Compressed(tmp_path / "out", tmp_path, table, chosen, found, {"measure": 50.0}, 40.0, {"measure": 1 << 30})
+    (tmp_path / module.RESULT_FILE).write_text(made.to_json())
     console = Console(file=io.StringIO(), width=200)
-    stages = [Stage("measure", [], 61.5, 2 << 30, ""), Stage("generate", [], 2.5, 1 << 20, "Paris.")]
+    stages = [Stage("compress", [], 61.5, 2 << 30, ""), Stage("generate", [], 2.5, 1 << 20, "Paris.")]
     module._print_summary(tmp_path, stages, console)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
-    for part in ("61.5", "64.0", "2.00 GiB", "9.00 MiB", "4.00 MiB", "29.25", "35.50", "0.123", "87.5%", "Paris."):
+    for part in (
+        "61.5",
+        "64.0",
+        "2.00 GiB",
+        "9.00 MiB",
+        "4.00 MiB",
+        "29.25",
+        "35.50",
+        "0.123",
+        "87.5%",
+        "Paris.",
+        "8bpw",
+    ):
         assert part in shown, part

@@ -9,7 +9,8 @@ from tiny import save_tiny
 
 from reallm.artifacts.verify import verify
 from reallm.compressing import compress as module
-from reallm.compressing.compress import Compressed, compress
+from reallm.compressing.compress import compress
+from reallm.compressing.result import Compressed
 from reallm.errors import ReallmError
 
 SETTINGS = {"nsamples": 4, "seqlen": 32, "windows": 2, "jobs": 1}
