@@ -7,11 +7,9 @@ written one after another, so a checkpoint may be larger than the memory.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -75,8 +73,3 @@ def _write_settings(folder: Path, config: PretrainedConfig, architecture: str, t
     config.architectures = [architecture]
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer.parent, gguf_file=tokenizer.name).save_pretrained(folder)
-
-
-def tensor_bytes(tensors: Iterator[Tensor]) -> int:
-    """Bytes of all tensors."""
-    return sum(tensor.nbytes for tensor in tensors)

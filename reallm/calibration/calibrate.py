@@ -19,6 +19,7 @@ block it had reached.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -40,10 +41,12 @@ from reallm.system.lock import exclusive_lock
 from .block_streaming import BlockStreamer
 from .compute_dtype import compute_dtype
 from .gathering import gather_at_once, gather_by_calls
+from .needs import check_needs
 from .objective import ImageObjective, Objective, make_objective
 from .statistics import merge_statistics
 from .unmeasured import complete_statistics
 
+LOG = logging.getLogger(__name__)
 DONE_FILE = "calibration.json"
 PARTIAL_FOLDER = "partial"
 
@@ -86,6 +89,8 @@ def calibrate(
     with exclusive_lock(folder):
         done = folder / DONE_FILE
         if not done.exists():
+            if loaded.scratch is not None:
+                LOG.warning("%s", check_needs(loaded, len(windows), windows.shape[1], folder))
             with ExitStack() as stack:
                 if weights is not None:
                     stack.enter_context(weights)

@@ -36,7 +36,6 @@ from .tokenizer import load_tokenizer
 __all__ = [
     "LoadedModel",
     "Matrix",
-    "check_finite",
     "check_storable",
     "discover",
     "load_model",
@@ -129,13 +128,13 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, scratch: Sc
     _stop_rescaling(model)
     if dtype is None and located.gguf_file is None:
         notes = (*notes, *restore_stored_dtypes(model, read_checkpoint(located.folder)))
-    check_finite(model, located.label)
+    digest = model_digest(model, located.label)
     blocks, matrices = discover(model)
     return LoadedModel(
         model=model,
         tokenizer=load_tokenizer(located),
         source=located.label,
-        digest=model_digest(model),
+        digest=digest,
         dtype=weights_dtype(model),
         blocks=blocks,
         matrices=matrices,
@@ -182,21 +181,11 @@ def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from model.state_dict(keep_vars=True).items()
 
 
-def check_finite(model: PreTrainedModel, label: str) -> None:
-    """Raise UserError if a stored value is NaN or infinite; the message names the tensor and counts such values."""
-    for name, tensor in stored_tensors(model):
-        if not tensor.is_floating_point() or bool(tensor.detach().sum(dtype=torch.float32).isfinite()):
-            continue  # a finite sum has only finite terms; a sum that is not finite may have overflowed, so count below
-        count = int((~tensor.detach().isfinite()).sum())
-        if count:
-            what = f"{count} of the {tensor.numel()} values of {name} are NaN or infinite"
-            raise UserError(f"{label}: {what}; expected finite weights: get an undamaged copy of the model")
-
-
-def model_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel, label: str | None = None) -> str:
     """sha256 of a model: its class, its configuration, and name, shape, dtype and bytes of every stored tensor.
 
     Tensors are in name order. The digest does not depend on the path, the sharding or the file format of the model.
+    With a `label` for the model, raises UserError if a stored value is NaN or infinite; so each tensor is read once.
     """
     digest = hashlib.sha256(json.dumps([type(model).__name__, _configuration(model)], sort_keys=True).encode())
     first: dict[int, str] = {}
@@ -204,8 +193,20 @@ def model_digest(model: PreTrainedModel) -> str:
         owner = first.setdefault(id(tensor), name)
         digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype} {owner}\n".encode())
         if owner == name:
+            if label is not None:
+                _check_finite(name, tensor.detach(), label)
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _check_finite(name: str, tensor: Tensor, label: str) -> None:
+    """Raise UserError if a value is NaN or infinite; the message names the tensor and counts such values."""
+    if not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float32).isfinite()):
+        return  # a finite sum has only finite terms; a sum that is not finite may have overflowed, so count below
+    count = int((~tensor.isfinite()).sum())
+    if count:
+        what = f"{count} of the {tensor.numel()} values of {name} are NaN or infinite"
+        raise UserError(f"{label}: {what}; expected finite weights: get an undamaged copy of the model")
 
 
 def _configuration(model: PreTrainedModel) -> object:

@@ -24,6 +24,7 @@ from reallm.measurement.written_windows import batch_size, written_windows
 from reallm.models.loaded import LoadedModel, load_model
 from reallm.planner.tables.work_folder import read_table
 from reallm.planning.plan import plan
+from reallm.system.scratch import Scratch
 from reallm.text.corpus import Text, load_text
 from reallm.text.model_written import text_start, write_windows
 
@@ -114,10 +115,8 @@ def test_a_batch_fits_in_a_tenth_of_the_free_memory(model: Path, monkeypatch: py
     loaded = load_model(model)
     assert batch_size(loaded, 64) == module.MAX_BATCH
     row = 2 * 2 * 16 * 64 * 4  # blocks, keys and values, head size, tokens, bytes of float32
-    weights = 4 * sum(p.numel() for p in loaded.model.parameters())
-    free = max(10 * 7 * row, 4 * weights)
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free})())
-    assert batch_size(loaded, 64) == max(1, min(module.MAX_BATCH, free // 10 // row))
+    monkeypatch.setattr(module, "available_memory", lambda: 10 * 7 * row)
+    assert batch_size(loaded, 64) == 7
 
 
 def test_the_plan_and_the_card_say_which_text_was_used(model: Path, tmp_path: Path) -> None:
@@ -150,8 +149,8 @@ def test_models_that_cannot_write_are_refused_with_a_way_out(tmp_path: Path) -> 
     tokenizer, loaded.tokenizer = loaded.tokenizer, None
     assert "has no tokenizer" in error_message(loaded, tmp_path)
     loaded.tokenizer = tokenizer
-    loaded.model.to("meta")
-    assert "larger than the memory" in error_message(loaded, tmp_path)
+    loaded.scratch = Scratch(tmp_path)
+    assert "does not fit into memory" in error_message(loaded, tmp_path)
 
 
 def test_a_model_without_any_start_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     loaded = load_model(folder)
     loaded.model.model.layers[1].mlp.unused = nn.Linear(48, 80, bias=False, dtype=torch.bfloat16)
     loaded.blocks, loaded.matrices = discover(loaded.model)
-    monkeypatch.setattr(measure_module, "load_model", lambda _source: loaded)
+    monkeypatch.setattr(measure_module, "load_model", lambda _source, scratch: loaded)
     return loaded
 
 

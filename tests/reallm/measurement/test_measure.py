@@ -68,7 +68,7 @@ def test_every_uncompressed_tensor_keeps_its_own_dtype(model: Path, tmp_path: Pa
     norm.bias = torch.nn.Parameter(torch.full_like(norm.weight, 1 / 3, dtype=torch.float32))
     norm.register_buffer("steps", torch.tensor([2**40 + 1]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure_module, "load_model", lambda source: loaded)
+        patch.setattr(measure_module, "load_model", lambda source, scratch: loaded)
         table = run(model, tmp_path / "work")
     assert table.other_dtypes == {"model.norm.bias": "f32", "model.norm.steps": "i64"}
     made = plan(tmp_path / "work", budget="4bpw")
