@@ -28,6 +28,9 @@ from .stored_tensors import TAIL, Gradients
 MEMORY_SHARE = 0.5
 """Largest share of the available memory that the sums of one pass may take."""
 
+KEPT_SHARE = 0.4
+"""Largest share of the memory still available that the statistics of a part may take; larger ones are in files."""
+
 
 def gather_by_calls(streamer: BlockStreamer, folder: Path) -> float:
     """Gather the statistics of every matrix into `folder`, call by call; returns the perplexity of the model.
@@ -69,8 +72,8 @@ def _run_call(
 ) -> tuple[dict[int, Gradients], Gradients, dict[str, Tensor], dict[str, Tensor]]:
     """Run one call: its gradients as in `run_call`, the sums of all its matrices, the statistics of those in `done`.
 
-    Where the sums of all matrices do not fit into memory together, the call is run once for every part of them, and
-    what the parts give is put into files.
+    Where the sums of all matrices do not fit into memory together, the call is run once for every part of them; what a
+    part gives is put into files if it is large.
     """
     parts = list(_parts_in_memory(matrices))
     sums: dict[str, Tensor] = {}
@@ -80,7 +83,11 @@ def _run_call(
         hooks = streamer.hooks(part, {key: value for key, value in carried.items() if key.split("/", 1)[1] in names})
         results, inputs = streamer.run_call(number, hooks)
         found, left = hooks.statistics(done), {k: v for k, v in hooks.sums.items() if k.split("/", 1)[1] not in done}
-        if len(parts) > 1:
+        del hooks
+        if (
+            len(parts) > 1
+            and sum(v.nbytes for v in (*found.values(), *left.values())) > KEPT_SHARE * available_memory()
+        ):
             found, left = ({k: streamer.scratch.copy(v) for k, v in tensors.items()} for tensors in (found, left))
         statistics |= found
         sums |= left
