@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import ARCHITECTURES, VOCAB, save_tiny
 from reallm.calibration import compute_dtype
 from reallm.calibration.block_streaming import BlockStreamer
 from reallm.calibration.calibrate import _converted, calibrate
+from reallm.calibration.needs import calibration_needs, check_needs
 from reallm.calibration.objective import make_objective
 from reallm.errors import UserError
 from reallm.evaluation.evaluate import evaluate
@@ -118,6 +120,20 @@ def test_large_sums_are_in_files_and_equal(tmp_path, monkeypatch):
     assert made and digests(tmp_path / "files") == digests(tmp_path / "memory")
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt2", "llama"])
+@pytest.mark.parametrize("available", [60_000, 0])
+def test_statistics_of_parts_equal_those_of_whole_blocks(architecture, available, tmp_path, monkeypatch):
+    save_tiny(architecture, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    calibrate(loaded, WINDOWS, tmp_path / "whole", seed=3)
+    run_call, runs = BlockStreamer.run_call, []
+    monkeypatch.setattr(BlockStreamer, "run_call", lambda *args: (runs.append(args[1]), run_call(*args))[1])
+    monkeypatch.setattr("reallm.calibration.gathering.available_memory", lambda: available)
+    calibrate(loaded, WINDOWS, tmp_path / "parts", seed=3)
+    assert len(runs) > len(loaded.blocks)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
 def test_an_evaluation_block_by_block_gives_the_same_figures(tmp_path, request):
     save_tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
     (tmp_path / "text.txt").write_text("a bad cat sat on a mat and had a nap. " * 40)
@@ -127,6 +143,23 @@ def test_an_evaluation_block_by_block_gives_the_same_figures(tmp_path, request):
     opened = open_model.open_model(tmp_path / "model")
     assert {p.dtype for p in opened.model.get_submodule("model.layers.0").parameters()} == {torch.bfloat16}
     assert evaluate(tmp_path / "model", against=tmp_path / "model", **settings).comparison == expected
+
+
+def test_what_calibration_takes_is_said_before_and_refused_where_it_cannot_be_had(large_models, tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path / "model")
+    loaded = load_model(tmp_path / "model", scratch=Scratch(tmp_path))
+    needs = calibration_needs(loaded, 3, 40)
+    folder = tmp_path / "work"
+    calibrate(loaded, WINDOWS, folder, seed=3)
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert 0.8 * stored < needs.disk < 1.3 * stored
+    assert check_needs(loaded, 3, 40, folder).endswith("GiB of disk")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 30))
+    monkeypatch.setattr("reallm.calibration.needs._statistics_nbytes", lambda matrix: 1 << 30)
+    assert check_needs(loaded, 3, 40, folder).endswith("it will stop when the disk is full, and can continue")
+    monkeypatch.setattr("reallm.calibration.needs.available_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"GiB of memory, 0\.0 GiB are available; use a shorter --seqlen"):
+        check_needs(loaded, 3, 40, folder)
 
 
 def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path, monkeypatch):
