@@ -21,6 +21,8 @@ MAX_SHOWN = 60
 """Characters of an unusable path that a message shows."""
 SELF = "self"
 """The name, as a value of --text, of the text that the model to be calibrated writes itself."""
+PYTHON = "python"
+"""The name, as a value of --text, of Python's documentation, which is also read where no text is named."""
 GENERAL = "allenai/c4:en:train"
 """The data set that `general_text` reads: web pages in English (C4, arXiv 1910.10683)."""
 TIMEOUT_SECONDS = 5.0
@@ -40,7 +42,7 @@ class Text:
     sha256: str
     """Digest of the documents; it does not depend on the path that they were read from."""
     is_fallback: bool = False
-    """Whether this is the offline default; if so, every report must say so."""
+    """Whether this is Python's documentation; if so, every report must say so."""
     places: tuple[str, ...] = ()
     """Where each document stands in its source, for error messages; empty if only the description is known."""
 
@@ -53,8 +55,8 @@ def load_text(source: str | Path | None, split: Split = "train") -> Text:
     """Read `source`: a .txt file (one document), a .jsonl or .parquet file, or a data set of the `datasets` library.
 
     A data set is written NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, e.g. Salesforce/wikitext:wikitext-2-raw-v1:train;
-    `split` is used if `source` does not name a split. Files are read in full. With `source` None, the text is English
-    prose from Python's own documentation (the offline default), whose "train" and "test" splits share no paragraph.
+    `split` is used if `source` does not name a split. Files are read in full. With `source` None or PYTHON, the text is
+    English prose from Python's own documentation, whose "train" and "test" splits share no paragraph.
     Raises UserError, with a message of one line, for a source that is missing, empty or not in the expected form.
     """
     if source == SELF:
@@ -64,7 +66,7 @@ def load_text(source: str | Path | None, split: Split = "train") -> Text:
         )
     documents: tuple[Document, ...]
     places: tuple[str, ...] = ()
-    if source is None:
+    if source is None or source == PYTHON:
         documents, description = offline_documents(split)
     else:
         (documents, places), description = _read(source, split)
@@ -77,7 +79,7 @@ def load_text(source: str | Path | None, split: Split = "train") -> Text:
             description,
             media,
         )
-    return Text(documents, description, _digest(documents), source is None, places)
+    return Text(documents, description, _digest(documents), source is None or source == PYTHON, places)
 
 
 def general_text(tokens: int) -> Text:

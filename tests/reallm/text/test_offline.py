@@ -15,6 +15,11 @@ def offline():
     return {split: load_text(None, split) for split in ("train", "test")}
 
 
+def test_the_text_has_a_name(offline):
+    for split, text in offline.items():
+        assert load_text("python", split) == text
+
+
 def test_the_offline_default_is_large_and_described_as_such(offline):
     for split, text in offline.items():
         assert text.is_fallback
