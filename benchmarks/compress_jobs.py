@@ -28,9 +28,9 @@ class Job:
 
     bits: float
     processor_seconds: float
-    """Of encoding, planning and packing, with start-up and worker processes, without calibration."""
+    """Processor seconds of encoding, planning and packing, with start-up and workers, without calibration."""
     peak_rss_bytes: int
-    """Of its largest process."""
+    """Peak memory of its largest process."""
     encoding_seconds: float
     encodings: int
 

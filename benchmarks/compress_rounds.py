@@ -1,7 +1,7 @@
 """The rounds of `measure --budget` from an empty folder, with encodings that several budgets share.
 
 Encoding is deterministic, so that a record is the same whichever budget asked for it first; the whole jobs of
-NAME=compress encode everything anew, and compare. A matrix that is encoded in several rounds is factorised in each of
+NAME=compress encode everything again, and compare. A matrix that is encoded in several rounds is factorised in each of
 them: its seconds are counted with one factorisation per round, whenever its formats were really encoded.
 """
 

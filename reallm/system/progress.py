@@ -14,7 +14,7 @@ LINE_SECONDS = 30.0
 
 
 bar_maker: Callable[..., Any] | None = None
-"""What makes bars while a job of several stages runs (`job_progress`); None outside."""
+"""The class of bars while a job of several stages runs (`job_progress`); None outside."""
 
 
 class ProgressLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
