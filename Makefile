@@ -17,6 +17,7 @@
 #   NAME=triton_kernels    our kernels' machine code beside gemlite's and AQLM's; NAME=trellis_search: that of the search
 #   NAME=kernels           products on the CPU beside torch, aten and AQLM
 #   NAME=decode            after make demo: tokens per second beside llama.cpp
+#   NAME=larger_than_memory  the whole job on 8B random weights and on experts within 6 GiB, killed and resumed (40 GB of disk)
 #   NAME=smallest_file     after make demo: the demo's file beside llama.cpp's smallest one, on the demo's text
 #   NAME=compress          the whole job by reallm compress: time and loss beside encoding everything, and beside GPTQ and AutoRound
 #

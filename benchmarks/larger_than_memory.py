@@ -1,12 +1,14 @@
 """Models larger than the memory: the whole job under an enforced limit, each command killed once in its middle.
 
     make bench NAME=larger_than_memory [MODELS=llama,experts] [LIMIT_GIB=6] [PLACE=folder]
+        [STEPS=calibrate,encode,plan,compile,eval] [KILLED=calibrate,encode,compile]
 
 "llama" has random weights with the shapes of LLaMA-3-8B (16 GB in bf16), "experts" those of two blocks of
 Qwen3-30B-A3B. All blocks are calibrated on WINDOWS windows of SEQLEN tokens; the first two are encoded in FORMATS and
 packed, the others stay as they are: a file of statistics that is not needed is deleted as soon as it is complete, since
-all of them take more disk than many have. Every command runs twice: killed (kill -9) when it has done part of its work,
-then to its end. Needs Linux, the right to make a control group, and 40 GB of disk at PLACE (default: .bench).
+all of them take more disk than many have. The commands of KILLED run twice: killed (kill -9) when they have done part
+of their work, then to their end. Steps that are not run keep their earlier results. Needs Linux, the right to make a
+control group, and 40 GB of disk at PLACE (default: .bench).
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ PLACE = Path(os.environ.get("PLACE") or ROOT / ".bench") / "larger_than_memory"
 LIMIT = int(float(os.environ.get("LIMIT_GIB") or 6) * (1 << 30))
 MODELS = (os.environ.get("MODELS") or "llama,experts").split(",")
 WINDOWS, SEQLEN, PACKED_BLOCKS = 2, 128, 2
-FORMATS = {"linear": "tq2-l12+ldl2+rot", "expert": "int4-g64"}
+STEPS = (os.environ.get("STEPS") or "calibrate,encode,plan,compile,eval").split(",")
+KILLED = (os.environ.get("KILLED") or "calibrate,encode,compile").split(",")
+"""The steps that are killed once."""
+FORMATS = {"linear": "tq2-l10+ldl2+rot", "expert": "int4-g64"}
 SHAPES: dict[str, tuple[dict[str, object], int]] = {"llama": (LLAMA_3_8B, 32), "experts": (QWEN3_30B_A3B, 2)}
 """Model -> (its settings, number of blocks)."""
 SMALL_BYTES = 1 << 20
@@ -57,7 +62,6 @@ class Job:
         self.settings, self.blocks = SHAPES[name]
         self.folder = PLACE / name
         self.model, self.work, self.out = (self.folder / part for part in ("model", "work", "out"))
-        self.deleted_bytes = 0
         self.text, self.space = self.folder / "text.txt", self.folder / "space.yaml"
 
     def prepare(self) -> None:
@@ -91,32 +95,35 @@ class Job:
         """Delete complete statistics of blocks that are not packed."""
         for path in self.work.glob("statistics/*/block-*.safetensors"):
             if int(path.stem.removeprefix("block-")) >= PACKED_BLOCKS and path.stat().st_size > SMALL_BYTES:
-                self.deleted_bytes += path.stat().st_size
                 path.unlink()
 
-    def run(self) -> dict[str, Any]:
-        """Run all steps; what each took."""
-        rows = []
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Run the steps of STEPS; what each took."""
         for step, arguments, middle in self.steps():
+            if step not in STEPS:
+                continue
             command = [*REALLM, *arguments]
-            if step == "calibrate":  # it is the first half of `measure`, whose second run ends at the first encodings
-                killed = self.limit.run(command, middle, self.watch)
-                done = self.limit.run(command, lambda: any(self.work.glob("statistics/*/calibration.json")), self.watch)
-            else:
-                killed = self.limit.run(command, middle, self.watch) if step in ("encode", "compile") else None
-                done = self.limit.run(command, None, self.watch)
-            rows.append(_row(step, killed, done))
-            print(self.name, rows[-1], flush=True)
+            killed = self.limit.run(command, middle, self.watch) if step in KILLED else None
+            # "calibrate" is the first half of `measure`: its complete run ends where the encoding begins
+            end = self._is_calibrated if step == "calibrate" else None
+            done = self.limit.run(command, end, self.watch)
             if done.returned and not done.killed:
                 raise SystemExit(f"{step} of {self.name} failed with {done.returned}")
-        evaluation = loads((self.folder / "eval.json").read_text())
-        size = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
-        return {
-            "checkpoint_bytes": size,
-            "deleted_statistics_bytes": self.deleted_bytes,
-            "steps": rows,
-            "kl": evaluation["comparison"]["divergence"]["mean"],
+            yield _row(step, killed, done)
+
+    def _is_calibrated(self) -> bool:
+        return any(self.work.glob("statistics/*/calibration.json"))
+
+    def facts(self) -> dict[str, Any]:
+        """The sizes of the checkpoint and of the statistics, in bytes, and the measured divergence."""
+        found = {
+            "checkpoint_bytes": sum(path.stat().st_size for path in self.model.glob("*.safetensors")),
+            "statistics_bytes": sum(path.stat().st_size for path in self.work.glob("statistics/*/*.safetensors")),
         }
+        evaluation = self.folder / "eval.json"
+        if evaluation.exists():
+            found["kl"] = loads(evaluation.read_text())["comparison"]["divergence"]["mean"]
+        return found
 
 
 def _row(step: str, killed: Run | None, done: Run) -> dict[str, Any]:
@@ -131,18 +138,26 @@ def _row(step: str, killed: Run | None, done: Run) -> dict[str, Any]:
     }
 
 
+def keep(name: str, row: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add a step to the results of model `name`, in place of an earlier one of that name; returns all its steps."""
+    record = loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+    steps = [each for each in record["models"].get(name, {}).get("steps", ()) if each["step"] != row["step"]]
+    record["models"][name] = {**facts, "steps": [*steps, row]}
+    record |= {"command": "make bench NAME=larger_than_memory", "limit_bytes": LIMIT, "machine": machine()}
+    write_text_atomic(RESULTS, canonical_json(record))
+    return record["models"][name]["steps"]  # type: ignore[no-any-return]
+
+
 def main() -> None:
-    """Run the job on every model, print the tables and keep the results."""
+    """Run the steps on every model, keep the results and print the tables."""
     limit = MemoryLimit(LIMIT)
-    results = loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
     for name in MODELS:
-        job = Job(name, limit)
+        job, steps = Job(name, limit), list[dict[str, Any]]()
         job.prepare()
-        results[name] = job.run()
-        cells = [[str(row[key]) if row[key] is not None else "" for key in COLUMNS] for row in results[name]["steps"]]
+        for row in job.run():
+            steps = keep(name, row, job.facts())
+        cells = [[str(row[key]) if row[key] is not None else "" for key in COLUMNS] for row in steps]
         Console().print(columns_table(f"{name} within {LIMIT / (1 << 30):g} GiB", list(COLUMNS.values()), cells))
-        record = {"command": "make bench NAME=larger_than_memory", "limit_bytes": LIMIT, "machine": machine()}
-        write_text_atomic(RESULTS, canonical_json({**record, "models": results}))
 
 
 if __name__ == "__main__":

@@ -4,17 +4,18 @@ files too. The kernel kills a process that needs more than the limit.
 
 from __future__ import annotations
 
+import atexit
 import os
 import resource
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 MOUNT = Path("/sys/fs/cgroup")
-NAME = "reallm-benchmark"
 POLL_SECONDS = 0.2
 
 
@@ -36,10 +37,15 @@ class MemoryLimit:
 
     def __init__(self, nbytes: int) -> None:
         first = (MOUNT / "memory").is_dir()
-        self.folder = (MOUNT / "memory" if first else MOUNT) / NAME
+        self.folder = (MOUNT / "memory" if first else MOUNT) / f"reallm-{os.getpid()}"
         self.folder.mkdir(exist_ok=True)
+        atexit.register(self._remove)
         (self.folder / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(nbytes))
         self._keys = ("total_rss", "total_shmem") if first else ("anon", "shmem")
+
+    def _remove(self) -> None:
+        with suppress(OSError):  # a process of it is still there
+            self.folder.rmdir()
 
     def used(self) -> int:
         """Bytes of memory that its processes use now, without pages of files."""
