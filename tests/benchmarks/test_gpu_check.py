@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # only for these imports: other folders there have the names of other packages
-from benchmarks import gpu_check  # noqa: E402
-from benchmarks.gpu_check import DEVICE_TESTS, PARTS, TOTAL_SECONDS, Part, check, main  # noqa: E402
-from benchmarks.gpu_search import compare  # noqa: E402
+from benchmarks import gpu_check
+from benchmarks.gpu_check import DEVICE_TESTS, PARTS, TOTAL_SECONDS, Part, check, main
+from benchmarks.gpu_search import compare
 
-sys.path.remove(str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(code: str, seconds: float = 60, results: Path | None = None) -> Part:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # only for this import: other folders there have the names of other packages
-from benchmarks.memory_limit import MemoryLimit  # noqa: E402
+from benchmarks.memory_limit import MemoryLimit
 
-sys.path.remove(str(ROOT))
 MIB = 1 << 20
 
 
