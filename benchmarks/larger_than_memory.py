@@ -62,6 +62,8 @@ class Job:
         self.settings, self.blocks = SHAPES[name]
         self.folder = PLACE / name
         self.model, self.work, self.out = (self.folder / part for part in ("model", "work", "out"))
+        self.lowest = self.blocks
+        """The block that calibration, which goes from the last to the first, has reached."""
         self.text, self.space = self.folder / "text.txt", self.folder / "space.yaml"
 
     def prepare(self) -> None:
@@ -78,8 +80,7 @@ class Job:
         text = ["--text", str(self.text), "--seqlen", str(SEQLEN)]
         windows = ["--nsamples", str(WINDOWS), "--jobs", "1", "--space", str(self.space)]
         measure = ["measure", str(self.model), "-o", str(self.work), *text, *windows]
-        middle = f"block-{self.blocks // 2:04d}.safetensors"
-        yield "calibrate", measure, lambda: any(self.work.glob(f"statistics/*/{middle}"))
+        yield "calibrate", measure, lambda: self.lowest <= self.blocks // 2
         yield "encode", measure, lambda: len(list(self.work.glob("cache/*/*.json"))) >= 3
         plan = str(self.folder / "plan.json")
         yield "plan", ["plan", str(self.work), "--budget", "3bpw", "-o", plan], lambda: False
@@ -94,7 +95,9 @@ class Job:
     def watch(self) -> None:
         """Delete complete statistics of blocks that are not packed."""
         for path in self.work.glob("statistics/*/block-*.safetensors"):
-            if int(path.stem.removeprefix("block-")) >= PACKED_BLOCKS and path.stat().st_size > SMALL_BYTES:
+            number = int(path.stem.removeprefix("block-"))
+            self.lowest = min(self.lowest, number)
+            if number >= PACKED_BLOCKS and path.stat().st_size > SMALL_BYTES:
                 path.unlink()
 
     def run(self) -> Iterator[dict[str, Any]]:
