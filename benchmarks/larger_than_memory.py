@@ -1,7 +1,7 @@
 """Models larger than the memory: the whole job under an enforced limit, each command killed once in its middle.
 
     make bench NAME=larger_than_memory [MODELS=llama,experts] [LIMIT_GIB=6] [PLACE=folder]
-        [STEPS=calibrate,encode,plan,compile,eval] [KILLED=calibrate,encode,compile]
+        [STEPS=calibrate,encode,plan,compile,eval] [KILLED=calibrate,encode,compile] [FORMAT=int4-g64]
 
 "llama" has random weights with the shapes of LLaMA-3-8B (16 GB in bf16), "experts" those of two blocks of
 Qwen3-30B-A3B. All blocks are calibrated on WINDOWS windows of SEQLEN tokens; the first two are encoded in FORMATS and
@@ -39,7 +39,7 @@ WINDOWS, SEQLEN, PACKED_BLOCKS = 2, 128, 2
 STEPS = (os.environ.get("STEPS") or "calibrate,encode,plan,compile,eval").split(",")
 KILLED = (os.environ.get("KILLED") or "calibrate,encode,compile").split(",")
 """The steps that are killed once."""
-FORMATS = {"linear": "tq2-l10+ldl2+rot", "expert": "int4-g64"}
+FORMATS = {"linear": os.environ.get("FORMAT") or "int4-g64", "expert": "int4-g64"}
 SHAPES: dict[str, tuple[dict[str, object], int]] = {"llama": (LLAMA_3_8B, 32), "experts": (QWEN3_30B_A3B, 2)}
 """Model -> (its settings, number of blocks)."""
 SMALL_BYTES = 1 << 20
@@ -72,7 +72,8 @@ class Job:
             self.folder.mkdir(parents=True, exist_ok=True)
             tokenizer = fetch_model(PLACE, Console())
             write_checkpoint(self.model, self.settings, tokenizer, num_hidden_layers=self.blocks)
-        shutil.copyfile(ROOT / "CHANGELOG.md", self.text)
+        if not self.text.exists():
+            shutil.copyfile(ROOT / "CHANGELOG.md", self.text)
         self.space.write_text("".join(f"{kind}: [{name}]\n" for kind, name in FORMATS.items()))
 
     def steps(self) -> Iterator[tuple[str, list[str], Callable[[], bool]]]:

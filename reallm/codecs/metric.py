@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from reallm.decoding.rotation import rotate_both
+from reallm.decoding.rotation import rotate_both, rotate_in_place
 
 LOG = logging.getLogger(__name__)
 DAMPING = 0.01
@@ -200,16 +200,18 @@ class Workspace:
     @cached_property
     def rotated(self) -> Workspace:
         """The workspace of the rotated matrix R_N W R_K^T, used by all formats with a rotation."""
-        output = self.output_hessian
-        rotated_output = None if output is None else make_symmetric(rotate_both(output).contiguous())
-        if output is not None and len(output) > LARGE:
-            self.__dict__.pop("output_hessian", None)
-        hessian = make_symmetric(rotate_both(self.hessian).contiguous())
-        if len(hessian) > LARGE:
-            self.__dict__.pop("hessian", None)
-        child = Workspace(self.metric, hessian, rotated_output)
+        rotated_output = self._rotated("output_hessian") if self.output_hessian is not None else None
+        child = Workspace(self.metric, self._rotated("hessian"), rotated_output)
         child.notes = self.notes
         return child
+
+    def _rotated(self, name: str) -> Tensor:
+        """The rotated `hessian` or `output_hessian`; a large one is not kept as it was, but computed again if needed."""
+        H: Tensor = getattr(self, name)
+        if len(H) <= LARGE:
+            return make_symmetric(rotate_both(H).contiguous())
+        given = getattr(self, f"_{name}") is not None  # then it may belong to another workspace too
+        return make_symmetric(rotate_in_place(H.clone() if given else self.__dict__.pop(name)))
 
     @cached_property
     def order(self) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from reallm.kernels.codes.hadamard import factors, signs, sylvester
 
+PANEL = 1024
+"""Columns or rows that are rotated at a time in place."""
 MAX_SYLVESTER = 7
 """Base-2 logarithm of the size of the largest Sylvester matrix that is applied in one product."""
 
@@ -70,6 +72,20 @@ def _unrotate_rows(W: Tensor) -> Tensor:
 def rotate_both(W: Tensor) -> Tensor:
     """Rotate both sides of W[N, K]: R_N W R_K^T."""
     return _rotate_rows(_rotate_rows(W).T.contiguous()).T
+
+
+def rotate_in_place(H: Tensor) -> Tensor:
+    """Replace H [n, n] by R H R^T, a panel of columns and then a panel of rows at a time, to save memory; returns H.
+
+    It differs from `rotate_both` by rounding errors.
+    """
+    for panel in torch.arange(len(H)).split(PANEL):
+        columns = slice(int(panel[0]), int(panel[-1]) + 1)
+        H[:, columns] = _rotate_rows(H[:, columns])
+    for panel in torch.arange(len(H)).split(PANEL):
+        rows = slice(int(panel[0]), int(panel[-1]) + 1)
+        H[rows] = _rotate_rows(H[rows].T).T
+    return H
 
 
 def unrotate_both(W: Tensor) -> Tensor:

@@ -214,3 +214,19 @@ def test_the_cost_is_the_formula() -> None:
     assert whole.guided(W) == pytest.approx(expected, rel=24 * 2.0**-24 * 4)  # float32 sums of 12 terms, twice
     assert whole.diagonal(W) == pytest.approx(0.5 * (metric.fisher.numpy() * E**2).sum(), rel=1e-6)
     assert whole.guided(torch.zeros(5, 12)) == 0
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_large_metric_is_rotated_in_place_and_computed_again_when_it_is_needed(given, monkeypatch) -> None:
+    _, metric = correlated(150, 200, seed=4)
+    metric = Metric(metric.hessian, metric.fisher, gram=correlated(3, 150, seed=5)[1].hessian)
+    small = Workspace(metric)
+    monkeypatch.setattr("reallm.codecs.metric.LARGE", 100)
+    monkeypatch.setattr("reallm.decoding.rotation.PANEL", 64)
+    shared = (small.hessian.clone(), small.output_hessian.clone()) if given else (None, None)
+    large = Workspace(metric, *shared)
+    for name in ("hessian", "output_hessian", "natural_factor", "output_factor"):
+        assert torch.allclose(getattr(large.rotated, name), getattr(small.rotated, name), rtol=1e-5, atol=1e-6), name
+    assert ("hessian" in vars(large)) == given
+    assert torch.equal(large.hessian, small.hessian) and torch.equal(large.output_hessian, small.output_hessian)
+    assert torch.equal(large.cost_weight, small.cost_weight)
