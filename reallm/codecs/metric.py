@@ -206,7 +206,7 @@ class Workspace:
         return child
 
     def _rotated(self, name: str) -> Tensor:
-        """The rotated `hessian` or `output_hessian`; a large one is not kept as it was, but computed again if needed."""
+        """The rotated `hessian` or `output_hessian`; a large one is not kept as it was, but made again if needed."""
         H: Tensor = getattr(self, name)
         if len(H) <= LARGE:
             return make_symmetric(rotate_both(H).contiguous())

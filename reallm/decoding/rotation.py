@@ -79,12 +79,12 @@ def rotate_in_place(H: Tensor) -> Tensor:
 
     It differs from `rotate_both` by rounding errors.
     """
-    for panel in torch.arange(len(H)).split(PANEL):
-        columns = slice(int(panel[0]), int(panel[-1]) + 1)
-        H[:, columns] = _rotate_rows(H[:, columns])
-    for panel in torch.arange(len(H)).split(PANEL):
-        rows = slice(int(panel[0]), int(panel[-1]) + 1)
-        H[rows] = _rotate_rows(H[rows].T).T
+    for start in range(0, len(H), PANEL):
+        panel = slice(start, start + PANEL)
+        H[:, panel] = _rotate_rows(H[:, panel])
+    for start in range(0, len(H), PANEL):
+        panel = slice(start, start + PANEL)
+        H[panel] = _rotate_rows(H[panel].T).T
     return H
 
 
