@@ -84,7 +84,7 @@ class Job:
         yield "calibrate", measure, lambda: self.lowest <= self.blocks // 2
         yield "encode", measure, lambda: len(list(self.work.glob("cache/*/*.json"))) >= 3
         plan = str(self.folder / "plan.json")
-        yield "plan", ["plan", str(self.work), "--budget", "3bpw", "-o", plan], lambda: False
+        yield "plan", ["plan", str(self.work), "--budget", "5bpw", "-o", plan], lambda: False
         compile_ = ["compile", plan, "-o", str(self.out), "--no-kernels"]
         yield "compile", compile_, lambda: self._partial_bytes() > 1 << 30
         evaluate = ["eval", str(self.out), "--against", str(self.model), *text, "--windows", "1"]
