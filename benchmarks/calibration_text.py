@@ -142,7 +142,7 @@ class Bench:
 
     def _kl(self, model: PreTrainedModel, window: Tensor) -> float:
         """KL of `model` to the dense one on one window, mean nats per token."""
-        result = compare_models(self.dense, model, window[None], progress=False)  # type: ignore[arg-type]
+        result = compare_models(self.dense, model, window[None], progress=False)
         assert result.divergence is not None
         return result.divergence.mean
 

@@ -100,7 +100,7 @@ def together_seconds(action: Callable[[], Any], device: str) -> float:
     """Seconds of MATRICES calls at the same time, each in its own thread and stream."""
 
     def run() -> None:
-        stream = torch.cuda.Stream() if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream() if device.startswith("cuda") else None
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             action()
 

@@ -45,6 +45,8 @@ SHAPES: dict[str, tuple[dict[str, object], int]] = {"llama": (LLAMA_3_8B, 32), "
 SMALL_BYTES = 1 << 20
 """Files of statistics below this are only marks."""
 REALLM = (sys.executable, "-m", "reallm")
+Row = dict[str, Any]
+"""What one step took, by the keys of COLUMNS."""
 COLUMNS = {
     "step": "step",
     "seconds": "seconds",
@@ -142,14 +144,15 @@ def _row(step: str, killed: Run | None, done: Run) -> dict[str, Any]:
     }
 
 
-def keep(name: str, row: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, Any]]:
+def keep(name: str, row: Row, facts: dict[str, Any]) -> list[Row]:
     """Add a step to the results of model `name`, in place of an earlier one of that name; returns all its steps."""
-    record = loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
-    steps = [each for each in record["models"].get(name, {}).get("steps", ()) if each["step"] != row["step"]]
-    record["models"][name] = {**facts, "steps": [*steps, row]}
+    record: dict[str, Any] = loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+    earlier: list[Row] = record["models"].get(name, {}).get("steps", [])
+    steps = [*(each for each in earlier if each["step"] != row["step"]), row]
+    record["models"][name] = {**facts, "steps": steps}
     record |= {"command": "make bench NAME=larger_than_memory", "limit_bytes": LIMIT, "machine": machine()}
     write_text_atomic(RESULTS, canonical_json(record))
-    return record["models"][name]["steps"]  # type: ignore[no-any-return]
+    return steps
 
 
 def main() -> None:

@@ -120,10 +120,17 @@ class BlockStreamer:
         """A context in which the block of call `number` is on the device and in the dtype to compute in."""
         return self._ready(self.calls[number].path)
 
+    def all_ready(self) -> AbstractContextManager[None]:
+        """A context in which the whole model is; of a large model the converted weights are in files."""
+        return self._converted(self.loaded.model, None if is_gpu(self.device) else self.loaded.scratch)
+
+    def _ready(self, path: str) -> AbstractContextManager[None]:
+        return self._converted(self.blocks[path])
+
     @contextmanager
-    def _ready(self, path: str) -> Iterator[None]:
-        tensors = tensors_of(self.blocks[path])
-        with placed(tensors, self.device), computing_in(tensors, self.dtype):
+    def _converted(self, module: nn.Module, scratch: Scratch | None = None) -> Iterator[None]:
+        tensors = tensors_of(module)
+        with placed(tensors, self.device), computing_in(tensors, self.dtype, scratch):
             yield
 
     def store_results(self) -> None:
@@ -149,7 +156,7 @@ class BlockStreamer:
                 self.calls, self.dependencies, self.tail = [], [], Dependencies(())
                 if self.blocks:
                     self.notes.append(f"calibrated with the whole model at once, because {error}")
-        if not stored.complete:
+        if self.calls and not stored.complete:
             self.results.mark(len(self.calls), complete=True)
 
     def _store_by_calls(self, done: int) -> None:

@@ -89,7 +89,7 @@ def calibrate(
     with exclusive_lock(folder):
         done = folder / DONE_FILE
         if not done.exists():
-            if loaded.scratch is not None:
+            if loaded.scratch is not None and not is_gpu(device):
                 LOG.warning("%s", check_needs(loaded, len(windows), windows.shape[1], folder))
             with ExitStack() as stack:
                 if weights is not None:

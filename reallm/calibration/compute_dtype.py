@@ -31,4 +31,5 @@ def whole_model_dtype(loaded: LoadedModel) -> torch.dtype:
 
 
 def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it, which torch tells by no public function."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -132,10 +132,11 @@ def gather_at_once(streamer: BlockStreamer, folder: Path) -> float:
     Where the statistics of all matrices do not fit into memory together, the model is run once for every part of them.
     """
     perplexity = 0.0
-    for part in _parts_in_memory(streamer.loaded.matrices):
-        hooks = streamer.hooks(part)
-        perplexity = streamer.run_tail(hooks, follow_inputs=True)
-        _store(streamer.loaded, folder, hooks.statistics())
+    with streamer.all_ready():
+        for part in _parts_in_memory(streamer.loaded.matrices):
+            hooks = streamer.hooks(part)
+            perplexity = streamer.run_tail(hooks, follow_inputs=True)
+            _store(streamer.loaded, folder, hooks.statistics())
     return perplexity
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,10 @@ def calibration_needs(loaded: LoadedModel, windows: int, seqlen: int) -> Needs:
     largest = max((sum(t.numel() for t in tensors_of(block)) * itemsize for block in blocks), default=0)
     inside = [matrix for matrix in loaded.matrices if matrix.block is not None]
     widest = max((max(matrix.rows, matrix.cols) for matrix in inside), default=0)
-    hidden = min((min(matrix.rows, matrix.cols) for matrix in inside if matrix.kind == "linear"), default=widest)
+    hidden = Counter(matrix.cols for matrix in inside).most_common(1)[0][0] if inside else 0
     tokens = seqlen * (4 * LOGITS * (loaded.vocabulary or 0) + itemsize * ACTIVATIONS * widest)
     sums = max(map(sums_nbytes, inside), default=0)
-    results = 4 * windows * seqlen * max(hidden, 1) * len(blocks)
+    results = 4 * windows * seqlen * hidden * len(blocks)
     return Needs(largest * converted + sums + tokens, sum(map(_statistics_nbytes, loaded.matrices)) + results)
 
 

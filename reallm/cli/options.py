@@ -44,8 +44,9 @@ CalibrationText = Annotated[
     str | None,
     typer.Option(
         help="A .txt, .jsonl or .parquet file, or a datasets name such as Salesforce/wikitext:wikitext-2-raw-v1:train; "
-        "or self: text that the model writes itself, sampled at temperature 1. The default is English web pages (C4), "
-        "streamed from the hub; without a connection it is self. Text like what the model will be used on is better.",
+        "self: text that the model writes itself, sampled at temperature 1; or python: Python's documentation. The "
+        "default is English web pages (C4), streamed from the hub; without a connection it is self. Text like what the "
+        "model will be used on is better.",
     ),
 ]
 Json = Annotated[

@@ -18,8 +18,8 @@ def parse_device(name: str, allowed: Collection[str] = ()) -> torch.device:
     """Parse the device `name`, such as "cpu" or "cuda:1", and check that it can be used on this machine.
 
     "auto" is the first CUDA GPU, or the CPU on a machine without one. `allowed` lists the other names that are
-    accepted; if it is empty, every device of PyTorch is. The check does not create a
-    context on a CUDA device. Raises UserError if the device is not accepted or cannot be used.
+    accepted; if it is empty, every device of PyTorch is. The check does not create a context on a CUDA device. Raises
+    UserError if the device is not accepted or cannot be used.
     """
     if name == AUTO:
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Sequence
@@ -38,17 +39,25 @@ class Scratch:
         count = math.prod(shape)
         if not count:
             return torch.zeros(tuple(shape), dtype=dtype)
+        nbytes = count * dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".scratch-") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise
-                raise UserError(f"{self.folder}: no space for {count * dtype.itemsize} bytes; free some disk space, or "
-                                "set TMPDIR to a folder on a larger disk") from None  # fmt: skip
-            flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
-        return flat.view(tuple(shape))
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            self._reserve(file.fileno(), nbytes)
+            mapped = mmap.mmap(file.fileno(), nbytes)
+        return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
+
+    def _reserve(self, file: int, nbytes: int) -> None:
+        """Make the open file `nbytes` long. Raises UserError if the disk has no space for it."""
+        if not hasattr(os, "posix_fallocate"):  # macOS: a full disk is found when the pages are written
+            os.ftruncate(file, nbytes)
+            return
+        try:
+            os.posix_fallocate(file, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            what = f"{self.folder}: no space for {nbytes} bytes"
+            raise UserError(f"{what}; free some disk space, or set TMPDIR to a folder on a larger disk") from None
 
     def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy of `tensor` in a file, in `dtype` or its own. Raises UserError if the disk has no space for it."""

@@ -53,7 +53,7 @@ class Threads:
         with ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
-                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))  # type: ignore[no-untyped-call]
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))  # type: ignore[no-untyped-call]  # torch: untyped
             try:
                 return task.call()
             except torch.OutOfMemoryError:

@@ -84,8 +84,8 @@ class UnpackedWeights:
     def read(self, dtype: torch.dtype, scratch: Scratch | None = None) -> dict[str, Tensor]:
         """Every weight; unpacked ones are rounded once, from float32 to `dtype`, and others keep their own type.
 
-        With `scratch`, the unpacked weights are in files there.
-        Raises UserError for stored tensors whose shapes do not fit each other.
+        With `scratch`, the unpacked weights are in files there. Raises UserError for stored tensors whose shapes do not
+        fit each other.
         """
         with _Files(self._tensors) as files:
             result = {name: files.tensor(name) for name in self.plain}

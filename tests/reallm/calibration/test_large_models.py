@@ -11,7 +11,7 @@ import torch
 from tiny import ARCHITECTURES, VOCAB, save_tiny
 
 from reallm.calibration import compute_dtype
-from reallm.calibration.block_streaming import BlockStreamer
+from reallm.calibration.block_streaming import BlockStreamer, NotReproducedError
 from reallm.calibration.calibrate import _converted, calibrate
 from reallm.calibration.needs import calibration_needs, check_needs
 from reallm.calibration.objective import make_objective
@@ -60,6 +60,45 @@ def test_statistics_are_bit_equal(architecture, tmp_path, request):
     assert loaded.digest == small.digest and report.perplexity == expected.perplexity
     assert digests(tmp_path / "large") == digests(tmp_path / "small")
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_statistics_of_a_model_that_is_run_as_a_whole_are_bit_equal(tmp_path, request, monkeypatch):
+    def differs(*_arguments):
+        raise NotReproducedError("a test says so")
+
+    monkeypatch.setattr(BlockStreamer, "_check_reproduction", differs)
+    save_tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
+    expected = calibrate(load_model(tmp_path / "model"), WINDOWS, tmp_path / "small", seed=3)
+    request.getfixturevalue("large_models")
+    loaded = load_model(tmp_path / "model", scratch=Scratch(tmp_path / "scratch"))
+    report = calibrate(loaded, WINDOWS, tmp_path / "large", seed=3)
+    assert report.notes == expected.notes == ["calibrated with the whole model at once, because a test says so"]
+    assert digests(tmp_path / "large") == digests(tmp_path / "small")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_pass_that_was_killed_when_it_ran_the_whole_model_finds_again_why_it_must(large, tmp_path, request):
+    """The reason shows on the second window only, which a resumed pass does not run again if it is stored."""
+    save_tiny("llama", tmp_path / "model")
+    if large:
+        request.getfixturevalue("large_models")
+    loaded = load_model(tmp_path / "model", scratch=Scratch(tmp_path))
+
+    def run() -> tuple[list[str], int]:
+        streamer = BlockStreamer(loaded, tmp_path / "partial", make_objective(loaded, WINDOWS, 3))
+        record = streamer._record
+        if large:
+            streamer._store_by_calls = _fail
+        else:
+            streamer._record = lambda window, stored: _fail() if window else record(window, stored)
+        streamer.store_results()
+        return list(streamer.notes), len(streamer.calls)
+
+    assert run() == run() == (["calibrated with the whole model at once, because a later window differs"], 0)
+
+
+def _fail(*_arguments):
+    raise NotReproducedError("a later window differs")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's map of a process's memory")

@@ -60,16 +60,22 @@ def test_the_windows_are_the_sampled_ids(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_run_uses_the_same_windows(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"text": "self", "output": tmp_path, "space": model / "space.yaml", "seqlen": 16, "jobs": 1}
-    first = measure(model, nsamples=6, **settings)  # type: ignore[arg-type]
+    settings = {
+        "text": "self",
+        "output": tmp_path,
+        "space": model / "space.yaml",
+        "seqlen": 16,
+        "jobs": 1,
+    }
+    first = measure(model, nsamples=6, **settings)
     monkeypatch.setattr(module, "write_windows", no_writing)
-    assert measure(model, nsamples=6, **settings).digest() == first.digest()  # type: ignore[arg-type]
-    fewer = measure(model, nsamples=4, **settings)  # type: ignore[arg-type]
+    assert measure(model, nsamples=6, **settings).digest() == first.digest()
+    fewer = measure(model, nsamples=4, **settings)
     assert fewer.settings["nsamples"] == 4 and fewer.text_sha256 != first.text_sha256
     monkeypatch.undo()
     with pytest.raises(pytest.fail.Exception):  # another seed needs other windows
         monkeypatch.setattr(module, "write_windows", no_writing)
-        measure(model, nsamples=4, seed=1, **settings)  # type: ignore[arg-type]
+        measure(model, nsamples=4, seed=1, **settings)
 
 
 def test_an_interrupted_run_continues_behind_its_last_batch(
@@ -84,7 +90,7 @@ def test_an_interrupted_run_continues_behind_its_last_batch(
         written.extend(indices)
         if 2 in indices and len(written) == 4:
             raise KeyboardInterrupt
-        return write_windows(model, start, indices, *rest, **named)  # type: ignore[arg-type]
+        return write_windows(model, start, indices, *rest, **named)
 
     monkeypatch.setattr(module, "write_windows", interrupted)
     monkeypatch.setattr(module, "batch_size", lambda *_: 2)
@@ -120,8 +126,14 @@ def test_a_batch_fits_in_a_tenth_of_the_free_memory(model: Path, monkeypatch: py
 
 
 def test_the_plan_and_the_card_say_which_text_was_used(model: Path, tmp_path: Path) -> None:
-    settings = {"output": tmp_path / "work", "space": model / "space.yaml", "nsamples": 4, "seqlen": 16, "jobs": 1}
-    table = measure(model, text="self", **settings)  # type: ignore[arg-type]
+    settings = {
+        "output": tmp_path / "work",
+        "space": model / "space.yaml",
+        "nsamples": 4,
+        "seqlen": 16,
+        "jobs": 1,
+    }
+    table = measure(model, text="self", **settings)
     assert table.text == WRITTEN
     made = plan(tmp_path / "work", budget="7bpw", output=tmp_path / "plan.json")
     assert made.calibration == f"4 windows of 16 tokens of {WRITTEN}, seed 0"
@@ -132,7 +144,7 @@ def test_the_plan_and_the_card_say_which_text_was_used(model: Path, tmp_path: Pa
     assert made.calibration in console.export_text()
     text = tmp_path / "some text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    measure(model, text=text, **settings)  # type: ignore[arg-type]
+    measure(model, text=text, **settings)
     assert read_table(tmp_path / "work").text == str(text)
     calibration = plan(tmp_path / "work", budget="7bpw").calibration
     assert calibration == "4 windows of 16 tokens of some text.txt, seed 0"  # without the folder
@@ -190,14 +202,20 @@ def test_without_a_text_a_general_one_is_streamed_from_the_hub_once(
             yield {"text": f"The page with the number {number} of a corpus."}
 
     fake_hub(monkeypatch, load_dataset)
-    settings = {"output": tmp_path, "space": model / "space.yaml", "nsamples": 2, "seqlen": 16, "jobs": 1}
-    table = measure(model, **settings)  # type: ignore[arg-type]
+    settings = {
+        "output": tmp_path,
+        "space": model / "space.yaml",
+        "nsamples": 2,
+        "seqlen": 16,
+        "jobs": 1,
+    }
+    table = measure(model, **settings)
     assert asked == [(("allenai/c4", "en"), {"split": "train", "streaming": True})]
     assert len(read) < 20  # not the whole corpus
     assert table.text == f"data set allenai/c4 (en), split train, its first {len(read)} rows"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("streamed again"))
-    assert measure(model, **settings).digest() == table.digest()  # type: ignore[arg-type]
+    assert measure(model, **settings).digest() == table.digest()
 
 
 def test_without_the_hub_the_model_writes_its_text(

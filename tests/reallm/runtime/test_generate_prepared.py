@@ -72,7 +72,7 @@ def test_other_ways_of_generating_load_the_model(llama: Made, monkeypatch: pytes
     forbid_loading(monkeypatch)
     for options in ({"temperature": 1.0}, {"dtype": "float32"}, {"chat": True}, {"device": "cuda"}):
         with pytest.raises(AssertionError, match="was loaded"):
-            reallm.generate(llama.folder, "a", max_new_tokens=1, **options)  # type: ignore[arg-type]
+            reallm.generate(llama.folder, "a", max_new_tokens=1, **options)
 
 
 def test_a_text_ends_at_the_last_token_and_where_positions_end(
