@@ -1,1 +1,0 @@
-"""Targets: engines that run a compressed model unchanged, and the files that they load."""
