@@ -77,19 +77,25 @@ def write_imatrix(path: Path, squares: dict[str, torch.Tensor]) -> None:
             stream.write(values.numpy().astype("<f4").tobytes())
 
 
-def quantize(source: Path, imatrix: Path, output: Path) -> None:
-    """Run llama-quantize. Raises CalledProcessError with its output on stderr."""
+def installed_engine() -> Path:
+    """The folder that ik-llama-cpp-python is installed in, for this only."""
     site = FOLDER / "site"
     if not site.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), PACKAGE]
         subprocess.run(pip, check=True)
+    return site
+
+
+def quantize(source: Path, imatrix: Path, output: Path, kind: str = "IQ2_XXS", options: tuple[str, ...] = ()) -> None:
+    """Run llama-quantize. Raises CalledProcessError with its output on stderr."""
+    site = installed_engine()
     program = site / "ik_llama_cpp" / "bin" / "llama-quantize"
     libraries = os.pathsep.join(
         str(place) for place in (site / "ik_llama_cpp" / "lib", site / "ik_llama_cpp_python.libs")
     )
-    options = ["--imatrix", str(imatrix), "--allow-requantize"]
+    options = ("--imatrix", str(imatrix), "--allow-requantize", *options)
     subprocess.run(
-        [str(program), *options, str(source), str(output), "IQ2_XXS"],
+        [str(program), *options, str(source), str(output), kind],
         check=True,
         stdout=subprocess.DEVNULL,
         env=os.environ | {"LD_LIBRARY_PATH": libraries},

@@ -3,7 +3,8 @@
 Importing reallm makes transformers understand reallm's model directories; torch and transformers are imported only when
 they are needed. Every stage is a function of this package and a command with the same name:
 
-    measure -> plan (sweep, refit, explain, report) -> compile -> load, generate, evaluate, finetune, inspect, verify
+    measure -> plan (sweep, refit, explain, report) -> compile -> load, generate, evaluate, finetune, inspect, verify,
+    export
 
 All errors that reallm raises on purpose are ReallmError.
 """
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from reallm.reporting.sweep import sweep
     from reallm.runtime.generate import generate
     from reallm.runtime.load import load
+    from reallm.targets.export import export
+    from reallm.targets.exported import Exported
 
 _EXPORTS = {
     "compress": "compressing.compress",
@@ -50,11 +53,13 @@ _EXPORTS = {
     "generate": "runtime.generate",
     "evaluate": "evaluation.evaluate",
     "finetune": "finetuning.run",
+    "export": "targets.export",
     "inspect": "artifacts.inspect",
     "verify": "artifacts.verify",
     "Comparison": "evaluation.compare",
     "Compressed": "compressing.result",
     "Evaluation": "evaluation.evaluate",
+    "Exported": "targets.exported",
     "FinetuneSettings": "finetuning.settings",
     "Format": "kernels.formats.formats",
     "Inspection": "artifacts.inspect",
@@ -72,6 +77,7 @@ __all__ = [
     "Comparison",
     "Compressed",
     "Evaluation",
+    "Exported",
     "FinetuneSettings",
     "Format",
     "Inspection",
@@ -86,6 +92,7 @@ __all__ = [
     "compress",
     "evaluate",
     "explain",
+    "export",
     "finetune",
     "generate",
     "inspect",

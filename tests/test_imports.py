@@ -19,6 +19,7 @@ ROOMS = (
         "measurement",
         "compilation",
         "evaluation",
+        "targets",
         "planning",
         "compressing",
         "finetuning",

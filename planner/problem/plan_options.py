@@ -35,7 +35,8 @@ class PlanOptions:
     The names are the keys of `reallm.measurement.search_space.PRESETS`.
     """
     target: str | None = None
-    """Use only allowed formats that the kernels of this target support: "triton" or "cpu"."""
+    """Use only allowed formats that this target can run: "triton" or "cpu" (kernels of our own), "gguf" (llama.cpp),
+    "vllm", "sglang" or "mlx", whose files `export` writes. For vllm and sglang, matrices with one input are tied."""
     ties: Ties = "none"
     """Which matrices must share a format: "inputs" (those that multiply the same input, as q, k and v do), "experts"
     (all experts of a layer in the same role), "family" (the same role in all blocks), or "none".

@@ -26,7 +26,7 @@ from .options import (
     SpaceOption,
     UseChatTemplate,
 )
-from .plan import CostOption, Excluded, Pins, Preset, TiesOption
+from .plan import CostOption, Excluded, Pins, Preset, Target, TiesOption
 
 
 @app.command(epilog="Example: reallm compress HuggingFaceTB/SmolLM2-135M -b 3.0bpw --text wiki.txt -o out/")
@@ -63,9 +63,7 @@ def compress(
     preset: Preset = None,
     ties: TiesOption = "none",
     cost: CostOption = "two_sided",
-    target: Annotated[
-        str | None, typer.Option(help="Allow only formats that this runtime has kernels for: triton or cpu.")
-    ] = None,
+    target: Target = None,
     images: Images = None,
     chat_template: UseChatTemplate = False,
     device: Device = "cpu",
@@ -90,7 +88,7 @@ def compress(
         text=text,
         test=test,
         windows=windows,
-        space=None if preset is not None and space == "default" else space,
+        space=None if (preset or target) is not None and space == "default" else space,
         nsamples=nsamples,
         seqlen=seqlen,
         seed=seed,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import artifact, compress, finetune, measure, plan  # each adds its own commands to the application
+from . import artifact, compress, export, finetune, measure, plan  # each adds its own commands to the application
 from .app import app
 
-__all__ = ["app", "artifact", "compress", "finetune", "main", "measure", "plan"]
+__all__ = ["app", "artifact", "compress", "export", "finetune", "main", "measure", "plan"]
 
 
 def main() -> None:

@@ -30,6 +30,13 @@ Formats = Annotated[
 Preset = Annotated[
     str | None, typer.Option(help="Allow only the formats of one published method: gptq, qtip, lq-lora, ...")
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="Allow only formats that this target can run: triton or cpu (reallm's own kernels), or gguf (llama.cpp), "
+        "vllm, sglang or mlx, for which `reallm export` writes the file."
+    ),
+]
 TiesOption = Annotated[
     Ties,
     typer.Option(
@@ -72,9 +79,7 @@ def plan(
     refit_device: Annotated[
         str, typer.Option(help="Where --refit runs the model: cpu, cuda, cuda:1, or auto for a GPU if there is one.")
     ] = "cpu",
-    target: Annotated[
-        str | None, typer.Option(help="Allow only formats that this runtime has kernels for: triton or cpu.")
-    ] = None,
+    target: Target = None,
     max_formats: Annotated[int | None, typer.Option(min=1, help="A maximum number of distinct formats.")] = None,
     pool: Annotated[
         list[str] | None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, Unpack
 
@@ -25,11 +25,12 @@ from reallm.measurement.search_space import Space, load_space
 from reallm.planner.problem.plan_options import PlanKeywords, PlanOptions, merged_options
 from reallm.planner.tables.budget import parse_budget
 from reallm.planner.tables.plan import Plan
-from reallm.planning.allowed_formats import supported_formats
+from reallm.planning.allowed_formats import required_ties, supported_formats
 from reallm.planning.plan import plan as make_plan
 from reallm.runtime.generate_loaded import prepare_first_text
 from reallm.system.job_progress import Job
 from reallm.system.memory import peak_rss_bytes, reset_peak_rss
+from reallm.targets.engines import ENGINES
 from reallm.text.corpus import load_text
 
 from .result import Compressed
@@ -131,6 +132,7 @@ def compress(
         Where to calibrate, encode trellises and evaluate: "cpu", "cuda", "cuda:1" or "auto".
     options, keywords
         What else to ask of the plan, as in `plan`. `preset` takes the place of `space`, `target` limits its formats.
+        For an engine as `target`, the default space is the preset of that name; `export` writes the engine's file.
 
     Returns
     -------
@@ -153,7 +155,9 @@ def compress(
     work = Path(work) if work is not None else output.with_name(f"{output.name}-work")
     merged = merged_options(options, keywords)
     _check(output, work, budget, test if windows else None, force)
+    target = merged.target
     candidates, merged = _candidates(space, merged)
+    planned = replace(merged, target=target)
     stages = _Stages(_job(nsamples, windows, seqlen, full))
     table = stages.run(
         "measure",
@@ -177,7 +181,7 @@ def compress(
         ),
     )
     path = work / PLAN_NAME
-    plan = stages.run("plan", f"{path}", lambda: make_plan(work, budget=budget, output=path, options=merged))
+    plan = stages.run("plan", f"{path}", lambda: make_plan(work, budget=budget, output=path, options=planned))
     stages.run("compile", f"{output}", lambda: _compile(path, plan, output, model, work, force, device))
     evaluation = None
     if windows:
@@ -215,12 +219,17 @@ def _candidates(space: str | Path | None, options: PlanOptions) -> tuple[Space, 
     """The candidate formats that preset and target leave, and the options without these two."""
     if options.preset is not None and space is not None:
         raise UserError("--preset and --space both name the candidate formats; give one of them")
-    candidates = load_space(options.preset or space)
+    engine = options.target if options.target in ENGINES else None
+    candidates = load_space(options.preset or space or engine)
     if options.formats is not None:
         raise UserError("--format is an option of `plan`; name the candidate formats with --space")
     if options.target is not None:
         formats = {kind: supported_formats(fmts, options.target) for kind, fmts in candidates.formats.items()}
-        candidates = Space(f"{candidates.name} for {options.target}", formats)
+        if not formats["linear"]:
+            raise UserError(f"--target {options.target} can run none of the formats of --space {candidates.name}")
+        if candidates.name != options.target:
+            candidates = Space(f"{candidates.name} for {options.target}", formats)
+        options = replace(options, ties=required_ties(options))
     return candidates, merged_options(options, {"preset": None, "target": None})
 
 

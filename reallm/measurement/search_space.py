@@ -60,6 +60,11 @@ _REALLM = (
     "lm4-g64-dq6x64+ldl",
 )
 
+
+def _integers(*groups: int) -> tuple[str, ...]:
+    return tuple(f"int{bits}-g{group}{'' if bits == 8 else '+ldl'}" for bits in (2, 3, 4, 5, 6, 8) for group in groups)
+
+
 PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": (_DEFAULT, _VOCABULARY),
     "quick": (_QUICK, _VOCABULARY[1:]),
@@ -78,9 +83,16 @@ PRESETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "quip#": (("e8p2+ldl+rot", "e8p3+ldl+rot", "e8p4+ldl+rot"), ("int8-g64",)),
     "qtip": (tuple(f"tq{bits}-l12+ldl+rot" for bits in ("1", "1.5", "2", "2.5", "3", "3.5", "4")), ("int8-g64",)),
     "reallm": (_REALLM, _VOCABULARY),
+    "gguf": (("int4-g32+ldl", "int5-g32+ldl", "int8-g32"), ("int4-g32+ldl", "int5-g32+ldl", "int8-g32")),
+    "vllm": (
+        (*_integers(64), *(f"uint{bits}-g64+ldl" for bits in (2, 3, 4)), "int4-g32+ldl"),
+        (),
+    ),
+    "sglang": (("int4-g64+ldl", "int4-g32+ldl", "int8-g64"), ()),
+    "mlx": (_integers(64, 32), ("int4-g64+ldl", "int6-g64+ldl", "int8-g64")),
     "aqlm": (("aq1x8-d8", "aq2x8-d8", "aq3x8-d8", "aq4x8-d8"), ("int8-g64",)),
 }
-"""Preset name -> (formats of linear layers, formats of embedding and head)."""
+"""Preset name -> (formats of linear layers, formats of embedding and head). Some are those of a target."""
 
 DEFAULT_SPACE = "default"
 

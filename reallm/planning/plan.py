@@ -21,6 +21,7 @@ from reallm.planner.tables.measured_table import MeasuredTable
 from reallm.planner.tables.plan import Plan
 from reallm.planner.tables.records import read_record, write_record
 from reallm.planner.tables.work_folder import EARLIER_FOLDER, described, folder_of, read_table, table_of, tables_in
+from reallm.targets.engines import ENGINES
 
 from .allowed_formats import with_allowed_formats
 from .plan_file import replaced_plan
@@ -70,8 +71,10 @@ def plan(
     if output is not None:
         replaced_plan(output)
     table = _chosen_table(work)
-    resolved = with_allowed_formats(merged_options(options, keywords), table, work)
-    result = allocate.solve(table, budget, resolved, work=str(folder_of(work)))
+    merged = merged_options(options, keywords)
+    result = allocate.solve(table, budget, with_allowed_formats(merged, table, work), work=str(folder_of(work)))
+    if merged.target in ENGINES:
+        result = result.model_copy(update={"notes": (*result.notes, ENGINES[merged.target].note)})
     if output is not None:
         write_record(Path(output), result)
     return result
