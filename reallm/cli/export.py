@@ -27,14 +27,15 @@ def export(
 
     The artifact's plan must use formats that the engine holds: compress or plan with the same --target.
     """
+    from reallm.planner.tables.units import bytes_text
     from reallm.targets.export import export as run
 
-    from .tables import facts_table, size_text
+    from .tables import facts_table
 
     quiet_transformers()
     made = run(artifact, output, target=target, base=base, force=force)
     types = Counter(made.types.values())
     listed = ", ".join(f"{count} x {name}" for name, count in sorted(types.items()))
-    CONSOLE.print(facts_table(str(output), [("weights files", size_text(made.nbytes)), ("matrices", listed)]))
+    CONSOLE.print(facts_table(str(output), [("weights files", bytes_text(made.nbytes)), ("matrices", listed)]))
     for note in made.notes:
         CONSOLE.print(f"note: {note}", highlight=False, markup=False)

@@ -73,7 +73,7 @@ def plan(
     table = _chosen_table(work)
     merged = merged_options(options, keywords)
     result = allocate.solve(table, budget, with_allowed_formats(merged, table, work), work=str(folder_of(work)))
-    if merged.target in ENGINES:
+    if merged.target is not None and merged.target in ENGINES:
         result = result.model_copy(update={"notes": (*result.notes, ENGINES[merged.target].note)})
     if output is not None:
         write_record(Path(output), result)

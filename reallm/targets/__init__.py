@@ -1,0 +1,1 @@
+"""Targets: engines that run a compressed model unchanged, and the files that they load."""

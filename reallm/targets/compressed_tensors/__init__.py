@@ -1,0 +1,1 @@
+"""Folders in the compressed-tensors format, for vLLM, SGLang and transformers."""
