@@ -12,7 +12,7 @@ from tiny import save_tiny
 import reallm
 
 STAGES = ("measure", "plan", "sweep", "explain", "refit", "report", "compile", "inspect", "verify", "load", "generate")
-STAGES += ("evaluate", "finetune", "compress")
+STAGES += ("evaluate", "finetune", "compress", "export")
 """In this order, as each example uses what earlier ones left in the folder."""
 TYPES = tuple(name for name in reallm.__all__ if inspect.isclass(getattr(reallm, name)))
 

@@ -41,8 +41,10 @@ def export(
 
     Examples
     --------
-    >>> reallm.export("ints", "for_mlx", target="mlx").types["model.layers.0.mlp.up_proj"]
-    'affine 8 bits g32'
+    >>> reallm.export("out", "for_mlx", target="mlx")  # its plan was made without a target
+    Traceback (most recent call last):
+    ...
+    reallm.errors.UserError: mlx cannot hold ... in ...; plan with --target mlx
     """
     if target not in ENGINES:
         raise UserError(f"--target {target}: unknown target; expected one of {', '.join(ENGINES)}")

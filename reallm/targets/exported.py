@@ -9,7 +9,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Exported:
-    """A file or folder written for an engine."""
+    """A file or folder written for an engine.
+
+    >>> reallm.Exported("small.gguf", 95_046_656, {"model.layers.0.mlp.up_proj": "Q4_0"}).types
+    {'model.layers.0.mlp.up_proj': 'Q4_0'}
+    """
 
     path: Path
     nbytes: int
