@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp and the programs built on it."""
+"""GGUF files for llama.cpp and the engines built on it."""
