@@ -98,7 +98,7 @@ class Targets:
         """Plan, compile and export a file of at most `nbytes` bytes."""
         bits = 8 * (nbytes - self.fixed_bytes) / self.numel
         place, artifact = self.folder / f"{name}.plan.json", self.folder / f"{name}-artifact"
-        plan(self.work, budget=f"{bits:.6f}bpw", output=place, target="gguf", exclude=["embed_tokens", "lm_head"])
+        plan(self.work, budget=f"{bits:.6f}bpw", output=place, target="gguf")
         compile_plan(place, artifact, model=self.bench.base, kernels=False, force=True)
         return export(artifact, self.folder / f"{name}.gguf", target="gguf", base=self.base, force=True).path
 

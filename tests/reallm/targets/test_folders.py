@@ -118,16 +118,43 @@ def test_our_reader_of_other_checkpoints_reads_them_too(tmp_path: Path) -> None:
     compare(made, load_model(result.path, dtype=torch.float32).model.state_dict())
 
 
-def test_compressed_tensors_load_with_their_own_library(tmp_path: Path) -> None:
-    library = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    assert library.__version__
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+def test_transformers_runs_mixed_symmetric_groups(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import AutoModelForCausalLM
 
-    made = build(tmp_path, by_family("int4-g32", "uint4-g32", "int8-g0"))
+    made = build(tmp_path, by_family("int4-g32", "int3-g32", "int8-g0"))
     result = export(made.folder, tmp_path / "vllm", target="vllm")
-    settings = CompressedTensorsConfig(run_compressed=False)
-    model = AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float32, quantization_config=settings)
-    compare(made, model.state_dict())
+    model = AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float32)
+    expected = made.replaced()
+    packed = {f"{name}.weight" for name in made.packed.fields}
+    for name, parameter in expected.named_parameters():
+        if name not in packed:
+            parameter.data = parameter.data.half().float()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fmt", CT_FORMATS)
+def test_compressed_tensors_own_library_decompresses_them(tmp_path: Path, fmt: str) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    made = build(tmp_path, by_family(fmt))
+    result = export(made.folder, tmp_path / "vllm", target="vllm")
+    settings = json.loads((result.path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    (scheme,) = QuantizationConfig.model_validate(settings).config_groups.values()
+    tensors = load_file(result.path / "model.safetensors")
+    for matrix in made.loaded.matrices:
+        if matrix.name in made.packed.fields:
+            prefix = f"{matrix.name}."
+            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            weight = BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, scheme)["weight"]
+            expected = made.reference(matrix)
+            # the library multiplies in the dtype of the scales
+            torch.testing.assert_close(weight.float(), expected.half().float(), rtol=0, atol=0)
 
 
 def compare(made: Made, state: dict[str, torch.Tensor]) -> None:
