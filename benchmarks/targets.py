@@ -106,7 +106,7 @@ class Targets:
         """The file of llama-quantize."""
         output = self.folder / f"{kind}.gguf"
         if not output.exists():
-            quantize(self.base, self.folder / "imatrix.dat", output, kind, ("--token-embedding-type", "q4_1"))
+            quantize(self.base, self.folder / "imatrix.dat", output, kind, ("--token-embedding-type", "q8_0"))
         return output
 
 

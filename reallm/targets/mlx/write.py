@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,25 @@ def _config(packed: PackedArtifact) -> dict[str, Any]:
         entries[name] = {"group_size": codec.group_size, "bits": codec.bits, "mode": "affine"}
     common = Counter((entry["group_size"], entry["bits"]) for entry in entries.values()).most_common(1)[0][0]
     quantization: dict[str, Any] = {"group_size": common[0], "bits": common[1], "mode": "affine", **entries}
-    config = model_config(packed)
+    config = model_config(packed) | _rotary_settings(model_config(packed))
     if packed.tied:  # reallm's artifacts keep the packed embedding as a module of its own
         config["tie_word_embeddings"] = True
     return config | {"quantization": quantization, "quantization_config": quantization}
+
+
+def _rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings under the names of transformers 4, which MLX reads; it would use defaults without a word.
+
+    Raises UserError for a model with several rotary embeddings.
+    """
+    settings = config.get("rope_parameters")
+    if settings is None:
+        return {}
+    if "rope_theta" not in settings:
+        raise UserError("config.json: rope_parameters has no rope_theta for all layers; MLX export supports only one")
+    scaling = {key: value for key, value in settings.items() if key != "rope_theta"}
+    unscaled = scaling.get("rope_type", "default") == "default"
+    return {"rope_theta": settings["rope_theta"]} | ({} if unscaled else {"rope_scaling": scaling})
 
 
 def _verify(folder: Path, packed: PackedArtifact) -> None:

@@ -31,6 +31,7 @@ SETTINGS = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
 }
 FUSED = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 1, "up": 1, "down": 2}
 
@@ -182,6 +183,7 @@ def test_mlx_holds_the_artifacts_values(tmp_path: Path, formats: tuple[str, ...]
         values = mlx_values(raw, matrix.rows, matrix.cols, entry["bits"], entry["group_size"])
         assert np.array_equal(values, made.reference(matrix).numpy()), matrix.name
     assert config["quantization"] == config["quantization_config"]
+    assert config["rope_theta"] == made.loaded.model.config.rope_parameters["rope_theta"]  # MLX reads only this name
 
 
 def stored(tensor: StoredTensor) -> bytes:
