@@ -30,7 +30,7 @@ PATH_ERRORS = frozenset(
 CONSOLE = Console()
 COMMAND_ORDER = (
     *("compress", "measure", "plan", "diff", "explain", "report", "sweep"),
-    *("compile", "eval", "generate", "finetune", "inspect", "verify", "demo"),
+    *("compile", "export", "eval", "generate", "finetune", "inspect", "verify", "demo"),
 )
 """The order in which --help lists the commands: that in which they are used."""
 
