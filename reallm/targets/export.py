@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reallm.artifacts.directory import is_artifact
 from reallm.artifacts.find import require_artifact
 from reallm.errors import UserError
 
@@ -52,6 +53,8 @@ def export(
         what = "needs --base FILE.gguf, a GGUF file of the same model" if base is None else "takes no --base"
         raise UserError(f"--target {target} {what}")
     folder, output = require_artifact(artifact), Path(output)
+    if is_artifact(output):
+        raise UserError(f"{output} is a reallm artifact, which an export does not replace; give another name")
     if target == "gguf":
         from .gguf.write import write_gguf  # the writers need torch
 

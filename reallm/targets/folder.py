@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers.pytorch_utils import Conv1D
 
+from reallm.artifacts.architecture import model_class_of
 from reallm.artifacts.directory import CARD_FILE, read_config
 from reallm.artifacts.manifest import MANIFEST_FILE
 from reallm.artifacts.stored_values import read_bytes, read_floats
@@ -63,6 +66,24 @@ class DenseTensors:
             f"{len(self.changed)} of the {len(self.stored)} tensors that are not compressed have values that float16 "
             f"rounds, by at most {largest:.2g}",
         )
+
+
+def check_modules(packed: PackedArtifact, engine: str) -> None:
+    """Raise UserError if a packed matrix belongs to a module other than nn.Linear and nn.Embedding.
+
+    GPT-2's Conv1D keeps its weight as [in, out], and engines expect it so. compressed-tensors packs only Linear
+    modules: transformers would leave such a weight at its random initial values, with no more than a warning.
+    """
+    kind = model_class_of(packed.folder)
+    with torch.device("meta"):
+        model = kind(kind.config_class.from_pretrained(packed.folder))
+    unsupported = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    for name in packed.types:
+        if any(name == other or other.endswith(f".{name}") or name.endswith(f".{other}") for other in unsupported):
+            raise UserError(
+                f"{name} is a Conv1D, whose packed weights {engine} does not load; export supports models whose "
+                "matrices are nn.Linear modules"
+            )
 
 
 def copy_files(packed: PackedArtifact, folder: Path) -> None:

@@ -15,6 +15,6 @@ def plain_integers(fmt: Format, cols: int) -> ScalarCodec | None:
     codec = fmt.codec
     if not isinstance(codec, ScalarCodec) or codec.table not in ("int", "uint") or codec.double_quant is not None:
         return None
-    if fmt.transformed or fmt.sparse or fmt.low_rank or cols % codec.group_width(cols):
+    if fmt.transformed or fmt.sparse or fmt.low_rank or cols % (codec.group_size or cols):
         return None
     return codec

@@ -27,7 +27,7 @@ from reallm.kernels.storage.safetensors_reader import read_folder
 from reallm.kernels.storage.safetensors_writer import write_weights
 from reallm.planner.tables.plan import PLAN_FILE
 from reallm.targets.exported import Exported
-from reallm.targets.folder import DenseTensors, copy_files, model_config
+from reallm.targets.folder import DenseTensors, check_modules, copy_files, model_config
 from reallm.targets.packed_integers import PackedArtifact, bit_stream, read_packed, unpacked_stream
 
 from .types import compressed_tensors_type
@@ -46,6 +46,7 @@ def write_compressed_tensors(artifact: Path, output: Path, *, force: bool = Fals
     type_of = partial(compressed_tensors_type, engine=engine)
     packed = read_packed(artifact, read_tensors(artifact), type_of, engine)
     _check_structure(packed, engine)
+    check_modules(packed, engine)
     dense = DenseTensors(packed)
     tensors: dict[str, Any] = dict(dense.specs())
     for name in packed.types:
@@ -67,11 +68,12 @@ def _check_structure(packed: PackedArtifact, engine: str) -> None:
             f"{vocabulary[0]} is packed, and {engine} loads embedding and head as they are: plan with a budget in bits "
             "per weight, which leaves them out"
         )
+    known = {*kinds, *packed.plan.dense}
     for name in packed.types:
         parent, _, last = name.rpartition(".")
         for group in FUSED:
             others = [f"{parent}.{other}" for other in group] if last in group else []
-            formats = {other: packed.formats.get(other) for other in others if other in kinds}
+            formats = {other: packed.formats.get(other) for other in others if other in known}
             if differing := [o for o, fmt in formats.items() if fmt is None or fmt.codec != packed.formats[name].codec]:
                 raise UserError(
                     f"{engine} loads {name} and {differing[0]} as one, but their formats differ: plan with "

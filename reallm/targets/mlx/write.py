@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from reallm.kernels.storage.safetensors_reader import read_folder
 from reallm.kernels.storage.safetensors_writer import write_weights
 from reallm.planner.tables.plan import PLAN_FILE
 from reallm.targets.exported import Exported
-from reallm.targets.folder import DenseTensors, copy_files, model_config
+from reallm.targets.folder import DenseTensors, check_modules, copy_files, model_config
 from reallm.targets.packed_integers import PackedArtifact, bit_stream, read_packed, unpacked_stream
 
+from .model_settings import mlx_settings, window_note
 from .types import mlx_type
 
 Spec = tuple[str, tuple[int, ...], Callable[[], NDArray[Any]]]
@@ -38,6 +39,7 @@ def write_mlx(artifact: Path, output: Path, *, force: bool = False) -> Exported:
     Also for an output that exists, and a value beyond fp16.
     """
     packed = read_packed(artifact, read_tensors(artifact), mlx_type, "mlx")
+    check_modules(packed, "mlx")
     dense = DenseTensors(packed)
     tensors: dict[str, Any] = dict(dense.specs())
     for name in packed.types:
@@ -51,7 +53,7 @@ def write_mlx(artifact: Path, output: Path, *, force: bool = False) -> Exported:
         copy_files(packed, folder)
         _verify(folder, packed)
         nbytes = sum(file.stat().st_size for file in files)
-    return Exported(output, nbytes, packed.types, dense.notes)
+    return Exported(output, nbytes, packed.types, dense.notes + window_note(model_config(packed)))
 
 
 def _specs(packed: PackedArtifact, name: str) -> dict[str, Spec]:
@@ -80,25 +82,11 @@ def _config(packed: PackedArtifact) -> dict[str, Any]:
         entries[name] = {"group_size": codec.group_size, "bits": codec.bits, "mode": "affine"}
     common = Counter((entry["group_size"], entry["bits"]) for entry in entries.values()).most_common(1)[0][0]
     quantization: dict[str, Any] = {"group_size": common[0], "bits": common[1], "mode": "affine", **entries}
-    config = model_config(packed) | _rotary_settings(model_config(packed))
+    config = model_config(packed)
+    config |= mlx_settings(config)
     if packed.tied:  # reallm's artifacts keep the packed embedding as a module of its own
         config["tie_word_embeddings"] = True
     return config | {"quantization": quantization, "quantization_config": quantization}
-
-
-def _rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings under the names of transformers 4, which MLX reads; it would use defaults without a word.
-
-    Raises UserError for a model with several rotary embeddings.
-    """
-    settings = config.get("rope_parameters")
-    if settings is None:
-        return {}
-    if "rope_theta" not in settings:
-        raise UserError("config.json: rope_parameters has no rope_theta for all layers; MLX export supports only one")
-    scaling = {key: value for key, value in settings.items() if key != "rope_theta"}
-    unscaled = scaling.get("rope_type", "default") == "default"
-    return {"rope_theta": settings["rope_theta"]} | ({} if unscaled else {"rope_scaling": scaling})
 
 
 def _verify(folder: Path, packed: PackedArtifact) -> None:

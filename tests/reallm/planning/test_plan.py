@@ -38,7 +38,7 @@ def test_an_unknown_or_unmeasured_preset_names_the_way_out(work: Path) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_reaches_from_few_bits_to_many(preset: str) -> None:
     assert len(set(PRESETS[preset][0])) == len(PRESETS[preset][0]) >= 1
-    assert PRESETS[preset][1]
+    assert PRESETS[preset][1] or preset in ("vllm", "sglang")  # these engines keep embedding and head as they are
 
 
 def test_options_and_keywords_give_the_same_plan_file(work: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artifacts import Made
+from artifacts import Made, make
 from numpy.typing import NDArray
 from packing import Codes, PackedModel
 from tiny import tiny_model, tiny_tokenizer
@@ -230,6 +230,34 @@ def test_matrices_loaded_as_one_must_agree(tmp_path: Path) -> None:
     made = build(tmp_path, lambda m: ("int4-g32" if "q_proj" in m.name else "int8-g32") if m.kind == "linear" else None)
     with pytest.raises(UserError, match=r"vllm loads \S+q_proj and \S+k_proj as one, but their formats differ"):
         export(made.folder, tmp_path / "engine", target="vllm")
+
+
+def test_a_dense_matrix_is_not_loaded_as_one_with_packed_ones(tmp_path: Path) -> None:
+    made = build(tmp_path, lambda m: "int4-g32" if m.kind == "linear" and "k_proj" not in m.name else None)
+    with pytest.raises(UserError, match=r"vllm loads \S+q_proj and \S+k_proj as one, but their formats differ"):
+        export(made.folder, tmp_path / "engine", target="vllm")
+
+
+@pytest.mark.parametrize("target", ["vllm", "mlx"])
+def test_a_group_larger_than_the_row_is_refused(tmp_path: Path, target: str) -> None:
+    made = build(tmp_path, by_family("int4-g128"))
+    with pytest.raises(UserError, match=rf"{target} cannot hold 14 of the 14 packed matrices"):
+        export(made.folder, tmp_path / "engine", target=target)
+
+
+def test_an_artifact_is_never_replaced_by_an_export(tmp_path: Path) -> None:
+    made = build(tmp_path, by_family("int4-g32"))
+    before = (made.folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match="is a reallm artifact, which an export does not replace"):
+        export(made.folder, made.folder, target="vllm", force=True)
+    assert (made.folder / "config.json").read_bytes() == before
+
+
+def test_modules_that_compressed_tensors_does_not_pack_are_refused(tmp_path: Path) -> None:
+    made = make("gpt2", tmp_path, lambda m: "uint4-g0" if m.kind == "linear" else None)
+    with pytest.raises(UserError, match="c_attn is a Conv1D, whose packed weights vllm does not load"):
+        export(made.folder, tmp_path / "engine", target="vllm")
+    assert not (tmp_path / "engine").exists()
 
 
 def test_a_scale_that_the_engine_cannot_hold_is_refused(tmp_path: Path) -> None:
